@@ -1,0 +1,1 @@
+"""What the API and the worker agree on. Never imports torch, never fastapi."""

@@ -1,0 +1,54 @@
+"""Engine and sessions. Sessions are short: never hold one while work is under way."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from functools import cache
+from typing import Any
+
+from sqlalchemy import DateTime, Engine, MetaData, Text, create_engine
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.orm import DeclarativeBase, Session
+
+from core.settings import get_settings
+
+
+class Base(DeclarativeBase):
+    """Base of every table; constraint names are fixed so that migrations can name them."""
+
+    metadata = MetaData(
+        naming_convention={
+            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "ck": "ck_%(table_name)s_%(constraint_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_N_name)s_%(referred_table_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+    type_annotation_map = {
+        str: Text(),
+        datetime: DateTime(timezone=True),
+        dict[str, Any]: JSONB(),
+        list[dict[str, Any]]: JSONB(),
+        list[str]: JSONB(),
+    }
+
+
+@cache
+def get_engine() -> Engine:
+    """Returns this process's engine, with pre-ping so that a restarted Postgres costs one retry."""
+    return create_engine(
+        get_settings().database_url,
+        pool_pre_ping=True,
+        pool_size=5,
+        max_overflow=15,
+        pool_timeout=5,
+        connect_args={"connect_timeout": 5, "options": "-c idle_in_transaction_session_timeout=30000"},
+    )
+
+
+@contextmanager
+def session_scope() -> Iterator[Session]:
+    """Yields a session whose work is committed at the end, or rolled back on an error."""
+    with Session(get_engine(), expire_on_commit=False) as session, session.begin():
+        yield session

@@ -1,0 +1,130 @@
+"""Jobs and everything that belongs to one."""
+
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import BigInteger, CheckConstraint, ForeignKey, Index, func, text
+from sqlalchemy.orm import Mapped, mapped_column
+
+from core.db import Base
+
+JOB_FK = "jobs.id"
+
+
+class Job(Base):
+    """A spec plus its life. `inputs` holds what its references were resolved to when it was accepted:
+
+    `{"teacher": <manifest id> | {"hub": …}, "data": {"train": {"sha256", "size_bytes", …}, …}, "labels": […]}`.
+    """
+
+    __tablename__ = "jobs"
+    __table_args__ = (
+        CheckConstraint(
+            "state not in ('running','cancelling','pausing') or lease_until is not null", name="owned_has_lease"
+        ),
+        Index("ix_jobs_tenant_id_id", "tenant_id", "id"),
+        Index("ix_jobs_queued", "queue", "id", postgresql_where=text("state = 'queued'")),
+        Index(
+            "ix_jobs_lease", "lease_until", postgresql_where=text("state in ('running','cancelling','pausing')")
+        ),
+        Index("ix_jobs_metadata", "labels", postgresql_using="gin"),
+    )
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"))
+    name: Mapped[str]
+    labels: Mapped[dict[str, Any]]
+    spec: Mapped[dict[str, Any]]
+    spec_sha256: Mapped[str]
+    inputs: Mapped[dict[str, Any]]
+    queue: Mapped[str]
+    state: Mapped[str] = mapped_column(server_default="queued")
+    desired: Mapped[str] = mapped_column(server_default="run")
+    error: Mapped[dict[str, Any] | None]
+    fence: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    lease_owner: Mapped[str | None]
+    lease_until: Mapped[datetime | None]
+    lost_attempts: Mapped[int] = mapped_column(server_default="0")
+    event_seq: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    version: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    hinted_at: Mapped[datetime | None]
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    started_at: Mapped[datetime | None]
+    finished_at: Mapped[datetime | None]
+    deleted_at: Mapped[datetime | None]
+
+
+class StageRun(Base):
+    """One stage of a job and what became of it."""
+
+    __tablename__ = "stages"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey(JOB_FK, ondelete="CASCADE"), primary_key=True)
+    ordinal: Mapped[int] = mapped_column(primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"))
+    kind: Mapped[str]
+    settings: Mapped[dict[str, Any]]
+    state: Mapped[str] = mapped_column(server_default="pending")
+    attempt: Mapped[int] = mapped_column(server_default="0")
+    step: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    total_steps: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    eta_s: Mapped[float | None]
+    summary: Mapped[dict[str, Any] | None]
+    log_sha256: Mapped[str | None]
+    log_size_bytes: Mapped[int | None] = mapped_column(BigInteger)
+    started_at: Mapped[datetime | None]
+    finished_at: Mapped[datetime | None]
+
+
+class Artifact(Base):
+    """A published output: a role such as `student` or `onnx_int8`, as of the stage that made it."""
+
+    __tablename__ = "artifacts"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey(JOB_FK, ondelete="CASCADE"), primary_key=True)
+    name: Mapped[str] = mapped_column(primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"))
+    ordinal: Mapped[int]
+    manifest_id: Mapped[str] = mapped_column(ForeignKey("manifests.id"))
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+
+class Metric(Base):
+    """One value of a series; a repeated step of a later attempt replaces the value."""
+
+    __tablename__ = "metrics"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey(JOB_FK, ondelete="CASCADE"), primary_key=True)
+    ordinal: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(primary_key=True)
+    step: Mapped[int] = mapped_column(BigInteger, primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"))
+    value: Mapped[float]
+    at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+
+class Event(Base):
+    """Something that happened; `seq` counts from 1 without a gap in each job."""
+
+    __tablename__ = "events"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey(JOB_FK, ondelete="CASCADE"), primary_key=True)
+    seq: Mapped[int] = mapped_column(BigInteger, primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"))
+    type: Mapped[str]
+    level: Mapped[str] = mapped_column(server_default="info")
+    message: Mapped[str]
+    data: Mapped[dict[str, Any]]
+    at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+
+class IdempotencyKey(Base):
+    """A key that a client sent with a creation, the digest of its body, and the job it made."""
+
+    __tablename__ = "idempotency_keys"
+
+    tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"), primary_key=True)
+    key: Mapped[str] = mapped_column(primary_key=True)
+    fingerprint: Mapped[str]
+    job_id: Mapped[str]
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())

@@ -1,0 +1,222 @@
+"""Who runs a job: claim, heartbeat and fenced writes.
+
+A claim raises the job's `fence`; every later write of that owner goes through `owned()`, which locks the row and checks the fence. So
+an owner that was given up for dead cannot write a byte, whatever it still believes. Only the database's clock decides.
+"""
+
+from collections.abc import Iterable
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+from sqlalchemy import func, select, update
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.orm import Session
+
+from core.errors import LeaseLost
+from core.jobs.models import Artifact, Job, Metric, StageRun
+from core.jobs.repository import add_event, set_state
+from core.jobs.state import OWNED
+from core.models.repository import put_manifest
+from core.settings import get_settings
+from core.storage import Blob, ManifestFile
+
+
+class Claim(NamedTuple):
+    """A job that this worker owns as long as nobody raises the fence."""
+
+    job_id: str
+    tenant_id: str
+    fence: int
+
+
+class Point(NamedTuple):
+    """One value of a metric."""
+
+    name: str
+    step: int
+    value: float
+
+
+def claim(session: Session, worker: str, queues: list[str]) -> Claim | None:
+    """Returns the oldest queued job of these queues, now owned by `worker`, or None."""
+    oldest = (
+        select(Job.id)
+        .where(Job.state == "queued", Job.desired == "run", Job.queue.in_(queues), Job.deleted_at.is_(None))
+        .order_by(Job.id)
+        .limit(1)
+        .with_for_update(skip_locked=True)
+        .scalar_subquery()
+    )
+    job = session.scalar(
+        update(Job)
+        .where(Job.id == oldest)
+        .values(
+            state="running",
+            fence=Job.fence + 1,
+            lease_owner=worker,
+            lease_until=_lease_end(),
+            started_at=func.coalesce(Job.started_at, func.now()),
+        )
+        .returning(Job)
+    )
+    if job is None:
+        return None
+    add_event(session, job, "job.running", f"claimed by {worker}", data={"worker": worker, "fence": job.fence})
+    return Claim(job.id, job.tenant_id, job.fence)
+
+
+def owned(session: Session, claim: Claim) -> Job:
+    """Returns the job, locked, if this claim still owns it. Raises LeaseLost otherwise."""
+    job = session.scalar(
+        select(Job)
+        .where(Job.id == claim.job_id, Job.fence == claim.fence, Job.state.in_(OWNED))
+        .with_for_update()
+    )
+    if job is None:
+        raise LeaseLost()
+    return job
+
+
+def heartbeat(session: Session, claim: Claim) -> str:
+    """Extends the lease and returns what the user desires now: run, pause or cancel. Raises LeaseLost."""
+    desired = session.scalar(
+        update(Job)
+        .where(Job.id == claim.job_id, Job.fence == claim.fence, Job.state.in_(OWNED))
+        .values(lease_until=_lease_end())
+        .returning(Job.desired)
+    )
+    if desired is None:
+        raise LeaseLost()
+    return desired
+
+
+def start_stage(session: Session, claim: Claim, ordinal: int) -> None:
+    """Marks a stage as running."""
+    job = owned(session, claim)
+    stage = session.get_one(StageRun, (job.id, ordinal))
+    stage.state = "running"
+    stage.attempt += 1
+    stage.step = stage.total_steps = 0
+    stage.started_at = func.now()
+    add_event(session, job, "stage.running", f"stage {stage.kind} started", data=_where(stage))
+
+
+def record_progress(
+    session: Session,
+    claim: Claim,
+    ordinal: int,
+    progress: dict[str, Any] | None,
+    points: Iterable[Point],
+    events: Iterable[dict[str, Any]],
+) -> None:
+    """Writes what a child reported since the last write: step and ETA, metric points, events."""
+    job = owned(session, claim)
+    stage = session.get_one(StageRun, (job.id, ordinal))
+    if progress:
+        stage.step, stage.total_steps = progress["step"], progress["total"]
+        stage.eta_s = progress.get("eta_s")
+        job.version += 1
+    rows = {(p.name, p.step): _metric(job, ordinal, p) for p in points}
+    if rows:
+        statement = insert(Metric).values(list(rows.values()))
+        session.execute(
+            statement.on_conflict_do_update(
+                index_elements=["job_id", "ordinal", "name", "step"], set_={"value": statement.excluded.value}
+            )
+        )
+    for event in events:
+        add_event(
+            session, job, event["type"], event["message"], event.get("level", "info"), event.get("data", {}) | _where(stage)
+        )
+
+
+def commit_stage(
+    session: Session,
+    claim: Claim,
+    ordinal: int,
+    outputs: dict[str, list[ManifestFile]],
+    summary: dict[str, Any],
+    stage_log: Blob,
+) -> bool:
+    """Publishes a stage's outputs and marks it succeeded, and the job with its last stage; returns whether the job ended."""
+    job = owned(session, claim)
+    stage = session.get_one(StageRun, (job.id, ordinal))
+    for role, files in outputs.items():
+        manifest = put_manifest(session, job.tenant_id, files)
+        values = {"ordinal": ordinal, "manifest_id": manifest.id}
+        session.execute(
+            insert(Artifact)
+            .values(job_id=job.id, tenant_id=job.tenant_id, name=role, **values)
+            .on_conflict_do_update(index_elements=["job_id", "name"], set_=values)
+        )
+    stage.state, stage.summary, stage.eta_s = "succeeded", summary, 0.0
+    stage.step = stage.total_steps = max(stage.total_steps, 1)
+    stage.finished_at = func.now()
+    _keep_log(stage, stage_log)
+    job.lost_attempts = 0
+    add_event(session, job, "stage.succeeded", f"stage {stage.kind} succeeded", data=_where(stage) | {"artifacts": sorted(outputs)})
+    session.flush()
+    last = session.scalar(select(func.max(StageRun.ordinal)).where(StageRun.job_id == job.id))
+    if ordinal == last:
+        set_state(session, job, "succeeded")
+    return ordinal == last
+
+
+def fail_stage(session: Session, claim: Claim, ordinal: int, error: dict[str, Any], stage_log: Blob | None) -> None:
+    """Marks the stage and its job failed; `error` has reason, message, suggestion, retryable."""
+    job = owned(session, claim)
+    stage = session.get_one(StageRun, (job.id, ordinal))
+    stage.state = "failed"
+    stage.finished_at = func.now()
+    if stage_log:
+        _keep_log(stage, stage_log)
+    error = error | {"stage": stage.kind, "ordinal": ordinal}
+    add_event(session, job, "stage.failed", error["message"], "error", error)
+    set_state(session, job, "failed", error)
+
+
+def hand_back(session: Session, claim: Claim, why: str, *, lost: bool = False) -> None:
+    """Gives up ownership: the job is queued again, or settles where its user wants it (cancelled, paused).
+
+    `lost` counts an attempt that ended without progress; too many of them in a row end the job as `worker_lost`.
+    """
+    job = owned(session, claim)
+    give_back(session, job, why, lost=lost)
+
+
+def give_back(session: Session, job: Job, why: str, *, lost: bool) -> None:
+    """Does what `hand_back` says to a locked job, whoever owned it; the raised fence shuts the former owner out."""
+    job.fence += 1
+    job.lease_owner = None
+    job.lost_attempts += 1 if lost else 0
+    if job.state in {"cancelling", "pausing"}:
+        set_state(session, job, "cancelled" if job.state == "cancelling" else "paused")
+        job.lease_until = None
+        return
+    if lost and job.lost_attempts >= get_settings().max_attempts:
+        message = f"{job.lost_attempts} workers in a row were lost in the same stage"
+        suggestion = "read the stage's log; the stage may need more memory than a worker has"
+        set_state(session, job, "failed", {"reason": "worker_lost", "message": message, "suggestion": suggestion, "retryable": True})
+        return
+    for stage in session.scalars(select(StageRun).where(StageRun.job_id == job.id, StageRun.state == "running")):
+        stage.state, stage.eta_s = "pending", None
+    add_event(session, job, "job.requeued", why, "warning" if lost else "info")
+    set_state(session, job, "queued")
+    job.lease_until = None
+    job.hinted_at = None
+
+
+def _keep_log(stage: StageRun, stage_log: Blob) -> None:
+    stage.log_sha256, stage.log_size_bytes = stage_log.sha256, stage_log.size_bytes
+
+
+def _lease_end() -> Any:
+    return func.now() + timedelta(seconds=get_settings().lease_s)
+
+
+def _where(stage: StageRun) -> dict[str, Any]:
+    return {"stage": stage.kind, "ordinal": stage.ordinal}
+
+
+def _metric(job: Job, ordinal: int, point: Point) -> dict[str, Any]:
+    return {"job_id": job.id, "tenant_id": job.tenant_id, "ordinal": ordinal} | point._asdict()

@@ -1,0 +1,262 @@
+"""Jobs as a tenant sees them. Every function takes the tenant; another tenant's job does not exist."""
+
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+from sqlalchemy import Select, delete, func, select
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.orm import Session
+
+from core.errors import Conflict, Gone, IdempotencyMismatch, NotFound
+from core.ids import new_id
+from core.jobs.models import Artifact, Event, IdempotencyKey, Job, Metric, StageRun
+from core.jobs.spec import JobSpec
+from core.jobs.state import TERMINAL, can_change
+
+
+class Page(NamedTuple):
+    """Some rows, and the cursor of the next page or None."""
+
+    items: list[Any]
+    next_cursor: str | None
+
+
+def create_job(session: Session, tenant_id: str, spec: JobSpec, inputs: dict[str, Any]) -> Job:
+    """Returns the new queued job, with its stages and first event, in the caller's transaction."""
+    job = Job(
+        id=new_id("job"),
+        tenant_id=tenant_id,
+        name=spec.name,
+        labels=dict(spec.metadata),
+        spec=spec.model_dump(mode="json"),
+        spec_sha256=spec.digest(),
+        inputs=inputs,
+        queue=spec.stages[0].queue,
+        state="queued",
+        desired="run",
+        event_seq=0,
+        version=0,
+        fence=0,
+        lost_attempts=0,
+    )
+    session.add(job)
+    session.flush()
+    session.add_all(
+        StageRun(
+            job_id=job.id,
+            ordinal=ordinal,
+            tenant_id=tenant_id,
+            kind=stage.kind,
+            settings=stage.model_dump(mode="json"),
+        )
+        for ordinal, stage in enumerate(spec.stages)
+    )
+    add_event(session, job, "job.queued", f"job accepted with {len(spec.stages)} stages")
+    session.flush()
+    session.refresh(job)
+    return job
+
+
+def find_idempotent(session: Session, tenant_id: str, key: str, fingerprint: str, ttl_s: int) -> Job | None:
+    """Returns the job that this key made before, or claims the key and returns None.
+
+    A concurrent request with the same key waits here until the other's transaction ends. Call `bind_idempotent` with the
+    new job before the transaction ends. Raises IdempotencyMismatch when the key came with another body.
+    """
+    session.execute(
+        delete(IdempotencyKey).where(
+            IdempotencyKey.tenant_id == tenant_id,
+            IdempotencyKey.key == key,
+            IdempotencyKey.created_at < func.now() - timedelta(seconds=ttl_s),
+        )
+    )
+    claimed = session.execute(
+        insert(IdempotencyKey)
+        .values(tenant_id=tenant_id, key=key, fingerprint=fingerprint, job_id="")
+        .on_conflict_do_nothing()
+        .returning(IdempotencyKey.key)
+    ).one_or_none()
+    if claimed is not None:
+        return None
+    row = session.scalars(
+        select(IdempotencyKey).where(IdempotencyKey.tenant_id == tenant_id, IdempotencyKey.key == key)
+    ).one()
+    if row.fingerprint != fingerprint:
+        raise IdempotencyMismatch()
+    return get_job(session, tenant_id, row.job_id)
+
+
+def bind_idempotent(session: Session, tenant_id: str, key: str, job_id: str) -> None:
+    """Notes which job a claimed key made."""
+    row = session.get_one(IdempotencyKey, (tenant_id, key))
+    row.job_id = job_id
+
+
+def get_job(session: Session, tenant_id: str, job_id: str, *, lock: bool = False) -> Job:
+    """Returns a job of the tenant. Raises NotFound, or Gone after its deletion."""
+    query = select(Job).where(Job.tenant_id == tenant_id, Job.id == job_id)
+    job = session.scalar(query.with_for_update() if lock else query)
+    if job is None:
+        raise NotFound(f"There is no job '{job_id}' in your tenant.")
+    if job.deleted_at is not None:
+        raise Gone(f"The job '{job_id}' was deleted.")
+    return job
+
+
+def list_jobs(
+    session: Session,
+    tenant_id: str,
+    *,
+    state: str | None = None,
+    name: str | None = None,
+    labels: dict[str, str] | None = None,
+    after: str | None = None,
+    limit: int = 20,
+) -> Page:
+    """Returns a page of the tenant's jobs, newest first."""
+    query = select(Job).where(Job.tenant_id == tenant_id, Job.deleted_at.is_(None))
+    if state:
+        query = query.where(Job.state == state)
+    if name:
+        query = query.where(Job.name == name)
+    if labels:
+        query = query.where(Job.labels.contains(labels))
+    if after:
+        query = query.where(Job.id < after)
+    return _page(session, query.order_by(Job.id.desc()), limit, lambda job: job.id)
+
+
+def list_stages(session: Session, tenant_id: str, job_id: str) -> list[StageRun]:
+    """Returns the job's stages in order."""
+    return list(
+        session.scalars(
+            select(StageRun)
+            .where(StageRun.tenant_id == tenant_id, StageRun.job_id == job_id)
+            .order_by(StageRun.ordinal)
+        )
+    )
+
+
+def list_artifacts(session: Session, tenant_id: str, job_id: str) -> list[Artifact]:
+    """Returns the job's artifacts in the order in which they were made."""
+    return list(
+        session.scalars(
+            select(Artifact)
+            .where(Artifact.tenant_id == tenant_id, Artifact.job_id == job_id)
+            .order_by(Artifact.ordinal, Artifact.name)
+        )
+    )
+
+
+def get_artifact(session: Session, tenant_id: str, job_id: str, name: str) -> Artifact:
+    """Returns one artifact of the job. Raises NotFound."""
+    artifact = session.scalar(
+        select(Artifact).where(
+            Artifact.tenant_id == tenant_id, Artifact.job_id == job_id, Artifact.name == name
+        )
+    )
+    if artifact is None:
+        raise NotFound(f"The job '{job_id}' has no artifact '{name}' (yet).")
+    return artifact
+
+
+def list_events(session: Session, tenant_id: str, job_id: str, *, after: int = 0, limit: int = 100) -> Page:
+    """Returns a page of the job's events, oldest first, from `after` (exclusive)."""
+    query = (
+        select(Event)
+        .where(Event.tenant_id == tenant_id, Event.job_id == job_id, Event.seq > after)
+        .order_by(Event.seq)
+    )
+    return _page(session, query, limit, lambda event: str(event.seq))
+
+
+def list_metrics(
+    session: Session,
+    tenant_id: str,
+    job_id: str,
+    *,
+    names: list[str] | None = None,
+    ordinal: int | None = None,
+    step_from: int | None = None,
+    step_to: int | None = None,
+) -> list[Metric]:
+    """Returns the job's metric points, ordered by stage, name and step."""
+    query = select(Metric).where(Metric.tenant_id == tenant_id, Metric.job_id == job_id)
+    if names:
+        query = query.where(Metric.name.in_(names))
+    if ordinal is not None:
+        query = query.where(Metric.ordinal == ordinal)
+    if step_from is not None:
+        query = query.where(Metric.step >= step_from)
+    if step_to is not None:
+        query = query.where(Metric.step <= step_to)
+    return list(session.scalars(query.order_by(Metric.ordinal, Metric.name, Metric.step)))
+
+
+def cancel_job(session: Session, tenant_id: str, job_id: str) -> Job:
+    """Returns the job, cancelled at once if nobody runs it, else on its way there. Raises Conflict when it has ended."""
+    job = get_job(session, tenant_id, job_id, lock=True)
+    if job.state in TERMINAL:
+        raise Conflict(f"The job is already {job.state}; only a job that has not ended can be cancelled.")
+    job.desired = "cancel"
+    if can_change(job.state, "cancelled") and job.state != "cancelling":
+        set_state(session, job, "cancelled")
+    elif job.state != "cancelling":
+        set_state(session, job, "cancelling")
+    return job
+
+
+def delete_job(session: Session, tenant_id: str, job_id: str) -> None:
+    """Marks an ended job as deleted and drops its artifacts. Raises Conflict while it has not ended."""
+    job = get_job(session, tenant_id, job_id, lock=True)
+    if job.state not in TERMINAL:
+        raise Conflict(f"The job is {job.state}; cancel it first.")
+    session.execute(delete(Artifact).where(Artifact.tenant_id == tenant_id, Artifact.job_id == job_id))
+    job.deleted_at = func.now()
+
+
+def set_state(session: Session, job: Job, state: str, error: dict[str, Any] | None = None) -> None:
+    """Changes the state of a locked job and adds the event. Raises Conflict when the table of states forbids it."""
+    if not can_change(job.state, state):
+        raise Conflict(f"a job cannot go from {job.state} to {state}")
+    job.state = state
+    if error is not None:
+        job.error = error
+    if state in TERMINAL:
+        job.finished_at = func.now()
+        job.lease_owner = job.lease_until = None
+        for stage in list_stages(session, job.tenant_id, job.id):
+            if stage.state in {"pending", "running"} and state != "succeeded":
+                stage.state = "failed" if state == "failed" and stage.state == "running" else "cancelled"
+                stage.finished_at = func.now()
+    level = "error" if state == "failed" else "info"
+    add_event(session, job, f"job.{state}", (error or {}).get("message") or f"job {state}", level, error or {})
+
+
+def add_event(
+    session: Session,
+    job: Job,
+    type: str,
+    message: str,
+    level: str = "info",
+    data: dict[str, Any] | None = None,
+) -> None:
+    """Adds the next event of a locked (or new) job."""
+    job.event_seq += 1
+    job.version += 1
+    session.add(
+        Event(
+            job_id=job.id,
+            seq=job.event_seq,
+            tenant_id=job.tenant_id,
+            type=type,
+            level=level,
+            message=message[:2000],
+            data=data or {},
+        )
+    )
+
+
+def _page(session: Session, query: Select[Any], limit: int, cursor: Any) -> Page:
+    rows = list(session.scalars(query.limit(limit + 1)))
+    return Page(rows[:limit], cursor(rows[limit - 1]) if len(rows) > limit else None)

@@ -1,0 +1,156 @@
+"""The job spec: what a client posts."""
+
+import hashlib
+import json
+import re
+from typing import Annotated, Any
+
+import yaml
+from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from core.errors import SpecInvalid
+from core.methods import FAMILIES, OneOf, Problem, Stage, StrictModel, Student, Task, list_methods
+
+DATA_REF = re.compile(r"^[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,63}$")
+MODEL_REF = re.compile(
+    r"^(hub:[\w.-]+/[\w.-]+(@[\w.-]+)?|job:job_[0-9a-f]{32}(/[\w.-]+)?|([\w.-]+/)?[A-Za-z0-9][\w.-]{0,95})$"
+)
+DEFAULT_STAGES: tuple[dict[str, Any], ...] = (
+    {"kind": "finetune", "of": "teacher"},
+    {"kind": "distill"},
+    {"kind": "export"},
+    {"kind": "evaluate"},
+)
+
+
+class TeacherSpec(StrictModel):
+    """The model to learn from."""
+
+    model: str = Field(
+        description="A model of yours (`name` or `tenant/name`), the output of a job (`job:<id>` or "
+        "`job:<id>/<artifact>`), or a hub model (`hub:org/name@revision`).",
+        examples=["acme/minilm-l6", "hub:org/name@main"],
+    )
+
+    @field_validator("model")
+    @classmethod
+    def _known_form(cls, value: str) -> str:
+        if not MODEL_REF.match(value):
+            raise PydanticCustomError(
+                "model_ref", "'{ref}' names no model; write 'name', 'tenant/name', 'job:<id>' or 'hub:org/name@revision'", {"ref": value}
+            )
+        return value
+
+
+class DataSpec(StrictModel):
+    """The splits to use, each as `dataset/split`."""
+
+    train: str = Field(description="Split to train on.", examples=["tickets/train"])
+    validation: str | None = Field(None, description="Split to watch while training.", examples=["tickets/validation"])
+    test: str | None = Field(None, description="Split to measure on at the end.", examples=["tickets/test"])
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, data: Any) -> Any:
+        if isinstance(data, str):
+            return {split: f"{data}/{split}" for split in ("train", "validation", "test")}
+        return data
+
+    @field_validator("train", "validation", "test")
+    @classmethod
+    def _known_form(cls, value: str | None) -> str | None:
+        if value is not None and not DATA_REF.match(value):
+            raise PydanticCustomError("data_ref", "'{ref}' names no split; write 'dataset/split'", {"ref": value})
+        return value
+
+
+class JobSpec(StrictModel):
+    """A job: a teacher, a student, data, and the stages that make one into the other."""
+
+    name: str = Field("job", max_length=120, pattern=r"^[\w .:/-]+$", description="Your name for the job.")
+    task: Annotated[Task, OneOf()] = Field(
+        default={"kind": "text_classification"}, validate_default=True, description="What the model is to do."
+    )
+    teacher: TeacherSpec = Field(description="The model to learn from.")
+    student: Annotated[Student, OneOf()] = Field(description="Where the student comes from.")
+    data: DataSpec = Field(description="The splits; a bare data set name means its train, validation and test.")
+    stages: list[Annotated[Stage, OneOf()]] = Field(
+        default=list(DEFAULT_STAGES), validate_default=True, min_length=1, max_length=32, description="What to do, in order."
+    )
+    seed: int = Field(0, ge=0, lt=2**31, description="Seed of every random choice.")
+    metadata: dict[str, str] = Field({}, description="Your own labels; jobs can be listed by them.", max_length=16)
+
+    @field_validator("metadata")
+    @classmethod
+    def _short(cls, value: dict[str, str]) -> dict[str, str]:
+        if any(len(key) > 64 or len(text) > 512 for key, text in value.items()):
+            raise PydanticCustomError("metadata", "a key has at most 64 characters, a value at most 512", {})
+        return value
+
+    def digest(self) -> str:
+        """Returns the sha256 of the normalised spec."""
+        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def check(self) -> list[Problem]:
+        """Returns what is wrong between the stages: each must find what it reads."""
+        problems, roles = [], {"teacher"}
+        for index, stage in enumerate(self.stages):
+            problems += [Problem(f"stages.{index}.{p.field}", p.message) for p in stage.check(self)]
+            for role in sorted(stage.reads() - roles):
+                problems.append(
+                    Problem(
+                        f"stages.{index}",
+                        f"stage '{stage.kind}' needs a {role}, and no stage before it makes one; add such a stage before it",
+                    )
+                )
+            roles |= stage.writes()
+        return problems
+
+
+def parse_spec(body: bytes) -> JobSpec:
+    """Returns the spec in a JSON or YAML body. Raises SpecInvalid with every problem and its field."""
+    try:
+        data = yaml.safe_load(body.decode("utf-8"))
+    except (UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError) as error:
+        raise SpecInvalid(f"The body is neither valid YAML nor JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise SpecInvalid("The body must be a mapping with teacher, student and data.")
+    return load_spec(data)
+
+
+def load_spec(data: dict[str, Any]) -> JobSpec:
+    """Returns the spec in parsed data. Raises SpecInvalid with every problem and its field."""
+    try:
+        spec = JobSpec.model_validate(data)
+    except (ValidationError, RecursionError) as error:
+        details = [_detail(e) for e in error.errors(include_url=False)] if isinstance(error, ValidationError) else []
+        raise spec_invalid(details or [{"field": "", "message": "the spec is nested too deeply"}]) from error
+    problems = spec.check()
+    if problems:
+        raise spec_invalid([{"field": p.field, "message": p.message} for p in problems])
+    return spec
+
+
+def spec_invalid(details: list[dict[str, Any]]) -> SpecInvalid:
+    """Returns the error for a list of `{field, message}`; its message shows the first."""
+    first = details[0]
+    more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
+    where = f"{first['field']}: " if first["field"] else ""
+    return SpecInvalid(f"{where}{first['message']}{more}", param=first["field"] or None, details=details)
+
+
+def _detail(error: ErrorDetails) -> dict[str, Any]:
+    context = error.get("ctx") or {}
+    tags = {kind for family in FAMILIES for kind in list_methods(family.family)}
+    parts = [part for part in error["loc"] if part not in tags]  # pydantic adds the chosen kind to the path
+    if error["type"] == "unknown_field":
+        parts.append(context["field"])
+    if error["type"] in {"unknown_kind", "missing_kind"}:
+        parts.append("kind")
+    detail: dict[str, Any] = {"field": ".".join(str(part) for part in parts), "message": error["msg"]}
+    found = error.get("input")
+    if isinstance(found, str | int | float | bool) and error["type"] != "unknown_field":
+        detail["found"] = str(found)[:200]
+    return detail

@@ -1,0 +1,187 @@
+"""Methods: one file, one frozen class, which is request schema, documentation and builder at once.
+
+A file `worker/methods/<family>/<kind>.py` defines one subclass of a family below; defining it registers it. Nothing here imports
+those files by name: `discover()` finds them, so that a new method edits no existing file.
+"""
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, model_validator
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+
+from core.models.facts import ModelFacts
+
+if TYPE_CHECKING:
+    from core.jobs.spec import JobSpec
+
+METHODS_PACKAGE = "worker.methods"
+
+
+def suggest(found: str, known: Iterable[str]) -> str:
+    """Returns "did you mean …?" for a near miss, else the list of what is known."""
+    names = sorted(known)
+    near = difflib.get_close_matches(found, names, n=1, cutoff=0.6)
+    return f"did you mean '{near[0]}'?" if near else f"known: {', '.join(names)}"
+
+
+class StrictModel(BaseModel):
+    """A frozen model that refuses unknown fields and says which known one was probably meant."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            for key in data:
+                if key not in cls.model_fields:
+                    raise PydanticCustomError(
+                        "unknown_field",
+                        "unknown field '{field}'; {hint}",
+                        {"field": str(key), "hint": suggest(str(key), cls.model_fields)},
+                    )
+        return data
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong with a spec: where, and what to do."""
+
+    field: str
+    message: str
+
+
+class Method(StrictModel):
+    """One way to do one thing. Subclasses set `kind: Literal["x"] = "x"` in a file `x.py`."""
+
+    family: ClassVar[str] = ""
+    version: ClassVar[int] = 1
+
+    kind: str
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        kind = cls.model_fields["kind"].default
+        if isinstance(kind, str):
+            _REGISTRY.setdefault(cls.family, {})[kind] = cls
+
+
+class Task(Method):
+    """What the model is to do, and which columns of the data say so."""
+
+    family: ClassVar[str] = "tasks"
+
+    def columns(self) -> dict[str, str]:
+        """Returns the columns the data must have, by their role (`text`, `label`)."""
+        raise NotImplementedError
+
+
+class Student(Method):
+    """Where the student's architecture and first weights come from."""
+
+    family: ClassVar[str] = "students"
+
+    def check(self, teacher: ModelFacts) -> list[Problem]:
+        """Returns what makes this student impossible for that teacher."""
+        raise NotImplementedError
+
+    def build(self, ctx: Any) -> Any:
+        """Returns the student model (torch); `ctx` is a `worker.engine.context.StageContext`."""
+        raise NotImplementedError
+
+
+class Loss(Method):
+    """One term of the training objective."""
+
+    family: ClassVar[str] = "losses"
+
+    weight: float
+
+    def build(self, ctx: Any) -> Any:
+        """Returns a callable `(student_logits_BC, teacher_logits_BC, labels_B) -> loss_B` (torch)."""
+        raise NotImplementedError
+
+
+class Exporter(Method):
+    """One deployable form of the student."""
+
+    family: ClassVar[str] = "exporters"
+
+    def build(self, ctx: Any) -> Any:
+        """Returns a callable that writes and checks the form."""
+        raise NotImplementedError
+
+
+class Stage(Method):
+    """One step of a job."""
+
+    family: ClassVar[str] = "stages"
+    queue: ClassVar[str] = "cpu"
+
+    def check(self, spec: "JobSpec") -> list[Problem]:
+        """Returns what is wrong with these settings inside that spec; fields are relative to the stage."""
+        return []
+
+    def reads(self) -> set[str]:
+        """Returns the roles (`teacher`, `student`) that must exist before this stage."""
+        raise NotImplementedError
+
+    def writes(self) -> set[str]:
+        """Returns the roles that this stage makes; each becomes an artifact of that name."""
+        raise NotImplementedError
+
+    def build(self, ctx: Any) -> Any:
+        """Returns a callable without arguments that runs the stage; `ctx` is a `worker.engine.context.StageContext`."""
+        raise NotImplementedError
+
+
+FAMILIES: tuple[type[Method], ...] = (Task, Student, Loss, Exporter, Stage)
+_REGISTRY: dict[str, dict[str, type[Method]]] = {}
+
+
+@cache
+def discover() -> None:
+    """Imports every method file once, which registers them."""
+    package = importlib.import_module(METHODS_PACKAGE)
+    for module in pkgutil.walk_packages(package.__path__, f"{METHODS_PACKAGE}."):
+        importlib.import_module(module.name)
+
+
+def list_methods(family: str) -> dict[str, type[Method]]:
+    """Returns the methods of a family by kind."""
+    discover()
+    return dict(sorted(_REGISTRY.get(family, {}).items()))
+
+
+class OneOf:
+    """Marks a field typed as a family: its values are any registered method of it, told apart by `kind`.
+
+    The schema is built when it is first used, so that it holds every method that `discover()` finds.
+    """
+
+    def __get_pydantic_core_schema__(self, source: type[Method], handler: GetCoreSchemaHandler) -> CoreSchema:
+        choices = {kind: handler.generate_schema(cls) for kind, cls in list_methods(source.family).items()}
+
+        def known_kind(value: Any) -> Any:
+            kind = value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
+            if kind is None:
+                raise PydanticCustomError(
+                    "missing_kind", "the field 'kind' is missing; known: {known}", {"known": ", ".join(choices)}
+                )
+            if kind not in choices:
+                raise PydanticCustomError(
+                    "unknown_kind",
+                    "unknown kind '{kind}'; {hint}",
+                    {"kind": str(kind), "hint": suggest(str(kind), choices)},
+                )
+            return value
+
+        union = core_schema.tagged_union_schema(choices, discriminator="kind")
+        return core_schema.no_info_before_validator_function(known_kind, union)

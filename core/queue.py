@@ -1,0 +1,60 @@
+"""The Celery app object and hints.
+
+A message never names a job: it says "look at the table". So a lost, repeated or forged message is harmless.
+"""
+
+import logging
+from functools import cache
+
+from celery import Celery
+from kombu import Queue
+
+from core.settings import get_settings
+
+QUEUES = ("cpu", "gpu")
+TASK_RUN = "stillhouse.run"
+log = logging.getLogger(__name__)
+
+
+@cache
+def get_celery() -> Celery:
+    """Returns the Celery app, with the settings that keep hints harmless and cheap."""
+    app = Celery("stillhouse", broker=get_settings().redis_url)
+    app.conf.update(
+        task_acks_late=False,  # the database lease protects the work, not the message
+        task_reject_on_worker_lost=False,
+        task_ignore_result=True,
+        task_queues=[Queue(name) for name in QUEUES],
+        task_default_queue="cpu",
+        task_create_missing_queues=False,
+        task_serializer="json",
+        accept_content=["json"],
+        worker_prefetch_multiplier=1,
+        worker_disable_prefetch=True,
+        worker_concurrency=1,
+        worker_enable_remote_control=False,
+        worker_soft_shutdown_timeout=0,
+        worker_hijack_root_logger=False,
+        broker_connection_retry_on_startup=True,
+        broker_connection_max_retries=None,
+        broker_transport_options={
+            "global_keyprefix": "stillhouse:",
+            "visibility_timeout": 3600,
+            "socket_keepalive": True,
+            "socket_connect_timeout": 2,
+            "socket_timeout": 10,
+            "health_check_interval": 25,
+            "retry_on_timeout": True,
+        },
+    )
+    return app
+
+
+def hint(queue: str) -> bool:
+    """Tells an idle worker of `queue` to look at the table; best effort, returns whether the broker took it."""
+    try:
+        get_celery().send_task(TASK_RUN, queue=queue, kwargs={"queue": queue}, retry=False, expires=3600)
+    except Exception as error:  # the broker's client raises many types, and none may fail a request
+        log.warning("hint not sent: %s", type(error).__name__)
+        return False
+    return True

@@ -1,0 +1,47 @@
+"""The only reader of the environment."""
+
+from functools import cache
+from pathlib import Path
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """Process settings, each from the variable `STILLHOUSE_<NAME>`."""
+
+    model_config = SettingsConfigDict(env_prefix="STILLHOUSE_", frozen=True)
+
+    database_url: str = Field(
+        "postgresql+psycopg://localhost/stillhouse", description="SQLAlchemy URL of the Postgres database."
+    )
+    redis_url: str = Field("redis://localhost:6379/0", description="Celery broker; it carries only hints.")
+    storage_dir: Path = Field(Path("var/blobs"), description="Folder of the content-addressed store.")
+    staging_dir: Path = Field(Path("var/staging"), description="Scratch folder of a worker's running stages.")
+    hub_endpoint: str = Field("https://huggingface.co", description="Where `hub:org/name` models are fetched from.")
+    hub_token: str | None = Field(None, description="Token for the hub, if it needs one.")
+    queues: str = Field("cpu", description="Comma-separated queues that this worker serves.")
+    num_threads: int = Field(0, ge=0, description="Threads of a stage's child process; 0 means all cores.")
+    max_child_memory_bytes: int = Field(0, ge=0, description="Address-space limit of a child; 0 means none.")
+    lease_s: int = Field(60, ge=2, description="How long a claim holds without a heartbeat.")
+    heartbeat_s: float = Field(10.0, gt=0, description="Pause between two heartbeats of a supervisor.")
+    hung_s: int = Field(900, ge=5, description="A child silent for this long is killed and the stage retried.")
+    poll_s: float = Field(10.0, gt=0, description="How often an idle worker looks at the table without a hint.")
+    reconcile_s: float = Field(5.0, gt=0, description="Pause between two ticks of the reconciler.")
+    hint_after_s: int = Field(30, ge=1, description="A queued job without a hint for this long is hinted again.")
+    max_attempts: int = Field(5, ge=1, description="Lost workers in one stage before the job fails as `worker_lost`.")
+    max_upload_bytes: int = Field(20 * 1024**3, description="Largest body of one upload.")
+    max_rows: int = Field(5_000_000, description="Most rows in one split of a data set.")
+    max_text_chars: int = Field(100_000, description="Longest text in a data set, in characters.")
+    idempotency_ttl_s: int = Field(24 * 3600, description="How long an Idempotency-Key is remembered.")
+
+    @property
+    def queue_names(self) -> list[str]:
+        """Names of the queues this worker serves."""
+        return [name.strip() for name in self.queues.split(",") if name.strip()]
+
+
+@cache
+def get_settings() -> Settings:
+    """Returns the settings of this process, read once."""
+    return Settings()

@@ -1,0 +1,188 @@
+"""Content-addressed storage: a blob's name is the sha256 of its bytes, so a published blob never changes."""
+
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator
+from functools import cache
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO, NamedTuple
+
+from pydantic import BaseModel, ConfigDict
+
+from core.errors import NotFound, StorageFull
+from core.settings import get_settings
+
+CHUNK_BYTES = 1024 * 1024
+FREE_RESERVE_BYTES = 64 * 1024 * 1024
+
+
+class Blob(NamedTuple):
+    """A stored blob."""
+
+    sha256: str
+    size_bytes: int
+
+
+class ManifestFile(BaseModel):
+    """One file of a manifest: its path inside the manifest and the blob that holds its bytes."""
+
+    model_config = ConfigDict(frozen=True)
+
+    path: str
+    sha256: str
+    size_bytes: int
+
+
+def manifest_digest(files: Iterable[ManifestFile]) -> str:
+    """Returns the sha256 that names a list of files, whatever their order."""
+    lines = sorted(f"{file.sha256}  {file.path}\n" for file in files)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def is_safe_path(path: str) -> bool:
+    """Tells whether `path` is relative, normalised, printable and stays inside its folder."""
+    parts = PurePosixPath(path).parts
+    return bool(
+        path
+        and len(path) <= 255
+        and path.isprintable()
+        and "\\" not in path
+        and not path.startswith("/")
+        and ".." not in parts
+        and "/".join(parts) == path
+        and path != "."
+    )
+
+
+class BlobWriter:
+    """Writes one blob in chunks; it is published by `commit()` and leaves nothing behind otherwise."""
+
+    def __init__(self, store: "ArtifactStore") -> None:
+        self._store = store
+        self._path = store.temp_dir / secrets.token_hex(16)
+        self._file = self._path.open("xb")
+        self._hash = hashlib.sha256()
+        self.size_bytes = 0
+
+    def write(self, chunk: bytes) -> None:
+        """Appends bytes. Raises StorageFull when the disk is."""
+        try:
+            self._file.write(chunk)
+        except OSError as error:
+            raise StorageFull() from error
+        self._hash.update(chunk)
+        self.size_bytes += len(chunk)
+
+    def commit(self) -> Blob:
+        """Publishes the bytes atomically and returns the blob."""
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise StorageFull() from error
+        self._file.close()
+        blob = Blob(self._hash.hexdigest(), self.size_bytes)
+        self._store.publish(self._path, blob)
+        return blob
+
+    def __enter__(self) -> "BlobWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+        self._path.unlink(missing_ok=True)
+
+
+class ArtifactStore:
+    """Blobs in a local folder: `<root>/sha256/ab/<sha256>`."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.temp_dir = root / "tmp"
+        self.temp_dir.mkdir(parents=True, exist_ok=True)
+
+    def path_of(self, sha256: str) -> Path:
+        """Returns where the blob lies, whether or not it exists."""
+        return self.root / "sha256" / sha256[:2] / sha256
+
+    def get_path(self, sha256: str) -> Path:
+        """Returns the blob's path. Raises NotFound when there is no such blob."""
+        path = self.path_of(sha256)
+        if not path.is_file():
+            raise NotFound(f"The stored bytes {sha256[:12]}… are missing from the server's storage.")
+        return path
+
+    def writer(self) -> BlobWriter:
+        """Returns a writer for one new blob; use it in a `with` block."""
+        if shutil.disk_usage(self.root).free < FREE_RESERVE_BYTES:
+            raise StorageFull()
+        return BlobWriter(self)
+
+    def put_bytes(self, data: bytes) -> Blob:
+        """Stores bytes and returns their blob."""
+        with self.writer() as writer:
+            writer.write(data)
+            return writer.commit()
+
+    def put_file(self, path: Path) -> Blob:
+        """Stores a copy of a file and returns its blob."""
+        with path.open("rb") as source, self.writer() as writer:
+            for chunk in read_chunks(source):
+                writer.write(chunk)
+            return writer.commit()
+
+    def put_folder(self, folder: Path) -> list[ManifestFile]:
+        """Stores every regular file below `folder` and returns them sorted by path."""
+        files = []
+        for path in sorted(p for p in folder.rglob("*") if p.is_file() and not p.is_symlink()):
+            blob = self.put_file(path)
+            files.append(
+                ManifestFile(
+                    path=path.relative_to(folder).as_posix(), sha256=blob.sha256, size_bytes=blob.size_bytes
+                )
+            )
+        return files
+
+    def publish(self, path: Path, blob: Blob) -> None:
+        """Moves a finished file to its address; a blob that exists already is kept."""
+        target = self.path_of(blob.sha256)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.exists():
+            path.unlink()
+            return
+        path.chmod(0o444)
+        path.rename(target)
+        folder = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+    def materialize(self, files: Iterable[ManifestFile], folder: Path) -> None:
+        """Lays a manifest's files out below `folder`, as hard links where the file system allows it."""
+        for file in files:
+            target = folder / file.path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            source = self.get_path(file.sha256)
+            try:
+                target.hardlink_to(source)
+            except OSError:
+                shutil.copyfile(source, target)
+
+    def delete(self, sha256: str) -> None:
+        """Deletes a blob; a missing one is no error."""
+        self.path_of(sha256).unlink(missing_ok=True)
+
+
+def read_chunks(source: BinaryIO) -> Iterator[bytes]:
+    """Yields a file's bytes in chunks of one MiB."""
+    while chunk := source.read(CHUNK_BYTES):
+        yield chunk
+
+
+@cache
+def get_store() -> ArtifactStore:
+    """Returns this process's artifact store."""
+    return ArtifactStore(get_settings().storage_dir)

@@ -1,0 +1,78 @@
+"""One database and one broker for the whole run: embedded ones, or those of the two URL variables."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+_scratch = tempfile.TemporaryDirectory(prefix="stillhouse-tests-")
+_stop: list = []
+
+
+def _make_database(server_url: str) -> str:
+    """Returns the URL of a fresh database on the server."""
+    from sqlalchemy import create_engine, make_url, text
+
+    name = f"stillhouse_test_{os.getpid()}"
+    url = make_url(server_url)
+    admin = create_engine(url, isolation_level="AUTOCOMMIT")
+    with admin.connect() as connection:
+        connection.execute(text(f'drop database if exists "{name}" with (force)'))
+        connection.execute(text(f'create database "{name}"'))
+
+    def drop() -> None:
+        from core.db import get_engine
+
+        get_engine().dispose()
+        with admin.connect() as connection:
+            connection.execute(text(f'drop database if exists "{name}" with (force)'))
+        admin.dispose()
+
+    _stop.append(drop)
+    return url.set(database=name).render_as_string(hide_password=False)
+
+
+def pytest_configure() -> None:
+    """Sets the environment before any module reads the settings."""
+    scratch = Path(_scratch.name)
+    scratch.chmod(0o755)
+    if not os.environ.get("STILLHOUSE_DATABASE_URL"):
+        from stillhouse.local import EmbeddedPostgres
+
+        postgres = EmbeddedPostgres(scratch / "postgres")
+        os.environ["STILLHOUSE_DATABASE_URL"] = postgres.start()
+        _stop.append(postgres.stop)
+    if not os.environ.get("STILLHOUSE_REDIS_URL"):
+        from stillhouse.local import EmbeddedRedis
+
+        redis = EmbeddedRedis(scratch / "redis")
+        os.environ["STILLHOUSE_REDIS_URL"] = redis.start()
+        _stop.append(redis.stop)
+    os.environ["STILLHOUSE_DATABASE_URL"] = _make_database(os.environ["STILLHOUSE_DATABASE_URL"])
+    os.environ["STILLHOUSE_STORAGE_DIR"] = str(scratch / "blobs")
+    os.environ["STILLHOUSE_STAGING_DIR"] = str(scratch / "staging")
+    import migrations
+
+    migrations.upgrade()
+
+
+def pytest_unconfigure() -> None:
+    """Stops what was started, the newest first."""
+    for stop in reversed(_stop):
+        stop()
+    _scratch.cleanup()
+
+
+@pytest.fixture
+def tenant() -> Iterator[tuple[str, str]]:
+    """Yields a fresh tenant's id and an API key of it with every scope."""
+    from core.db import session_scope
+    from core.ids import new_id
+    from core.tenants.keys import SCOPES, create_key, ensure_tenant
+
+    with session_scope() as session:
+        owner = ensure_tenant(session, new_id("t")[-12:])
+        _, key = create_key(session, owner.id, "test", list(SCOPES))
+    yield owner.id, key

@@ -1,0 +1,25 @@
+"""ONNX in single precision."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from core.methods import Exporter
+
+if TYPE_CHECKING:
+    from worker.engine.context import StageContext
+
+
+class Onnx(Exporter):
+    """Writes `model.onnx` with tokenizer and labels; its logits must equal the student's within `tolerance`."""
+
+    kind: Literal["onnx"] = "onnx"
+    tolerance: float = Field(1e-3, gt=0, description="Largest accepted difference of a logit.")
+
+    def build(self, ctx: "StageContext") -> Callable[[Path], dict[str, float]]:
+        """Returns a callable that writes the form into a folder, checks it, and returns what the check measured."""
+        from worker.engine.exporting import write_onnx
+
+        return lambda folder: write_onnx(ctx, self, folder)

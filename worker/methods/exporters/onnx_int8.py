@@ -1,0 +1,27 @@
+"""ONNX with weights in 8 bits."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from core.methods import Exporter
+
+if TYPE_CHECKING:
+    from worker.engine.context import StageContext
+
+
+class OnnxInt8(Exporter):
+    """Writes `model.onnx` with dynamically quantised matrices; its labels must agree with the student's."""
+
+    kind: Literal["onnx_int8"] = "onnx_int8"
+    min_agreement: float = Field(
+        0.95, gt=0, le=1, description="Least accepted share of validation texts with the student's label."
+    )
+
+    def build(self, ctx: "StageContext") -> Callable[[Path], dict[str, float]]:
+        """Returns a callable that writes the form into a folder, checks it, and returns what the check measured."""
+        from worker.engine.exporting import write_onnx_int8
+
+        return lambda folder: write_onnx_int8(ctx, self, folder)

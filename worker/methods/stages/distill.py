@@ -1,0 +1,50 @@
+"""Distillation of the teacher into the student."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from core.methods import Loss, OneOf, Stage
+
+if TYPE_CHECKING:
+    from worker.engine.context import StageContext
+
+
+class Distill(Stage):
+    """Trains the student on the labels and on the teacher's soft answers: L = CE + λ·T²·KL(teacher‖student).
+
+    The teacher answers once for the whole split, in inference mode; the student's epochs read its logits from memory.
+
+    Paper: Hinton, Vinyals, Dean 2015, "Distilling the Knowledge in a Neural Network".
+    """
+
+    kind: Literal["distill"] = "distill"
+    epochs: float = Field(6.0, gt=0, le=1000, description="Passes over the training split.")
+    losses: list[Annotated[Loss, OneOf()]] = Field(
+        default=[{"kind": "cross_entropy"}, {"kind": "forward_kl"}],
+        validate_default=True,
+        min_length=1,
+        max_length=16,
+        description="Terms of the objective; each is logged alone and as its share.",
+    )
+    learning_rate: float = Field(2e-4, gt=0, le=1, description="Peak learning rate of the encoder.")
+    head_learning_rate: float = Field(1e-3, gt=0, le=1, description="Peak learning rate of the classification head.")
+    batch_size: int = Field(32, ge=1, le=4096, description="Examples in one optimiser step.")
+    warmup_ratio: float = Field(0.1, ge=0, lt=1, description="Share of the steps over which the rate rises.")
+    weight_decay: float = Field(0.01, ge=0, le=1, description="AdamW weight decay, not on biases and norms.")
+    max_length: int = Field(128, ge=4, le=8192, description="Longest input in tokens; longer ones are cut.")
+
+    def reads(self) -> set[str]:
+        """Returns the teacher's role."""
+        return {"teacher"}
+
+    def writes(self) -> set[str]:
+        """Returns the student's role."""
+        return {"student"}
+
+    def build(self, ctx: "StageContext") -> Callable[[], None]:
+        """Returns the training run."""
+        from worker.engine.training import distill
+
+        return lambda: distill(ctx, self)

@@ -1,0 +1,40 @@
+"""Measurement of every model that the job made."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from core.methods import Problem, Stage
+
+if TYPE_CHECKING:
+    from core.jobs.spec import JobSpec
+    from worker.engine.context import StageContext
+
+
+class Evaluate(Stage):
+    """Measures teacher, student and every exported form on the test split, and writes the report and the model card."""
+
+    kind: Literal["evaluate"] = "evaluate"
+    confidence: float = Field(0.95, gt=0.5, lt=1, description="Level of the confidence intervals (bootstrap over examples).")
+    latency_samples: int = Field(100, ge=10, le=10_000, description="Texts timed one by one at batch size 1.")
+
+    def check(self, spec: "JobSpec") -> list[Problem]:
+        """Returns a problem when the spec has no test split."""
+        if spec.data.test is None:
+            return [Problem("kind", "'evaluate' needs a test split; set data.test, or leave the stage out")]
+        return []
+
+    def reads(self) -> set[str]:
+        """Returns the teacher's and the student's role."""
+        return {"teacher", "student"}
+
+    def writes(self) -> set[str]:
+        """Returns the report's role."""
+        return {"report"}
+
+    def build(self, ctx: "StageContext") -> Callable[[], None]:
+        """Returns the measuring run."""
+        from worker.engine.evaluation import evaluate
+
+        return lambda: evaluate(ctx, self)

@@ -1,0 +1,48 @@
+"""Export of the student to deployable forms."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from core.methods import Exporter, OneOf, Problem, Stage
+
+if TYPE_CHECKING:
+    from core.jobs.spec import JobSpec
+    from worker.engine.context import StageContext
+
+
+class Export(Stage):
+    """Writes the student in each form, loads it again and compares it with the student before it is published."""
+
+    kind: Literal["export"] = "export"
+    formats: list[Annotated[Exporter, OneOf()]] = Field(
+        default=[{"kind": "safetensors"}, {"kind": "onnx"}, {"kind": "onnx_int8"}],
+        validate_default=True,
+        min_length=1,
+        max_length=16,
+        description="Forms to write; each becomes an artifact named after its kind.",
+    )
+
+    def check(self, spec: "JobSpec") -> list[Problem]:
+        """Returns a problem when a form is named twice."""
+        kinds = [form.kind for form in self.formats]
+        return [
+            Problem(f"formats.{index}", f"'{kind}' is named twice; name each form once")
+            for index, kind in enumerate(kinds)
+            if kind in kinds[:index]
+        ]
+
+    def reads(self) -> set[str]:
+        """Returns the student's role."""
+        return {"student"}
+
+    def writes(self) -> set[str]:
+        """Returns one role a form."""
+        return {form.kind for form in self.formats}
+
+    def build(self, ctx: "StageContext") -> Callable[[], None]:
+        """Returns the export run."""
+        from worker.engine.exporting import export
+
+        return lambda: export(ctx, self)

@@ -1,0 +1,39 @@
+"""Fine-tuning on the labels."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from core.methods import Stage
+
+if TYPE_CHECKING:
+    from worker.engine.context import StageContext
+
+
+class Finetune(Stage):
+    """Trains a model on the labels of the training split."""
+
+    kind: Literal["finetune"] = "finetune"
+    of: Literal["teacher", "student"] = Field("teacher", description="Which model to train.")
+    epochs: float = Field(4.0, gt=0, le=1000, description="Passes over the training split.")
+    learning_rate: float = Field(2e-4, gt=0, le=1, description="Peak learning rate of the encoder.")
+    head_learning_rate: float = Field(1e-3, gt=0, le=1, description="Peak learning rate of the classification head.")
+    batch_size: int = Field(32, ge=1, le=4096, description="Examples in one optimiser step.")
+    warmup_ratio: float = Field(0.1, ge=0, lt=1, description="Share of the steps over which the rate rises.")
+    weight_decay: float = Field(0.01, ge=0, le=1, description="AdamW weight decay, not on biases and norms.")
+    max_length: int = Field(128, ge=4, le=8192, description="Longest input in tokens; longer ones are cut.")
+
+    def reads(self) -> set[str]:
+        """Returns the model that is trained; a student starts from the teacher."""
+        return {"teacher"}
+
+    def writes(self) -> set[str]:
+        """Returns the trained model's role."""
+        return {self.of}
+
+    def build(self, ctx: "StageContext") -> Callable[[], None]:
+        """Returns the training run."""
+        from worker.engine.training import finetune
+
+        return lambda: finetune(ctx, self)
