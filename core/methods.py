@@ -1,7 +1,7 @@
 """Methods: one file, one frozen class, which is request schema, documentation and builder at once.
 
-A file `worker/methods/<family>/<kind>.py` defines one subclass of a family below; defining it registers it. Nothing here imports
-those files by name: `discover()` finds them, so that a new method edits no existing file.
+A file `worker/methods/<family>/<kind>.py` defines one subclass of a family below; defining it registers it. Nothing
+here imports those files by name: `discover()` finds them, so that a new method edits no existing file.
 """
 
 import difflib
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, model_validator
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
-from core.models.facts import ModelFacts
+from core.models.facts import ModelFacts as ModelFacts
 
 if TYPE_CHECKING:
     from core.jobs.spec import JobSpec
@@ -125,7 +125,7 @@ class Stage(Method):
     family: ClassVar[str] = "stages"
     queue: ClassVar[str] = "cpu"
 
-    def check(self, spec: "JobSpec") -> list[Problem]:
+    def check(self, spec: "JobSpec") -> list[Problem]:  # noqa: ARG002 - most stages have nothing to check
         """Returns what is wrong with these settings inside that spec; fields are relative to the stage."""
         return []
 

@@ -139,9 +139,7 @@ class ArtifactStore:
         for path in sorted(p for p in folder.rglob("*") if p.is_file() and not p.is_symlink()):
             blob = self.put_file(path)
             files.append(
-                ManifestFile(
-                    path=path.relative_to(folder).as_posix(), sha256=blob.sha256, size_bytes=blob.size_bytes
-                )
+                ManifestFile(path=path.relative_to(folder).as_posix(), sha256=blob.sha256, size_bytes=blob.size_bytes)
             )
         return files
 

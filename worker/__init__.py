@@ -1,0 +1,1 @@
+"""What does the work: Celery outside, torch inside a child process."""

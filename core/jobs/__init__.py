@@ -1,0 +1,1 @@
+"""Jobs: spec, states, tables, and who may write them."""

@@ -12,9 +12,10 @@ JOB_FK = "jobs.id"
 
 
 class Job(Base):
-    """A spec plus its life. `inputs` holds what its references were resolved to when it was accepted:
+    """A spec plus its life.
 
-    `{"teacher": <manifest id> | {"hub": …}, "data": {"train": {"sha256", "size_bytes", …}, …}, "labels": […]}`.
+    `inputs` holds what the spec's references were resolved to when it was accepted: `{"teacher": {"manifest_id"} or
+    {"hub": {"repo", "commit"}}, "data": {"train": {"sha256", "size_bytes", …}, …}, "labels": […]}`.
     """
 
     __tablename__ = "jobs"
@@ -24,9 +25,7 @@ class Job(Base):
         ),
         Index("ix_jobs_tenant_id_id", "tenant_id", "id"),
         Index("ix_jobs_queued", "queue", "id", postgresql_where=text("state = 'queued'")),
-        Index(
-            "ix_jobs_lease", "lease_until", postgresql_where=text("state in ('running','cancelling','pausing')")
-        ),
+        Index("ix_jobs_lease", "lease_until", postgresql_where=text("state in ('running','cancelling','pausing')")),
         Index("ix_jobs_metadata", "labels", postgresql_using="gin"),
     )
 

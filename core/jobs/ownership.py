@@ -1,7 +1,8 @@
 """Who runs a job: claim, heartbeat and fenced writes.
 
-A claim raises the job's `fence`; every later write of that owner goes through `owned()`, which locks the row and checks the fence. So
-an owner that was given up for dead cannot write a byte, whatever it still believes. Only the database's clock decides.
+A claim raises the job's `fence`; every later write of that owner goes through `owned()`, which locks the row and
+checks the fence. So an owner that was given up for dead cannot write a byte, whatever it still believes. Only the
+database's clock decides.
 """
 
 from collections.abc import Iterable
@@ -68,9 +69,7 @@ def claim(session: Session, worker: str, queues: list[str]) -> Claim | None:
 def owned(session: Session, claim: Claim) -> Job:
     """Returns the job, locked, if this claim still owns it. Raises LeaseLost otherwise."""
     job = session.scalar(
-        select(Job)
-        .where(Job.id == claim.job_id, Job.fence == claim.fence, Job.state.in_(OWNED))
-        .with_for_update()
+        select(Job).where(Job.id == claim.job_id, Job.fence == claim.fence, Job.state.in_(OWNED)).with_for_update()
     )
     if job is None:
         raise LeaseLost()
@@ -87,7 +86,7 @@ def heartbeat(session: Session, claim: Claim) -> str:
     )
     if desired is None:
         raise LeaseLost()
-    return desired
+    return str(desired)
 
 
 def start_stage(session: Session, claim: Claim, ordinal: int) -> None:
@@ -126,7 +125,12 @@ def record_progress(
         )
     for event in events:
         add_event(
-            session, job, event["type"], event["message"], event.get("level", "info"), event.get("data", {}) | _where(stage)
+            session,
+            job,
+            event["type"],
+            event["message"],
+            event.get("level", "info"),
+            event.get("data", {}) | _where(stage),
         )
 
 
@@ -138,7 +142,7 @@ def commit_stage(
     summary: dict[str, Any],
     stage_log: Blob,
 ) -> bool:
-    """Publishes a stage's outputs and marks it succeeded, and the job with its last stage; returns whether the job ended."""
+    """Publishes a stage's outputs; the last stage ends its job. Returns whether the job ended."""
     job = owned(session, claim)
     stage = session.get_one(StageRun, (job.id, ordinal))
     for role, files in outputs.items():
@@ -154,7 +158,13 @@ def commit_stage(
     stage.finished_at = func.now()
     _keep_log(stage, stage_log)
     job.lost_attempts = 0
-    add_event(session, job, "stage.succeeded", f"stage {stage.kind} succeeded", data=_where(stage) | {"artifacts": sorted(outputs)})
+    add_event(
+        session,
+        job,
+        "stage.succeeded",
+        f"stage {stage.kind} succeeded",
+        data=_where(stage) | {"artifacts": sorted(outputs)},
+    )
     session.flush()
     last = session.scalar(select(func.max(StageRun.ordinal)).where(StageRun.job_id == job.id))
     if ordinal == last:
@@ -196,7 +206,12 @@ def give_back(session: Session, job: Job, why: str, *, lost: bool) -> None:
     if lost and job.lost_attempts >= get_settings().max_attempts:
         message = f"{job.lost_attempts} workers in a row were lost in the same stage"
         suggestion = "read the stage's log; the stage may need more memory than a worker has"
-        set_state(session, job, "failed", {"reason": "worker_lost", "message": message, "suggestion": suggestion, "retryable": True})
+        set_state(
+            session,
+            job,
+            "failed",
+            {"reason": "worker_lost", "message": message, "suggestion": suggestion, "retryable": True},
+        )
         return
     for stage in session.scalars(select(StageRun).where(StageRun.job_id == job.id, StageRun.state == "running")):
         stage.state, stage.eta_s = "pending", None

@@ -60,8 +60,8 @@ def create_job(session: Session, tenant_id: str, spec: JobSpec, inputs: dict[str
 def find_idempotent(session: Session, tenant_id: str, key: str, fingerprint: str, ttl_s: int) -> Job | None:
     """Returns the job that this key made before, or claims the key and returns None.
 
-    A concurrent request with the same key waits here until the other's transaction ends. Call `bind_idempotent` with the
-    new job before the transaction ends. Raises IdempotencyMismatch when the key came with another body.
+    A concurrent request with the same key waits here until the other's transaction ends. Call `bind_idempotent`
+    with the new job before the transaction ends. Raises IdempotencyMismatch when the key came with another body.
     """
     session.execute(
         delete(IdempotencyKey).where(
@@ -151,9 +151,7 @@ def list_artifacts(session: Session, tenant_id: str, job_id: str) -> list[Artifa
 def get_artifact(session: Session, tenant_id: str, job_id: str, name: str) -> Artifact:
     """Returns one artifact of the job. Raises NotFound."""
     artifact = session.scalar(
-        select(Artifact).where(
-            Artifact.tenant_id == tenant_id, Artifact.job_id == job_id, Artifact.name == name
-        )
+        select(Artifact).where(Artifact.tenant_id == tenant_id, Artifact.job_id == job_id, Artifact.name == name)
     )
     if artifact is None:
         raise NotFound(f"The job '{job_id}' has no artifact '{name}' (yet).")
@@ -163,9 +161,7 @@ def get_artifact(session: Session, tenant_id: str, job_id: str, name: str) -> Ar
 def list_events(session: Session, tenant_id: str, job_id: str, *, after: int = 0, limit: int = 100) -> Page:
     """Returns a page of the job's events, oldest first, from `after` (exclusive)."""
     query = (
-        select(Event)
-        .where(Event.tenant_id == tenant_id, Event.job_id == job_id, Event.seq > after)
-        .order_by(Event.seq)
+        select(Event).where(Event.tenant_id == tenant_id, Event.job_id == job_id, Event.seq > after).order_by(Event.seq)
     )
     return _page(session, query, limit, lambda event: str(event.seq))
 
@@ -194,7 +190,7 @@ def list_metrics(
 
 
 def cancel_job(session: Session, tenant_id: str, job_id: str) -> Job:
-    """Returns the job, cancelled at once if nobody runs it, else on its way there. Raises Conflict when it has ended."""
+    """Returns the job, cancelled at once if nobody runs it, else on its way. Raises Conflict when it has ended."""
     job = get_job(session, tenant_id, job_id, lock=True)
     if job.state in TERMINAL:
         raise Conflict(f"The job is already {job.state}; only a job that has not ended can be cancelled.")

@@ -38,7 +38,9 @@ class TeacherSpec(StrictModel):
     def _known_form(cls, value: str) -> str:
         if not MODEL_REF.match(value):
             raise PydanticCustomError(
-                "model_ref", "'{ref}' names no model; write 'name', 'tenant/name', 'job:<id>' or 'hub:org/name@revision'", {"ref": value}
+                "model_ref",
+                "'{ref}' names no model; write 'name', 'tenant/name', 'job:<id>' or 'hub:org/name@revision'",
+                {"ref": value},
             )
         return value
 
@@ -76,7 +78,11 @@ class JobSpec(StrictModel):
     student: Annotated[Student, OneOf()] = Field(description="Where the student comes from.")
     data: DataSpec = Field(description="The splits; a bare data set name means its train, validation and test.")
     stages: list[Annotated[Stage, OneOf()]] = Field(
-        default=list(DEFAULT_STAGES), validate_default=True, min_length=1, max_length=32, description="What to do, in order."
+        default=list(DEFAULT_STAGES),
+        validate_default=True,
+        min_length=1,
+        max_length=32,
+        description="What to do, in order.",
     )
     seed: int = Field(0, ge=0, lt=2**31, description="Seed of every random choice.")
     metadata: dict[str, str] = Field({}, description="Your own labels; jobs can be listed by them.", max_length=16)
@@ -102,7 +108,7 @@ class JobSpec(StrictModel):
                 problems.append(
                     Problem(
                         f"stages.{index}",
-                        f"stage '{stage.kind}' needs a {role}, and no stage before it makes one; add such a stage before it",
+                        f"stage '{stage.kind}' needs a {role}; add a stage that makes one before it",
                     )
                 )
             roles |= stage.writes()

@@ -1,0 +1,1 @@
+"""Models and the manifests that hold their files."""

@@ -27,9 +27,7 @@ def put_manifest(session: Session, tenant_id: str, files: Iterable[ManifestFile]
         )
         .on_conflict_do_nothing(index_elements=["tenant_id", "sha256"])
     )
-    return session.scalars(
-        select(Manifest).where(Manifest.tenant_id == tenant_id, Manifest.sha256 == digest)
-    ).one()
+    return session.scalars(select(Manifest).where(Manifest.tenant_id == tenant_id, Manifest.sha256 == digest)).one()
 
 
 def get_manifest(session: Session, tenant_id: str, manifest_id: str) -> Manifest:

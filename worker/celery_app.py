@@ -1,0 +1,35 @@
+"""What `celery -A worker.celery_app worker` loads."""
+
+import logging
+from typing import Any
+
+from celery.signals import setup_logging, worker_init, worker_shutdown, worker_shutting_down
+
+import worker.tasks
+from core.queue import get_celery
+
+app = get_celery()
+
+
+@setup_logging.connect
+def configure_logging(**_: Any) -> None:
+    """Sets one log format for Celery and for us."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+
+
+@worker_init.connect
+def start(**_: Any) -> None:
+    """Starts the loops before the broker is asked, so that a worker works without one."""
+    worker.tasks.start_loops()
+
+
+@worker_shutting_down.connect
+def drain(**_: Any) -> None:
+    """Asks the running stage to stop and its job to be handed back."""
+    worker.tasks.supervisor.draining.set()
+
+
+@worker_shutdown.connect
+def finish(**_: Any) -> None:
+    """Waits until the job is handed back."""
+    worker.tasks.supervisor.wait_idle()
