@@ -1,0 +1,1 @@
+"""Stillhouse for its users: the HTTP client, the command line, and the whole stack on one machine."""
