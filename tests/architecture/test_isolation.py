@@ -1,0 +1,36 @@
+"""Fresh interpreters show what a process really imports."""
+
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = ("torch", "transformers", "onnxruntime", "matplotlib", "sklearn")
+WITHOUT_TORCH = ("app.main", "worker.celery_app", "worker.supervisor", "core.jobs.spec", "stillhouse.cli", "stillhouse.client")
+
+
+@pytest.mark.parametrize("module", WITHOUT_TORCH)
+def test_module_imports_nothing_heavy(module: str) -> None:
+    code = f"import sys, {module}; print([m for m in {HEAVY!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_every_method_is_found_without_torch() -> None:
+    code = f"""
+import sys
+from core.methods import FAMILIES, list_methods
+assert all(list_methods(family.family) for family in FAMILIES)
+print([m for m in {HEAVY!r} if m in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_client_imports_no_other_room() -> None:
+    code = """
+import sys, stillhouse.client, stillhouse.cli
+print([m for m in sys.modules if m.split('.')[0] in {'app', 'core', 'worker', 'fastapi', 'sqlalchemy', 'celery'}])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,75 @@
+"""The job spec: short and long forms, and what its errors say."""
+
+import pytest
+
+from core.errors import SpecInvalid
+from core.jobs.spec import JobSpec, load_spec, parse_spec
+
+SHORT = {"teacher": {"model": "acme/minilm"}, "student": {"kind": "teacher_layers", "keep": [0, 2]}, "data": "tickets"}
+
+
+def problems(data: dict) -> dict[str, str]:
+    with pytest.raises(SpecInvalid) as caught:
+        load_spec(data)
+    return {detail["field"]: detail["message"] for detail in caught.value.details}
+
+
+def test_short_spec_gets_the_whole_pipeline() -> None:
+    spec = load_spec(SHORT)
+    assert [stage.kind for stage in spec.stages] == ["finetune", "distill", "export", "evaluate"]
+    assert spec.data.model_dump() == {
+        "train": "tickets/train",
+        "validation": "tickets/validation",
+        "test": "tickets/test",
+    }
+
+
+def test_normalised_spec_is_a_fixed_point() -> None:
+    spec = load_spec(SHORT)
+    again = load_spec(spec.model_dump(mode="json"))
+    assert again == spec
+    assert again.digest() == spec.digest()
+
+
+def test_yaml_and_json_mean_the_same() -> None:
+    json_body = b'{"teacher": {"model": "a"}, "student": {"kind": "teacher_layers", "keep": [0]}, "data": "d"}'
+    yaml_body = b"teacher: {model: a}\nstudent: {kind: teacher_layers, keep: [0]}\ndata: d\n"
+    assert parse_spec(json_body) == parse_spec(yaml_body)
+
+
+@pytest.mark.parametrize(
+    ("change", "field", "words"),
+    [
+        ({"studnet": 1}, "studnet", "did you mean 'student'?"),
+        ({"student": {"kind": "teacher_layer", "keep": [0]}}, "student.kind", "did you mean 'teacher_layers'?"),
+        ({"student": {"keep": [0]}}, "student.kind", "missing"),
+        ({"student": {"kind": "teacher_layers", "kep": [0]}}, "student.kep", "did you mean 'keep'?"),
+        ({"stages": [{"kind": "finetune", "epochs": -1}]}, "stages.0.epochs", "greater than 0"),
+        ({"stages": [{"kind": "distill", "losses": [{"kind": "kl"}]}]}, "stages.0.losses.0.kind", "forward_kl"),
+        ({"stages": [{"kind": "export"}]}, "stages.0", "needs a student"),
+        ({"stages": []}, "stages", "at least 1"),
+        ({"data": {"train": "tickets"}}, "data.train", "dataset/split"),
+        ({"teacher": {"model": "../etc/passwd"}}, "teacher.model", "names no model"),
+        ({"seed": "x"}, "seed", "integer"),
+    ],
+)
+def test_error_names_field_and_remedy(change: dict, field: str, words: str) -> None:
+    found = problems(SHORT | change)
+    assert words in found[field]
+
+
+def test_missing_test_split_is_said_before_anything_runs() -> None:
+    found = problems(SHORT | {"data": {"train": "t/train"}})
+    assert "data.test" in found["stages.3.kind"]
+
+
+@pytest.mark.parametrize("body", [b"\xff\xfe", b"[1, 2]", b"a: [", b"", b"{" * 100_000, b"&a [*a]"])
+def test_unreadable_body_is_refused(body: bytes) -> None:
+    with pytest.raises(SpecInvalid):
+        parse_spec(body)
+
+
+def test_json_schema_holds_every_method() -> None:
+    schema = str(JobSpec.model_json_schema())
+    for kind in ("finetune", "distill", "export", "evaluate", "forward_kl", "onnx_int8", "teacher_layers"):
+        assert f"'{kind}'" in schema
