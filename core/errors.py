@@ -70,6 +70,12 @@ class PayloadTooLarge(StillhouseError):
     code, status = "payload_too_large", 413
 
 
+class UnsupportedMediaType(StillhouseError):
+    """The body has a Content-Type that this operation does not read."""
+
+    code, status = "unsupported_media_type", 415
+
+
 class RangeNotSatisfiable(StillhouseError):
     """The requested range lies outside the file."""
 

@@ -75,24 +75,38 @@ class BlobWriter:
         self._hash.update(chunk)
         self.size_bytes += len(chunk)
 
+    @property
+    def path(self) -> Path:
+        """Returns where the bytes lie until they are published."""
+        return self._path
+
+    def seal(self) -> Blob:
+        """Ends the writing, makes the bytes durable, and returns the blob that `commit()` publishes."""
+        if not self._file.closed:
+            try:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+            except OSError as error:
+                raise StorageFull() from error
+            self._file.close()
+        return Blob(self._hash.hexdigest(), self.size_bytes)
+
     def commit(self) -> Blob:
         """Publishes the bytes atomically and returns the blob."""
-        try:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            raise StorageFull() from error
-        self._file.close()
-        blob = Blob(self._hash.hexdigest(), self.size_bytes)
+        blob = self.seal()
         self._store.publish(self._path, blob)
         return blob
+
+    def discard(self) -> None:
+        """Drops what is not published; harmless after `commit()`."""
+        self._file.close()
+        self._path.unlink(missing_ok=True)
 
     def __enter__(self) -> "BlobWriter":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
-        self._path.unlink(missing_ok=True)
+        self.discard()
 
 
 class ArtifactStore:
@@ -147,7 +161,11 @@ class ArtifactStore:
         """Moves a finished file to its address; a blob that exists already is kept."""
         target = self.path_of(blob.sha256)
         target.parent.mkdir(parents=True, exist_ok=True)
-        if target.exists():
+        try:
+            os.utime(target)  # a collector of dead blobs judges by age, and this one is wanted again
+        except FileNotFoundError:
+            pass
+        else:
             path.unlink()
             return
         path.chmod(0o444)
