@@ -1,0 +1,167 @@
+"""Rows of an uploaded file, whatever its format, each with the line it came from."""
+
+import csv
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from core.errors import DatasetInvalid
+
+FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".parquet": "parquet"}
+COMPRESSED = (".gz", ".zip", ".zst", ".bz2", ".xz", ".tar", ".7z")
+MAGIC = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ": "xz"}
+MAX_LINE_BYTES = 16 * 1024 * 1024
+MAX_ROW_GROUP_BYTES = 1024**3
+BOM = b"\xef\xbb\xbf"
+csv.field_size_limit(MAX_LINE_BYTES)
+
+
+class RowProblem(NamedTuple):
+    """Why a line holds no row."""
+
+    message: str
+    field: str = ""
+
+
+class Line(NamedTuple):
+    """A line's number, counted from 1, and its row or what is wrong with it."""
+
+    number: int
+    row: dict[str, Any] | RowProblem
+
+
+class _Unreadable(Exception):
+    def __init__(self, line: int, message: str) -> None:
+        super().__init__(message)
+        self.line = line
+
+
+def format_of(filename: str) -> str:
+    """Returns the format that a file's name tells. Raises DatasetInvalid for any other."""
+    suffix = Path(filename).suffix.lower()
+    if suffix in COMPRESSED:
+        raise DatasetInvalid(f"'{filename}' is compressed; unpack it and upload the .jsonl, .csv or .parquet file.")
+    if suffix not in FORMATS:
+        raise DatasetInvalid(
+            f"'{filename}' has an unknown format; name the file .jsonl, .csv or .parquet, as its content is."
+        )
+    return FORMATS[suffix]
+
+
+def read_lines(path: Path, format: str) -> Iterator[Line]:
+    """Yields every row of a file, or what is wrong with its line; stops where reading on makes no sense."""
+    with path.open("rb") as source:
+        head = source.read(8)
+        source.seek(0)
+        packed = next((name for magic, name in MAGIC.items() if head.startswith(magic)), None)
+        if packed:
+            yield Line(1, RowProblem(f"the file is packed with {packed}; unpack it and upload the plain file"))
+        elif (format == "parquet") != head.startswith(b"PAR1"):
+            found = "not a Parquet file" if format == "parquet" else f"a Parquet file, not {format}"
+            yield Line(1, RowProblem(f"the file is {found}; name it after its content"))
+        else:
+            yield from READERS[format](source)
+
+
+def _raw_lines(source: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    number = 0
+    while line := source.readline(MAX_LINE_BYTES + 1):
+        number += 1
+        if len(line) > MAX_LINE_BYTES:
+            raise _Unreadable(number, f"the line is longer than {MAX_LINE_BYTES:,} bytes; shorten it")
+        yield number, line.removeprefix(BOM) if number == 1 else line
+
+
+def _read_jsonl(source: BinaryIO) -> Iterator[Line]:
+    try:
+        for number, line in _raw_lines(source):
+            if line.strip():
+                yield Line(number, _parse_json(line))
+    except _Unreadable as error:
+        yield Line(error.line, RowProblem(str(error)))
+
+
+def _parse_json(line: bytes) -> dict[str, Any] | RowProblem:
+    try:
+        row = json.loads(line.decode("utf-8"), parse_constant=_refuse_constant)
+    except UnicodeDecodeError as error:
+        return RowProblem(f"bad UTF-8 at byte {error.start + 1} of the line; save the file as UTF-8")
+    except json.JSONDecodeError as error:
+        return RowProblem(f"malformed JSON at column {error.colno}: {error.msg}; write one JSON object a line")
+    except RecursionError:
+        return RowProblem("the JSON is nested too deeply; write a flat object")
+    except ValueError as error:
+        return RowProblem(f"malformed JSON: {error}")
+    if not isinstance(row, dict):
+        return RowProblem(f'the row is {_json_name(row)}, not an object; write it as {{"text": …, "label": …}}')
+    return row
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON value")
+
+
+def _json_name(value: Any) -> str:
+    return {list: "a list", str: "a string", bool: "a boolean", type(None): "null"}.get(type(value), "a number")
+
+
+def _read_csv(source: BinaryIO) -> Iterator[Line]:
+    reader = csv.reader(_decoded(source), strict=True)
+    try:
+        header = next(reader, [])
+        problem = _header_problem(header)
+        if header and problem:
+            yield Line(1, problem)
+            return
+        for cells in reader:
+            if len(cells) == len(header):
+                yield Line(reader.line_num, dict(zip(header, cells, strict=True)))
+            elif cells:
+                found = f"the row has {len(cells)} cells and the header {len(header)}"
+                yield Line(reader.line_num, RowProblem(f"{found}; quote cells that hold a comma or a line break"))
+    except _Unreadable as error:
+        yield Line(error.line, RowProblem(str(error)))
+    except csv.Error as error:
+        yield Line(max(reader.line_num, 1), RowProblem(f"malformed CSV: {error}; check the quotes"))
+
+
+def _decoded(source: BinaryIO) -> Iterator[str]:
+    for number, line in _raw_lines(source):
+        try:
+            yield line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            message = f"bad UTF-8 at byte {error.start + 1} of the line; save the file as UTF-8"
+            raise _Unreadable(number, message) from error
+
+
+def _header_problem(header: list[str]) -> RowProblem | None:
+    if any(not name.strip() for name in header):
+        return RowProblem("a column has no name; the first line must name every column")
+    twice = next((name for index, name in enumerate(header) if name in header[:index]), None)
+    return RowProblem("two columns have this name; name each column once", twice) if twice else None
+
+
+def _read_parquet(source: BinaryIO) -> Iterator[Line]:
+    from pyarrow.parquet import ParquetFile  # 40 MB that only this format needs
+
+    number = 0
+    try:
+        table = ParquetFile(source)
+        groups = [table.metadata.row_group(index).total_byte_size for index in range(table.metadata.num_row_groups)]
+        if max(groups, default=0) > MAX_ROW_GROUP_BYTES:
+            yield Line(1, RowProblem("a row group is larger than 1 GiB; write the file with smaller row groups"))
+            return
+        for batch in table.iter_batches(batch_size=1024):
+            for row in batch.to_pylist():
+                number += 1
+                yield Line(number, row)
+    except Exception as error:  # pyarrow raises its own types, OSError, ValueError and more
+        yield Line(number + 1, RowProblem(f"malformed Parquet: {str(error).splitlines()[0][:200]}"))
+
+
+READERS: dict[str, Callable[[BinaryIO], Iterator[Line]]] = {
+    "jsonl": _read_jsonl,
+    "csv": _read_csv,
+    "parquet": _read_parquet,
+}

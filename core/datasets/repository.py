@@ -1,0 +1,77 @@
+"""Data sets in the database. Every function takes the tenant; another tenant's data set does not exist."""
+
+from typing import Any
+
+from sqlalchemy import cast, func, or_, select
+from sqlalchemy.dialects.postgresql import JSONB, JSONPATH, insert
+from sqlalchemy.orm import Session
+
+from core.datasets.models import Dataset
+from core.errors import Conflict, NotFound
+from core.ids import new_id
+from core.jobs.models import Job
+from core.jobs.state import TERMINAL
+
+
+def create_dataset(
+    session: Session, tenant_id: str, name: str, splits: dict[str, Any], report: dict[str, Any]
+) -> Dataset:
+    """Returns the new data set. Raises Conflict when the name is taken."""
+    dataset_id = session.scalar(
+        insert(Dataset)
+        .values(id=new_id("ds"), tenant_id=tenant_id, name=name, splits=splits, report=report)
+        .on_conflict_do_nothing(index_elements=["tenant_id", "name"])
+        .returning(Dataset.id)
+    )
+    if dataset_id is None:
+        raise Conflict(f"You have a data set '{name}' already; choose another name, or delete it first.", param="name")
+    return session.get_one(Dataset, dataset_id)
+
+
+def find_dataset(session: Session, tenant_id: str, ref: str, *, lock: bool = False) -> Dataset | None:
+    """Returns the tenant's data set of that name or id, or None; `lock` keeps it from being deleted meanwhile."""
+    query = select(Dataset).where(Dataset.tenant_id == tenant_id, or_(Dataset.name == ref, Dataset.id == ref))
+    rows = session.scalars(query.with_for_update(read=True) if lock else query).all()
+    return next((row for row in rows if row.name == ref), rows[0] if rows else None)
+
+
+def get_dataset(session: Session, tenant_id: str, ref: str) -> Dataset:
+    """Returns the tenant's data set of that name or id. Raises NotFound."""
+    dataset = find_dataset(session, tenant_id, ref)
+    if dataset is None:
+        raise NotFound(f"There is no data set '{ref}' in your tenant.")
+    return dataset
+
+
+def list_dataset_names(session: Session, tenant_id: str) -> list[str]:
+    """Returns the names of the tenant's data sets, for suggestions."""
+    return list(
+        session.scalars(select(Dataset.name).where(Dataset.tenant_id == tenant_id).order_by(Dataset.name).limit(200))
+    )
+
+
+def list_datasets(session: Session, tenant_id: str, *, after: str | None, limit: int) -> list[Dataset]:
+    """Returns the tenant's data sets, newest first, from the id `after` (exclusive)."""
+    query = select(Dataset).where(Dataset.tenant_id == tenant_id)
+    if after:
+        query = query.where(Dataset.id < after)
+    return list(session.scalars(query.order_by(Dataset.id.desc()).limit(limit)))
+
+
+def delete_dataset(session: Session, tenant_id: str, ref: str) -> None:
+    """Deletes a data set. Raises NotFound, or Conflict while a job that has not ended uses it."""
+    dataset = get_dataset(session, tenant_id, ref)
+    session.refresh(dataset, with_for_update=True)
+    path = "$.data.*.dataset_id ? (@ == $id)"
+    job_id = find_user(session, tenant_id, path, dataset.id)
+    if job_id:
+        raise Conflict(f"The job '{job_id}' uses this data set and has not ended; wait for it or cancel it first.")
+    session.delete(dataset)
+
+
+def find_user(session: Session, tenant_id: str, path: str, object_id: str) -> str | None:
+    """Returns the id of an unfinished job of the tenant whose inputs hold `object_id` at a JSON path, or None."""
+    arguments = cast({"id": object_id}, JSONB)
+    uses = func.jsonb_path_exists(Job.inputs, cast(path, JSONPATH), arguments)
+    query = select(Job.id).where(Job.tenant_id == tenant_id, Job.state.not_in(TERMINAL), uses)
+    return session.scalar(query.limit(1))
