@@ -33,7 +33,7 @@ def suggest(found: str, known: Iterable[str]) -> str:
 class StrictModel(BaseModel):
     """A frozen model that refuses unknown fields and says which known one was probably meant."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True, allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, defer_build=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod

@@ -2,15 +2,14 @@
 
 from typing import Any
 
-from sqlalchemy import cast, func, or_, select
-from sqlalchemy.dialects.postgresql import JSONB, JSONPATH, insert
+from sqlalchemy import or_, select
+from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from core.datasets.models import Dataset
 from core.errors import Conflict, NotFound
 from core.ids import new_id
-from core.jobs.models import Job
-from core.jobs.state import TERMINAL
+from core.jobs.repository import find_unfinished_user
 
 
 def create_dataset(
@@ -62,16 +61,7 @@ def delete_dataset(session: Session, tenant_id: str, ref: str) -> None:
     """Deletes a data set. Raises NotFound, or Conflict while a job that has not ended uses it."""
     dataset = get_dataset(session, tenant_id, ref)
     session.refresh(dataset, with_for_update=True)
-    path = "$.data.*.dataset_id ? (@ == $id)"
-    job_id = find_user(session, tenant_id, path, dataset.id)
+    job_id = find_unfinished_user(session, tenant_id, "$.data.*.dataset_id", dataset.id)
     if job_id:
         raise Conflict(f"The job '{job_id}' uses this data set and has not ended; wait for it or cancel it first.")
     session.delete(dataset)
-
-
-def find_user(session: Session, tenant_id: str, path: str, object_id: str) -> str | None:
-    """Returns the id of an unfinished job of the tenant whose inputs hold `object_id` at a JSON path, or None."""
-    arguments = cast({"id": object_id}, JSONB)
-    uses = func.jsonb_path_exists(Job.inputs, cast(path, JSONPATH), arguments)
-    query = select(Job.id).where(Job.tenant_id == tenant_id, Job.state.not_in(TERMINAL), uses)
-    return session.scalar(query.limit(1))

@@ -3,8 +3,8 @@
 from datetime import timedelta
 from typing import Any, NamedTuple
 
-from sqlalchemy import Select, delete, func, select
-from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy import Select, cast, delete, func, select
+from sqlalchemy.dialects.postgresql import JSONB, JSONPATH, insert
 from sqlalchemy.orm import Session
 
 from core.errors import Conflict, Gone, IdempotencyMismatch, NotFound
@@ -124,6 +124,14 @@ def list_jobs(
     if after:
         query = query.where(Job.id < after)
     return _page(session, query.order_by(Job.id.desc()), limit, lambda job: job.id)
+
+
+def find_unfinished_user(session: Session, tenant_id: str, path: str, object_id: str) -> str | None:
+    """Returns the id of a job that has not ended and whose `inputs` hold `object_id` at a JSON path, or None."""
+    holds = func.jsonb_path_exists(Job.inputs, cast(f"{path} ? (@ == $id)", JSONPATH), cast({"id": object_id}, JSONB))
+    return session.scalar(
+        select(Job.id).where(Job.tenant_id == tenant_id, Job.state.not_in(TERMINAL), holds).limit(1)
+    )
 
 
 def list_stages(session: Session, tenant_id: str, job_id: str) -> list[StageRun]:

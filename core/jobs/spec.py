@@ -6,7 +6,7 @@ import re
 from typing import Annotated, Any
 
 import yaml
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from core.errors import SpecInvalid
@@ -45,8 +45,17 @@ class TeacherSpec(StrictModel):
         return value
 
 
+def _or_name(schema: dict[str, Any]) -> None:
+    whole = dict(schema)
+    schema.clear()
+    name = {"type": "string", "description": "A data set; its train, validation and test splits are used."}
+    schema |= {"description": whole.get("description", ""), "anyOf": [whole, name]}
+
+
 class DataSpec(StrictModel):
     """The splits to use, each as `dataset/split`."""
+
+    model_config = ConfigDict(json_schema_extra=_or_name)
 
     train: str = Field(description="Split to train on.", examples=["tickets/train"])
     validation: str | None = Field(None, description="Split to watch while training.", examples=["tickets/validation"])
@@ -90,8 +99,10 @@ class JobSpec(StrictModel):
     @field_validator("metadata")
     @classmethod
     def _short(cls, value: dict[str, str]) -> dict[str, str]:
-        if any(len(key) > 64 or len(text) > 512 for key, text in value.items()):
-            raise PydanticCustomError("metadata", "a key has at most 64 characters, a value at most 512", {})
+        if any(not 0 < len(key) <= 64 or len(text) > 512 or "\x00" in key + text for key, text in value.items()):
+            raise PydanticCustomError(
+                "metadata", "a key has 1 to 64 characters, a value at most 512, and neither holds a NUL", {}
+            )
         return value
 
     def digest(self) -> str:
@@ -115,11 +126,37 @@ class JobSpec(StrictModel):
         return problems
 
 
+class _SpecLoader(yaml.SafeLoader):
+    """YAML without aliases, which can blow a small body up, and with the numbers of YAML 1.2 (`1e-4` is one)."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases (*name) are not accepted; write the value out")
+        return super().compose_node(parent, index)
+
+
+_SpecLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+# what PyYAML's constructors let through for odd scalars such as `!!int ''` or an impossible date
+_CONSTRUCTOR_ERRORS = (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError)
+
+
+def _parse_json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return None  # flow-style YAML starts with a brace, too
+
+
 def parse_spec(body: bytes) -> JobSpec:
     """Returns the spec in a JSON or YAML body. Raises SpecInvalid with every problem and its field."""
     try:
-        data = yaml.safe_load(body.decode("utf-8"))
-    except (UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError) as error:
+        text = body.decode("utf-8-sig")
+        data = _parse_json(text) if text.lstrip().startswith("{") else None
+        if data is None:
+            data = yaml.load(text, Loader=_SpecLoader)  # noqa: S506 (a SafeLoader)
+    except (yaml.YAMLError, RecursionError, *_CONSTRUCTOR_ERRORS) as error:
         raise SpecInvalid(f"The body is neither valid YAML nor JSON: {error}") from error
     if not isinstance(data, dict):
         raise SpecInvalid("The body must be a mapping with teacher, student and data.")

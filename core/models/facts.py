@@ -1,5 +1,6 @@
 """What can be read from a model's config.json without loading it."""
 
+import json
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -25,8 +26,10 @@ class ModelFacts(BaseModel):
 def read_facts(config: dict[str, Any], num_parameters: int | None = None) -> ModelFacts:
     """Returns the facts in a parsed config.json. Raises ValueError when `model_type` is missing."""
     model_type = config.get("model_type")
-    if not isinstance(model_type, str):
-        raise ValueError("config.json has no 'model_type'")
+    if not isinstance(model_type, str) or not model_type:
+        raise ValueError('config.json has no \'model_type\'; add it, such as "model_type": "bert"')
+    if "\\u0000" in json.dumps(config):
+        raise ValueError("config.json holds a NUL character; remove it")
     labels = config.get("id2label")
     return ModelFacts(
         model_type=model_type,
@@ -40,4 +43,4 @@ def read_facts(config: dict[str, Any], num_parameters: int | None = None) -> Mod
 
 
 def _first_int(config: dict[str, Any], keys: tuple[str, ...]) -> int | None:
-    return next((config[key] for key in keys if isinstance(config.get(key), int)), None)
+    return next((config[key] for key in keys if type(config.get(key)) is int), None)

@@ -1,14 +1,16 @@
-"""Manifests in the database."""
+"""Manifests and models in the database. Every function takes the tenant."""
 
 from collections.abc import Iterable
 
-from sqlalchemy import select
+from sqlalchemy import or_, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
-from core.errors import NotFound
+from core.errors import Conflict, NotFound
 from core.ids import new_id
-from core.models.models import Manifest
+from core.jobs.repository import find_unfinished_user
+from core.models.facts import ModelFacts
+from core.models.models import Manifest, Model
 from core.storage import ManifestFile, manifest_digest
 
 
@@ -41,3 +43,58 @@ def get_manifest(session: Session, tenant_id: str, manifest_id: str) -> Manifest
 def files_of(manifest: Manifest) -> list[ManifestFile]:
     """Returns the manifest's files."""
     return [ManifestFile(**row) for row in manifest.files]
+
+
+def create_model(
+    session: Session, tenant_id: str, name: str, files: Iterable[ManifestFile], facts: ModelFacts
+) -> Model:
+    """Returns the new model. Raises Conflict when the name is taken."""
+    manifest = put_manifest(session, tenant_id, files)
+    values = {"tenant_id": tenant_id, "name": name, "manifest_id": manifest.id, "facts": facts.model_dump()}
+    model_id = session.scalar(
+        insert(Model)
+        .values(id=new_id("mdl"), **values)
+        .on_conflict_do_nothing(index_elements=["tenant_id", "name"])
+        .returning(Model.id)
+    )
+    if model_id is None:
+        raise Conflict(f"You have a model '{name}' already; choose another name, or delete it first.", param="name")
+    return session.get_one(Model, model_id)
+
+
+def find_model(session: Session, tenant_id: str, ref: str, *, lock: bool = False) -> Model | None:
+    """Returns the tenant's model of that name or id, or None; `lock` keeps it from being deleted meanwhile."""
+    query = select(Model).where(Model.tenant_id == tenant_id, or_(Model.name == ref, Model.id == ref))
+    rows = session.scalars(query.with_for_update(read=True) if lock else query).all()
+    return next((row for row in rows if row.name == ref), rows[0] if rows else None)
+
+
+def get_model(session: Session, tenant_id: str, ref: str) -> Model:
+    """Returns the tenant's model of that name or id. Raises NotFound."""
+    model = find_model(session, tenant_id, ref)
+    if model is None:
+        raise NotFound(f"There is no model '{ref}' in your tenant.")
+    return model
+
+
+def list_model_names(session: Session, tenant_id: str) -> list[str]:
+    """Returns the names of the tenant's models, for suggestions."""
+    return list(session.scalars(select(Model.name).where(Model.tenant_id == tenant_id).order_by(Model.name).limit(200)))
+
+
+def list_models(session: Session, tenant_id: str, *, after: str | None, limit: int) -> list[tuple[Model, Manifest]]:
+    """Returns the tenant's models with their manifests, newest first, from the id `after` (exclusive)."""
+    query = select(Model, Manifest).join(Manifest, Manifest.id == Model.manifest_id).where(Model.tenant_id == tenant_id)
+    if after:
+        query = query.where(Model.id < after)
+    return [(row.Model, row.Manifest) for row in session.execute(query.order_by(Model.id.desc()).limit(limit))]
+
+
+def delete_model(session: Session, tenant_id: str, ref: str) -> None:
+    """Deletes a model. Raises NotFound, or Conflict while a job that has not ended uses it."""
+    model = get_model(session, tenant_id, ref)
+    session.refresh(model, with_for_update=True)
+    job_id = find_unfinished_user(session, tenant_id, "$.teacher.model_id", model.id)
+    if job_id:
+        raise Conflict(f"The job '{job_id}' uses this model and has not ended; wait for it or cancel it first.")
+    session.delete(model)
