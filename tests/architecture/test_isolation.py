@@ -6,7 +6,14 @@ import sys
 import pytest
 
 HEAVY = ("torch", "transformers", "onnxruntime", "matplotlib", "sklearn")
-WITHOUT_TORCH = ("app.main", "worker.celery_app", "worker.supervisor", "core.jobs.spec", "stillhouse.cli", "stillhouse.client")
+WITHOUT_TORCH = (
+    "app.main",
+    "worker.celery_app",
+    "worker.supervisor",
+    "core.jobs.spec",
+    "stillhouse.cli",
+    "stillhouse.client",
+)
 
 
 @pytest.mark.parametrize("module", WITHOUT_TORCH)

@@ -29,7 +29,8 @@ def _functions() -> list[tuple[int, int, str]]:
 
 def test_functions_are_short() -> None:
     functions = _functions()
-    print("\n".join(f"{lines:3} lines {name}" for lines, _, name in functions[:10]))
+    largest = "\n".join(f"{lines:3} lines {name}" for lines, _, name in functions[:10])
+    print(largest)  # noqa: T201 - a look at what grows
     too_long = [
         (lines, name)
         for lines, _, name in functions

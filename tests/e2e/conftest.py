@@ -1,0 +1,27 @@
+"""A stack with a pico model and data in it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import pico
+from tests.e2e.stack import Stack
+
+
+@pytest.fixture(scope="session")
+def pico_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Path]]:
+    folder = tmp_path_factory.mktemp("pico")
+    return pico.write_model(folder / "model"), pico.write_data(folder / "data")
+
+
+@pytest.fixture
+def stack(tmp_path: Path, tenant: tuple[str, str], pico_files: tuple[Path, dict[str, Path]]) -> Iterator[Stack]:
+    stack = Stack(tmp_path, tenant[1])
+    try:
+        stack.start_api()
+        stack.push_model(pico_files[0], "pico")
+        stack.push_data(pico_files[1], "toy")
+        yield stack
+    finally:
+        stack.stop()

@@ -1,0 +1,146 @@
+"""Whole jobs over HTTP, with real workers, and what happens when something is killed."""
+
+import io
+import json
+import os
+import signal
+import tarfile
+
+from tests.e2e.stack import Stack, children_of, until
+
+LONG = [{"kind": "finetune", "epochs": 1000, "batch_size": 4}]
+
+
+def running_child(stack: Stack, job_id: str, pid: int) -> int:
+    """Waits until the job's stage makes steps, and returns its process."""
+    until(lambda: stack.job(job_id)["stages"][0]["step"] > 0)
+    return children_of(pid)[0]
+
+
+def is_gone(pid: int) -> bool:
+    return not os.path.exists(f"/proc/{pid}/fd")
+
+
+def test_job_goes_from_post_to_a_downloaded_smaller_model(stack: Stack) -> None:
+    stack.start_worker()
+    job_id = stack.submit(
+        stages=[
+            {"kind": "finetune", "epochs": 8, "learning_rate": 3e-3},
+            {"kind": "distill", "epochs": 8, "learning_rate": 3e-3},
+            {"kind": "export"},
+            {"kind": "evaluate", "latency_samples": 10},
+        ]
+    )
+    job = stack.wait(job_id)
+    assert job["state"] == "succeeded", json.dumps(job, indent=1)
+    assert [stage["state"] for stage in job["stages"]] == ["succeeded"] * 4
+    artifacts = {a["name"] for a in stack.http.get(f"/v1/jobs/{job_id}/artifacts").json()["data"]}
+    assert artifacts == {"teacher", "student", "safetensors", "onnx", "onnx_int8", "report"}
+
+    report = stack.http.get(f"/v1/jobs/{job_id}/artifacts/report/report.json").json()
+    measured = {row["name"]: row for row in report["models"]}
+    assert measured["student"]["num_parameters"] < measured["teacher"]["num_parameters"]
+    assert measured["onnx_int8"]["size_bytes"] < measured["onnx"]["size_bytes"]
+    assert measured["student"]["accuracy"] > 0.9
+
+    packed = stack.http.get(f"/v1/jobs/{job_id}/artifacts/onnx_int8/download").content
+    with tarfile.open(fileobj=io.BytesIO(packed)) as archive:
+        assert any(name.endswith("model.onnx") for name in archive.getnames())
+
+    names = {series["name"] for series in stack.http.get(f"/v1/jobs/{job_id}/metrics").json()["data"]}
+    assert {"loss/total", "loss/cross_entropy", "loss/forward_kl", "share/forward_kl"} <= names
+
+
+def test_output_of_a_job_is_the_teacher_of_the_next(stack: Stack) -> None:
+    stack.start_worker()
+    first = stack.submit()
+    assert stack.wait(first)["state"] == "succeeded"
+    second = stack.submit(teacher={"model": f"job:{first}/teacher"}, stages=[{"kind": "distill", "epochs": 1}])
+    assert stack.wait(second)["state"] == "succeeded"
+
+
+def test_two_workers_run_twenty_jobs_once_each_while_the_api_restarts(stack: Stack) -> None:
+    jobs = [stack.submit(name=f"n{number}", seed=number) for number in range(20)]
+    stack.start_worker()
+    stack.start_worker()
+    until(lambda: sum(stack.job(job)["state"] == "succeeded" for job in jobs) >= 4)
+    stack.processes[0].kill()
+    stack.processes[0].wait()
+    stack.start_api()
+    for job_id in jobs:
+        assert stack.wait(job_id)["state"] == "succeeded"
+        types = [event["type"] for event in stack.events(job_id)]
+        assert types.count("job.running") == types.count("stage.running") == types.count("job.succeeded") == 1
+    owners = {e["data"]["worker"] for job in jobs for e in stack.events(job) if e["type"] == "job.running"}
+    assert len(owners) == 2
+
+
+def test_same_spec_gives_the_same_bytes_even_after_kills(stack: Stack) -> None:
+    worker = stack.start_worker()
+    stages = [{"kind": "finetune", "epochs": 60, "batch_size": 8}, {"kind": "distill", "epochs": 1}]
+    clean, killed = stack.submit(stages=stages), stack.submit(stages=stages)
+    assert stack.wait(clean)["state"] == "succeeded"
+    os.kill(running_child(stack, killed, worker.pid), signal.SIGKILL)
+    assert stack.wait(killed)["state"] == "succeeded"
+    assert "job.requeued" in [event["type"] for event in stack.events(killed)]
+    assert stack.hashes(killed) == stack.hashes(clean)
+
+
+def test_killed_worker_is_replaced_and_leaves_no_process(stack: Stack) -> None:
+    worker = stack.start_worker()
+    job_id = stack.submit(stages=[{"kind": "finetune", "epochs": 60, "batch_size": 8}])
+    child = running_child(stack, job_id, worker.pid)
+    worker.kill()
+    worker.wait()
+    until(lambda: is_gone(child), 10)
+    stack.start_worker()
+    assert stack.wait(job_id)["state"] == "succeeded"
+
+
+def test_cancel_stops_the_process(stack: Stack) -> None:
+    worker = stack.start_worker()
+    job_id = stack.submit(stages=LONG)
+    child = running_child(stack, job_id, worker.pid)
+    answer = stack.http.post(f"/v1/jobs/{job_id}/cancel")
+    assert answer.json()["state"] == "cancelling"
+    assert stack.wait(job_id)["state"] == "cancelled"
+    until(lambda: is_gone(child), 10)
+    assert stack.http.post(f"/v1/jobs/{job_id}/cancel").status_code == 409
+    assert stack.http.get(f"/v1/jobs/{job_id}/artifacts").json()["data"] == []
+
+
+def test_terminated_worker_hands_its_job_back(stack: Stack) -> None:
+    worker = stack.start_worker()
+    job_id = stack.submit(stages=LONG)
+    child = running_child(stack, job_id, worker.pid)
+    worker.send_signal(signal.SIGTERM)
+    assert worker.wait(60) == 0
+    assert is_gone(child)
+    assert stack.job(job_id)["state"] == "queued"
+    assert stack.http.post(f"/v1/jobs/{job_id}/cancel").json()["state"] == "cancelled"
+
+
+def test_worker_needs_no_broker(stack: Stack) -> None:
+    stack.start_worker(STILLHOUSE_REDIS_URL="redis://127.0.0.1:1/0")
+    assert stack.wait(stack.submit())["state"] == "succeeded"
+
+
+def test_exploding_loss_fails_with_reason_stage_and_log(stack: Stack) -> None:
+    stack.start_worker()
+    beyond_float32 = {"kind": "cross_entropy", "weight": 1e39}
+    job_id = stack.submit(stages=[{"kind": "distill", "losses": [beyond_float32]}])
+    job = stack.wait(job_id)
+    assert job["state"] == "failed"
+    assert job["error"]["reason"] == "loss_not_finite"
+    assert job["error"]["stage"] == "distill"
+    assert "learning_rate" in job["error"]["suggestion"]
+    stage_log = stack.http.get(f"/v1/jobs/{job_id}/stages/0/log")
+    assert stage_log.status_code == 200
+    assert "loss" in stage_log.text
+
+
+def test_stage_without_memory_fails_as_out_of_memory(stack: Stack) -> None:
+    stack.start_worker(STILLHOUSE_MAX_CHILD_MEMORY_BYTES=str(600 * 1024**2))
+    job = stack.wait(stack.submit())
+    assert job["state"] == "failed"
+    assert job["error"]["reason"] == "out_of_memory"

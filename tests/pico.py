@@ -1,0 +1,64 @@
+"""A model of under 20,000 parameters and a data set that it can learn, made on the spot."""
+
+import json
+import random
+from pathlib import Path
+
+WORDS = {
+    "refund": "refund money back return paid charge",
+    "delivery": "parcel late courier box arrive ship",
+    "login": "password login account locked reset code",
+}
+FILLER = "please my the i it was is now still help with for not and".split()
+
+
+def write_model(folder: Path, num_layers: int = 3) -> Path:
+    """Writes a BERT folder (safetensors, config, tokenizer) and returns it."""
+    import torch
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *sorted({w for t in WORDS.values() for w in t.split()} | set(FILLER))]
+    raw = Tokenizer(models.WordPiece({word: i for i, word in enumerate(vocab)}, unk_token="[UNK]"))
+    raw.normalizer = normalizers.BertNormalizer()
+    raw.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    raw.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        unk_token="[UNK]",
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        model_max_length=64,
+    )
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(vocab),
+        hidden_size=32,
+        num_hidden_layers=num_layers,
+        num_attention_heads=2,
+        intermediate_size=48,
+        max_position_embeddings=64,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    BertModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_data(folder: Path, seed: int = 0) -> dict[str, Path]:
+    """Writes three splits of JSON Lines and returns their paths by name."""
+    rng = random.Random(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {}
+    for split, per_class in (("train", 60), ("validation", 15), ("test", 20)):
+        rows = []
+        for label, words in WORDS.items():
+            for _ in range(per_class):
+                text = rng.choices(words.split(), k=3) + rng.choices(FILLER, k=rng.randint(2, 9))
+                rng.shuffle(text)
+                rows.append(json.dumps({"text": " ".join(text), "label": label}))
+        rng.shuffle(rows)
+        paths[split] = folder / f"{split}.jsonl"
+        paths[split].write_text("\n".join(rows) + "\n")
+    return paths
