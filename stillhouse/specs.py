@@ -1,0 +1,56 @@
+"""Job specs as files, and small changes to them from the command line."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from stillhouse.errors import InvalidInput
+
+Spec = dict[str, Any] | str | Path
+
+
+def load_spec(spec: Spec) -> dict[str, Any]:
+    """Returns the spec as a dictionary, read from YAML or JSON if it is a path. Raises InvalidInput."""
+    if isinstance(spec, dict):
+        return spec
+    try:
+        data = yaml.safe_load(Path(spec).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InvalidInput(f"Cannot read {spec}: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise InvalidInput(f"{spec} is not UTF-8 text.") from error
+    except yaml.YAMLError as error:
+        raise InvalidInput(f"{spec} is neither valid YAML nor JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise InvalidInput(f"{spec} must hold a mapping with teacher, student and data.")
+    return data
+
+
+def with_changes(spec: dict[str, Any], changes: list[str]) -> dict[str, Any]:
+    """Returns the spec with `key.path=value` changes (list items by number). Raises InvalidInput."""
+    for change in changes:
+        path, equals, text = change.partition("=")
+        if not equals or not path:
+            raise InvalidInput(f"'{change}' is no change; write it as key.path=value, such as stages.0.epochs=2.")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise InvalidInput(f"The value in '{change}' is not valid YAML.") from error
+        spec = _changed(spec, path.split("."), value, change)
+    return spec
+
+
+def _changed(node: Any, keys: list[str], value: Any, change: str) -> Any:
+    """Returns a copy of the node in which the value at the path is another."""
+    if not keys:
+        return value
+    key, *rest = keys
+    if isinstance(node, list):
+        if not key.isdigit() or int(key) >= len(node):
+            raise InvalidInput(f"In '{change}', '{key}' must be a number from 0 to {len(node) - 1}.")
+        return [_changed(item, rest, value, change) if i == int(key) else item for i, item in enumerate(node)]
+    if isinstance(node, dict) or node is None:
+        node = node or {}
+        return node | {key: _changed(node.get(key), rest, value, change)}
+    raise InvalidInput(f"In '{change}', what holds '{key}' is a plain value, so nothing can be set inside it.")
