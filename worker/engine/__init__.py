@@ -1,0 +1,1 @@
+"""The inside of a stage: everything that computes."""

@@ -1,0 +1,1 @@
+"""The shop window: one file is one method."""

@@ -1,0 +1,1 @@
+"""Deployable forms of the student."""

@@ -19,6 +19,10 @@ class OnnxInt8(Exporter):
     min_agreement: float = Field(
         0.95, gt=0, le=1, description="Least accepted share of validation texts with the student's label."
     )
+    per_channel: bool = Field(True, description="One scale for each output column instead of one for each matrix.")
+    reduce_range: bool = Field(
+        True, description="Use 7 bits of a weight: 8 can overflow on processors without VNNI, at no gain in size."
+    )
 
     def build(self, ctx: "StageContext") -> Callable[[Path], dict[str, float]]:
         """Returns a callable that writes the form into a folder, checks it, and returns what the check measured."""

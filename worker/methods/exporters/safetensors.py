@@ -19,4 +19,4 @@ class Safetensors(Exporter):
         """Returns a callable that writes the form into a folder, checks it, and returns what the check measured."""
         from worker.engine.exporting import write_safetensors
 
-        return lambda folder: write_safetensors(ctx, self, folder)
+        return lambda folder: write_safetensors(ctx, folder)

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 class ForwardKL(Loss):
     """T² · KL(softmax(u/T) ‖ softmax(z/T)) between the teacher's logits u and the student's z.
 
-    Paper: Hinton, Vinyals, Dean 2015, "Distilling the Knowledge in a Neural Network", section 2 (T² keeps the gradient's
-    size when T changes).
+    Paper: Hinton, Vinyals, Dean 2015, "Distilling the Knowledge in a Neural Network", section 2 (T² keeps the size of
+    the gradient when T changes).
     """
 
     kind: Literal["forward_kl"] = "forward_kl"

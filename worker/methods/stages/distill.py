@@ -1,7 +1,7 @@
 """Distillation of the teacher into the student."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -43,8 +43,8 @@ class Distill(Stage):
         """Returns the student's role."""
         return {"student"}
 
-    def build(self, ctx: "StageContext") -> Callable[[], None]:
+    def build(self, ctx: "StageContext") -> Callable[[], dict[str, Any]]:
         """Returns the training run."""
-        from worker.engine.training import distill
+        from worker.engine.distillation import distill
 
         return lambda: distill(ctx, self)

@@ -1,7 +1,7 @@
 """Measurement of every model that the job made."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
@@ -16,7 +16,9 @@ class Evaluate(Stage):
     """Measures teacher, student and every exported form on the test split, and writes the report and the model card."""
 
     kind: Literal["evaluate"] = "evaluate"
-    confidence: float = Field(0.95, gt=0.5, lt=1, description="Level of the confidence intervals (bootstrap over examples).")
+    confidence: float = Field(
+        0.95, gt=0.5, lt=1, description="Level of the confidence intervals (bootstrap over examples)."
+    )
     latency_samples: int = Field(100, ge=10, le=10_000, description="Texts timed one by one at batch size 1.")
 
     def check(self, spec: "JobSpec") -> list[Problem]:
@@ -33,7 +35,7 @@ class Evaluate(Stage):
         """Returns the report's role."""
         return {"report"}
 
-    def build(self, ctx: "StageContext") -> Callable[[], None]:
+    def build(self, ctx: "StageContext") -> Callable[[], dict[str, Any]]:
         """Returns the measuring run."""
         from worker.engine.evaluation import evaluate
 

@@ -1,7 +1,7 @@
 """Export of the student to deployable forms."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -41,7 +41,7 @@ class Export(Stage):
         """Returns one role a form."""
         return {form.kind for form in self.formats}
 
-    def build(self, ctx: "StageContext") -> Callable[[], None]:
+    def build(self, ctx: "StageContext") -> Callable[[], dict[str, Any]]:
         """Returns the export run."""
         from worker.engine.exporting import export
 

@@ -1,7 +1,7 @@
 """Fine-tuning on the labels."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
@@ -32,8 +32,8 @@ class Finetune(Stage):
         """Returns the trained model's role."""
         return {self.of}
 
-    def build(self, ctx: "StageContext") -> Callable[[], None]:
+    def build(self, ctx: "StageContext") -> Callable[[], dict[str, Any]]:
         """Returns the training run."""
-        from worker.engine.training import finetune
+        from worker.engine.finetuning import finetune
 
         return lambda: finetune(ctx, self)

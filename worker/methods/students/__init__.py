@@ -1,0 +1,1 @@
+"""Where the student's architecture and first weights come from."""

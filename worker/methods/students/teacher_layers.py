@@ -20,7 +20,10 @@ class TeacherLayers(Student):
 
     kind: Literal["teacher_layers"] = "teacher_layers"
     keep: list[int] = Field(
-        description="Layers of the teacher to keep, counted from 0, in order.", min_length=1, max_length=512, examples=[[0, 2, 5]]
+        description="Layers of the teacher to keep, counted from 0, in order.",
+        min_length=1,
+        max_length=512,
+        examples=[[0, 2, 5]],
     )
 
     def check(self, teacher: ModelFacts) -> list[Problem]:

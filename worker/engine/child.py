@@ -1,0 +1,128 @@
+"""The process of one stage: `python -m worker.engine.child order.json --report-fd N`.
+
+It has no database and no network. Orders come as JSON lines on stdin, reports leave on the file descriptor, and what is
+logged (with the stack trace of a failure) goes to stderr, which is the stage's log.
+"""
+
+import argparse
+import ctypes
+import json
+import logging
+import os
+import resource
+import select
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from worker.engine.failures import StopRequested, explain
+from worker.engine.reporting import Reporter
+
+if TYPE_CHECKING:
+    from worker.engine.context import Order
+
+PR_SET_PDEATHSIG = 1
+log = logging.getLogger(__name__)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the stage of the order; the exit status is 0 for a result or an ordered stop, 1 for a failure."""
+    parser = argparse.ArgumentParser(prog="worker.engine.child")
+    parser.add_argument("order", type=Path)
+    parser.add_argument("--report-fd", type=int, required=True)
+    args = parser.parse_args(argv)
+    die_with_parent(args.report_fd)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    reporter, stop = Reporter(args.report_fd), threading.Event()
+    threading.Thread(target=listen, args=(sys.stdin.fileno(), stop), daemon=True).start()
+    last = run(args.order, reporter, stop)
+    try:
+        reporter.close(last)
+    except BrokenPipeError:
+        log.error("nobody reads the reports any more")
+        return 1
+    return 0 if last["type"] != "error" else 1
+
+
+def run(path: Path, reporter: Reporter, stop: threading.Event) -> dict[str, Any]:
+    """Returns the last report of the stage: result, stopped or error."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        prepare(data["num_threads"] or len(os.sched_getaffinity(0)))
+        from worker.engine.context import Order, StageContext
+
+        order = Order.parse(data)
+        ctx = StageContext(order, reporter, stop)
+        try:
+            limit_memory(order)
+            log.info("stage %s starts on %s", order.stage.kind, ctx.device)
+            summary = order.stage.build(ctx)()
+        finally:
+            ctx.close()
+    except StopRequested:
+        log.info("stopped by order")
+        return {"type": "stopped"}
+    except BaseException as error:  # whatever it is, the supervisor must hear of it
+        log.exception("the stage failed")
+        return explain(error)
+    return {"type": "result", "summary": summary}
+
+
+def die_with_parent(report_fd: int) -> None:
+    """Has the kernel kill this process when its parent dies, and leaves at once when the parent died before that."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    poll = select.poll()
+    poll.register(report_fd, 0)
+    if any(event & (select.POLLERR | select.POLLNVAL) for _, event in poll.poll(0)):
+        os._exit(1)  # the reading end of the reports is gone, and its owner with it
+
+
+def listen(fd: int, stop: threading.Event) -> None:
+    """Reads orders until the pipe closes."""
+    rest = b""
+    while chunk := os.read(fd, 65536):
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in lines:
+            try:
+                order = json.loads(line)["order"]
+            except (ValueError, KeyError, TypeError):
+                log.warning("not an order: %r", line[:200])
+                continue
+            if order == "stop":
+                stop.set()
+            else:
+                log.warning("unknown order %r", order)
+
+
+def prepare(num_threads: int) -> None:
+    """Sets the environment that the numeric libraries read when they are first imported, then the torch switches."""
+    threads = str(num_threads)
+    os.environ.update(
+        OMP_NUM_THREADS=threads,
+        MKL_NUM_THREADS=threads,
+        RAYON_NUM_THREADS=threads,
+        TOKENIZERS_PARALLELISM="true",
+        HF_HUB_OFFLINE="1",
+        TRANSFORMERS_OFFLINE="1",
+        HF_HUB_DISABLE_TELEMETRY="1",
+        CUBLAS_WORKSPACE_CONFIG=":4096:8",
+        MPLBACKEND="svg",
+    )
+    from worker.engine.devices import configure_torch
+
+    configure_torch(num_threads)
+
+
+def limit_memory(order: "Order") -> None:
+    """Limits this process's address space; with CUDA, which reserves far more than it uses, only its data."""
+    from worker.engine.devices import choose_device
+
+    if order.max_memory_bytes:
+        kind = resource.RLIMIT_AS if choose_device().type == "cpu" else resource.RLIMIT_DATA
+        resource.setrlimit(kind, (order.max_memory_bytes, order.max_memory_bytes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""What a stage knows and holds: its order, models, data, and the line to the supervisor."""
+
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from core.errors import StageFailed
+from core.jobs.spec import JobSpec
+from core.methods import Stage, list_methods
+from worker.engine.data import Examples, read_examples
+from worker.engine.devices import choose_device
+from worker.engine.failures import StopRequested
+from worker.engine.loading import load_model, load_tokenizer
+from worker.engine.reporting import Reporter
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Order:
+    """What the supervisor ordered."""
+
+    stage: Stage
+    spec: JobSpec
+    ordinal: int
+    labels: list[str]
+    inputs_dir: Path
+    outputs_dir: Path
+    num_threads: int
+    max_memory_bytes: int
+
+    @classmethod
+    def parse(cls, data: dict[str, Any]) -> "Order":
+        """Returns the order in parsed JSON."""
+        stage = data["stage"]
+        return cls(
+            stage=list_methods("stages")[stage["kind"]].model_validate(stage),  # type: ignore[arg-type]
+            spec=JobSpec.model_validate(data["spec"]),
+            ordinal=data["ordinal"],
+            labels=data["labels"],
+            inputs_dir=Path(data["inputs_dir"]),
+            outputs_dir=Path(data["outputs_dir"]),
+            num_threads=data["num_threads"],
+            max_memory_bytes=data["max_memory_bytes"],
+        )
+
+
+class StageContext:
+    """The surroundings of one running stage."""
+
+    def __init__(self, order: Order, reporter: Reporter, stop: threading.Event) -> None:
+        self.order = order
+        self.spec = order.spec
+        self.labels = order.labels
+        self.reporter = reporter
+        self.device = choose_device()
+        self._stop = stop
+        self._remembered: dict[str, Any] = {}
+        self.scratch_dir = Path(tempfile.mkdtemp(prefix="stage-"))
+        torch.manual_seed(self.seed)
+
+    @property
+    def seed(self) -> int:
+        """The seed of every random choice of this stage; two stages of a job draw differently."""
+        return (self.spec.seed * 1009 + self.order.ordinal) % 2**31
+
+    @property
+    def num_threads(self) -> int:
+        """The number of threads to compute with."""
+        return self.order.num_threads or len(os.sched_getaffinity(0))
+
+    def close(self) -> None:
+        """Removes the scratch folder."""
+        shutil.rmtree(self.scratch_dir, ignore_errors=True)
+
+    def check_stop(self) -> None:
+        """Raises StopRequested once the supervisor ordered a stop."""
+        if self._stop.is_set():
+            raise StopRequested
+
+    def progress(self, step: int, total: int) -> None:
+        """Reports how far the stage is, and stops here if that is ordered."""
+        self.reporter.progress(step, total)
+        self.check_stop()
+
+    def warn(self, type: str, message: str, **data: Any) -> None:
+        """Reports a warning event."""
+        self.reporter.event(type, "warning", message, **data)
+
+    def input(self, role: str) -> Path:
+        """Returns the read-only folder of a role. Raises StageFailed when it is not there."""
+        folder = self.order.inputs_dir / role
+        if not folder.is_dir():
+            reason = "teacher_unavailable" if role == "teacher" else "internal"
+            raise StageFailed(reason, f"The stage was given no '{role}'.")  # type: ignore[arg-type]
+        return folder
+
+    def has_input(self, role: str) -> bool:
+        """Returns whether an earlier stage made this role."""
+        return (self.order.inputs_dir / role).is_dir()
+
+    def output(self, role: str) -> Path:
+        """Returns the folder, made if need be, for what this stage makes in a role."""
+        folder = self.order.outputs_dir / role
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def load_model(self, role: str, **options: Any) -> PreTrainedModel:
+        """Returns the role's classifier over this job's labels, in float32, on the processor."""
+        return load_model(self.input(role), self.labels, **options)
+
+    def load_tokenizer(self, role: str) -> PreTrainedTokenizerBase:
+        """Returns the role's tokenizer."""
+        return load_tokenizer(self.input(role))
+
+    def find_split(self, name: str) -> Examples | None:
+        """Returns a split's texts and labels, or None when the spec has none of that name."""
+        path = self.order.inputs_dir / "data" / f"{name}.jsonl"
+        return read_examples(path, self.spec.task.columns(), self.labels) if path.is_file() else None
+
+    def get_split(self, name: str) -> Examples:
+        """Returns a split's texts and labels. Raises StageFailed when there is none."""
+        split = self.find_split(name)
+        if split is None:
+            raise StageFailed("dataset_invalid", f"The job has no {name} split.", suggestion=f"Set data.{name}.")
+        return split
+
+    def remember(self, key: str, make: Callable[[], T]) -> T:
+        """Returns what `make` returned the first time it was asked for under this key."""
+        if key not in self._remembered:
+            self._remembered[key] = make()
+        found: T = self._remembered[key]
+        return found

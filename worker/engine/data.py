@@ -1,0 +1,129 @@
+"""Texts and labels, tokenised once, in batches of texts of nearly one length."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from core.errors import StageFailed
+
+LENGTH_MULTIPLE = 8
+TOKENIZE_CHUNK = 4096
+
+
+class Examples(NamedTuple):
+    """The texts of a split and their classes, as indices into the job's labels."""
+
+    texts: list[str]
+    labels: list[int]
+
+    def head(self, count: int) -> "Examples":
+        """Returns the first examples."""
+        return Examples(self.texts[:count], self.labels[:count])
+
+
+class Batch(NamedTuple):
+    """Padded inputs `{name: ids_BT}`, labels, and which rows of the split they are."""
+
+    inputs: dict[str, Tensor]
+    labels_B: Tensor
+    rows_B: Tensor
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A tokenised split: for each input name, one array of ids an example."""
+
+    columns: dict[str, list[np.ndarray]]
+    pad_values: dict[str, int]
+    labels_N: Tensor
+    max_length: int
+    num_cut: int
+
+    def __len__(self) -> int:
+        return len(self.labels_N)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Number of tokens of each example, lengths_N."""
+        return np.array([len(ids) for ids in self.columns["input_ids"]], dtype=np.int64)
+
+    def batch(self, rows: np.ndarray, device: torch.device) -> Batch:
+        """Returns these rows, padded on the right to a multiple of eight, on the device."""
+        longest = max(len(self.columns["input_ids"][row]) for row in rows)
+        width = max(longest, min(-(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, self.max_length))
+        inputs = {}
+        for name, column in self.columns.items():
+            ids_BT = np.full((len(rows), width), self.pad_values[name], dtype=np.int64)
+            for index, row in enumerate(rows):
+                ids_BT[index, : len(column[row])] = column[row]
+            inputs[name] = torch.from_numpy(ids_BT).to(device)
+        rows_B = torch.from_numpy(rows)
+        return Batch(inputs, self.labels_N[rows_B].to(device), rows_B)
+
+    def single(self, row: int) -> dict[str, Tensor]:
+        """Returns the inputs of one example, a batch of one without padding."""
+        return {name: torch.from_numpy(column[row].astype(np.int64)[None]) for name, column in self.columns.items()}
+
+    def shuffled(self, batch_size: int, seed: int, epoch: int, device: torch.device) -> Iterator[Batch]:
+        """Yields one epoch of bucketed batches; their order is a pure function of seed and epoch."""
+        rng = np.random.default_rng([seed, epoch])
+        order = rng.permutation(len(self))
+        buckets = -(-self.lengths[order] // LENGTH_MULTIPLE)
+        order = order[np.argsort(buckets, kind="stable")]
+        starts = np.arange(0, len(order), batch_size)
+        for start in rng.permutation(starts):
+            yield self.batch(order[start : start + batch_size], device)
+
+    def by_length(self, batch_size: int, device: torch.device) -> Iterator[Batch]:
+        """Yields every row once, the longest first, so that the largest batch fails first if memory is short."""
+        order = np.argsort(-self.lengths, kind="stable")
+        for start in range(0, len(order), batch_size):
+            yield self.batch(order[start : start + batch_size], device)
+
+
+def read_examples(path: Path, columns: dict[str, str], labels: list[str]) -> Examples:
+    """Returns the examples of a JSON Lines file. Raises StageFailed naming the line that does not fit."""
+    index_of = {label: index for index, label in enumerate(labels)}
+    texts, classes = [], []
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                texts.append(str(row[columns["text"]]))
+                classes.append(index_of[str(row[columns["label"]])])
+            except (ValueError, KeyError, TypeError) as error:
+                message = f"{path.name}, line {number}: {type(error).__name__} {error}"
+                raise StageFailed("dataset_invalid", message) from error
+    if not texts:
+        raise StageFailed("dataset_invalid", f"{path.name} has no rows.")
+    return Examples(texts, classes)
+
+
+def encode(examples: Examples, tokenizer: PreTrainedTokenizerBase, names: list[str]) -> Encoded:
+    """Returns the split tokenised, each text cut at the tokenizer's `model_max_length`."""
+    limit = tokenizer.model_max_length
+    columns: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    num_cut = 0
+    for start in range(0, len(examples.texts), TOKENIZE_CHUNK):
+        chunk = tokenizer(
+            examples.texts[start : start + TOKENIZE_CHUNK],
+            truncation=True,
+            max_length=limit,
+            padding=False,
+            return_attention_mask=True,
+        )
+        num_cut += sum(bool(encoding.overflowing) for encoding in chunk.encodings or [])
+        for name in names:
+            columns[name] += [np.array(ids, dtype=np.int32) for ids in chunk[name]]
+    pads = {"input_ids": tokenizer.pad_token_id, "attention_mask": 0, "token_type_ids": tokenizer.pad_token_type_id}
+    labels_N = torch.tensor(examples.labels, dtype=torch.int64)
+    return Encoded(columns, {name: pads[name] for name in names}, labels_N, limit, num_cut)

@@ -1,0 +1,41 @@
+"""Which device computes, and in which precision."""
+
+from contextlib import AbstractContextManager
+from functools import cache
+from pathlib import Path
+
+import torch
+
+BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
+
+
+def configure_torch(num_threads: int) -> None:
+    """Fixes threads and deterministic algorithms, and turns denormals off.
+
+    Embedding rows that a batch does not touch leave denormal moments in AdamW, which slow a processor down.
+    """
+    torch.set_num_threads(num_threads)
+    torch.set_flush_denormal(True)
+    torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
+    torch.backends.cudnn.benchmark = False
+
+
+def choose_device() -> torch.device:
+    """Returns the GPU where there is one, else the processor."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@cache
+def has_fast_bf16(device_type: str) -> bool:
+    """Returns whether the device multiplies bf16 in hardware; elsewhere autocast only costs time."""
+    if device_type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    try:
+        return not BF16_FLAGS.isdisjoint(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
+    except OSError:
+        return False
+
+
+def autocast(device: torch.device) -> AbstractContextManager[None]:
+    """Returns the context in which a forward pass runs: bf16 where that is faster, else as it is."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=has_fast_bf16(device.type))

@@ -1,0 +1,201 @@
+"""Deployable forms of the student, each compared with the student before it is published."""
+
+import logging
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from onnxruntime.quantization import QuantType, quantize_dynamic
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from core.errors import StageFailed
+from worker.engine.context import StageContext
+from worker.engine.data import Encoded, encode
+from worker.engine.inference import predict_logits
+from worker.engine.loading import input_names, load_model, save_labels, save_model, save_tokenizer
+from worker.engine.runtimes import open_session, run_session
+
+if TYPE_CHECKING:
+    from worker.methods.exporters.onnx import Onnx
+    from worker.methods.exporters.onnx_int8 import OnnxInt8
+    from worker.methods.stages.export import Export
+
+OPSET = 17
+CHECKED_TEXTS = 1000
+CHECK_BATCH = 32
+EQUAL_LOGITS = 1e-5  # the same weights in the same library; only the attention kernel may differ
+MAX_ONNX_BYTES = 2**31 - 2**20  # a protobuf message ends there
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The student with the texts on which its forms are compared, and its logits for them."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    data: Encoded
+    logits_NC: NDArray[np.float32]
+
+
+def export(ctx: StageContext, settings: "Export") -> dict[str, Any]:
+    """Writes and checks every form; returns what each check measured."""
+    measured: dict[str, Any] = {}
+    for index, form in enumerate(settings.formats):
+        ctx.progress(index, len(settings.formats))
+        folder = ctx.output(form.kind)
+        measured[form.kind] = form.build(ctx)(folder)
+        log.info("%s: %s", form.kind, measured[form.kind])
+        for name, value in measured[form.kind].items():
+            ctx.reporter.metric(f"{form.kind}/{name}", 0, value)
+    ctx.progress(len(settings.formats), len(settings.formats))
+    return {"formats": measured}
+
+
+def write_safetensors(ctx: StageContext, folder: Path) -> dict[str, float]:
+    """Writes the student for `from_pretrained`, loads it again, and returns the largest difference of a logit."""
+    reference = get_reference(ctx)
+    save_model(reference.model, reference.tokenizer, ctx.labels, folder)
+    again = load_model(folder, ctx.labels, attn_implementation="eager")
+    return _measure(
+        reference, predict_logits(again, reference.data, ctx.check_stop).numpy(), "safetensors", EQUAL_LOGITS
+    )
+
+
+def write_onnx(ctx: StageContext, settings: "Onnx", folder: Path) -> dict[str, float]:
+    """Writes the student as ONNX, runs it in onnxruntime, and returns the largest difference of a logit."""
+    reference = get_reference(ctx)
+    shutil.copyfile(make_onnx(ctx), folder / "model.onnx")
+    _write_companions(ctx, reference, folder)
+    return _measure(reference, run_onnx(ctx, reference.data, folder), "onnx", settings.tolerance)
+
+
+def write_onnx_int8(ctx: StageContext, settings: "OnnxInt8", folder: Path) -> dict[str, float]:
+    """Writes the student as ONNX with 8-bit weights, and returns its agreement with the student.
+
+    Raises:
+        StageFailed: `goal_missed` when too few labels agree.
+    """
+    reference = get_reference(ctx)
+    quantize_dynamic(
+        make_onnx(ctx),
+        folder / "model.onnx",
+        weight_type=QuantType.QInt8,
+        per_channel=settings.per_channel,
+        reduce_range=settings.reduce_range,
+        op_types_to_quantize=["MatMul", "Gemm", "Gather"],
+    )
+    _write_companions(ctx, reference, folder)
+    measured = _measure(reference, run_onnx(ctx, reference.data, folder), "onnx_int8", None)
+    if measured["agreement"] < settings.min_agreement:
+        raise StageFailed(
+            "goal_missed",
+            f"onnx_int8 gives the student's label to {measured['agreement']:.2%} of {len(reference.data)} texts, "
+            f"and min_agreement is {settings.min_agreement:.2%}.",
+            suggestion="Lower min_agreement, or leave this form out.",
+        )
+    return measured
+
+
+def get_reference(ctx: StageContext) -> Reference:
+    """Returns the student and its logits for texts of the validation split (else of the train split), made once."""
+
+    def make() -> Reference:
+        model = ctx.load_model("student", attn_implementation="eager").eval()
+        tokenizer = ctx.load_tokenizer("student")
+        examples = (ctx.find_split("validation") or ctx.get_split("train")).head(CHECKED_TEXTS)
+        data = encode(examples, tokenizer, input_names(model, tokenizer))
+        return Reference(model, tokenizer, data, predict_logits(model, data, ctx.check_stop, CHECK_BATCH).numpy())
+
+    return ctx.remember("reference", make)
+
+
+def make_onnx(ctx: StageContext) -> Path:
+    """Returns the student as an ONNX file in the scratch folder, made once a stage.
+
+    Raises:
+        StageFailed: `export_unsupported` when the graph cannot be exported.
+    """
+    return ctx.remember("onnx", lambda: _export_graph(get_reference(ctx), ctx.scratch_dir / "model.onnx"))
+
+
+def run_onnx(ctx: StageContext, data: Encoded, folder: Path) -> NDArray[np.float32]:
+    """Returns the logits logits_NC of a folder with `model.onnx`, in the order of the split."""
+    session = open_session(folder, ctx.num_threads)
+    logits_NC: NDArray[np.float32] = np.empty((len(data), len(ctx.labels)), dtype=np.float32)
+    for batch in data.by_length(CHECK_BATCH, torch.device("cpu")):
+        logits_NC[batch.rows_B.numpy()] = run_session(session, batch.inputs)
+        ctx.check_stop()
+    return logits_NC
+
+
+class Logits(torch.nn.Module):
+    """The model as a function from tensors, in the order of their names, to logits."""
+
+    def __init__(self, model: PreTrainedModel, names: list[str]) -> None:
+        super().__init__()
+        self.model = model
+        self.names = names
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Returns logits_BC."""
+        logits_BC: Tensor = self.model(**dict(zip(self.names, inputs, strict=True))).logits
+        return logits_BC
+
+
+def _export_graph(reference: Reference, path: Path) -> Path:
+    size_bytes = sum(parameter.numel() * 4 for parameter in reference.model.parameters())
+    if size_bytes > MAX_ONNX_BYTES:
+        raise StageFailed(
+            "export_unsupported",
+            f"The student has {size_bytes} bytes of weights; one ONNX file holds 2 GiB.",
+            suggestion="Leave ONNX out.",
+        )
+    names = list(reference.data.columns)
+    batch = reference.data.batch(np.arange(min(2, len(reference.data))), torch.device("cpu"))
+    axes = {name: {0: "batch", 1: "sequence"} for name in names} | {"logits": {0: "batch"}}
+    wrapper = Logits(reference.model, names).eval()  # the exporter restores this flag, so it must be set on the wrapper
+    try:
+        torch.onnx.export(
+            wrapper,
+            tuple(batch.inputs.values()),
+            str(path),
+            input_names=names,
+            output_names=["logits"],
+            dynamic_axes=axes,
+            opset_version=OPSET,
+            dynamo=False,
+        )
+    except (RuntimeError, TypeError, ValueError) as error:
+        message = f"A '{reference.model.config.model_type}' cannot be exported to ONNX: {str(error).splitlines()[0]}"
+        raise StageFailed("export_unsupported", message, suggestion="Leave the ONNX forms out.") from error
+    onnx.checker.check_model(str(path))
+    return path
+
+
+def _write_companions(ctx: StageContext, reference: Reference, folder: Path) -> None:
+    reference.model.config.save_pretrained(folder)
+    save_tokenizer(reference.tokenizer, folder)
+    save_labels(ctx.labels, folder)
+
+
+def _measure(
+    reference: Reference, logits_NC: NDArray[np.float32], form: str, tolerance: float | None
+) -> dict[str, float]:
+    difference = float(np.abs(logits_NC - reference.logits_NC).max())
+    agreement = float((logits_NC.argmax(-1) == reference.logits_NC.argmax(-1)).mean())
+    if not np.isfinite(logits_NC).all() or (tolerance is not None and difference > tolerance):
+        raise StageFailed(
+            "export_unsupported",
+            f"The logits of {form} differ from the student's by up to {difference:.3g}; {tolerance:g} is accepted."
+            if tolerance is not None
+            else f"The logits of {form} are not finite.",
+            suggestion="Raise the form's tolerance if that is good enough for you, or leave the form out.",
+        )
+    return {"max_logit_difference": difference, "agreement": agreement}

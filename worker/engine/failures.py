@@ -1,0 +1,68 @@
+"""What went wrong in a stage, in the words of the closed list of reasons."""
+
+import errno
+from collections.abc import Iterator
+from typing import Any
+
+from core.errors import Reason, StageFailed
+
+OUT_OF_MEMORY_WORDS = (
+    "can't allocate memory",
+    "cannot allocate memory",
+    "out of memory",
+    "bad allocation",
+    "bad_alloc",
+)
+STORAGE_FULL_WORDS = ("no space left on device",)
+
+
+class StopRequested(Exception):
+    """The supervisor ordered the stage to stop."""
+
+
+def explain(error: BaseException) -> dict[str, Any]:
+    """Returns the error report: reason, message, suggestion, and whether a retry can help."""
+    for cause in _chain(error):
+        if isinstance(cause, StageFailed):
+            return _report(cause.reason, cause.message, cause.suggestion, cause.can_retry)
+        if _is_out_of_memory(cause):
+            return _report(
+                "out_of_memory",
+                "The stage needed more memory than it may use.",
+                "Lower batch_size or max_length.",
+                False,
+            )
+        if _is_storage_full(cause):
+            return _report(
+                "storage_full",
+                "The disk is full.",
+                "Free space (delete old jobs or models), then submit the job again.",
+                True,
+            )
+    return _report("internal", f"{type(error).__name__}: {error}"[:2000], "The stage's log has the details.", False)
+
+
+def _report(reason: Reason, message: str, suggestion: str, retryable: bool) -> dict[str, Any]:
+    return {"type": "error", "reason": reason, "message": message, "suggestion": suggestion, "retryable": retryable}
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return True
+    return any(word in str(error).lower() for word in OUT_OF_MEMORY_WORDS)
+
+
+def _is_storage_full(error: BaseException) -> bool:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return any(word in str(error).lower() for word in STORAGE_FULL_WORDS)

@@ -1,0 +1,127 @@
+"""Model folders of `transformers`: loading and saving, offline and without foreign code."""
+
+import inspect
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+OFFLINE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+INPUT_NAMES = ("input_ids", "attention_mask", "token_type_ids")
+log = logging.getLogger(__name__)
+transformers_logging.disable_progress_bar()
+
+
+def load_model(folder: Path, labels: list[str], **options: Any) -> PreTrainedModel:
+    """Returns the folder's sequence classifier over these labels, in float32.
+
+    A head over the same labels in another order is put in this order; a head over other labels, or a missing one, is
+    new, and `has_new_head` says so.
+    """
+    config = AutoConfig.from_pretrained(folder, **OFFLINE)
+    found = [config.id2label[index] for index in sorted(config.id2label)]
+    same = sorted(found) == sorted(labels)
+    order = found if same else labels
+    model, info = AutoModelForSequenceClassification.from_pretrained(
+        folder,
+        **OFFLINE,
+        **options,
+        use_safetensors=True,
+        dtype=torch.float32,
+        num_labels=len(labels),
+        id2label=dict(enumerate(order)),
+        label2id={label: index for index, label in enumerate(order)},
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+    )
+    output = output_layer(model)
+    new_keys = set(info["missing_keys"]) | {key[0] for key in info["mismatched_keys"]}
+    model.has_new_head = not same or any(key.startswith(f"{output}.") for key in new_keys)
+    if not same and not new_keys:
+        model.get_submodule(output).reset_parameters()
+    if same and found != labels:
+        _reorder_head(model, [found.index(label) for label in labels])
+    model.config.problem_type = "single_label_classification"
+    _name_labels(model, labels)
+    return model
+
+
+def output_layer(model: PreTrainedModel) -> str:
+    """Returns the name of the layer that makes the logits: the last linear one with an output a label."""
+    names = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module.out_features == model.config.num_labels
+    ]
+    return names[-1]
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Returns the folder's tokenizer; one without a padding token pads with its end token."""
+    tokenizer = AutoTokenizer.from_pretrained(folder, **OFFLINE)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, labels: list[str], folder: Path) -> None:
+    """Writes weights (safetensors), config, tokenizer and labels; the same model gives the same bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
+    save_labels(labels, folder)
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Writes the tokenizer; a reader of its `tokenizer.json` alone cuts at the same length, and pads as it likes."""
+    backend = tokenizer.backend_tokenizer
+    backend.enable_truncation(tokenizer.model_max_length)
+    backend.no_padding()
+    tokenizer.save_pretrained(folder)
+
+
+def save_labels(labels: list[str], folder: Path) -> None:
+    """Writes `labels.json`, the class names in the order of the logits."""
+    (folder / "labels.json").write_text(json.dumps(labels, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+
+def input_names(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Returns what the tokenizer makes and the model takes, in a fixed order."""
+    accepted = inspect.signature(model.forward).parameters
+    return [name for name in INPUT_NAMES if name in accepted and name in tokenizer.model_input_names]
+
+
+def limit_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+    """Sets the tokenizer's longest input to what is asked, and at most what the model has positions for."""
+    longest = getattr(model.config, "max_position_embeddings", None) or max_length
+    for name, module in model.named_modules():
+        if (
+            name.endswith("position_embeddings")
+            and isinstance(module, torch.nn.Embedding)
+            and module.padding_idx is not None
+        ):
+            longest -= module.padding_idx + 1  # RoBERTa counts its positions from there
+    tokenizer.model_max_length = min(max_length, longest, tokenizer.model_max_length)
+
+
+def _reorder_head(model: PreTrainedModel, rows: list[int]) -> None:
+    layer = model.get_submodule(output_layer(model))
+    with torch.no_grad():
+        for tensor in layer.parameters():
+            tensor.copy_(tensor[rows].clone())
+
+
+def _name_labels(model: PreTrainedModel, labels: list[str]) -> None:
+    model.config.id2label = dict(enumerate(labels))
+    model.config.label2id = {label: index for index, label in enumerate(labels)}

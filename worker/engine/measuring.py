@@ -1,0 +1,62 @@
+"""What a model costs: bytes on disk, latency and throughput in its runtime."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from worker.engine.data import Encoded
+from worker.engine.runtimes import Forward
+
+WARM_UP_RUNS = 10
+THROUGHPUT_BATCH = 32
+CPU = torch.device("cpu")
+
+
+class Answers(NamedTuple):
+    """A model's logits for a split, and how many texts a second it answered."""
+
+    logits_NC: NDArray[np.float32]
+    throughput_per_s: float
+
+
+def count_bytes(folder: Path) -> int:
+    """Returns the size of all files below the folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def answer_all(forward: Forward, data: Encoded, num_classes: int, between: Callable[[], None]) -> Answers:
+    """Returns the logits of every example, in batches of 32 sorted by length; padding and tokenising are not timed."""
+    logits_NC: NDArray[np.float32] = np.empty((len(data), num_classes), dtype=np.float32)
+    elapsed_s = 0.0
+    for index, batch in enumerate(data.by_length(THROUGHPUT_BATCH, CPU)):
+        if index == 0:
+            forward(batch.inputs)
+        began = time.perf_counter()
+        logits_NC[batch.rows_B.numpy()] = forward(batch.inputs)
+        elapsed_s += time.perf_counter() - began
+        between()
+    return Answers(logits_NC, len(data) / elapsed_s)
+
+
+def time_singles(forward: Forward, data: Encoded, num_samples: int, between: Callable[[], None]) -> tuple[float, float]:
+    """Returns the median and the 95th percentile of the latency at batch size 1, in milliseconds.
+
+    The texts are spread evenly over the split, each without padding, and are timed after a warm-up.
+    """
+    rows = np.linspace(0, len(data) - 1, num_samples).astype(np.int64)
+    singles = [data.single(row) for row in rows]
+    for inputs in singles[:WARM_UP_RUNS]:
+        forward(inputs)
+    times_ms = []
+    for inputs in singles:
+        began = time.perf_counter()
+        forward(inputs)
+        times_ms.append((time.perf_counter() - began) * 1e3)
+        between()
+    p50, p95 = np.percentile(times_ms, [50, 95])
+    return float(p50), float(p95)

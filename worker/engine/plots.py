@@ -1,0 +1,88 @@
+"""The report's plots, as SVG that stands inside an HTML page."""
+
+import io
+import re
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+matplotlib.use("svg")
+STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "stillhouse",
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+}
+
+
+def plot_losses(training: list[dict[str, Any]]) -> str:
+    """Returns one panel a training stage: every loss over the steps, and the validation accuracy."""
+    stages = sorted({(series["ordinal"], series["kind"]) for series in training if series["name"] == "loss/total"})
+    if not stages:
+        return ""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(5.2 * len(stages), 3.6), layout="constrained")
+        panels = figure.subplots(1, len(stages), squeeze=False)[0]
+        for panel, (ordinal, kind) in zip(panels, stages, strict=True):
+            _draw_stage(panel, [series for series in training if series["ordinal"] == ordinal])
+            panel.set_title(f"stage {ordinal}: {kind}")
+        return to_svg(figure)
+
+
+def plot_quality(models: list[dict[str, Any]], field: str, title: str, unit: float) -> str:
+    """Returns accuracy with its interval against a cost, which is divided by `unit`, on a logarithmic axis."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(5.2, 3.6), layout="constrained")
+        axes = figure.subplots()
+        for index, model in enumerate(models):
+            low, high = model["accuracy_ci"]
+            below, above = max(0.0, model["accuracy"] - low), max(0.0, high - model["accuracy"])
+            axes.errorbar(
+                model[field] / unit,
+                100 * model["accuracy"],
+                yerr=[[100 * below], [100 * above]],
+                fmt="os^DvP*X"[index % 8],
+                color=f"C{index % 10}",
+                capsize=3,
+                label=model["name"],
+            )
+        axes.set_xscale("log")
+        axes.set_xlabel(title)
+        axes.set_ylabel("test accuracy, %")
+        axes.legend(frameon=False, fontsize=8)
+        return to_svg(figure)
+
+
+def to_svg(figure: Figure) -> str:
+    """Returns the figure as an `<svg>` element, without prolog, metadata and namespaces, which HTML does not need."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    return re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", text)
+
+
+def _draw_stage(panel: Axes, series: list[dict[str, Any]]) -> None:
+    losses = [one for one in series if one["name"].startswith("loss/")]
+    for one in losses if len(losses) > 2 else losses[:1]:  # with a single term, the total is that term
+        steps, values = zip(*one["points"], strict=True)
+        panel.plot(steps, values, label=one["name"].removeprefix("loss/"), linewidth=1.2)
+    panel.set_xlabel("step")
+    panel.set_ylabel("loss")
+    handles, labels = panel.get_legend_handles_labels()
+    for one in series:
+        if one["name"] == "validation/accuracy":
+            other = panel.twinx()
+            steps, values = zip(*one["points"], strict=True)
+            handles += other.plot(steps, [100 * value for value in values], "o--", color="black", linewidth=1)
+            labels.append("validation accuracy")
+            other.set_ylabel("accuracy, %")
+            other.grid(False)
+    panel.legend(handles, labels, frameon=False, fontsize=8, loc="center right")

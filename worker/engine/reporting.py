@@ -1,0 +1,69 @@
+"""Reports to the supervisor: JSON lines on a pipe."""
+
+import json
+import math
+import os
+import threading
+import time
+from typing import Any
+
+INTERVAL_S = 0.2
+
+
+class Reporter:
+    """Writes progress, metrics, events and the one last report; progress and metrics at most five times a second."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._lock = threading.Lock()
+        self._points: list[tuple[str, int, float]] = []
+        self._progress: dict[str, Any] | None = None
+        self._first: tuple[float, int] | None = None
+        self._sent_at = 0.0
+
+    def progress(self, step: int, total: int) -> None:
+        """Notes how far the stage is; the time left follows from the pace since the first call."""
+        now = time.monotonic()
+        if self._first is None:
+            self._first = (now, step)
+        began, first_step = self._first
+        done = step - first_step
+        eta_s = round((now - began) / done * (total - step), 1) if done > 0 else None
+        self._progress = {"type": "progress", "step": step, "total": total, "eta_s": eta_s}
+        self._flush_if_due(now)
+
+    def metric(self, name: str, step: int, value: float) -> None:
+        """Notes one point of a series; a value that is not finite is left out."""
+        if math.isfinite(value):
+            self._points.append((name, step, value))
+            self._flush_if_due(time.monotonic())
+
+    def event(self, type: str, level: str, message: str, **data: Any) -> None:
+        """Sends one event at once."""
+        self.flush()
+        self._write({"type": "event", "event": {"type": type, "level": level, "message": message, "data": data}})
+
+    def close(self, last: dict[str, Any]) -> None:
+        """Sends what is noted, then the last report."""
+        self.flush()
+        self._write(last)
+
+    def flush(self) -> None:
+        """Sends what is noted."""
+        self._sent_at = time.monotonic()
+        if self._points:
+            points, self._points = self._points, []
+            self._write({"type": "metrics", "points": points})
+        if self._progress:
+            progress, self._progress = self._progress, None
+            self._write(progress)
+
+    def _flush_if_due(self, now: float) -> None:
+        if now - self._sent_at >= INTERVAL_S:
+            self.flush()
+
+    def _write(self, report: dict[str, Any]) -> None:
+        data = json.dumps(report, allow_nan=False, separators=(",", ":")).encode() + b"\n"
+        with self._lock:
+            while data:
+                data = data[os.write(self._fd, data) :]

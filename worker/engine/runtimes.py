@@ -1,0 +1,82 @@
+"""Exported models as a user runs them: torch for `transformers` folders, onnxruntime for ONNX."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from worker.engine.loading import input_names, load_model
+
+Forward = Callable[[dict[str, Tensor]], NDArray[np.float32]]
+
+
+def open_session(folder: Path, num_threads: int) -> onnxruntime.InferenceSession:
+    """Returns an onnxruntime session on the processor."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = num_threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
+
+
+def run_session(session: onnxruntime.InferenceSession, inputs: dict[str, Tensor]) -> NDArray[np.float32]:
+    """Returns logits_BC for the inputs that the session names."""
+    names = [node.name for node in session.get_inputs()]
+    logits_BC: NDArray[np.float32] = session.run(["logits"], {name: inputs[name].numpy() for name in names})[0]
+    return logits_BC
+
+
+class OpenModel(NamedTuple):
+    """A loaded model: its forward function, what it takes, the library that runs it, and its number of parameters."""
+
+    forward: Forward
+    input_names: list[str]
+    runtime: str
+    num_parameters: int
+
+
+def open_model(folder: Path, labels: list[str], tokenizer: PreTrainedTokenizerBase, num_threads: int) -> OpenModel:
+    """Returns the folder's model, on the processor."""
+    return (
+        _open_onnx(folder, num_threads) if (folder / "model.onnx").is_file() else _open_torch(folder, labels, tokenizer)
+    )
+
+
+def _open_onnx(folder: Path, num_threads: int) -> OpenModel:
+    session = open_session(folder, num_threads)
+    names = [node.name for node in session.get_inputs()]
+    num_parameters = count_onnx_parameters(folder / "model.onnx")
+    return OpenModel(lambda inputs: run_session(session, inputs), names, "onnxruntime", num_parameters)
+
+
+def _open_torch(folder: Path, labels: list[str], tokenizer: PreTrainedTokenizerBase) -> OpenModel:
+    model = load_model(folder, labels).eval()
+
+    def forward(inputs: dict[str, Tensor]) -> NDArray[np.float32]:
+        with torch.inference_mode():
+            logits_BC: NDArray[np.float32] = model(**inputs).logits.numpy()
+            return logits_BC
+
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    return OpenModel(forward, input_names(model, tokenizer), "torch", num_parameters)
+
+
+def count_onnx_parameters(path: Path) -> int:
+    """Returns the number of values in the graph's weights of two or more dimensions, and in its float vectors.
+
+    The scales and zero points that quantisation adds are scalars or vectors beside their weight and are not counted.
+    """
+    weights = onnx.load(str(path), load_external_data=False).graph.initializer
+    side = ("_scale", "_zero_point")
+    return sum(
+        int(np.prod(weight.dims))
+        for weight in weights
+        if weight.dims and not weight.name.endswith(side) and weight.data_type != onnx.TensorProto.INT64
+    )

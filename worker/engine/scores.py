@@ -1,0 +1,63 @@
+"""Scores of predicted classes, with bootstrap confidence intervals."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+NUM_RESAMPLES = 1000
+Indices = NDArray[np.int64]
+
+
+def accuracy(labels_N: Indices, predicted_N: Indices) -> float:
+    """Returns the share of right predictions."""
+    return float((labels_N == predicted_N).mean())
+
+
+def macro_f1(labels_N: Indices, predicted_N: Indices, num_classes: int) -> float:
+    """Returns the mean F1 over the classes that occur among labels or predictions."""
+    right_C, labelled_C, predicted_C = _counts(labels_N, predicted_N, num_classes)
+    seen_C = labelled_C + predicted_C > 0
+    return float((2 * right_C[seen_C] / (labelled_C + predicted_C)[seen_C]).mean())
+
+
+def per_class(labels_N: Indices, predicted_N: Indices, names: list[str]) -> list[dict[str, Any]]:
+    """Returns precision, recall, F1 and support of each class; a ratio with nothing below the line is 0."""
+    right_C, labelled_C, predicted_C = _counts(labels_N, predicted_N, len(names))
+    return [
+        {
+            "label": name,
+            "precision": _ratio(right_C[index], predicted_C[index]),
+            "recall": _ratio(right_C[index], labelled_C[index]),
+            "f1": _ratio(2 * right_C[index], labelled_C[index] + predicted_C[index]),
+            "support": int(labelled_C[index]),
+        }
+        for index, name in enumerate(names)
+    ]
+
+
+def bootstrap(
+    labels_N: Indices, predicted_N: Indices, num_classes: int, confidence: float, seed: int
+) -> dict[str, tuple[float, float]]:
+    """Returns the intervals of accuracy and macro-F1: percentiles over resamples of the examples with replacement.
+
+    Source: Efron, Tibshirani 1993, "An Introduction to the Bootstrap", chapter 13.
+    """
+    rng = np.random.default_rng(seed)
+    values = np.empty((NUM_RESAMPLES, 2))
+    for index in range(NUM_RESAMPLES):
+        rows = rng.integers(0, len(labels_N), len(labels_N))
+        labels, predicted = labels_N[rows], predicted_N[rows]
+        values[index] = accuracy(labels, predicted), macro_f1(labels, predicted, num_classes)
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(values, [tail, 1 - tail], axis=0)
+    return {name: (float(low[i]), float(high[i])) for i, name in enumerate(("accuracy", "macro_f1"))}
+
+
+def _counts(labels_N: Indices, predicted_N: Indices, num_classes: int) -> tuple[Indices, Indices, Indices]:
+    right_C = np.bincount(labels_N[labels_N == predicted_N], minlength=num_classes)
+    return right_C, np.bincount(labels_N, minlength=num_classes), np.bincount(predicted_N, minlength=num_classes)
+
+
+def _ratio(above: int, below: int) -> float:
+    return float(above / below) if below else 0.0

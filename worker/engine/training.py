@@ -1,0 +1,184 @@
+"""The one training loop: any sum of losses, the best epoch kept."""
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from core.errors import StageFailed
+from core.methods import Loss
+from worker.engine.context import StageContext
+from worker.engine.data import Batch, Encoded, Examples, encode
+from worker.engine.devices import autocast
+from worker.engine.inference import predict_logits
+from worker.engine.loading import input_names, limit_length, save_model
+from worker.engine.optimization import MAX_GRADIENT_NORM, TrainingSettings, make_optimizer, make_schedule
+from worker.engine.scores import accuracy, macro_f1
+
+LOGGED_POINTS = 200
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Term:
+    """One weighted loss of the objective."""
+
+    name: str
+    weight: float
+    loss: Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def make_terms(ctx: StageContext, losses: Sequence[Loss]) -> list[Term]:
+    """Returns the terms, named after their kind; a second one of a kind is `<kind>_2`."""
+    kinds = [loss.kind for loss in losses]
+    names = [
+        kind if kinds[: i + 1].count(kind) == 1 else f"{kind}_{kinds[: i + 1].count(kind)}"
+        for i, kind in enumerate(kinds)
+    ]
+    return [Term(name, loss.weight, loss.build(ctx)) for name, loss in zip(names, losses, strict=True)]
+
+
+@dataclass
+class Trainer:
+    """A model in training, with its data and settings.
+
+    Without teacher logits the student's own, detached, stand in for them: no such loss reads them.
+    """
+
+    ctx: StageContext
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    settings: TrainingSettings
+    terms: list[Term]
+    train_data: Encoded = field(init=False)
+    validation_data: Encoded | None = field(init=False)
+    teacher_NC: Tensor | None = None
+    _window: list[dict[str, float]] = field(default_factory=list)
+    _best: dict[str, Any] = field(default_factory=dict)
+    _best_state: dict[str, Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        limit_length(self.model, self.tokenizer, self.settings.max_length)
+        self.model.config.pad_token_id = self.tokenizer.pad_token_id
+        self.train_data = self._encode(self.ctx.get_split("train"))
+        validation = self.ctx.find_split("validation")
+        self.validation_data = self._encode(validation) if validation else None
+        self.model.to(self.ctx.device)
+        self.optimizer = make_optimizer(self.model, self.settings)
+        self.steps_per_epoch = math.ceil(len(self.train_data) / self.settings.batch_size)
+        self.num_steps = max(1, round(self.settings.epochs * self.steps_per_epoch))
+        self.schedule = make_schedule(self.optimizer, self.num_steps, self.settings.warmup_ratio)
+        self.log_every = max(1, self.num_steps // LOGGED_POINTS)
+
+    def run(self) -> dict[str, Any]:
+        """Trains, leaves the best epoch's weights in the model, and returns what is known of them.
+
+        Raises:
+            StageFailed: `loss_not_finite` at the step whose loss or gradient is not finite.
+            StopRequested: At the next step after the order.
+        """
+        self._warn_of_cut_texts()
+        self.ctx.progress(0, self.num_steps)
+        step = 0
+        for epoch in range(math.ceil(self.num_steps / self.steps_per_epoch)):
+            self.model.train()
+            for batch in self.train_data.shuffled(self.settings.batch_size, self.ctx.seed, epoch, self.ctx.device):
+                if step == self.num_steps:
+                    break
+                step += 1
+                self._log(step, self._step(batch, step))
+                self.ctx.progress(step, self.num_steps)
+            self._validate(step, epoch + 1)
+        if self._best_state is not None:
+            self.model.load_state_dict(self._best_state)
+        self.model.eval()
+        return {
+            "num_examples": len(self.train_data),
+            "num_steps": step,
+            "kept_epoch": self._best.get("epoch", math.ceil(self.num_steps / self.steps_per_epoch)),
+            "validation": self._best.get("scores"),
+        }
+
+    def save(self, role: str) -> None:
+        """Writes the model, its tokenizer and its labels as the stage's output in this role."""
+        save_model(self.model, self.tokenizer, self.ctx.labels, self.ctx.output(role))
+
+    def _encode(self, examples: Examples) -> Encoded:
+        return encode(examples, self.tokenizer, input_names(self.model, self.tokenizer))
+
+    def _warn_of_cut_texts(self) -> None:
+        cut, total = self.train_data.num_cut, len(self.train_data)
+        if cut > total // 100:
+            limit = self.train_data.max_length
+            message = f"{cut} of {total} training texts are longer than {limit} tokens and are cut."
+            self.ctx.warn("texts_cut", message, num_cut=cut, num_examples=total, max_length=limit)
+
+    def _step(self, batch: Batch, step: int) -> dict[str, float]:
+        with autocast(self.ctx.device):
+            logits_BC = self.model(**batch.inputs).logits
+        logits_BC = logits_BC.float()
+        teacher_BC = (
+            logits_BC.detach() if self.teacher_NC is None else self.teacher_NC[batch.rows_B].to(logits_BC.device)
+        )
+        values = {term.name: term.loss(logits_BC, teacher_BC, batch.labels_B).mean() for term in self.terms}
+        total = torch.stack([term.weight * values[term.name] for term in self.terms]).sum()
+        numbers = {"total": total.item(), **{name: value.item() for name, value in values.items()}}
+        self._check_finite("loss", numbers["total"], step)
+        self.optimizer.zero_grad(set_to_none=True)
+        total.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRADIENT_NORM)
+        self._check_finite("gradient", norm.item(), step)
+        self.optimizer.step()
+        self.schedule.step()
+        return numbers
+
+    def _check_finite(self, what: str, value: float, step: int) -> None:
+        if not math.isfinite(value):
+            raise StageFailed(
+                "loss_not_finite",
+                f"The {what} became {value} at step {step} of {self.num_steps}.",
+                suggestion=f"Lower learning_rate (now {self.settings.learning_rate:g}).",
+            )
+
+    def _log(self, step: int, numbers: dict[str, float]) -> None:
+        """Reports the mean over a window of steps; the windows depend on the number of steps alone."""
+        self._window.append(numbers)
+        if step % self.log_every and step != self.num_steps:
+            return
+        means = {name: sum(n[name] for n in self._window) / len(self._window) for name in numbers}
+        self._window.clear()
+        for name, value in means.items():
+            self.ctx.reporter.metric(f"loss/{name}", step, value)
+        for term in self.terms:
+            share = term.weight * means[term.name] / means["total"] if means["total"] else 0.0
+            self.ctx.reporter.metric(f"share/{term.name}", step, share)
+        self.ctx.reporter.metric("learning_rate", step, float(self.schedule.get_last_lr()[0]))
+
+    def _validate(self, step: int, epoch: int) -> None:
+        if self.validation_data is None:
+            return
+        scores = self.score_validation(self.model)
+        for name, value in scores.items():
+            self.ctx.reporter.metric(f"validation/{name}", step, value)
+        log.info("epoch %d: %s", epoch, scores)
+        best = self._best.get("scores")
+        if best is None or (scores["accuracy"], -scores["loss"]) > (best["accuracy"], -best["loss"]):
+            self._best = {"epoch": epoch, "scores": scores}
+            self._best_state = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
+
+    def score_validation(self, model: PreTrainedModel) -> dict[str, float]:
+        """Returns accuracy, macro-F1 and cross entropy of a model on the validation split, which must exist."""
+        data = self.validation_data
+        assert data is not None  # noqa: S101
+        logits_NC = predict_logits(model, data, self.ctx.check_stop)
+        predicted_N, labels_N = logits_NC.argmax(-1).numpy(), data.labels_N.numpy()
+        return {
+            "accuracy": accuracy(labels_N, predicted_N),
+            "macro_f1": macro_f1(labels_N, predicted_N, len(self.ctx.labels)),
+            "loss": torch.nn.functional.cross_entropy(logits_NC, data.labels_N).item(),
+        }
