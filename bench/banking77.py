@@ -2,7 +2,7 @@
 
     python bench/banking77.py [--data DIR] [--skip-peer] [--out DIR]
 
-Three measurements: the job with the service's defaults; a student of the same budget by cross entropy alone, from the same
+Three measurements: the job with the defaults; a student of the same budget by cross entropy alone, from the same
 teacher; and the peer script. The data set is Banking77 (CC BY 4.0, Casanueva et al. 2020) as JSON Lines with `text` and
 `label`; without its folder the bench says so and ends. Prints a table and writes `banking77.json`.
 """
