@@ -1,11 +1,13 @@
 """The process of one stage: `python -m worker.engine.child order.json --report-fd N`.
 
 It has no database and no network. Orders come as JSON lines on stdin, reports leave on the file descriptor, and what is
-logged (with the stack trace of a failure) goes to stderr, which is the stage's log.
+logged (with the stack trace of a failure) goes to stderr, which is the stage's log; SIGUSR1 writes the stacks of all
+threads there.
 """
 
 import argparse
 import ctypes
+import faulthandler
 import json
 import logging
 import os
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from worker.engine.context import Order
 
 PR_SET_PDEATHSIG = 1
-log = logging.getLogger(__name__)
+log = logging.getLogger("worker.engine.child")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,7 +36,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--report-fd", type=int, required=True)
     args = parser.parse_args(argv)
     die_with_parent(args.report_fd)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    logging.getLogger("worker").setLevel(logging.INFO)
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     reporter, stop = Reporter(args.report_fd), threading.Event()
     threading.Thread(target=listen, args=(sys.stdin.fileno(), stop), daemon=True).start()
     last = run(args.order, reporter, stop)

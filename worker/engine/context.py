@@ -64,7 +64,8 @@ class StageContext:
         self.device = choose_device()
         self._stop = stop
         self._remembered: dict[str, Any] = {}
-        self.scratch_dir = Path(tempfile.mkdtemp(prefix="stage-"))
+        self.scratch_dir = Path(tempfile.mkdtemp(prefix="scratch-", dir=order.outputs_dir.parent))
+        tempfile.tempdir = str(self.scratch_dir)  # what libraries put aside goes the same way
         torch.manual_seed(self.seed)
 
     @property
@@ -82,7 +83,8 @@ class StageContext:
         shutil.rmtree(self.scratch_dir, ignore_errors=True)
 
     def check_stop(self) -> None:
-        """Raises StopRequested once the supervisor ordered a stop."""
+        """Raises StopRequested once the supervisor ordered a stop; else shows that the stage is alive."""
+        self.reporter.beat()
         if self._stop.is_set():
             raise StopRequested
 

@@ -32,8 +32,8 @@ def evaluate(ctx: StageContext, settings: "Evaluate") -> dict[str, Any]:
 
     `report.json` holds, under `schema_version` 1: `job`, `task`, `labels`, `test` (split and size), `confidence`,
     `models` (the main table, the teacher first), `per_class` (of the student), `spec`, `environment`, `training`
-    (series of earlier stages) and `notes`. Sizes are in bytes, latencies in milliseconds, throughput in texts a second, and
-    scores are shares of 1.
+    (series of earlier stages) and `notes`. Sizes are in bytes, latencies in milliseconds, throughput in texts a second,
+    and scores are shares of 1.
     """
     test = ctx.get_split("test")
     labels_N = np.array(test.labels, dtype=np.int64)
@@ -66,11 +66,11 @@ def evaluate(ctx: StageContext, settings: "Evaluate") -> dict[str, Any]:
 
 NOTES = (
     "Intervals: percentile bootstrap over the test examples, 1,000 resamples, without the randomness of training.",
-    "Latency: one text at a time, without padding; throughput: batches of 32 sorted by length. Tokenising is not timed, "
-    "a warm-up comes first. Folders of transformers run in PyTorch, ONNX files in onnxruntime, all on the processor, "
-    "in float32 unless the form says otherwise.",
+    "Latency: one text at a time, without padding. Throughput: batches of 32 sorted by length. Tokenising is not timed, "
+    "and a warm-up comes first. Folders of transformers run in PyTorch, ONNX files in onnxruntime, all on the processor "
+    "and in float32 unless the form says otherwise.",
     "Size: all files of the form, with tokenizer and config.",
-    "Agreement: share of test texts that get the teacher's label.",
+    "Agreement: share of test texts with the label that the teacher gives.",
 )
 
 

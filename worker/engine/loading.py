@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 OFFLINE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 INPUT_NAMES = ("input_ids", "attention_mask", "token_type_ids")
-log = logging.getLogger(__name__)
+TRANSIENT_SETTINGS = ("local_files_only", "is_local", "max_length", "stride", "truncation_strategy")
 transformers_logging.disable_progress_bar()
 
 
@@ -88,6 +87,8 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     backend = tokenizer.backend_tokenizer
     backend.enable_truncation(tokenizer.model_max_length)
     backend.no_padding()
+    for name in TRANSIENT_SETTINGS:
+        tokenizer.init_kwargs.pop(name, None)
     tokenizer.save_pretrained(folder)
 
 

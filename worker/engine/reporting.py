@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 INTERVAL_S = 0.2
+BEAT_S = 10.0
 
 
 class Reporter:
@@ -18,19 +19,26 @@ class Reporter:
         self._lock = threading.Lock()
         self._points: list[tuple[str, int, float]] = []
         self._progress: dict[str, Any] | None = None
+        self._last_progress: dict[str, Any] | None = None
         self._first: tuple[float, int] | None = None
         self._sent_at = 0.0
 
     def progress(self, step: int, total: int) -> None:
-        """Notes how far the stage is; the time left follows from the pace since the first call."""
+        """Notes how far the stage is; the time left follows from the pace since the first step."""
         now = time.monotonic()
-        if self._first is None:
+        if self._first is None or step <= self._first[1]:
             self._first = (now, step)
         began, first_step = self._first
         done = step - first_step
         eta_s = round((now - began) / done * (total - step), 1) if done > 0 else None
-        self._progress = {"type": "progress", "step": step, "total": total, "eta_s": eta_s}
+        self._progress = self._last_progress = {"type": "progress", "step": step, "total": total, "eta_s": eta_s}
         self._flush_if_due(now)
+
+    def beat(self) -> None:
+        """Sends the last progress again after ten seconds of silence, so that long work does not look hung."""
+        if time.monotonic() - self._sent_at >= BEAT_S:
+            self._progress = self._last_progress
+            self.flush()
 
     def metric(self, name: str, step: int, value: float) -> None:
         """Notes one point of a series; a value that is not finite is left out."""

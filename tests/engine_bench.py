@@ -1,0 +1,133 @@
+"""Stages run through the real child process, on a pico model, without a supervisor."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from core.jobs.spec import load_spec
+from tests import pico
+
+LABELS = sorted(pico.WORDS)
+ROOT = Path(__file__).parents[1]
+FAST = {"epochs": 6, "learning_rate": 2e-3, "head_learning_rate": 1e-2, "batch_size": 16}
+
+
+def make_spec(stages: list[dict[str, Any]]) -> dict[str, Any]:
+    spec = {
+        "name": "pico",
+        "teacher": {"model": "pico"},
+        "student": {"kind": "teacher_layers", "keep": [0, 2]},
+        "data": "toy",
+        "stages": stages,
+        "seed": 7,
+    }
+    return load_spec(spec).model_dump(mode="json")
+
+
+@dataclass
+class Finished:
+    """What a child left behind."""
+
+    returncode: int
+    reports: list[dict[str, Any]]
+    log: str
+    outputs: Path
+
+    @property
+    def last(self) -> dict[str, Any]:
+        return self.reports[-1]
+
+    def of(self, type: str) -> list[dict[str, Any]]:
+        return [report for report in self.reports if report["type"] == type]
+
+    def series(self, name: str) -> list[tuple[int, float]]:
+        return [(step, value) for found, step, value in self.points() if found == name]
+
+    def points(self) -> list[list[Any]]:
+        return [point for report in self.of("metrics") for point in report["points"]]
+
+
+@dataclass
+class Bench:
+    """The folders of one job, as the supervisor lays them out."""
+
+    root: Path
+
+    @property
+    def inputs(self) -> Path:
+        return self.root / "in"
+
+    def lay(self) -> "Bench":
+        pico.write_data(self.inputs / "data")
+        pico.write_model(self.inputs / "teacher")
+        return self
+
+    def copy(self, root: Path) -> "Bench":
+        shutil.copytree(self.root, root)
+        return Bench(root)
+
+    def write_order(self, spec: dict[str, Any], ordinal: int, name: str, **changes: Any) -> Path:
+        outputs = self.root / name / "out"
+        outputs.mkdir(parents=True)
+        order = {
+            "stage": spec["stages"][ordinal],
+            "spec": spec,
+            "ordinal": ordinal,
+            "labels": LABELS,
+            "inputs_dir": str(self.inputs),
+            "outputs_dir": str(outputs),
+            "num_threads": 1,
+            "max_memory_bytes": 0,
+        }
+        path = self.root / name / "order.json"
+        path.write_text(json.dumps(order | changes), encoding="utf-8")
+        return path
+
+    @contextmanager
+    def start(self, order: Path) -> Iterator[tuple[subprocess.Popen, Any]]:
+        """Yields the child and the reading end of its reports."""
+        reading, writing = os.pipe()
+        with (
+            (order.parent / "log").open("wb") as log,
+            subprocess.Popen(
+                [sys.executable, "-m", "worker.engine.child", str(order), "--report-fd", str(writing)],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                pass_fds=[writing],
+                cwd=ROOT,
+            ) as child,
+            os.fdopen(reading, "rb") as pipe,
+        ):
+            os.close(writing)
+            yield child, pipe
+
+    def run(self, spec: dict[str, Any], ordinal: int = 0, name: str = "", **changes: Any) -> Finished:
+        order = self.write_order(spec, ordinal, name or f"stage-{ordinal}", **changes)
+        with self.start(order) as (child, pipe):
+            reports = [json.loads(line) for line in pipe]
+        return Finished(child.returncode, reports, (order.parent / "log").read_text(), order.parent / "out")
+
+    def adopt(self, finished: Finished, ordinal: int, kind: str) -> None:
+        """Makes a stage's outputs the inputs of the next one, read-only."""
+        for folder in finished.outputs.iterdir():
+            target = self.inputs / folder.name
+            shutil.rmtree(target, ignore_errors=True)
+            shutil.copytree(folder, target)
+            for path in target.iterdir():
+                path.chmod(0o444)
+        with (self.inputs / "history.jsonl").open("a", encoding="utf-8") as history:
+            for name, step, value in finished.points():
+                point = {"ordinal": ordinal, "kind": kind, "name": name, "step": step, "value": value}
+                history.write(json.dumps(point) + "\n")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
