@@ -78,9 +78,20 @@ def find_idempotent(session: Session, tenant_id: str, key: str, fingerprint: str
     ).one_or_none()
     if claimed is not None:
         return None
-    row = session.scalars(
-        select(IdempotencyKey).where(IdempotencyKey.tenant_id == tenant_id, IdempotencyKey.key == key)
-    ).one()
+    return peek_idempotent(session, tenant_id, key, fingerprint, ttl_s)
+
+
+def peek_idempotent(session: Session, tenant_id: str, key: str, fingerprint: str, ttl_s: int) -> Job | None:
+    """Returns the job that this key made before, or None, without claiming it. Raises IdempotencyMismatch."""
+    row = session.scalar(
+        select(IdempotencyKey).where(
+            IdempotencyKey.tenant_id == tenant_id,
+            IdempotencyKey.key == key,
+            IdempotencyKey.created_at >= func.now() - timedelta(seconds=ttl_s),
+        )
+    )
+    if row is None:
+        return None
     if row.fingerprint != fingerprint:
         raise IdempotencyMismatch()
     return get_job(session, tenant_id, row.job_id)
@@ -156,11 +167,16 @@ def list_artifacts(session: Session, tenant_id: str, job_id: str) -> list[Artifa
     )
 
 
-def get_artifact(session: Session, tenant_id: str, job_id: str, name: str) -> Artifact:
-    """Returns one artifact of the job. Raises NotFound."""
-    artifact = session.scalar(
+def find_artifact(session: Session, tenant_id: str, job_id: str, name: str) -> Artifact | None:
+    """Returns one artifact of the job, or None."""
+    return session.scalar(
         select(Artifact).where(Artifact.tenant_id == tenant_id, Artifact.job_id == job_id, Artifact.name == name)
     )
+
+
+def get_artifact(session: Session, tenant_id: str, job_id: str, name: str) -> Artifact:
+    """Returns one artifact of the job. Raises NotFound."""
+    artifact = find_artifact(session, tenant_id, job_id, name)
     if artifact is None:
         raise NotFound(f"The job '{job_id}' has no artifact '{name}' (yet).")
     return artifact
