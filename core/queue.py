@@ -5,11 +5,12 @@ A message never names a job: it says "look at the table". So a lost, repeated or
 
 import logging
 from functools import cache
-
-from celery import Celery
-from kombu import Queue
+from typing import TYPE_CHECKING
 
 from core.settings import get_settings
+
+if TYPE_CHECKING:
+    from celery import Celery
 
 QUEUES = ("cpu", "gpu")
 TASK_RUN = "stillhouse.run"
@@ -17,8 +18,11 @@ log = logging.getLogger(__name__)
 
 
 @cache
-def get_celery() -> Celery:
+def get_celery() -> "Celery":
     """Returns the Celery app, with the settings that keep hints harmless and cheap."""
+    from celery import Celery  # a tenth of a second that only those who send or take hints need
+    from kombu import Queue
+
     app = Celery("stillhouse", broker=get_settings().redis_url)
     app.conf.update(
         task_acks_late=False,  # the database lease protects the work, not the message

@@ -6,7 +6,7 @@ A secret has 256 random bits, so a plain SHA-256 suffices: there is nothing to g
 import hashlib
 import hmac
 import secrets
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Literal, NamedTuple, get_args
 
 from sqlalchemy import func, select, update
@@ -17,6 +17,7 @@ from core.ids import new_id
 from core.tenants.models import ApiKey, Tenant
 
 Scope = Literal["read", "write", "keys"]
+LAST_USED_STEP = timedelta(minutes=1)  # one write a minute tells enough
 SCOPES: tuple[str, ...] = get_args(Scope)
 
 
@@ -66,7 +67,12 @@ def authenticate(session: Session, text: str) -> Principal:
     if len(parts) != 3 or parts[0] != "sk":
         raise Unauthenticated("This is no Stillhouse API key; it should look like sk_<id>_<secret>.")
     row = session.execute(
-        select(ApiKey, Tenant.name, (ApiKey.expires_at <= func.now()).label("expired"))
+        select(
+            ApiKey,
+            Tenant.name,
+            (ApiKey.expires_at <= func.now()).label("expired"),
+            (func.coalesce(ApiKey.last_used_at, ApiKey.created_at) < func.now() - LAST_USED_STEP).label("stale"),
+        )
         .join(Tenant, Tenant.id == ApiKey.tenant_id)
         .where(ApiKey.id == f"key_{parts[1]}")
     ).one_or_none()
@@ -76,6 +82,8 @@ def authenticate(session: Session, text: str) -> Principal:
         raise Unauthenticated("This API key was revoked; ask for a new one.")
     if row.expired:
         raise Unauthenticated(f"This API key expired at {row.ApiKey.expires_at:%Y-%m-%d %H:%M} UTC; ask for a new one.")
+    if row.stale or row.ApiKey.last_used_at is None:
+        row.ApiKey.last_used_at = func.now()
     return Principal(row.ApiKey.tenant_id, row.name, row.ApiKey.id, frozenset(row.ApiKey.scopes))
 
 

@@ -1,0 +1,1 @@
+"""The HTTP service: it asks, workers do."""

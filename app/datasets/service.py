@@ -1,0 +1,116 @@
+"""Data sets: check an upload, publish its splits, read rows back."""
+
+import json
+import re
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+from sqlalchemy.orm import Session
+
+from app.uploads import Upload, UploadedFile
+from core.datasets.checking import Columns, Problems, Split, SplitFile, check_between, check_split, report_of
+from core.datasets.models import Dataset
+from core.datasets.reading import format_of
+from core.datasets.repository import create_dataset, get_dataset
+from core.errors import DatasetInvalid, NotFound
+from core.methods import suggest
+from core.storage import BlobWriter, get_store
+
+SPLIT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+FIELDS = {"name", "text", "label"}
+MAX_SPLITS = 20
+MAX_PREVIEW_BYTES = 1024 * 1024
+
+
+class Checked(NamedTuple):
+    """A good upload: its splits' bytes, ready to be published, and what the check found."""
+
+    name: str
+    blobs: dict[str, BlobWriter]
+    found: dict[str, Split]
+
+
+def check_upload(upload: Upload, stack: ExitStack) -> Checked:
+    """Returns the checked splits of an upload; `stack` drops what is not published. Raises DatasetInvalid."""
+    upload.refuse_unknown(FIELDS)
+    name = upload.name()
+    wanted = Columns(upload.field("text"), upload.field("label"))
+    problems = Problems()
+    blobs, found = {}, {}
+    for source in [_split_file(file) for file in _one_a_split(upload)]:
+        writer = stack.enter_context(get_store().writer())
+        found[source.split] = check_split(source, writer, wanted, problems)
+        blobs[source.split] = writer
+        writer.seal()
+    check_between(found, problems)
+    problems.raise_if_any()
+    return Checked(name, blobs, found)
+
+
+def _one_a_split(upload: Upload) -> list[UploadedFile]:
+    splits = [file.field for file in upload.files]
+    if not splits or len(splits) > MAX_SPLITS:
+        message = f"send 1 to {MAX_SPLITS} files, each in a field named after its split: train, validation, test"
+        raise DatasetInvalid(message, param="train")
+    for index, split in enumerate(splits):
+        if not SPLIT_NAME.fullmatch(split) or split in FIELDS:
+            raise DatasetInvalid(
+                f"'{split[:100]}' names no split; name the file's field train, validation or test", param=split
+            )
+        if split in splits[:index]:
+            raise DatasetInvalid(f"the split '{split}' was sent twice; send one file for each split", param=split)
+    return upload.files
+
+
+def _split_file(file: UploadedFile) -> SplitFile:
+    filename = file.filename.replace("\\", "/").rsplit("/", 1)[-1][:200]
+    return SplitFile(file.field, filename, file.staged.path, format_of(filename))
+
+
+def create(session: Session, tenant_id: str, checked: Checked) -> Dataset:
+    """Returns the new data set, its bytes published. Raises Conflict when the name is taken."""
+    splits = {name: _stored(split, checked.blobs[name]) for name, split in checked.found.items()}
+    dataset = create_dataset(session, tenant_id, checked.name, splits, report_of(checked.found))
+    for writer in checked.blobs.values():  # after the name is ours, and before the commit makes them visible
+        writer.commit()
+    return dataset
+
+
+def _stored(split: Split, writer: BlobWriter) -> dict[str, Any]:
+    return {
+        "sha256": writer.seal().sha256,
+        "size_bytes": writer.size_bytes,
+        "num_rows": split.num_rows,
+        "columns": split.columns,
+        "text_column": split.text_column,
+        "label_column": split.label_column,
+        "label_counts": dict(sorted(split.label_counts.items())),
+    }
+
+
+def get_split(session: Session, tenant_id: str, ref: str, split: str) -> dict[str, Any]:
+    """Returns what is stored of one split. Raises NotFound."""
+    splits = get_dataset(session, tenant_id, ref).splits
+    if split not in splits:
+        raise NotFound(f"The data set '{ref}' has no split '{split}'; {suggest(split, splits)}.", param="split")
+    return dict(splits[split])
+
+
+def read_rows(split: dict[str, Any], offset: int, limit: int) -> dict[str, Any]:
+    """Returns some rows of a split, fewer than asked where they would fill more than a megabyte."""
+    rows: list[dict[str, Any]] = []
+    size = 0
+    with get_store().get_path(split["sha256"]).open("rb") as lines:
+        for index, line in enumerate(lines):
+            if index < offset:
+                continue
+            size += len(line)
+            if len(rows) == limit or (rows and size > MAX_PREVIEW_BYTES):
+                break
+            rows.append(json.loads(line))
+    end = offset + len(rows)
+    return {
+        "data": rows,
+        "num_rows": split["num_rows"],
+        "next_offset": end if rows and end < split["num_rows"] else None,
+    }

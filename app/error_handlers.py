@@ -1,0 +1,93 @@
+"""Turns every error into the one envelope; a traceback never leaves the process."""
+
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from sqlalchemy.exc import DataError, DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Match
+
+from app.envelope import REASONS, error_answer
+from core.errors import RangeNotSatisfiable, StillhouseError
+
+RETRY_AFTER_S = "5"
+
+
+def install(app: FastAPI) -> None:
+    """Adds the handlers to the app."""
+    app.add_exception_handler(StillhouseError, _stillhouse_error)
+    app.add_exception_handler(RequestValidationError, _invalid_request)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(DBAPIError, _database_error)
+    app.add_exception_handler(PoolTimeout, _database_error)
+
+
+def _stillhouse_error(request: Request, error: Any) -> Response:
+    headers = {}
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    if isinstance(error, RangeNotSatisfiable):
+        headers["Content-Range"] = f"bytes */{error.details[0]['size_bytes']}"
+    if error.retryable:
+        headers["Retry-After"] = RETRY_AFTER_S
+    return error_answer(
+        request,
+        error.status,
+        error.message,
+        code=error.code,
+        param=error.param,
+        details=error.details,
+        headers=headers,
+    )
+
+
+def _invalid_request(request: Request, error: Any) -> Response:
+    details = [_detail(problem) for problem in error.errors()]
+    first = details[0]
+    more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
+    message = f"{first['field'] or 'body'}: {first['message']}{more}"
+    return error_answer(request, 422, message, param=first["field"] or None, details=details)
+
+
+def _detail(problem: dict[str, Any]) -> dict[str, Any]:
+    loc = [str(part) for part in problem["loc"]]
+    detail = {"field": ".".join(loc[1:] if len(loc) > 1 else loc), "message": problem["msg"]}
+    found = problem.get("input")
+    if isinstance(found, str | int | float | bool):
+        detail["found"] = str(found)[:200]
+    return detail
+
+
+def _http_error(request: Request, error: Any) -> Response:
+    headers = dict(error.headers or {})
+    message = str(error.detail)
+    if error.status_code == 404:
+        message = "There is nothing at this address; /docs lists what there is."
+    if error.status_code == 405:
+        headers["Allow"] = ", ".join(_allowed(request))
+        message = f"This address takes {headers['Allow']}."
+    if error.status_code == 413:
+        message = REASONS[413][1]
+    return error_answer(request, error.status_code, message, headers=headers)
+
+
+def _allowed(request: Request) -> list[str]:
+    """Starlette names the methods of one route only, and an address may have several."""
+    methods: set[str] = set()
+    for route in request.app.routes:
+        if route.matches(request.scope)[0] is not Match.NONE:
+            methods |= getattr(route, "methods", None) or set()
+    return sorted(methods)
+
+
+def _database_error(request: Request, error: Exception) -> Response:
+    if isinstance(error, DataError):
+        return error_answer(request, 422, "A value is out of range or holds a NUL character.")
+    if not isinstance(error, OperationalError | InterfaceError | PoolTimeout):
+        raise error
+    message = "The database does not answer now; try again in a few seconds."
+    return error_answer(request, 503, message, headers={"Retry-After": RETRY_AFTER_S})

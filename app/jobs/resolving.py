@@ -1,0 +1,233 @@
+"""What a spec's references mean: teacher and splits, resolved to stored bytes of this tenant, and checked together.
+
+First the rows are read in one short session (`find_sources`); then, without one, files are read and the hub is asked
+(`resolve`).
+"""
+
+import json
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from sqlalchemy.orm import Session
+
+from core.datasets.checking import check_row, label_name
+from core.datasets.models import Dataset
+from core.datasets.repository import find_dataset, list_dataset_names
+from core.errors import Gone, ModelInvalid, NotFound
+from core.jobs.repository import find_artifact, get_job
+from core.jobs.spec import JobSpec, spec_invalid
+from core.methods import suggest
+from core.models.facts import ModelFacts, read_facts
+from core.models.hub import resolve as resolve_hub
+from core.models.repository import files_of, find_model, get_manifest, list_model_names
+from core.models.safetensors_header import read_tensors
+from core.storage import ManifestFile, get_store
+from core.tenants.keys import Principal
+
+SPLITS = ("train", "validation", "test")
+MAX_CLASSES = 10_000
+Problems = list[dict[str, Any]]
+
+
+class Teacher(NamedTuple):
+    """Where the teacher's files are, and its facts as far as they are known."""
+
+    source: dict[str, Any]
+    facts: ModelFacts | None = None
+    files: list[ManifestFile] | None = None
+
+
+class Sources(NamedTuple):
+    """Rows that the references name, and what was not found."""
+
+    teacher: Teacher | None
+    splits: dict[str, dict[str, Any]]
+    problems: Problems
+
+
+class Plan(NamedTuple):
+    """A spec whose references are all good."""
+
+    inputs: dict[str, Any]
+    facts: ModelFacts
+    warnings: Problems
+
+
+def find_sources(session: Session, principal: Principal, spec: JobSpec) -> Sources:
+    """Returns what the spec's references name in the database."""
+    problems: Problems = []
+    teacher = _find_teacher(session, principal, spec.teacher.model, problems)
+    splits = {}
+    for role in SPLITS:
+        ref = getattr(spec.data, role)
+        found = _find_split(session, principal.tenant_id, role, ref, problems) if ref else None
+        if found:
+            splits[role] = found
+    return Sources(teacher, splits, problems)
+
+
+def _find_teacher(session: Session, principal: Principal, ref: str, problems: Problems) -> Teacher | None:
+    if ref.startswith("hub:"):
+        return Teacher({"hub": ref})
+    if ref.startswith("job:"):
+        return _find_output(session, principal.tenant_id, ref, problems)
+    tenant, slash, name = ref.rpartition("/")
+    model = find_model(session, principal.tenant_id, name) if not slash or tenant == principal.tenant_name else None
+    if model is None:
+        hint = suggest(name, list_model_names(session, principal.tenant_id))
+        _add(problems, "teacher.model", f"there is no model '{ref}' in your tenant; {hint}")
+        return None
+    return Teacher({"manifest_id": model.manifest_id, "model_id": model.id}, ModelFacts(**model.facts))
+
+
+def _find_output(session: Session, tenant_id: str, ref: str, problems: Problems) -> Teacher | None:
+    job_id, _, name = ref.removeprefix("job:").partition("/")
+    try:
+        job = get_job(session, tenant_id, job_id)
+    except (NotFound, Gone) as error:
+        _add(problems, "teacher.model", error.message)
+        return None
+    artifact = find_artifact(session, tenant_id, job_id, name or "student")
+    if job.state != "succeeded" or artifact is None:
+        why = f"has no artifact '{name or 'student'}'" if job.state == "succeeded" else f"is {job.state}, not succeeded"
+        _add(problems, "teacher.model", f"the job '{job_id}' {why}")
+        return None
+    manifest = get_manifest(session, tenant_id, artifact.manifest_id)
+    return Teacher({"manifest_id": manifest.id, "job_id": job_id}, files=files_of(manifest))
+
+
+def _find_split(session: Session, tenant_id: str, role: str, ref: str, problems: Problems) -> dict[str, Any] | None:
+    name, _, split = ref.partition("/")
+    field = f"data.{role}"
+    dataset: Dataset | None = find_dataset(session, tenant_id, name)
+    if dataset is None:
+        hint = suggest(name, list_dataset_names(session, tenant_id))
+        _add(problems, field, f"there is no data set '{name}' in your tenant; {hint}")
+        return None
+    if split not in dataset.splits:
+        _add(problems, field, f"the data set '{name}' has no split '{split}'; {suggest(split, dataset.splits)}")
+        return None
+    warnings = [w for w in dataset.report.get("warnings", []) if w["split"] == split and w["code"] != "no_column"]
+    return {**dataset.splits[split], "dataset_id": dataset.id, "split": split, "ref": ref, "warnings": warnings}
+
+
+def resolve(spec: JobSpec, sources: Sources) -> Plan:
+    """Returns the plan of a spec. Raises SpecInvalid with every problem, Unavailable when the hub does not answer."""
+    problems = list(sources.problems)
+    teacher = _describe(sources.teacher, problems) if sources.teacher else None
+    if teacher and teacher.facts:
+        problems += [{"field": f"student.{p.field}", "message": p.message} for p in spec.student.check(teacher.facts)]
+    counts = {role: _label_counts(spec, role, split, problems) for role, split in sources.splits.items()}
+    labels = sorted(counts.get("train") or {})
+    _check_labels(counts, problems)
+    if problems or teacher is None or teacher.facts is None:
+        raise spec_invalid(problems)
+    kept = ("sha256", "size_bytes", "num_rows", "dataset_id", "split")
+    inputs = {
+        "teacher": teacher.source,
+        "teacher_facts": teacher.facts.model_dump(),
+        "data": {role: {key: split[key] for key in kept} for role, split in sources.splits.items()},
+        "labels": labels,
+    }
+    return Plan(inputs, teacher.facts, _warnings(spec, sources))
+
+
+def _describe(teacher: Teacher, problems: Problems) -> Teacher | None:
+    """Adds the facts of a teacher that is no stored model: one of the hub, or another job's output."""
+    if teacher.facts is not None:
+        return teacher
+    try:
+        if teacher.files is not None:
+            return teacher._replace(facts=_read_output(teacher.files))
+        found = resolve_hub(teacher.source["hub"])
+    except ModelInvalid as error:
+        _add(problems, "teacher.model", error.message)
+        return None
+    return Teacher({"hub": {"repo": found.repo, "commit": found.commit}}, found.facts)
+
+
+def _read_output(files: list[ManifestFile]) -> ModelFacts:
+    by_path = {file.path: get_store().get_path(file.sha256) for file in files}
+    weights = [path for name, path in by_path.items() if name.endswith(".safetensors")]
+    if "config.json" not in by_path or not weights:
+        raise ModelInvalid("this artifact holds no config.json with safetensors weights; name the artifact 'student'")
+    try:
+        num_parameters = sum(tensor.num_elements for path in weights for tensor in read_tensors(path))
+        return read_facts(json.loads(by_path["config.json"].read_bytes()), num_parameters)
+    except ValueError as error:
+        raise ModelInvalid(f"this artifact cannot be used as a model: {error}") from error
+
+
+def _label_counts(spec: JobSpec, role: str, split: dict[str, Any], problems: Problems) -> dict[str, int] | None:
+    """Returns the classes of a split, as the upload counted them, or counted now when the job uses other columns."""
+    columns = spec.task.columns()
+    missing = [name for name in columns.values() if name not in split["columns"]]
+    for name in missing:
+        hint = suggest(name, split["columns"])
+        _add(problems, f"data.{role}", f"'{split['ref']}' has no column '{name}'; {hint}, or set it in task")
+    if missing:
+        return None
+    text, label = columns.get("text"), columns.get("label")
+    if text == split["text_column"] and label == split["label_column"]:
+        return dict(split["label_counts"])
+    return _count_labels(role, split, text, label, problems)
+
+
+def _count_labels(
+    role: str, split: dict[str, Any], text: str | None, label: str | None, problems: Problems
+) -> dict[str, int] | None:
+    counts: dict[str, int] = {}
+    for number, row in _rows(split):
+        wrong = check_row(row, text, label)
+        name = label_name(row.get(label)) if label else None
+        if name is not None:
+            counts[name] = counts.get(name, 0) + 1
+        if wrong or len(counts) > MAX_CLASSES:
+            why = (
+                f"{wrong[0].field}: {wrong[0].message}" if wrong else f"'{label}' has more than {MAX_CLASSES:,} classes"
+            )
+            _add(problems, f"data.{role}", f"'{split['ref']}', row {number:,}, {why}")
+            return None
+    return counts
+
+
+def _rows(split: dict[str, Any]) -> Iterator[tuple[int, dict[str, Any]]]:
+    with get_store().get_path(split["sha256"]).open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            yield number, json.loads(line)
+
+
+def _check_labels(counts: dict[str, dict[str, int] | None], problems: Problems) -> None:
+    train = counts.get("train")
+    if train is None:
+        return
+    if len(train) < 2:
+        _add(problems, "data.train", "the split has one class only; a classifier needs at least two")
+    for role, found in counts.items():
+        unknown = sorted(set(found or ()) - set(train))
+        if unknown:
+            shown = ", ".join(f"'{label[:80]}'" for label in unknown[:5])
+            _add(
+                problems,
+                f"data.{role}",
+                f"labels that train lacks: {shown}; add examples to train or leave the rows out",
+            )
+
+
+def _warnings(spec: JobSpec, sources: Sources) -> Problems:
+    warnings = [
+        {"field": f"data.{role}", "message": warning["message"]}
+        for role, split in sources.splits.items()
+        for warning in split["warnings"]
+    ]
+    if spec.data.validation is None:
+        _add(warnings, "data.validation", "no validation split: nothing tells when training goes wrong")
+    train = sources.splits["train"]["sha256"]
+    for role in ("validation", "test"):
+        if role in sources.splits and sources.splits[role]["sha256"] == train:
+            _add(warnings, f"data.{role}", "the same rows as train; measures on them will look too good")
+    return warnings
+
+
+def _add(problems: Problems, field: str, message: str) -> None:
+    problems.append({"field": field, "message": message})

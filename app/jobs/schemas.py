@@ -1,0 +1,127 @@
+"""What the job operations answer."""
+
+from datetime import datetime
+from typing import Any
+
+from pydantic import BaseModel, Field
+
+from core.jobs.state import JobState, StageState
+from core.models.facts import ModelFacts
+from core.storage import ManifestFile
+
+
+class Problem(BaseModel):
+    """Something worth knowing about a field of the spec."""
+
+    field: str
+    message: str
+
+
+class StageView(BaseModel):
+    """One stage of a job."""
+
+    ordinal: int
+    kind: str = Field(examples=["distill"])
+    state: StageState
+    progress: float = Field(description="Share that is done, 0 to 1.")
+    step: int
+    total_steps: int
+    eta_s: float | None = Field(description="Seconds to the stage's end, as far as one can tell.")
+    attempt: int
+    settings: dict[str, Any]
+    summary: dict[str, Any] | None = Field(description="What the stage measured, once it has ended well.")
+    log_url: str | None = Field(description="Where the stage's log can be downloaded.")
+    started_at: datetime | None
+    finished_at: datetime | None
+
+
+class JobSummary(BaseModel):
+    """A job without its stages and spec."""
+
+    id: str = Field(examples=["job_0197f0c2a1b37cc0a1b2c3d4e5f60718"])
+    name: str
+    state: JobState
+    metadata: dict[str, str]
+    queue: str
+    error: dict[str, Any] | None = Field(description="After a failure: reason, message, suggestion, stage, retryable.")
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+
+
+class JobView(JobSummary):
+    """A job: its spec, what the spec's references mean, and its stages."""
+
+    spec: dict[str, Any] = Field(description="The spec as accepted, defaults filled in.")
+    inputs: dict[str, Any] = Field(description="What the references were resolved to.")
+    progress: float = Field(description="Share of all stages that is done, 0 to 1.")
+    stages: list[StageView]
+
+
+class JobPage(BaseModel):
+    """A page of jobs, newest first."""
+
+    data: list[JobSummary]
+    next_cursor: str | None
+
+
+class ValidatedSpec(BaseModel):
+    """A good spec: with its defaults, what its references mean, and what is worth knowing."""
+
+    spec: dict[str, Any]
+    spec_sha256: str
+    inputs: dict[str, Any]
+    teacher: ModelFacts
+    warnings: list[Problem]
+
+
+class EventView(BaseModel):
+    """Something that happened to a job."""
+
+    seq: int = Field(description="Counts from 1 without a gap.")
+    type: str = Field(examples=["stage.succeeded"])
+    level: str
+    message: str
+    data: dict[str, Any]
+    at: datetime
+
+
+class EventPage(BaseModel):
+    """A page of events, oldest first; ask for the next with `after` = the last `seq`."""
+
+    data: list[EventView]
+    next_cursor: str | None
+
+
+class Series(BaseModel):
+    """One metric of one stage."""
+
+    name: str = Field(examples=["train/loss"])
+    stage: str
+    ordinal: int
+    num_points: int = Field(description="Points before down-sampling.")
+    points: list[tuple[int, float | None]] = Field(description="Pairs of step and value; null is NaN or infinity.")
+
+
+class SeriesList(BaseModel):
+    """Metric series."""
+
+    data: list[Series]
+
+
+class ArtifactView(BaseModel):
+    """A published output of a job."""
+
+    name: str = Field(examples=["onnx_int8"])
+    stage: str
+    ordinal: int
+    sha256: str = Field(description="Digest of the list of files.")
+    size_bytes: int
+    files: list[ManifestFile]
+    created_at: datetime
+
+
+class ArtifactList(BaseModel):
+    """A job's artifacts, in the order in which they were made."""
+
+    data: list[ArtifactView]

@@ -1,0 +1,185 @@
+"""Jobs: accept, describe, follow."""
+
+import math
+from itertools import groupby
+from typing import Any, NamedTuple
+
+from sqlalchemy.orm import Session
+
+from app.jobs.resolving import Plan, find_sources, resolve
+from app.jobs.sampling import Point, downsample
+from app.jobs.schemas import ArtifactView, JobSummary, JobView, Series, StageView
+from core.datasets.repository import find_dataset
+from core.db import session_scope
+from core.errors import Conflict, Gone, NotFound
+from core.jobs import repository
+from core.jobs.models import Artifact, Event, Job, StageRun
+from core.jobs.spec import JobSpec
+from core.jobs.state import TERMINAL
+from core.models.models import Manifest
+from core.models.repository import files_of, find_model, get_manifest
+from core.settings import get_settings
+from core.storage import Blob
+from core.tenants.keys import Principal
+
+
+class Accepted(NamedTuple):
+    """A job, and whether an earlier request with the same key made it."""
+
+    view: JobView
+    replayed: bool
+
+
+def plan(principal: Principal, spec: JobSpec) -> Plan:
+    """Returns what a spec's references mean; no session is open while files are read or the hub is asked."""
+    with session_scope() as session:
+        sources = find_sources(session, principal, spec)
+    return resolve(spec, sources)
+
+
+def find_replay(session: Session, tenant_id: str, key: str | None, spec: JobSpec) -> Accepted | None:
+    """Returns the job that this idempotency key made before, or None. Raises IdempotencyMismatch."""
+    if key is None:
+        return None
+    ttl_s = get_settings().idempotency_ttl_s
+    job = repository.peek_idempotent(session, tenant_id, key, spec.digest(), ttl_s)
+    return Accepted(view(session, job), True) if job else None
+
+
+def create(session: Session, tenant_id: str, key: str | None, spec: JobSpec, made: Plan) -> Accepted:
+    """Returns the new job, or the one that a concurrent request with the same key has made meanwhile."""
+    if key is not None:
+        ttl_s = get_settings().idempotency_ttl_s
+        job = repository.find_idempotent(session, tenant_id, key, spec.digest(), ttl_s)
+        if job is not None:
+            return Accepted(view(session, job), True)
+    _hold_inputs(session, tenant_id, made.inputs)
+    job = repository.create_job(session, tenant_id, spec, made.inputs)
+    if key is not None:
+        repository.bind_idempotent(session, tenant_id, key, job.id)
+    return Accepted(view(session, job), False)
+
+
+def _hold_inputs(session: Session, tenant_id: str, inputs: dict[str, Any]) -> None:
+    """Locks what the job uses against deletion until the job is committed."""
+    for dataset_id in sorted({split["dataset_id"] for split in inputs["data"].values()}):
+        if find_dataset(session, tenant_id, dataset_id, lock=True) is None:
+            raise Conflict("A data set of this spec was deleted meanwhile; submit the job again.", param="data")
+    model_id = inputs["teacher"].get("model_id")
+    if model_id and find_model(session, tenant_id, model_id, lock=True) is None:
+        raise Conflict("The teacher was deleted meanwhile; submit the job again.", param="teacher.model")
+
+
+def summary(job: Job) -> JobSummary:
+    """Returns a job as lists show it."""
+    return JobSummary.model_validate(_fields(job))
+
+
+def view(session: Session, job: Job) -> JobView:
+    """Returns a job with its stages."""
+    stages = [_stage_view(stage) for stage in repository.list_stages(session, job.tenant_id, job.id)]
+    progress = sum(stage.progress for stage in stages) / max(len(stages), 1)
+    extra = {"spec": job.spec, "inputs": job.inputs, "progress": round(progress, 6), "stages": stages}
+    return JobView.model_validate(_fields(job) | extra)
+
+
+def _fields(job: Job) -> dict[str, Any]:
+    names = ("id", "name", "state", "queue", "error", "created_at", "started_at", "finished_at")
+    return {name: getattr(job, name) for name in names} | {"metadata": job.labels}
+
+
+def _stage_view(stage: StageRun) -> StageView:
+    done = stage.state in {"succeeded", "cached"}
+    share = 1.0 if done else min(stage.step / stage.total_steps, 1.0) if stage.total_steps else 0.0
+    log_url = f"/v1/jobs/{stage.job_id}/stages/{stage.ordinal}/log" if stage.log_sha256 else None
+    names = ("ordinal", "kind", "state", "step", "total_steps", "eta_s", "attempt", "settings", "summary")
+    fields = {name: getattr(stage, name) for name in (*names, "started_at", "finished_at")}
+    return StageView.model_validate(fields | {"progress": round(share, 6), "log_url": log_url})
+
+
+def etag_of(job: Job) -> str:
+    """Returns the ETag of a job's view; `version` rises with whatever the view shows."""
+    return f'"{job.id}-{job.version}"'
+
+
+def parse_metadata(pairs: list[str]) -> dict[str, str]:
+    """Returns the filter of `key:value` pairs; what has no colon matches nothing that can be stored."""
+    return {key: value for key, _, value in (pair.partition(":") for pair in pairs)}
+
+
+class EventBatch(NamedTuple):
+    """Some events, and the state that the job had before they were read."""
+
+    events: list[Event]
+    state: str
+
+
+def read_events(tenant_id: str, job_id: str, after: int, limit: int) -> EventBatch:
+    """Returns the next events, in a session of its own.
+
+    The state is read first: when it is terminal, the last event of the job is among those that are left.
+    """
+    with session_scope() as session:
+        try:
+            state = repository.get_job(session, tenant_id, job_id).state
+        except Gone:
+            return EventBatch([], "deleted")
+        return EventBatch(repository.list_events(session, tenant_id, job_id, after=after, limit=limit).items, state)
+
+
+def has_ended(state: str) -> bool:
+    """Tells whether no event can follow."""
+    return state in TERMINAL or state == "deleted"
+
+
+def list_series(session: Session, job: Job, filters: dict[str, Any], max_points: int) -> list[Series]:
+    """Returns the job's metric series, each with at most `max_points` points."""
+    kinds = {stage.ordinal: stage.kind for stage in repository.list_stages(session, job.tenant_id, job.id)}
+    rows = repository.list_metrics(session, job.tenant_id, job.id, **filters)
+    series = []
+    for (ordinal, name), group in groupby(rows, key=lambda row: (row.ordinal, row.name)):
+        points = [Point(row.step, row.value if math.isfinite(row.value) else None) for row in group]
+        kept: list[tuple[int, float | None]] = [(point.step, point.value) for point in downsample(points, max_points)]
+        series.append(
+            Series(name=name, stage=kinds.get(ordinal, ""), ordinal=ordinal, num_points=len(points), points=kept)
+        )
+    return series
+
+
+def list_artifacts(session: Session, job: Job) -> list[ArtifactView]:
+    """Returns the job's artifacts with their files."""
+    kinds = {stage.ordinal: stage.kind for stage in repository.list_stages(session, job.tenant_id, job.id)}
+    artifacts = repository.list_artifacts(session, job.tenant_id, job.id)
+    return [_artifact_view(session, artifact, kinds.get(artifact.ordinal, "")) for artifact in artifacts]
+
+
+def _artifact_view(session: Session, artifact: Artifact, stage: str) -> ArtifactView:
+    manifest = get_manifest(session, artifact.tenant_id, artifact.manifest_id)
+    return ArtifactView(
+        name=artifact.name,
+        stage=stage,
+        ordinal=artifact.ordinal,
+        sha256=manifest.sha256,
+        size_bytes=manifest.size_bytes,
+        files=files_of(manifest),
+        created_at=artifact.created_at,
+    )
+
+
+def get_artifact_manifest(session: Session, tenant_id: str, job_id: str, name: str) -> Manifest:
+    """Returns the manifest of a job's artifact. Raises NotFound, Gone."""
+    job = repository.get_job(session, tenant_id, job_id)
+    artifact = repository.get_artifact(session, tenant_id, job.id, name)
+    return get_manifest(session, tenant_id, artifact.manifest_id)
+
+
+def get_stage_log(session: Session, tenant_id: str, job_id: str, ordinal: int) -> Blob:
+    """Returns the blob of a stage's log. Raises NotFound, Gone."""
+    job = repository.get_job(session, tenant_id, job_id)
+    stages = repository.list_stages(session, tenant_id, job.id)
+    stage = next((stage for stage in stages if stage.ordinal == ordinal), None)
+    if stage is None:
+        raise NotFound(f"The job '{job_id}' has no stage {ordinal}; it has 0 to {len(stages) - 1}.")
+    if stage.log_sha256 is None or stage.log_size_bytes is None:
+        raise NotFound(f"Stage {ordinal} of the job '{job_id}' has no log yet; it is {stage.state}.")
+    return Blob(stage.log_sha256, stage.log_size_bytes)

@@ -1,0 +1,1 @@
+"""API keys: list, create, revoke."""

@@ -1,0 +1,41 @@
+"""The API process."""
+
+from importlib.metadata import version
+
+from fastapi import FastAPI
+from fastapi_offline import FastAPIOffline
+from prometheus_client import CollectorRegistry
+
+from app import error_handlers, openapi
+from app.datasets.endpoints import router as datasets
+from app.jobs.endpoints import router as jobs
+from app.jobs.outputs import router as job_outputs
+from app.keys.endpoints import router as keys
+from app.methods.endpoints import router as methods
+from app.middleware import Gate, HttpMetrics
+from app.models.endpoints import router as models
+from app.operations.collector import JobsCollector
+from app.operations.endpoints import router as operations
+
+
+def create_app() -> FastAPI:
+    """Returns the app; its documentation pages need no internet."""
+    app: FastAPI = FastAPIOffline(
+        title="Stillhouse",
+        version=version("stillhouse"),
+        description=openapi.DESCRIPTION,
+        openapi_tags=openapi.TAGS,
+        redirect_slashes=False,
+    )
+    for router in (jobs, job_outputs, datasets, models, methods, keys, operations):
+        app.include_router(router)
+    registry = CollectorRegistry()
+    registry.register(JobsCollector())
+    app.state.registry = registry
+    app.add_middleware(Gate, metrics=HttpMetrics(registry))
+    error_handlers.install(app)
+    openapi.install(app)
+    return app
+
+
+app = create_app()

@@ -1,0 +1,106 @@
+"""The gate that every request passes: identifier, body limit, count and time, and the answer when all else fails."""
+
+import logging
+import re
+import time
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app.envelope import REASONS, error_answer
+from core.ids import new_id
+from core.settings import get_settings
+
+SANE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/+=-]{0,127}")
+SMALL_BODY_BYTES = 1024 * 1024
+UPLOAD_PATHS = frozenset({"/v1/datasets", "/v1/models"})
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+LATENCY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 120)
+log = logging.getLogger(__name__)
+
+
+class HttpMetrics:
+    """Counts and times of requests by method, route and status."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        labels = ["method", "route", "status"]
+        self.requests = Counter("stillhouse_http_requests", "HTTP requests.", labels, registry=registry)
+        self.seconds = Histogram(
+            "stillhouse_http_request_seconds",
+            "Time until the answer was sent.",
+            ["method", "route"],
+            registry=registry,
+            buckets=LATENCY_BUCKETS_S,
+        )
+
+    def observe(self, scope: Scope, status: int, seconds: float) -> None:
+        """Notes one request; unknown methods and addresses share one label, so that nobody can flood the series."""
+        method = scope["method"] if scope["method"] in METHODS else "other"
+        route = getattr(scope.get("route"), "path", "unmatched")
+        self.requests.labels(method, route, str(status)).inc()
+        self.seconds.labels(method, route).observe(seconds)
+
+
+class Gate:
+    """ASGI middleware around the whole app."""
+
+    def __init__(self, app: ASGIApp, metrics: HttpMetrics) -> None:
+        self.app = app
+        self.metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers one request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        request_id = _sane(headers.get("X-Request-ID")) or new_id("req")
+        scope.setdefault("state", {})["request_id"] = request_id
+        status = 0
+        started = time.perf_counter()
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["X-Request-ID"] = request_id
+            await send(message)
+
+        try:
+            await self._answer(scope, receive, send_with_id, headers)
+        except ClientDisconnect:
+            status = 499  # nobody is there to read an answer
+        except Exception:
+            log.exception("request %s failed", request_id)
+            if status:
+                raise  # the answer has begun; only breaking the connection tells the client
+            message = f"{REASONS[500][1]} Report it with the request id {request_id}."
+            await error_answer(Request(scope), 500, message)(scope, receive, send_with_id)
+        finally:
+            self.metrics.observe(scope, status, time.perf_counter() - started)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send, headers: Headers) -> None:
+        limit = get_settings().max_upload_bytes if scope["path"].rstrip("/") in UPLOAD_PATHS else SMALL_BODY_BYTES
+        declared = headers.get("Content-Length", "0")
+        if declared.isdigit() and int(declared) > limit:
+            answer = error_answer(Request(scope), 413, f"The body is larger than {limit:,} bytes.")
+            await answer(scope, receive, send)
+            return
+        count = 0
+
+        async def counted() -> Message:
+            nonlocal count
+            message = await receive()
+            count += len(message.get("body", b""))
+            if count > limit:  # counts bytes: a chunked body declares no length
+                raise HTTPException(413)
+            return message
+
+        await self.app(scope, counted, send)
+
+
+def _sane(request_id: str | None) -> str | None:
+    return request_id if request_id and SANE_ID.fullmatch(request_id) else None

@@ -1,0 +1,1 @@
+"""Models: upload, list, download, delete."""
