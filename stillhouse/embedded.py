@@ -5,9 +5,11 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import subprocess
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from stillhouse.folders import give, make_folder, place_for, reachable_copy, socket_folder
@@ -25,7 +27,10 @@ from stillhouse.processes import (
     wait_until,
 )
 
-SOCKET_NAME = ".s.PGSQL.5432.lock"
+if TYPE_CHECKING:
+    import psycopg
+
+SOCKET_LOCK = ".s.PGSQL.5432.lock"
 START_S = 30.0
 POSTGRES_STOP = ((signal.SIGINT, 15.0), (signal.SIGQUIT, 5.0))  # fast, then immediate
 POSTGRES_ENV = {"PATH": "/usr/bin:/bin", "LC_ALL": "C", "TZ": "UTC"}
@@ -34,6 +39,7 @@ POSTGRES_SETTINGS = {
     "max_connections": "100",
     "shared_buffers": "64MB",
     "fsync": "on",
+    "recovery_init_sync_method": "syncfs",  # one call after a crash, in place of one a file
     "huge_pages": "off",
     "timezone": "UTC",
     "log_timezone": "UTC",
@@ -73,9 +79,9 @@ class EmbeddedPostgres:
         """Returns the URL of the running database, whatever a former life left behind. Raises LocalError."""
         make_folder(self.asked_folder, 0o711)
         self.folder = place_for(self.asked_folder, self.owner)
+        self.sockets = socket_folder(self.folder / "sockets", self.owner, SOCKET_LOCK)
         self.stop_former()
         self._initialise()
-        self.sockets = socket_folder(self.folder / "sockets", self.owner, SOCKET_NAME)
         try:
             # Backends of a killed postmaster may hold its shared memory for a moment: then a second try works.
             if not any(self._try_start() for _ in range(3)):
@@ -94,9 +100,7 @@ class EmbeddedPostgres:
 
     def stop_former(self) -> None:
         """Stops a server of a former life that still serves this folder, and drops a dead one's lock."""
-        lock = self.data / "postmaster.pid"
-        text = lock.read_text().split("\n") if lock.exists() else []
-        former = int(text[0]) if text and text[0].isdigit() else 0
+        former = _pid_in(self.data / "postmaster.pid")
         serving = list_working_in(self.data)
         for number, seconds in (*POSTGRES_STOP, (signal.SIGKILL, 5.0)):
             if not serving:
@@ -106,8 +110,17 @@ class EmbeddedPostgres:
                     os.kill(pid, number)
             wait_until(lambda: not list_working_in(self.data), seconds)
             serving = list_working_in(self.data)
-        if former and is_alive(former):  # the number now belongs to another program, which Postgres would fear
-            lock.unlink(missing_ok=True)
+        if not serving:
+            self._drop_stale_locks()
+
+    def _drop_stale_locks(self) -> None:
+        """Removes locks whose number belongs to a process that isn't ours; Postgres itself removes those of no process.
+
+        Such a process is another program by now, or a zombie: a container's first process may never collect it.
+        """
+        for lock in (self.data / "postmaster.pid", self.sockets / SOCKET_LOCK):
+            if (pid := _pid_in(lock)) and Path(f"/proc/{pid}").exists():
+                lock.unlink()
 
     def program(self, name: str) -> str:
         """Returns the path of a Postgres program, of the version that the data was made by."""
@@ -158,17 +171,23 @@ class EmbeddedPostgres:
         import psycopg
 
         try:
-            psycopg.connect(host=str(self.sockets), user="postgres", dbname="postgres", connect_timeout=2).close()
+            self._connect("template1").close()
         except psycopg.OperationalError:
             return False
         return True
 
     def _create_database(self) -> None:
+        """Gives the cluster's own database our name: to make another would copy 300 files and wait for the disk."""
+        with self._connect("template1") as server:
+            if server.execute("select 1 from pg_database where datname = 'stillhouse'").fetchone() is None:
+                server.execute("alter database postgres rename to stillhouse")
+
+    def _connect(self, database: str) -> "psycopg.Connection[Any]":
         import psycopg
 
-        with psycopg.connect(host=str(self.sockets), user="postgres", dbname="postgres", autocommit=True) as server:
-            if server.execute("select 1 from pg_database where datname = 'stillhouse'").fetchone() is None:
-                server.execute("create database stillhouse")
+        return psycopg.connect(
+            host=str(self.sockets), user="postgres", dbname=database, connect_timeout=2, autocommit=True
+        )
 
 
 class EmbeddedRedis:
@@ -249,15 +268,19 @@ class EmbeddedRedis:
             file.write("\n".join(lines) + "\n")
 
     def _answers(self) -> bool:
-        import redis
-
         try:
-            client = redis.Redis.from_url(self.url, socket_connect_timeout=2, socket_timeout=2)
-            client.ping()
-            client.close()
-        except redis.RedisError:
+            with socket.create_connection(("127.0.0.1", self.port), timeout=2) as connection:
+                connection.sendall(f"AUTH {self.password}\r\nPING\r\n".encode())
+                return connection.makefile("rb").read(12) == b"+OK\r\n+PONG\r\n"
+        except OSError:
             return False
-        return True
+
+
+def _pid_in(lock: Path) -> int:
+    try:
+        return int(lock.read_text().split("\n")[0])
+    except (FileNotFoundError, ValueError):
+        return 0
 
 
 def _major(install: Path) -> int:

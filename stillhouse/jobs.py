@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 
 from stillhouse.download import Downloader, OnBytes, plan
-from stillhouse.errors import ClientError, InvalidInput, JobFailed, ServerError, Unreachable, WaitTimeout
+from stillhouse.errors import ClientError, InvalidInput, ServerError, Unreachable, WaitTimeout
 from stillhouse.results import Artifact, Event, Job
 from stillhouse.specs import Spec, load_spec
 from stillhouse.transport import Transport, pause_s
@@ -100,7 +100,7 @@ class Jobs:
             follower.join(2 * POLL_S)  # the stream ends by itself now, after its last event
             _drain(news, on_event, 0)
         if check and job.state != "succeeded":
-            raise JobFailed(_why(job), job)
+            raise job.failure()
         return job
 
     def artifacts(self, job_id: str) -> list[Artifact]:
@@ -227,12 +227,3 @@ def _drain(news: "queue.Queue[Event | None]", on_event: Callable[[Event], None] 
 def _json_body(data: Any, headers: dict[str, str]) -> dict[str, Any]:
     # YAML has dates, which JSON writes as text.
     return {"content": json.dumps(data, default=str), "headers": headers | {"Content-Type": "application/json"}}
-
-
-def _why(job: Job) -> str:
-    if job.error is None:
-        return f"Job {job.id} was {job.state}." if job.state == "cancelled" else f"Job {job.id} {job.state}."
-    stage = job.failed_stage
-    where = f" in stage {stage.ordinal} ({stage.kind})" if stage else ""
-    remedy = f" {job.error['suggestion']}" if job.error.get("suggestion") else ""
-    return f"Job {job.id} failed{where}: {job.error.get('reason')}: {job.error.get('message')}.{remedy}"

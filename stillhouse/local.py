@@ -21,7 +21,7 @@ from stillhouse.folders import make_folder
 from stillhouse.processes import LocalError, port_is_free, tail
 from stillhouse.services import Program, Say, Service
 
-__all__ = ["AlreadyRunning", "EmbeddedPostgres", "EmbeddedRedis", "LocalError", "Options", "Stack"]
+__all__ = ["AlreadyRunning", "EmbeddedPostgres", "EmbeddedRedis", "LocalError", "Options", "PortTaken", "Stack"]
 
 FIRST_PORT = 8500
 READY_S = 90.0
@@ -32,6 +32,10 @@ WORKER_STOP = ((signal.SIGTERM, 30.0),)  # it hands its job back, which may take
 
 class AlreadyRunning(LocalError):
     """Another `stillhouse up` holds this data folder."""
+
+
+class PortTaken(LocalError):
+    """Another program listens on the port that the user asked for."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class Options:
 
 @dataclass
 class Stack:
-    """The local stack. `start()` returns when the API is ready, `run()` when it is to stop, `stop()` when it is down."""
+    """The local stack: `start()` returns when it is ready, `run()` when it is to stop, `stop()` when it is down."""
 
     options: Options
     say: Say
@@ -195,7 +199,7 @@ class Stack:
         host, asked = self.options.host, self.options.port
         if asked is not None:
             if not port_is_free(asked, host):
-                raise LocalError(f"Port {asked} is taken. Choose another with --port, or leave --port out.")
+                raise PortTaken(f"Port {asked} is taken. Choose another with --port, or leave --port out.")
             return asked
         for port in range(FIRST_PORT, FIRST_PORT + 1000):
             if port_is_free(port, host):

@@ -5,6 +5,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from stillhouse.errors import JobFailed
+
 TERMINAL_STATES = frozenset({"succeeded", "failed", "cancelled"})
 
 
@@ -82,6 +84,18 @@ class Job(Result):
     def failed_stage(self) -> Stage | None:
         """The stage that failed, if one did."""
         return next((stage for stage in self.stages if stage.state == "failed"), None)
+
+    def failure(self) -> JobFailed:
+        """Returns the exception that says why the job ended without success."""
+        if self.error is None:
+            return JobFailed(
+                f"Job {self.id} was cancelled." if self.state == "cancelled" else f"{self.id} failed.", self
+            )
+        stage = self.failed_stage
+        where = f" in stage {stage.ordinal} ({stage.kind})" if stage else ""
+        message = str(self.error.get("message", "")).rstrip(".")
+        remedy = f" {self.error['suggestion']}" if self.error.get("suggestion") else ""
+        return JobFailed(f"Job {self.id} failed{where}: {self.error.get('reason')}: {message}.{remedy}", self)
 
 
 class Event(Result):

@@ -7,6 +7,7 @@ from typing import IO
 
 from stillhouse.errors import InvalidInput
 
+MODEL_SUFFIXES = {".safetensors", ".json", ".model", ".txt", ".md", ".jinja"}
 Part = tuple[str, tuple[str, IO[bytes], str]]
 
 
@@ -25,14 +26,27 @@ def open_parts(files: Iterable[tuple[str, str, Path]]) -> Iterator[list[Part]]:
 
 
 def model_files(folder: Path) -> dict[str, Path]:
-    """Returns what to push of a model folder, by relative path: everything but hidden files. Raises InvalidInput."""
+    """Returns what to push of a model folder, by relative path: the kinds of files that a model is made of.
+
+    Raises:
+        InvalidInput: There is no config.json, or the only weights are of a kind that can hold code.
+    """
     if not folder.is_dir():
         raise InvalidInput(f"{folder} is no folder. Name the folder that holds config.json and the weights.")
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        relative = path.relative_to(folder)
-        if path.is_file() and not any(part.startswith(".") for part in relative.parts):
-            found[relative.as_posix()] = path
+    found = {path: file for path, file in _list_files(folder).items() if file.suffix.lower() in MODEL_SUFFIXES}
     if "config.json" not in found:
         raise InvalidInput(f"{folder} holds no config.json, so it is no Hugging Face model folder.")
+    if not any(path.endswith(".safetensors") for path in found):
+        raise InvalidInput(f"{folder} holds no .safetensors file. `save_pretrained` of transformers writes one.")
     return found
+
+
+def left_out(folder: Path, sent: Iterable[str]) -> list[str]:
+    """Returns the files of the folder that are not sent."""
+    return sorted(_list_files(folder).keys() - set(sent))
+
+
+def _list_files(folder: Path) -> dict[str, Path]:
+    """Returns the files that are not hidden, by relative path."""
+    paths = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {key.as_posix(): path for key, path in paths.items() if not any(p.startswith(".") for p in key.parts)}

@@ -1,0 +1,58 @@
+"""A downloaded ONNX text classifier, run as a user would run it: onnxruntime and tokenizers, nothing else."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from stillhouse.errors import InvalidInput
+
+DEFAULT_MAX_TOKENS = 512
+
+
+class Classifier:
+    """The model of a folder with `model.onnx`, `tokenizer.json` and `labels.json`."""
+
+    def __init__(self, folder: str | Path) -> None:
+        import onnxruntime
+
+        folder = Path(folder)
+        missing = [n for n in ("model.onnx", "tokenizer.json", "labels.json") if not (folder / n).is_file()]
+        if missing:
+            raise InvalidInput(f"{folder} holds no {missing[0]}. Name a downloaded 'onnx' or 'onnx_int8' folder.")
+        self.labels: list[str] = json.loads((folder / "labels.json").read_text(encoding="utf-8"))
+        self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self._tokenizer.enable_truncation(_max_tokens(folder))
+        self._tokenizer.no_padding()
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        self._session = onnxruntime.InferenceSession(
+            str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"]
+        )
+
+    def classify(self, text: str) -> list[tuple[str, float]]:
+        """Returns every label with its probability, the most probable first."""
+        encoded = self._tokenizer.encode(text)
+        columns = {
+            "input_ids": encoded.ids,
+            "attention_mask": encoded.attention_mask,
+            "token_type_ids": encoded.type_ids,
+        }
+        inputs = {node.name: np.array([columns[node.name]], dtype=np.int64) for node in self._session.get_inputs()}
+        logits_C = self._session.run(["logits"], inputs)[0][0].astype(np.float64)
+        exponents_C = np.exp(logits_C - logits_C.max())
+        probabilities_C = exponents_C / exponents_C.sum()
+        order = np.argsort(-probabilities_C)
+        return [(self.labels[index], float(probabilities_C[index])) for index in order]
+
+
+def _max_tokens(folder: Path) -> int:
+    """Returns the longest input: what the tokenizer's own configuration says, within what the model can take."""
+    limits = [DEFAULT_MAX_TOKENS]
+    for name, key in (("tokenizer_config.json", "model_max_length"), ("config.json", "max_position_embeddings")):
+        path = folder / name
+        value = json.loads(path.read_text(encoding="utf-8")).get(key) if path.is_file() else None
+        if isinstance(value, int) and value > 0:
+            limits.append(value)
+    return min(limits)

@@ -1,0 +1,85 @@
+"""The command line `stillhouse`.
+
+Exit codes: 0 fine, 1 the job failed or was cancelled, 2 the command or what it was given is wrong, 3 not found, 4 no
+valid key, 5 the server failed or does not answer, 130 interrupted.
+"""
+
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated
+
+import httpx
+import typer
+
+from stillhouse.commands import datasets, jobs, keys, methods, models, predict, up
+from stillhouse.commands.output import print_error, say
+from stillhouse.errors import ClientError
+
+INTERRUPTED = 130
+HELP = """Make small models out of big ones.
+
+Start a stack here with `stillhouse up`, or set STILLHOUSE_URL and STILLHOUSE_API_KEY for another server. Then:
+
+  stillhouse models push ./minilm minilm-l6
+  stillhouse datasets push tickets --train train.jsonl --test test.jsonl
+  stillhouse jobs submit job.yaml --watch
+  stillhouse jobs download support-tickets onnx_int8 --to out
+  stillhouse predict out/onnx_int8 "my parcel is late"
+
+Results go to stdout, everything else to stderr; --json makes results JSON. Exit codes: 0 fine, 1 the job failed,
+2 wrong command or input, 3 not found, 4 no valid key, 5 server failed or unreachable, 130 interrupted.
+"""
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=HELP, rich_markup_mode=None)
+app.add_typer(models.app, name="models")
+app.add_typer(datasets.app, name="datasets")
+app.add_typer(jobs.app, name="jobs")
+app.add_typer(keys.app, name="keys")
+app.command()(up.up)
+app.command()(predict.predict)
+app.command()(methods.methods)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        try:
+            typer.echo(f"stillhouse {version('stillhouse')}")
+        except PackageNotFoundError:
+            typer.echo("stillhouse, run from a folder that is not installed")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Reads the options that stand before a command."""
+    del show_version
+
+
+def main() -> None:
+    """Runs the command line; every error becomes a sentence and an exit code, never a traceback."""
+    sys.exit(_run())
+
+
+def _run() -> int:
+    as_json = "--json" in sys.argv
+    try:
+        app()
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else 0
+    except ClientError as error:
+        print_error(error, as_json=as_json)
+        return error.exit_code
+    except httpx.HTTPError as error:
+        print_error(ClientError(f"The connection broke: {error}. Try again."), as_json=as_json)
+        return ClientError.exit_code
+    except KeyboardInterrupt:
+        say("interrupted")
+        return INTERRUPTED
+    except BrokenPipeError:  # `stillhouse jobs list | head`
+        sys.stderr.close()
+        return 0
+    return 0

@@ -1,0 +1,42 @@
+"""`stillhouse predict`: a downloaded ONNX model on a text, without the server."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stillhouse.commands.output import Json, print_json, print_table
+from stillhouse.errors import ClientError, InvalidInput
+
+
+def predict(
+    folder: Annotated[Path, typer.Argument(help="A downloaded `onnx` or `onnx_int8` folder.")],
+    texts: Annotated[list[str] | None, typer.Argument(help="Texts; without any, one a line from stdin.")] = None,
+    top: Annotated[int, typer.Option(min=1, help="How many labels to show of each text.")] = 1,
+    as_json: Json = False,
+) -> None:
+    """Classify texts with a downloaded ONNX model. No server is needed.
+
+    stillhouse predict build/tickets/onnx_int8 "my parcel is late"
+    cat tickets.txt | stillhouse predict build/tickets/onnx_int8 --top 3 --json
+    """
+    try:
+        from stillhouse.classifier import Classifier
+    except ModuleNotFoundError as error:
+        raise ClientError(f"'{error.name}' is not installed. Run: pip install 'stillhouse[predict]'") from error
+    if not texts and sys.stdin.isatty():
+        raise InvalidInput("No text was given. Write it after the folder, or pipe texts in, one a line.")
+    classifier = Classifier(folder)
+    lines = texts or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    found = [(text, classifier.classify(text)[:top]) for text in lines]
+    if as_json:
+        print_json(
+            [
+                {"text": text, "labels": [{"label": label, "probability": p} for label, p in labels]}
+                for text, labels in found
+            ]
+        )
+        return
+    rows = [(label, f"{probability:.3f}", text) for text, labels in found for label, probability in labels]
+    print_table(("LABEL", "PROBABILITY", "TEXT"), rows, "No text.")
