@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry
 from app import error_handlers, openapi
 from app.datasets.endpoints import router as datasets
 from app.jobs.endpoints import router as jobs
-from app.jobs.outputs import router as job_outputs
+from app.jobs.output_endpoints import router as job_outputs
 from app.keys.endpoints import router as keys
 from app.methods.endpoints import router as methods
 from app.middleware import Gate, HttpMetrics

@@ -13,8 +13,8 @@ made.
 
 Every request but those below *operations* carries an API key: `Authorization: Bearer sk_…`. Every answer carries
 `X-Request-ID`; send your own to find a request again. Every error has one shape,
-`{"error": {"code", "message", "param", "details", "request_id"}}`. Lists come in pages: pass `next_cursor` as `after` to
-get the next.
+`{"error": {"code", "message", "param", "details", "request_id"}}`. Lists come in pages: pass `next_cursor` as `after`
+to get the next.
 """
 TAGS = [
     {"name": "jobs", "description": "Submit, follow, cancel."},
