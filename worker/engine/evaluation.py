@@ -66,9 +66,9 @@ def evaluate(ctx: StageContext, settings: "Evaluate") -> dict[str, Any]:
 
 NOTES = (
     "Intervals: percentile bootstrap over the test examples, 1,000 resamples, without the randomness of training.",
-    "Latency: one text at a time, without padding. Throughput: batches of 32 sorted by length. Tokenising is not timed, "
-    "and a warm-up comes first. Folders of transformers run in PyTorch, ONNX files in onnxruntime, all on the processor "
-    "and in float32 unless the form says otherwise.",
+    "Latency: one text at a time, without padding. Throughput: batches of 32 sorted by length. A warm-up comes first; "
+    "tokenising is not timed.",
+    "Folders of transformers run in PyTorch, ONNX files in onnxruntime, all on the processor.",
     "Size: all files of the form, with tokenizer and config.",
     "Agreement: share of test texts with the label that the teacher gives.",
 )

@@ -38,6 +38,10 @@ class TrainingSettings(Protocol):
         """AdamW weight decay."""
 
     @property
+    def dropout(self) -> float | None:
+        """Dropout while training; None keeps the model's own."""
+
+    @property
     def max_length(self) -> int:
         """Longest input in tokens."""
 
@@ -76,3 +80,26 @@ def make_schedule(optimizer: AdamW, num_steps: int, warmup_ratio: float) -> Lamb
         return max(0.0, (num_steps - step) / max(1, num_steps - num_warmup))
 
     return LambdaLR(optimizer, scale)
+
+
+def set_dropout(model: PreTrainedModel, probability: float) -> None:
+    """Sets every dropout of the model, without a trace in its config."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = probability
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = probability
+
+
+def open_pooler(model: PreTrainedModel) -> bool:
+    """Makes the layer between encoder and a new head the identity, where the model has one; returns whether it has.
+
+    A pooler pretrained for another task, or a random one, hides what the encoder says from a head yet untrained.
+    """
+    pooler = getattr(getattr(model.base_model, "pooler", None), "dense", None)
+    if not isinstance(pooler, torch.nn.Linear) or pooler.in_features != pooler.out_features:
+        return False
+    with torch.no_grad():
+        torch.nn.init.eye_(pooler.weight)
+        torch.nn.init.zeros_(pooler.bias)
+    return True

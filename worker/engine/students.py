@@ -34,6 +34,7 @@ def keep_layers(teacher: PreTrainedModel, keep: list[int]) -> PreTrainedModel:
             setattr(config, name, [value[index] for index in keep])  # a setting for each layer, as `layer_types`
     config.num_hidden_layers = len(keep)
     student = type(teacher)._from_config(config, dtype=torch.float32)
+    student.has_new_head = teacher.has_new_head
     student.load_state_dict(renumber(teacher.state_dict(), stack, keep))
     log.info("kept layers %s of %s", keep, stack)
     return student

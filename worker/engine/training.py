@@ -17,7 +17,7 @@ from worker.engine.data import Batch, Encoded, Examples, encode
 from worker.engine.devices import autocast
 from worker.engine.inference import predict_logits
 from worker.engine.loading import input_names, limit_length, save_model
-from worker.engine.optimization import MAX_GRADIENT_NORM, TrainingSettings, make_optimizer, make_schedule
+from worker.engine.optimization import MAX_GRADIENT_NORM, TrainingSettings, make_optimizer, make_schedule, set_dropout
 from worker.engine.scores import accuracy, macro_f1
 
 LOGGED_POINTS = 200
@@ -69,6 +69,8 @@ class Trainer:
         validation = self.ctx.find_split("validation")
         self.validation_data = self._encode(validation) if validation else None
         self.model.to(self.ctx.device)
+        if self.settings.dropout is not None:
+            set_dropout(self.model, self.settings.dropout)
         self.optimizer = make_optimizer(self.model, self.settings)
         self.steps_per_epoch = math.ceil(len(self.train_data) / self.settings.batch_size)
         self.num_steps = max(1, round(self.settings.epochs * self.steps_per_epoch))

@@ -29,10 +29,11 @@ class Distill(Stage):
         description="Terms of the objective; each is logged alone and as its share.",
     )
     learning_rate: float = Field(2e-4, gt=0, le=1, description="Peak learning rate of the encoder.")
-    head_learning_rate: float = Field(1e-3, gt=0, le=1, description="Peak learning rate of the classification head.")
+    head_learning_rate: float = Field(4e-4, gt=0, le=1, description="Peak learning rate of the classification head.")
     batch_size: int = Field(32, ge=1, le=4096, description="Examples in one optimiser step.")
     warmup_ratio: float = Field(0.1, ge=0, lt=1, description="Share of the steps over which the rate rises.")
     weight_decay: float = Field(0.01, ge=0, le=1, description="AdamW weight decay, not on biases and norms.")
+    dropout: float | None = Field(0.0, ge=0, lt=1, description="Dropout while training; null keeps the model's own.")
     max_length: int = Field(128, ge=4, le=8192, description="Longest input in tokens; longer ones are cut.")
 
     def reads(self) -> set[str]:

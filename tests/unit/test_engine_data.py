@@ -1,0 +1,88 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from core.errors import StageFailed
+from tests import pico
+from worker.engine.data import Encoded, Examples, encode, read_examples
+from worker.engine.loading import load_tokenizer
+
+CPU = torch.device("cpu")
+COLUMNS = {"text": "text", "label": "label"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Encoded:
+    tokenizer = load_tokenizer(pico.write_model(tmp_path_factory.mktemp("model")))
+    rng = np.random.default_rng(0)
+    texts = [" ".join(["late"] * int(rng.integers(1, 90))) for _ in range(101)]
+    return encode(Examples(texts, [i % 3 for i in range(101)]), tokenizer, ["input_ids", "attention_mask"])
+
+
+def test_long_texts_are_cut_and_counted(data: Encoded) -> None:
+    assert data.lengths.max() == data.max_length == 64
+    assert data.num_cut == sum(int(length) == 64 for length in data.lengths) - _exact(data)
+
+
+def _exact(data: Encoded) -> int:
+    rng = np.random.default_rng(0)
+    return sum(int(rng.integers(1, 90)) == 62 for _ in range(101))
+
+
+def test_an_epoch_holds_every_row_once_and_is_a_function_of_seed_and_epoch(data: Encoded) -> None:
+    def rows(seed: int, epoch: int) -> list[list[int]]:
+        return [batch.rows_B.tolist() for batch in data.shuffled(8, seed, epoch, CPU)]
+
+    assert sorted(row for batch in rows(1, 0) for row in batch) == list(range(101))
+    assert rows(1, 0) == rows(1, 0)
+    assert rows(1, 0) != rows(1, 1)
+    assert rows(1, 0) != rows(2, 0)
+    assert len(rows(1, 0)) == 13
+
+
+def test_batches_have_few_widths_and_little_padding(data: Encoded) -> None:
+    batches = list(data.shuffled(8, 0, 0, CPU))
+    widths = {batch.inputs["input_ids"].shape[1] for batch in batches}
+    assert all(width % 8 == 0 for width in widths)
+    assert len(widths) <= 8
+    padded = sum(batch.inputs["input_ids"].numel() for batch in batches)
+    assert padded < 1.35 * data.lengths.sum()
+
+
+def test_padding_is_masked_and_rows_keep_their_labels(data: Encoded) -> None:
+    for batch in data.by_length(8, CPU):
+        for index, row in enumerate(batch.rows_B.tolist()):
+            length = int(data.lengths[row])
+            assert batch.inputs["attention_mask"][index].sum() == length
+            assert (batch.inputs["input_ids"][index, length:] == 0).all()
+            assert batch.inputs["input_ids"][index, :length].tolist() == data.columns["input_ids"][row].tolist()
+            assert batch.labels_B[index] == row % 3
+
+
+def test_by_length_starts_with_the_longest(data: Encoded) -> None:
+    widths = [batch.inputs["input_ids"].shape[1] for batch in data.by_length(8, CPU)]
+    assert widths == sorted(widths, reverse=True)
+
+
+def test_rows_are_read_by_the_columns_of_the_task(tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_text(json.dumps({"body": "ü", "class": 1}) + "\n\n" + json.dumps({"body": "b", "class": "x"}) + "\n")
+    assert read_examples(path, {"text": "body", "label": "class"}, ["1", "x"]) == Examples(["ü", "b"], [0, 1])
+
+
+@pytest.mark.parametrize("line", ["{", '{"text": "a"}', '{"text": "a", "label": "c"}', "[1]"])
+def test_a_row_that_does_not_fit_names_its_line(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_text('{"text": "a", "label": "b"}\n' + line + "\n")
+    with pytest.raises(StageFailed, match=r"train\.jsonl, line 2") as caught:
+        read_examples(path, COLUMNS, ["b"])
+    assert caught.value.reason == "dataset_invalid"
+
+
+def test_no_rows_are_a_failure(tmp_path: Path) -> None:
+    (tmp_path / "test.jsonl").write_text("\n")
+    with pytest.raises(StageFailed, match="has no rows"):
+        read_examples(tmp_path / "test.jsonl", COLUMNS, ["b"])

@@ -1,0 +1,193 @@
+"""Loading, cutting and optimising models of several architectures."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    AlbertConfig,
+    BertConfig,
+    DistilBertConfig,
+    ElectraConfig,
+    GPT2Config,
+    ModernBertConfig,
+    PreTrainedConfig,
+    RobertaConfig,
+)
+from transformers import AutoModelForSequenceClassification as Classifier
+
+from core.errors import StageFailed
+from tests import pico
+from worker.engine.loading import limit_length, load_model, load_tokenizer, save_model
+from worker.engine.optimization import is_head, make_optimizer, make_schedule, open_pooler, set_dropout
+from worker.engine.students import keep_layers
+
+SIZES = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_hidden_layers": 4}
+CONFIGS: list[PreTrainedConfig] = [
+    BertConfig(**SIZES),
+    RobertaConfig(**SIZES, max_position_embeddings=66, pad_token_id=1),
+    DistilBertConfig(vocab_size=60, dim=32, hidden_dim=48, n_heads=2, n_layers=4),
+    ElectraConfig(**SIZES, embedding_size=32),
+    ModernBertConfig(
+        **SIZES,
+        global_attn_every_n_layers=3,
+        pad_token_id=0,
+        bos_token_id=2,
+        eos_token_id=3,
+        cls_token_id=2,
+        sep_token_id=3,
+    ),
+    GPT2Config(vocab_size=60, n_embd=32, n_layer=4, n_head=2, pad_token_id=0, bos_token_id=2, eos_token_id=3),
+]
+LABELS = ["a", "b", "c"]
+
+
+def make(config: PreTrainedConfig) -> torch.nn.Module:
+    torch.manual_seed(0)
+    config = copy.deepcopy(config)
+    config.num_labels = 3
+    model = Classifier.from_config(config).eval()
+    model.has_new_head = False
+    return model
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.model_type)
+def test_kept_layers_load_again_and_compute_as_the_teachers_do(config: PreTrainedConfig, tmp_path: Path) -> None:
+    teacher = make(config)
+    student = keep_layers(teacher, [0, 2, 3]).eval()
+    student.save_pretrained(tmp_path)
+    again, info = Classifier.from_pretrained(tmp_path, output_loading_info=True)
+    assert again.config.num_hidden_layers == 3
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    inputs = {"input_ids": torch.randint(4, 60, (2, 9)), "attention_mask": torch.ones(2, 9, dtype=torch.long)}
+    if config.model_type == "gpt2":
+        inputs["use_cache"] = False  # the cache counts layers by their old numbers
+    with torch.no_grad():
+        expected = _skip_layer(teacher, 1)(**inputs).logits
+        torch.testing.assert_close(again.eval()(**inputs).logits, expected)
+        torch.testing.assert_close(
+            keep_layers(make(config), [0, 1, 2, 3]).eval()(**inputs).logits, make(config)(**inputs).logits
+        )
+
+
+def _skip_layer(model: torch.nn.Module, index: int) -> torch.nn.Module:
+    for module in model.modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == model.config.num_hidden_layers:
+            del module[index]
+            if hasattr(model.config, "layer_types") and model.config.layer_types:
+                del model.config.layer_types[index]
+    model.config.num_hidden_layers -= 1
+    return model
+
+
+def test_shared_layers_cannot_be_kept_apart() -> None:
+    model = make(AlbertConfig(**SIZES, embedding_size=16))
+    with pytest.raises(StageFailed) as caught:
+        keep_layers(model, [0, 1])
+    assert caught.value.reason == "spec_invalid"
+    assert "albert" in caught.value.message
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    folder = pico.write_model(tmp_path / "model")
+    save_model(load_model(folder, LABELS), load_tokenizer(folder), LABELS, folder)
+    return folder
+
+
+def test_a_head_over_the_same_labels_is_put_in_their_order(saved: Path) -> None:
+    first, second = load_model(saved, LABELS), load_model(saved, ["c", "a", "b"])
+    assert not first.has_new_head
+    assert not second.has_new_head
+    torch.testing.assert_close(second.classifier.weight, first.classifier.weight[[2, 0, 1]])
+    assert second.config.id2label == {0: "c", 1: "a", 2: "b"}
+
+
+@pytest.mark.parametrize("labels", [["a", "b", "x"], ["a", "b"], ["a", "b", "c", "d"]])
+def test_a_head_over_other_labels_is_new(saved: Path, labels: list[str]) -> None:
+    model = load_model(saved, labels)
+    assert model.has_new_head
+    assert model.classifier.out_features == len(labels)
+    old = load_model(saved, LABELS).classifier.weight
+    assert not torch.equal(model.classifier.weight[:2], old[:2])
+    assert list(model.config.label2id) == labels
+
+
+def test_a_folder_without_a_head_gets_one(tmp_path: Path) -> None:
+    assert load_model(pico.write_model(tmp_path / "model"), LABELS).has_new_head
+
+
+def test_the_longest_input_is_what_the_positions_allow(saved: Path) -> None:
+    for asked, found in ((16, 16), (500, 64)):
+        tokenizer = load_tokenizer(saved)
+        limit_length(load_model(saved, LABELS), tokenizer, asked)
+        assert tokenizer.model_max_length == found
+    tokenizer = load_tokenizer(saved)
+    tokenizer.model_max_length = 10**30
+    limit_length(make(CONFIGS[1]), tokenizer, 500)
+    assert tokenizer.model_max_length == 64  # 66 positions, two of them never used
+
+
+class Settings:
+    epochs, batch_size, warmup_ratio, dropout, max_length = 1.0, 4, 0.1, None, 64
+    learning_rate, head_learning_rate, weight_decay = 1e-4, 1e-2, 0.01
+
+
+def test_head_and_encoder_have_their_rates_and_norms_do_not_decay() -> None:
+    model = make(CONFIGS[0])
+    rates, names = {}, {id(parameter): name for name, parameter in model.named_parameters()}
+    for group in make_optimizer(model, Settings()).param_groups:
+        for parameter in group["params"]:
+            name = names.pop(id(parameter))
+            rates[name] = group["lr"]
+            assert group["weight_decay"] == (0.01 if parameter.ndim >= 2 else 0)
+    assert not names
+    assert {name for name, rate in rates.items() if rate == 1e-2} == {
+        "bert.pooler.dense.weight",
+        "bert.pooler.dense.bias",
+        "classifier.weight",
+        "classifier.bias",
+    }
+    assert is_head(model, "classifier.weight")
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.model_type)
+def test_every_architecture_has_a_head(config: PreTrainedConfig) -> None:
+    model = make(config)
+    heads = [is_head(model, name) for name, _ in model.named_parameters()]
+    assert any(heads)
+    assert not all(heads)
+
+
+def test_the_rate_rises_and_falls_linearly() -> None:
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))], lr=1.0)
+    schedule = make_schedule(optimizer, 20, 0.2)
+    rates = []
+    for _ in range(20):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates[:5] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
+    assert rates[-1] == pytest.approx(1 / 16)
+    assert optimizer.param_groups[0]["lr"] == 0
+
+
+def test_dropout_is_set_everywhere_but_in_the_config() -> None:
+    for config in (CONFIGS[0], CONFIGS[4]):
+        model = make(config)
+        model.train()
+        set_dropout(model, 0.0)
+        inputs = {"input_ids": torch.randint(4, 60, (2, 9))}
+        torch.testing.assert_close(model(**inputs).logits, model(**inputs).logits, rtol=0, atol=0)
+    assert CONFIGS[0].hidden_dropout_prob == 0.1
+
+
+def test_an_open_pooler_passes_the_first_token_on() -> None:
+    model = make(CONFIGS[0])
+    assert open_pooler(model)
+    with torch.no_grad():
+        output = model.bert(input_ids=torch.randint(4, 60, (2, 9)))
+    torch.testing.assert_close(output.pooler_output, torch.tanh(output.last_hidden_state[:, 0]))
+    assert not open_pooler(make(CONFIGS[2]))
