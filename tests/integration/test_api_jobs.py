@@ -1,0 +1,300 @@
+"""Jobs through the API: submit, follow, cancel, download."""
+
+import hashlib
+import io
+import json
+import tarfile
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from tests.api import Api, claim_job, jsonl, model_files, rows, run_job
+
+
+def test_a_job_is_accepted_and_shown(api: Api) -> None:
+    api.make_job()
+    answer = api("POST", "/v1/jobs", json=api.spec(name="mine", metadata={"team": "nlp"}))
+    assert answer.status_code == 202
+    job = answer.json()
+    assert answer.headers["Location"] == f"/v1/jobs/{job['id']}"
+    assert [stage["kind"] for stage in job["stages"]] == ["finetune", "distill", "export", "evaluate"]
+    assert job["state"] == "queued"
+    assert job["progress"] == 0
+    assert job["inputs"]["labels"] == ["delivery", "login", "refund"]
+    assert job["inputs"]["teacher_facts"]["num_layers"] == 6
+    assert set(job["inputs"]["data"]) == {"train", "validation", "test"}
+    shown = api("GET", f"/v1/jobs/{job['id']}")
+    assert shown.json() == job
+
+
+def test_yaml_is_read_by_content(api: Api) -> None:
+    api.make_job()
+    body = """
+    teacher: {model: minilm}
+    student: {kind: teacher_layers, keep: [0, 2]}
+    data: tickets
+    stages: [{kind: finetune, learning_rate: 1e-4}, {kind: distill}]
+    """
+    answer = api("POST", "/v1/jobs", content=body)
+    assert answer.status_code == 202, answer.text
+    assert answer.json()["spec"]["stages"][0]["learning_rate"] == 1e-4
+
+
+def test_validate_creates_nothing(api: Api) -> None:
+    api.make_job()
+    before = len(api("GET", "/v1/jobs").json()["data"])
+    answer = api("POST", "/v1/jobs/validate", json=api.spec())
+    assert answer.status_code == 200, answer.text
+    found = answer.json()
+    assert found["spec"]["stages"][1]["losses"][1]["temperature"] == 4.0
+    assert found["teacher"]["num_parameters"] == 60
+    assert len(api("GET", "/v1/jobs").json()["data"]) == before
+
+
+def test_etag_changes_with_the_job_only(api: Api) -> None:
+    job_id = api.make_job()
+    etag = api("GET", f"/v1/jobs/{job_id}").headers["ETag"]
+    same = api("GET", f"/v1/jobs/{job_id}", headers={"If-None-Match": etag})
+    assert (same.status_code, same.content) == (304, b"")
+    assert api("POST", f"/v1/jobs/{job_id}/cancel").json()["state"] == "cancelled"
+    changed = api("GET", f"/v1/jobs/{job_id}", headers={"If-None-Match": etag})
+    assert changed.status_code == 200
+    assert changed.headers["ETag"] != etag
+
+
+def test_lists_filter_and_page(api: Api) -> None:
+    ids = [api.make_job(name=f"job {n % 2}", metadata={"team": "nlp", "n": str(n)}) for n in range(5)]
+    seen, after = [], None
+    while True:
+        page = api("GET", "/v1/jobs", params={"limit": 2} | ({"after": after} if after else {})).json()
+        seen += [job["id"] for job in page["data"]]
+        after = page["next_cursor"]
+        if after is None:
+            break
+    assert seen == ids[::-1]
+    assert len(api("GET", "/v1/jobs", params={"name": "job 1"}).json()["data"]) == 2
+    both = api("GET", "/v1/jobs", params={"metadata": ["team:nlp", "n:3"]}).json()["data"]
+    assert [job["id"] for job in both] == [ids[3]]
+    api("POST", f"/v1/jobs/{ids[0]}/cancel")
+    cancelled = api("GET", "/v1/jobs", params={"state": "cancelled"}).json()["data"]
+    assert [job["id"] for job in cancelled] == [ids[0]]
+    assert api("GET", "/v1/jobs", params={"state": "done"}).status_code == 422
+    assert api("GET", "/v1/jobs", params={"metadata": "team"}).status_code == 422
+
+
+def test_one_key_makes_one_job_whatever_the_number_of_requests(api: Api) -> None:
+    api.make_job()
+    body = json.dumps(api.spec(name="once"))
+
+    def submit(_: int) -> tuple[int, str, bool]:
+        answer = api("POST", "/v1/jobs", headers={"Idempotency-Key": "k1"}, content=body)
+        return answer.status_code, answer.json().get("id"), "Idempotent-Replayed" in answer.headers
+
+    with ThreadPoolExecutor(20) as pool:
+        answers = list(pool.map(submit, range(20)))
+    assert {status for status, _, _ in answers} == {202}
+    assert len({job_id for _, job_id, _ in answers}) == 1
+    assert sum(not replayed for _, _, replayed in answers) == 1
+    assert len(api("GET", "/v1/jobs", params={"name": "once"}).json()["data"]) == 1
+
+
+def test_a_key_with_another_body_is_refused_and_another_tenants_key_is_its_own(api: Api, other: Api) -> None:
+    api.make_job()
+    first = api("POST", "/v1/jobs", headers={"Idempotency-Key": "k"}, json=api.spec()).json()["id"]
+    clash = api("POST", "/v1/jobs", headers={"Idempotency-Key": "k"}, json=api.spec(seed=2))
+    assert clash.status_code == 422
+    assert clash.json()["error"]["code"] == "idempotency_mismatch"
+    other.make_job()
+    theirs = other("POST", "/v1/jobs", headers={"Idempotency-Key": "k"}, json=other.spec()).json()["id"]
+    assert theirs != first
+
+
+def test_a_replay_answers_even_when_the_inputs_are_gone(api: Api) -> None:
+    api.make_job()
+    first = api("POST", "/v1/jobs", headers={"Idempotency-Key": "k"}, json=api.spec()).json()["id"]
+    for job in api("GET", "/v1/jobs").json()["data"]:
+        api("POST", f"/v1/jobs/{job['id']}/cancel")
+    assert api("DELETE", "/v1/datasets/tickets").status_code == 204
+    again = api("POST", "/v1/jobs", headers={"Idempotency-Key": "k"}, json=api.spec())
+    assert (again.status_code, again.json()["id"]) == (202, first)
+
+
+def test_cancel_and_delete_follow_the_states(api: Api) -> None:
+    job_id = api.make_job()
+    assert api("DELETE", f"/v1/jobs/{job_id}").status_code == 409
+    claim_job(job_id)
+    assert api("POST", f"/v1/jobs/{job_id}/cancel").json()["state"] == "cancelling"
+    queued = api.make_job()
+    assert api("POST", f"/v1/jobs/{queued}/cancel").json()["state"] == "cancelled"
+    assert api("POST", f"/v1/jobs/{queued}/cancel").status_code == 409
+    assert api("DELETE", f"/v1/jobs/{queued}").status_code == 204
+    assert api("GET", f"/v1/jobs/{queued}").status_code == 410
+
+
+BAD_SPECS = [
+    ({"teacher": {"model": "minilmm"}}, "teacher.model", "did you mean 'minilm'?"),
+    ({"teacher": {"model": "nobody/minilm"}}, "teacher.model", "no model"),
+    ({"teacher": {"model": "job:job_" + "0" * 32}}, "teacher.model", "no job"),
+    ({"student": {"kind": "teacher_layers", "keep": [0, 6]}}, "student.keep", "cannot be deeper than its teacher"),
+    ({"student": {"kind": "teacher_layer", "keep": [0]}}, "student.kind", "did you mean 'teacher_layers'?"),
+    ({"data": {"train": "tickets/trian", "test": "tickets/test"}}, "data.train", "did you mean 'train'?"),
+    ({"data": {"train": "ticket/train", "test": "tickets/test"}}, "data.train", "did you mean 'tickets'?"),
+    ({"data": {"train": "tickets/train", "test": "tickets/tset"}}, "data.test", "did you mean 'test'?"),
+    ({"task": {"kind": "text_classification", "text": "txt"}}, "data.train", "did you mean 'text'?"),
+    ({"stages": [{"kind": "distil"}]}, "stages.0.kind", "did you mean 'distill'?"),
+    ({"stages": [{"kind": "distill", "epoch": 3}]}, "stages.0.epoch", "did you mean 'epochs'?"),
+    ({"stages": [{"kind": "distill", "epochs": "3"}]}, "stages.0.epochs", "valid number"),
+    ({"stages": [{"kind": "export"}]}, "stages.0", "needs a student"),
+    ({"sead": 1}, "sead", "did you mean 'seed'?"),
+    ({"metadata": {"a": "\x00"}}, "metadata", "NUL"),
+]
+
+
+@pytest.mark.parametrize(
+    ("change", "field", "hint"), BAD_SPECS, ids=[field + hint[:12] for _, field, hint in BAD_SPECS]
+)
+def test_bad_specs_say_where_and_what(api: Api, change: dict, field: str, hint: str) -> None:
+    api.push_dataset()
+    api.push_model()
+    for path in ("/v1/jobs", "/v1/jobs/validate"):
+        answer = api("POST", path, json=api.spec(**change))
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"]) == (422, "spec_invalid"), answer.text
+        assert any(d["field"] == field and hint in d["message"] for d in error["details"]), error["details"]
+        assert error["param"] == error["details"][0]["field"]
+    assert api("GET", "/v1/jobs").json()["data"] == []
+
+
+@pytest.mark.parametrize("body", [b"", b"[]", b"{", b"\xff", b"a: &x [1]\nb: *x", b"teacher: !!int ''", b"{" * 5000])
+def test_unreadable_bodies_are_422(api: Api, body: bytes) -> None:
+    answer = api("POST", "/v1/jobs", content=body)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (422, "spec_invalid")
+
+
+def test_labels_that_train_lacks_are_found_across_data_sets(api: Api) -> None:
+    api.push_dataset()
+    api.push_model()
+    api.push_dataset("strange", {"test": jsonl(rows(6, ("refund", "spam")))})
+    answer = api("POST", "/v1/jobs", json=api.spec(data={"train": "tickets/train", "test": "strange/test"}))
+    assert answer.status_code == 422
+    assert "labels that train lacks: 'spam'" in answer.json()["error"]["message"]
+
+
+def test_columns_may_be_named_by_the_job(api: Api) -> None:
+    renamed = [{"utterance": row["text"], "intent": row["label"]} for row in rows(20)]
+    assert api.push_dataset("raw", {"train": jsonl(renamed)}).status_code == 201
+    api.push_model()
+    task = {"kind": "text_classification", "text": "utterance", "label": "intent"}
+    stages = [{"kind": "distill"}]
+    answer = api("POST", "/v1/jobs", json=api.spec(data={"train": "raw/train"}, task=task, stages=stages))
+    assert answer.status_code == 202, answer.text
+    assert answer.json()["inputs"]["labels"] == ["delivery", "login", "refund"]
+
+
+def test_a_jobs_output_is_a_teacher(api: Api) -> None:
+    first = api.make_job()
+    model = f"job:{first}"
+    early = api("POST", "/v1/jobs", json=api.spec(teacher={"model": model}))
+    assert "is queued, not succeeded" in early.json()["error"]["message"]
+    run_job(first, {"student": model_files(3), "report": {"report.json": b"{}"}})
+    late = api("POST", "/v1/jobs", json=api.spec(teacher={"model": model}))
+    assert late.status_code == 202, late.text
+    assert late.json()["inputs"]["teacher_facts"]["num_layers"] == 3
+    for name, word in (("report", "no config.json"), ("nothing", "no artifact 'nothing'")):
+        bad = api("POST", "/v1/jobs", json=api.spec(teacher={"model": f"{model}/{name}"}))
+        assert bad.status_code == 422
+        assert word in bad.json()["error"]["message"]
+
+
+def test_a_finished_job_shows_all_that_it_left(api: Api) -> None:
+    job_id = api.make_job()
+    files = model_files(2)
+    run_job(job_id, {"student": files})
+    job = api("GET", f"/v1/jobs/{job_id}").json()
+    assert (job["state"], job["progress"]) == ("succeeded", 1.0)
+    assert job["stages"][0]["summary"] == {"accuracy": 0.9}
+    log = api("GET", job["stages"][0]["log_url"])
+    assert log.text == "a line of the log\n"
+    artifacts = api("GET", f"/v1/jobs/{job_id}/artifacts").json()["data"]
+    assert [(a["name"], a["stage"]) for a in artifacts] == [("student", "finetune")]
+    for file in artifacts[0]["files"]:
+        got = api("GET", f"/v1/jobs/{job_id}/artifacts/student/{file['path']}")
+        assert hashlib.sha256(got.content).hexdigest() == file["sha256"]
+        assert got.content == files[file["path"]]
+    tar = api("GET", f"/v1/jobs/{job_id}/artifacts/student/download")
+    assert int(tar.headers["Content-Length"]) == len(tar.content)
+    with tarfile.open(fileobj=io.BytesIO(tar.content)) as archive:
+        assert {m.name: archive.extractfile(m).read() for m in archive} == {f"student/{p}": d for p, d in files.items()}
+    assert api("GET", f"/v1/jobs/{job_id}/artifacts/student/download").content == tar.content
+    assert api("GET", f"/v1/jobs/{job_id}/artifacts/student/nothing").status_code == 404
+    assert api("GET", f"/v1/jobs/{job_id}/artifacts/teacher/config.json").status_code == 404
+    assert api("GET", f"/v1/jobs/{job_id}/stages/9/log").status_code == 404
+
+
+def test_a_failed_job_says_why_and_keeps_its_log(api: Api) -> None:
+    from core.db import session_scope
+    from core.jobs.ownership import fail_stage, start_stage
+    from core.storage import get_store
+
+    job_id = api.make_job()
+    claimed = claim_job(job_id)
+    log = get_store().put_bytes(b"killed\n")
+    error = {"reason": "out_of_memory", "message": "it grew", "suggestion": "smaller batch", "retryable": False}
+    with session_scope() as session:
+        start_stage(session, claimed, 0)
+    with session_scope() as session:
+        fail_stage(session, claimed, 0, error, log)
+    job = api("GET", f"/v1/jobs/{job_id}").json()
+    assert job["state"] == "failed"
+    assert job["error"]["reason"] == "out_of_memory"
+    assert job["error"]["stage"] == "finetune"
+    assert api("GET", job["stages"][0]["log_url"]).content == b"killed\n"
+
+
+def test_metrics_are_thinned_out_with_their_extremes(api: Api) -> None:
+    job_id = api.make_job()
+    run_job(job_id)
+    full = api("GET", f"/v1/jobs/{job_id}/metrics", params={"max_points": 10_000}).json()["data"]
+    assert [(s["name"], s["stage"], s["num_points"]) for s in full] == [("loss", "finetune", 1000)]
+    thin = api("GET", f"/v1/jobs/{job_id}/metrics", params={"max_points": 50}).json()["data"][0]
+    assert len(thin["points"]) <= 50
+    assert thin["points"][0] == [0, 1.0]
+    assert thin["points"][-1] == [999, 0.001]
+    part = api("GET", f"/v1/jobs/{job_id}/metrics", params={"names": "loss", "step_from": 10, "step_to": 19}).json()
+    assert [step for step, _ in part["data"][0]["points"]] == list(range(10, 20))
+    assert api("GET", f"/v1/jobs/{job_id}/metrics", params={"names": "other"}).json()["data"] == []
+
+
+def _frames(text: str) -> list[dict[str, str]]:
+    blocks = [block for block in text.split("\n\n") if block and not block.startswith(":")]
+    return [dict(line.split(": ", 1) for line in block.splitlines()) for block in blocks]
+
+
+def test_events_come_as_pages_or_as_a_stream_that_resumes(api: Api) -> None:
+    job_id = api.make_job()
+    run_job(job_id)
+    page = api("GET", f"/v1/jobs/{job_id}/events", params={"limit": 3}).json()
+    assert [event["seq"] for event in page["data"]] == [1, 2, 3]
+    rest = api("GET", f"/v1/jobs/{job_id}/events", params={"after": page["next_cursor"]}).json()
+    last = rest["data"][-1]["seq"]
+    assert rest["next_cursor"] is None
+    ask = {"Accept": "text/event-stream"}
+    frames = _frames(api("GET", f"/v1/jobs/{job_id}/events", headers=ask).text)
+    assert [int(frame["id"]) for frame in frames[:-1]] == list(range(1, last + 1))
+    assert json.loads(frames[-2]["data"])["type"] == "job.succeeded"
+    assert frames[-1]["event"] == "done"
+    assert json.loads(frames[-1]["data"]) == {"state": "succeeded"}
+    resumed = _frames(api("GET", f"/v1/jobs/{job_id}/events", headers=ask | {"Last-Event-ID": str(last - 2)}).text)
+    assert [int(frame["id"]) for frame in resumed[:-1]] == [last - 1, last]
+
+
+def test_a_live_stream_ends_when_the_job_does(api: Api) -> None:
+    job_id = api.make_job()
+    with ThreadPoolExecutor(1) as pool:
+        text = pool.submit(
+            lambda: api("GET", f"/v1/jobs/{job_id}/events", headers={"Accept": "text/event-stream"}).text
+        )
+        api("POST", f"/v1/jobs/{job_id}/cancel")
+        frames = _frames(text.result(timeout=30))
+    assert [json.loads(frame["data"]).get("type") for frame in frames[:-1]] == ["job.queued", "job.cancelled"]
+    assert frames[-1]["event"] == "done"
