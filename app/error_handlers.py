@@ -9,7 +9,6 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Match
 
 from app.envelope import REASONS, error_answer
 from core.errors import RangeNotSatisfiable, StillhouseError
@@ -77,11 +76,8 @@ def _http_error(request: Request, error: Any) -> Response:
 
 def _allowed(request: Request) -> list[str]:
     """Starlette names the methods of one route only, and an address may have several."""
-    methods: set[str] = set()
-    for route in request.app.routes:
-        if route.matches(request.scope)[0] is not Match.NONE:
-            methods |= getattr(route, "methods", None) or set()
-    return sorted(methods)
+    routes = (route for route in request.app.state.routes if route.path_regex.match(request.scope["path"]))
+    return sorted({method for route in routes for method in route.methods}) or ["GET"]
 
 
 def _database_error(request: Request, error: Exception) -> Response:

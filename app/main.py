@@ -17,6 +17,8 @@ from app.models.endpoints import router as models
 from app.operations.collector import JobsCollector
 from app.operations.endpoints import router as operations
 
+ROUTERS = (jobs, job_outputs, datasets, models, methods, keys, operations)
+
 
 def create_app() -> FastAPI:
     """Returns the app; its documentation pages need no internet."""
@@ -27,8 +29,9 @@ def create_app() -> FastAPI:
         openapi_tags=openapi.TAGS,
         redirect_slashes=False,
     )
-    for router in (jobs, job_outputs, datasets, models, methods, keys, operations):
+    for router in ROUTERS:
         app.include_router(router)
+    app.state.routes = [route for router in ROUTERS for route in router.routes]
     registry = CollectorRegistry()
     registry.register(JobsCollector())
     app.state.registry = registry
