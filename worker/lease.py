@@ -4,9 +4,7 @@ import logging
 import threading
 import time
 
-from sqlalchemy.exc import SQLAlchemyError
-
-from core.db import session_scope
+from core.db import DatabaseAway, session_scope
 from core.errors import LeaseLost
 from core.jobs.ownership import Claim, heartbeat
 from core.settings import get_settings
@@ -47,7 +45,7 @@ class Lease:
             except LeaseLost:
                 self.lost.set()
                 return
-            except SQLAlchemyError as error:
+            except DatabaseAway as error:
                 log.warning("heartbeat of %s not confirmed: %s", self.claim.job_id, type(error).__name__)
                 if time.monotonic() - self._confirmed > settings.lease_s:
                     self.lost.set()

@@ -11,9 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sqlalchemy import select
-from sqlalchemy.exc import SQLAlchemyError
 
-from core.db import session_scope
+from core.db import DatabaseAway, session_scope
 from core.errors import LeaseLost, StageFailed, StillhouseError, StorageFull
 from core.jobs.models import StageRun
 from core.jobs.ownership import (
@@ -74,8 +73,10 @@ class Supervisor:
                         return
         except LeaseLost:
             log.warning("lost the lease of %s; another worker owns it", taken.job_id)
-        except SQLAlchemyError:
+        except DatabaseAway:
             log.exception("the database left us with %s; its lease will run out", taken.job_id)
+        except Exception:
+            log.exception("a fault of ours ended the attempt at %s; its lease will run out", taken.job_id)
 
     def _claim(self) -> Claim | None:
         with session_scope() as session:
@@ -156,7 +157,7 @@ class Watch:
         try:
             with session_scope() as session:
                 record_progress(session, self.taken, self.staging.ordinal, self.progress, self.points, self.events)
-        except SQLAlchemyError as error:
+        except DatabaseAway as error:
             log.warning("reports of %s not written yet: %s", self.taken.job_id, type(error).__name__)
             return
         self.progress, self.points, self.events = None, [], []
@@ -229,7 +230,7 @@ def _persist(write: Any) -> None:
             with session_scope() as session:
                 write(session)
             return
-        except SQLAlchemyError:
+        except DatabaseAway:
             if time.monotonic() > deadline:
                 raise
             time.sleep(RETRY_PAUSE_S)

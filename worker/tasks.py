@@ -4,8 +4,7 @@ import logging
 import threading
 from collections.abc import Callable
 
-from sqlalchemy.exc import SQLAlchemyError
-
+from core.db import DatabaseAway
 from core.queue import TASK_RUN, get_celery
 from core.settings import get_settings
 from worker.reconciler import tick
@@ -33,7 +32,7 @@ def _start(name: str, action: Callable[[], object], pause_s: float) -> None:
         while not supervisor.draining.is_set():
             try:
                 action()
-            except SQLAlchemyError as error:
+            except DatabaseAway as error:
                 log.warning("%s: the database does not answer (%s)", name, type(error).__name__)
             except Exception:
                 log.exception("%s failed; it goes on", name)

@@ -7,6 +7,7 @@ from sqlalchemy import ForeignKey, UniqueConstraint, func
 from sqlalchemy.orm import Mapped, mapped_column
 
 from core.db import Base
+from core.tenants.models import Tenant
 
 
 class Dataset(Base):
@@ -19,7 +20,7 @@ class Dataset(Base):
     __table_args__ = (UniqueConstraint("tenant_id", "name"),)
 
     id: Mapped[str] = mapped_column(primary_key=True)
-    tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"), index=True)
+    tenant_id: Mapped[str] = mapped_column(ForeignKey(Tenant.id), index=True)
     name: Mapped[str]
     splits: Mapped[dict[str, Any]]
     report: Mapped[dict[str, Any]]

@@ -7,8 +7,8 @@ from sqlalchemy import BigInteger, CheckConstraint, ForeignKey, Index, func, tex
 from sqlalchemy.orm import Mapped, mapped_column
 
 from core.db import Base
-
-JOB_FK = "jobs.id"
+from core.models.models import Manifest
+from core.tenants.models import Tenant
 
 
 class Job(Base):
@@ -30,7 +30,7 @@ class Job(Base):
     )
 
     id: Mapped[str] = mapped_column(primary_key=True)
-    tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"))
+    tenant_id: Mapped[str] = mapped_column(ForeignKey(Tenant.id))
     name: Mapped[str]
     labels: Mapped[dict[str, Any]]
     spec: Mapped[dict[str, Any]]
@@ -58,9 +58,9 @@ class StageRun(Base):
 
     __tablename__ = "stages"
 
-    job_id: Mapped[str] = mapped_column(ForeignKey(JOB_FK, ondelete="CASCADE"), primary_key=True)
+    job_id: Mapped[str] = mapped_column(ForeignKey(Job.id, ondelete="CASCADE"), primary_key=True)
     ordinal: Mapped[int] = mapped_column(primary_key=True)
-    tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"))
+    tenant_id: Mapped[str] = mapped_column(ForeignKey(Tenant.id))
     kind: Mapped[str]
     settings: Mapped[dict[str, Any]]
     state: Mapped[str] = mapped_column(server_default="pending")
@@ -80,11 +80,11 @@ class Artifact(Base):
 
     __tablename__ = "artifacts"
 
-    job_id: Mapped[str] = mapped_column(ForeignKey(JOB_FK, ondelete="CASCADE"), primary_key=True)
+    job_id: Mapped[str] = mapped_column(ForeignKey(Job.id, ondelete="CASCADE"), primary_key=True)
     name: Mapped[str] = mapped_column(primary_key=True)
-    tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"))
+    tenant_id: Mapped[str] = mapped_column(ForeignKey(Tenant.id))
     ordinal: Mapped[int]
-    manifest_id: Mapped[str] = mapped_column(ForeignKey("manifests.id"))
+    manifest_id: Mapped[str] = mapped_column(ForeignKey(Manifest.id))
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
 
 
@@ -93,11 +93,11 @@ class Metric(Base):
 
     __tablename__ = "metrics"
 
-    job_id: Mapped[str] = mapped_column(ForeignKey(JOB_FK, ondelete="CASCADE"), primary_key=True)
+    job_id: Mapped[str] = mapped_column(ForeignKey(Job.id, ondelete="CASCADE"), primary_key=True)
     ordinal: Mapped[int] = mapped_column(primary_key=True)
     name: Mapped[str] = mapped_column(primary_key=True)
     step: Mapped[int] = mapped_column(BigInteger, primary_key=True)
-    tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"))
+    tenant_id: Mapped[str] = mapped_column(ForeignKey(Tenant.id))
     value: Mapped[float]
     at: Mapped[datetime] = mapped_column(server_default=func.now())
 
@@ -107,9 +107,9 @@ class Event(Base):
 
     __tablename__ = "events"
 
-    job_id: Mapped[str] = mapped_column(ForeignKey(JOB_FK, ondelete="CASCADE"), primary_key=True)
+    job_id: Mapped[str] = mapped_column(ForeignKey(Job.id, ondelete="CASCADE"), primary_key=True)
     seq: Mapped[int] = mapped_column(BigInteger, primary_key=True)
-    tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"))
+    tenant_id: Mapped[str] = mapped_column(ForeignKey(Tenant.id))
     type: Mapped[str]
     level: Mapped[str] = mapped_column(server_default="info")
     message: Mapped[str]
@@ -122,7 +122,7 @@ class IdempotencyKey(Base):
 
     __tablename__ = "idempotency_keys"
 
-    tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"), primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(ForeignKey(Tenant.id), primary_key=True)
     key: Mapped[str] = mapped_column(primary_key=True)
     fingerprint: Mapped[str]
     job_id: Mapped[str]

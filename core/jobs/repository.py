@@ -140,9 +140,7 @@ def list_jobs(
 def find_unfinished_user(session: Session, tenant_id: str, path: str, object_id: str) -> str | None:
     """Returns the id of a job that has not ended and whose `inputs` hold `object_id` at a JSON path, or None."""
     holds = func.jsonb_path_exists(Job.inputs, cast(f"{path} ? (@ == $id)", JSONPATH), cast({"id": object_id}, JSONB))
-    return session.scalar(
-        select(Job.id).where(Job.tenant_id == tenant_id, Job.state.not_in(TERMINAL), holds).limit(1)
-    )
+    return session.scalar(select(Job.id).where(Job.tenant_id == tenant_id, Job.state.not_in(TERMINAL), holds).limit(1))
 
 
 def list_stages(session: Session, tenant_id: str, job_id: str) -> list[StageRun]:

@@ -7,6 +7,7 @@ from sqlalchemy import BigInteger, ForeignKey, UniqueConstraint, func
 from sqlalchemy.orm import Mapped, mapped_column
 
 from core.db import Base
+from core.tenants.models import Tenant
 
 
 class Manifest(Base):
@@ -16,7 +17,7 @@ class Manifest(Base):
     __table_args__ = (UniqueConstraint("tenant_id", "sha256"),)
 
     id: Mapped[str] = mapped_column(primary_key=True)
-    tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"))
+    tenant_id: Mapped[str] = mapped_column(ForeignKey(Tenant.id))
     sha256: Mapped[str]
     size_bytes: Mapped[int] = mapped_column(BigInteger)
     files: Mapped[list[dict[str, Any]]]
@@ -30,8 +31,8 @@ class Model(Base):
     __table_args__ = (UniqueConstraint("tenant_id", "name"),)
 
     id: Mapped[str] = mapped_column(primary_key=True)
-    tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"), index=True)
+    tenant_id: Mapped[str] = mapped_column(ForeignKey(Tenant.id), index=True)
     name: Mapped[str]
-    manifest_id: Mapped[str] = mapped_column(ForeignKey("manifests.id"))
+    manifest_id: Mapped[str] = mapped_column(ForeignKey(Manifest.id))
     facts: Mapped[dict[str, Any]]
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())

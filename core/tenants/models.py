@@ -24,7 +24,7 @@ class ApiKey(Base):
     __tablename__ = "api_keys"
 
     id: Mapped[str] = mapped_column(primary_key=True)
-    tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"), index=True)
+    tenant_id: Mapped[str] = mapped_column(ForeignKey(Tenant.id), index=True)
     name: Mapped[str]
     secret_sha256: Mapped[str]
     scopes: Mapped[list[str]]

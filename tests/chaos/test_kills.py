@@ -24,7 +24,7 @@ def test_child_killed_at_random_moments(stack: Stack) -> None:
         job_id = stack.submit(stages=STAGES)
         for _ in range(KILLS_A_JOB):
             target = dice.randrange(0, 120)
-            until(lambda goal=target: _reached(stack, job_id, goal), 120, 0.02)
+            until(lambda job_id=job_id, goal=target: _reached(stack, job_id, goal), 120, 0.02)
             for pid in children_of(worker.pid):
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -38,7 +38,7 @@ def test_worker_killed_with_its_child(stack: Stack) -> None:
     assert stack.wait(clean)["state"] == "succeeded"
     for _ in range(NUM_JOBS):
         job_id = stack.submit(stages=STAGES)
-        until(lambda: stack.job(job_id)["stages"][0]["step"] > 0)
+        until(lambda job_id=job_id: stack.job(job_id)["stages"][0]["step"] > 0)
         worker.kill()
         worker.wait()
         worker = stack.start_worker()
