@@ -34,4 +34,5 @@ HEALTHCHECK --interval=30s --timeout=10s --start-period=30s \
     CMD ["python", "-c", "from core.db import get_engine; get_engine().connect().close()"]
 # The worker stops its stage and hands its job back within this time; keep the grace time of your platform above it.
 STOPSIGNAL SIGTERM
-CMD ["celery", "-A", "worker.celery_app:app", "worker", "--pool", "threads", "--concurrency", "1", "--queues", "cpu", "--loglevel", "INFO"]
+CMD ["celery", "-A", "worker.celery_app:app", "worker", "--pool", "threads", "--concurrency", "1", "--queues", "cpu", \
+    "--without-mingle", "--without-gossip", "--loglevel", "INFO"]

@@ -6,15 +6,14 @@ from datetime import datetime
 from functools import cache
 from typing import Any, ClassVar
 
-from sqlalchemy import DateTime, Engine, MetaData, Text, create_engine
+from sqlalchemy import DateTime, Engine, MetaData, Text, create_engine, exc
 from sqlalchemy.dialects.postgresql import JSONB
-from sqlalchemy.exc import InterfaceError, OperationalError, TimeoutError
 from sqlalchemy.orm import DeclarativeBase, Session
 
 from core.settings import get_settings
 
 # What the driver and the pool raise while the database is away; anything else is a fault of ours.
-DatabaseAway = (OperationalError, InterfaceError, TimeoutError)
+DatabaseAway = (exc.OperationalError, exc.InterfaceError, exc.TimeoutError)
 
 
 class Base(DeclarativeBase):

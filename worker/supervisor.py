@@ -7,10 +7,12 @@ import queue
 import socket
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import select
+from sqlalchemy.orm import Session
 
 from core.db import DatabaseAway, session_scope
 from core.errors import LeaseLost, StageFailed, StillhouseError, StorageFull
@@ -34,6 +36,7 @@ from worker.staging import Staging
 FLUSH_S = 1.0
 STOP_GRACE_S = 20.0
 RETRY_PAUSE_S = 1.0
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
@@ -193,11 +196,10 @@ def _settle(taken: Claim, staging: Staging, outcome: dict[str, Any]) -> bool:
     match outcome["type"]:
         case "result":
             outputs, stage_log = staging.take_outputs(), staging.take_log()
-            _persist(
+            ended = _persist(
                 lambda session: commit_stage(session, taken, staging.ordinal, outputs, outcome["summary"], stage_log)
             )
-            with session_scope() as session:
-                return owned(session, taken).desired == "run" or _hand_back(taken, "stopped between two stages")
+            return not ended and _goes_on(taken)
         case "error":
             error = {key: outcome.get(key) for key in ("reason", "message", "suggestion", "retryable")}
             _fail(taken, staging, error)
@@ -207,6 +209,13 @@ def _settle(taken: Claim, staging: Staging, outcome: dict[str, Any]) -> bool:
         case _:
             why = f"the stage's process ended without a word (exit code {outcome['exit_code']})"
             return _hand_back(taken, why, lost=True)
+
+
+def _goes_on(taken: Claim) -> bool:
+    """Tells whether the job's user still wants it to run; if not, the job is handed back."""
+    with session_scope() as session:
+        wanted = owned(session, taken).desired == "run"
+    return wanted or _hand_back(taken, "stopped between two stages")
 
 
 def _hand_back(taken: Claim, why: str, *, lost: bool = False) -> bool:
@@ -222,14 +231,13 @@ def _fail(taken: Claim, staging: Staging, error: dict[str, Any]) -> None:
     _persist(lambda session: fail_stage(session, taken, staging.ordinal, error, stage_log))
 
 
-def _persist(write: Any) -> None:
-    """Makes a fenced write, again and again while the database is away; the lease's end stops it."""
+def _persist(write: Callable[[Session], T]) -> T:
+    """Returns what a fenced write returns, tried again and again while the database is away, for a lease's time."""
     deadline = time.monotonic() + get_settings().lease_s
     while True:
         try:
             with session_scope() as session:
-                write(session)
-            return
+                return write(session)
         except DatabaseAway:
             if time.monotonic() > deadline:
                 raise

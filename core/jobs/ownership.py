@@ -145,6 +145,8 @@ def commit_stage(
     """Publishes a stage's outputs; the last stage ends its job. Returns whether the job ended."""
     job = owned(session, claim)
     stage = session.get_one(StageRun, (job.id, ordinal))
+    if stage.state == "succeeded":  # an earlier try was committed, and only its answer was lost
+        return False
     for role, files in outputs.items():
         manifest = put_manifest(session, job.tenant_id, files)
         values = {"ordinal": ordinal, "manifest_id": manifest.id}
