@@ -66,6 +66,8 @@ def _http_error(request: Request, error: Any) -> Response:
     message = str(error.detail)
     if error.status_code == 404:
         message = "There is nothing at this address; /docs lists what there is."
+    if error.status_code == 400:
+        message = "The body cannot be read; send JSON in UTF-8."
     if error.status_code == 405:
         headers["Allow"] = ", ".join(_allowed(request))
         message = f"This address takes {headers['Allow']}."
@@ -76,8 +78,9 @@ def _http_error(request: Request, error: Any) -> Response:
 
 def _allowed(request: Request) -> list[str]:
     """Starlette names the methods of one route only, and an address may have several."""
-    routes = (route for route in request.app.state.routes if route.path_regex.match(request.scope["path"]))
-    return sorted({method for route in routes for method in route.methods}) or ["GET"]
+    matching = [route for route in request.app.state.routes if route.path_regex.match(request.scope["path"])]
+    same = (route for route in matching if route.path == matching[0].path)
+    return sorted({method for route in same for method in route.methods}) or ["GET"]
 
 
 def _database_error(request: Request, error: Exception) -> Response:

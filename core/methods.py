@@ -175,7 +175,7 @@ class OneOf:
                 raise PydanticCustomError(
                     "missing_kind", "the field 'kind' is missing; known: {known}", {"known": ", ".join(choices)}
                 )
-            if kind not in choices:
+            if not isinstance(kind, str) or kind not in choices:
                 raise PydanticCustomError(
                     "unknown_kind",
                     "unknown kind '{kind}'; {hint}",

@@ -1,10 +1,10 @@
 """`/v1/keys`."""
 
 from datetime import datetime
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Path
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
+from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field
 
 from app.deps import DbSession, KeyKeeper
 from app.envelope import errors
@@ -12,6 +12,13 @@ from core.tenants.keys import Scope, create_key, list_keys, revoke_key
 from core.tenants.models import ApiKey
 
 router = APIRouter(prefix="/v1/keys", tags=["keys"], responses=errors(401, 403, 422, 503))
+
+
+def _only_text(value: Any) -> Any:
+    """Pydantic takes numbers for seconds, or milliseconds, since 1970; nobody means either here."""
+    if isinstance(value, int | float):
+        raise ValueError("write the time as text, such as 2030-01-31T12:00:00Z")
+    return value
 
 
 class NewKey(BaseModel):
@@ -28,7 +35,9 @@ class NewKey(BaseModel):
         max_length=8,
         description="`read` lists and downloads, `write` creates and deletes.",
     )
-    expires_at: AwareDatetime | None = Field(None, description="When the key stops working; never, if not given.")
+    expires_at: Annotated[AwareDatetime, BeforeValidator(_only_text)] | None = Field(
+        None, description="When the key stops working; never, if not given."
+    )
 
 
 class KeyView(BaseModel):
@@ -65,7 +74,7 @@ def list_all(session: DbSession, principal: KeyKeeper) -> KeyList:
     return KeyList(data=[_view(key) for key in list_keys(session, principal.tenant_id)])
 
 
-@router.post("", status_code=201, operation_id="create_key", responses=errors(413))
+@router.post("", status_code=201, operation_id="create_key", responses=errors(400, 413))
 def create(new: NewKey, session: DbSession, principal: KeyKeeper) -> CreatedKey:
     """Makes a key and shows its text, this once."""
     key, text = create_key(session, principal.tenant_id, new.name, list(new.scopes), new.expires_at)

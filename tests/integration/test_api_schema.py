@@ -1,0 +1,34 @@
+"""Requests generated from the OpenAPI document, good and bad: no crash, no undocumented answer, no broken shape."""
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, settings
+from schemathesis.specs.openapi.checks import positive_data_acceptance
+
+from app.main import app
+from tests.api import Api, run_job
+
+# a document cannot say that a model must exist, or what bytes a good file holds
+SEMANTIC = {"POST /v1/jobs", "POST /v1/jobs/validate", "POST /v1/datasets", "POST /v1/models"}
+schema = schemathesis.openapi.from_asgi("/openapi.json", app)
+
+
+@pytest.fixture(scope="module")
+def key(api_client: object) -> str:
+    from core.db import session_scope
+    from core.ids import new_id
+    from core.tenants.keys import SCOPES, create_key, ensure_tenant
+
+    with session_scope() as session:
+        owner = ensure_tenant(session, new_id("t")[-12:])
+        _, text = create_key(session, owner.id, "schema", list(SCOPES))
+    api = Api(api_client, owner.id, text)
+    run_job(api.make_job())
+    return text
+
+
+@schema.parametrize()
+@settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+def test_answers_keep_to_the_document(case: schemathesis.Case, key: str) -> None:
+    excluded = [positive_data_acceptance] if case.operation.label in SEMANTIC else []
+    case.call_and_validate(headers={"Authorization": f"Bearer {key}"}, excluded_checks=excluded)
