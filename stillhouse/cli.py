@@ -4,6 +4,8 @@ Exit codes: 0 fine, 1 the job failed or was cancelled, 2 the command or what it 
 valid key, 5 the server failed or does not answer, 130 interrupted.
 """
 
+import inspect
+import re
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated
@@ -20,6 +22,7 @@ HELP = """Make small models out of big ones.
 
 Start a stack here with `stillhouse up`, or set STILLHOUSE_URL and STILLHOUSE_API_KEY for another server. Then:
 
+\b
   stillhouse models push ./minilm minilm-l6
   stillhouse datasets push tickets --train train.jsonl --test test.jsonl
   stillhouse jobs submit job.yaml --watch
@@ -38,6 +41,17 @@ app.add_typer(keys.app, name="keys")
 app.command()(up.up)
 app.command()(predict.predict)
 app.command()(methods.methods)
+
+
+def _keep_examples(group: typer.Typer) -> None:
+    """Keeps the line breaks of examples, the indented paragraphs of a command's docstring, in its help."""
+    for command in group.registered_commands:
+        text = inspect.getdoc(command.callback) or ""
+        command.help = re.sub(r"\n\n(?=  )", "\n\n\b\n", text)
+
+
+for _group in (app, models.app, datasets.app, jobs.app, keys.app):
+    _keep_examples(_group)
 
 
 def _print_version(asked: bool) -> None:

@@ -1,12 +1,14 @@
 """The Python client: `from stillhouse import Client`."""
 
 from collections.abc import Iterator, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Self
+from urllib.parse import quote
 
 from stillhouse.connection import resolve
 from stillhouse.jobs import Jobs
-from stillhouse.results import Dataset, Key, Model
+from stillhouse.results import Dataset, Key, Method, Model, Preview
 from stillhouse.transport import Transport
 from stillhouse.uploads import model_files, open_parts
 
@@ -38,9 +40,10 @@ class Client:
         """The server's address."""
         return self._transport.url
 
-    def methods(self) -> Any:
-        """Returns every method that the server knows, with its JSON schema, defaults and description."""
-        return self._transport.json("GET", "/v1/methods")
+    def methods(self) -> dict[str, list[Method]]:
+        """Returns every method that the server knows, by family, with its JSON schema, defaults and description."""
+        families = self._transport.json("GET", "/v1/methods")["data"]
+        return {family: [Method.model_validate(item) for item in methods] for family, methods in families.items()}
 
     def close(self) -> None:
         """Closes the connections."""
@@ -70,7 +73,7 @@ class Models:
 
     def get(self, model_id: str) -> Model:
         """Returns a model by its id or name."""
-        return Model.model_validate(self._transport.json("GET", f"/v1/models/{model_id}"))
+        return Model.model_validate(self._transport.json("GET", f"/v1/models/{_ref(model_id)}"))
 
     def list(self, *, limit: int | None = None) -> Iterator[Model]:
         """Yields the models, newest first, fetching page after page."""
@@ -78,7 +81,7 @@ class Models:
 
     def delete(self, model_id: str) -> None:
         """Deletes a model."""
-        self._transport.request("DELETE", f"/v1/models/{model_id}")
+        self._transport.request("DELETE", f"/v1/models/{_ref(model_id)}")
 
 
 class Datasets:
@@ -87,31 +90,36 @@ class Datasets:
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
 
-    def push(self, name: str, splits: Mapping[str, str | Path]) -> Dataset:
-        """Returns the data set made of one JSON Lines, CSV or Parquet file per split."""
+    def push(
+        self, name: str, splits: Mapping[str, str | Path], *, text: str | None = None, label: str | None = None
+    ) -> Dataset:
+        """Returns the data set made of one JSON Lines, CSV or Parquet file per split.
+
+        `text` and `label` name the columns, if they are not called so.
+        """
+        fields = {"name": name} | {key: value for key, value in (("text", text), ("label", label)) if value}
         files = [(split, Path(path).name, Path(path)) for split, path in splits.items()]
         with open_parts(files) as parts:
-            made = self._transport.json(
-                "POST", "/v1/datasets", data={"name": name}, files=parts, timeout=UPLOAD_TIMEOUT_S
-            )
+            made = self._transport.json("POST", "/v1/datasets", data=fields, files=parts, timeout=UPLOAD_TIMEOUT_S)
         return Dataset.model_validate(made)
 
     def get(self, dataset_id: str) -> Dataset:
         """Returns a data set by its id or name."""
-        return Dataset.model_validate(self._transport.json("GET", f"/v1/datasets/{dataset_id}"))
+        return Dataset.model_validate(self._transport.json("GET", f"/v1/datasets/{_ref(dataset_id)}"))
 
     def list(self, *, limit: int | None = None) -> Iterator[Dataset]:
         """Yields the data sets, newest first, fetching page after page."""
         return map(Dataset.model_validate, self._transport.pages("/v1/datasets", limit=limit))
 
-    def preview(self, dataset_id: str, split: str | None = None, limit: int = 10) -> Any:
-        """Returns the first rows of a split."""
-        query = {"limit": limit} | ({"split": split} if split else {})
-        return self._transport.json("GET", f"/v1/datasets/{dataset_id}/preview", params=query)
+    def preview(self, dataset_id: str, split: str = "train", *, limit: int = 10, offset: int = 0) -> Preview:
+        """Returns some rows of a split."""
+        query: dict[str, Any] = {"split": split, "limit": limit, "offset": offset}
+        found = self._transport.json("GET", f"/v1/datasets/{_ref(dataset_id)}/preview", params=query)
+        return Preview.model_validate(found)
 
     def delete(self, dataset_id: str) -> None:
         """Deletes a data set."""
-        self._transport.request("DELETE", f"/v1/datasets/{dataset_id}")
+        self._transport.request("DELETE", f"/v1/datasets/{_ref(dataset_id)}")
 
 
 class Keys:
@@ -120,15 +128,20 @@ class Keys:
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
 
-    def create(self, name: str, scopes: list[str], expires_in_s: int | None = None) -> Key:
-        """Returns a new key; its text is in `key`, and is never shown again."""
-        body = {"name": name, "scopes": scopes} | ({"expires_in_s": expires_in_s} if expires_in_s else {})
+    def create(self, name: str, scopes: list[str], expires_at: datetime | None = None) -> Key:
+        """Returns a new key; its text is in `key`, and is never shown again. `expires_at` needs a time zone."""
+        body = {"name": name, "scopes": scopes, "expires_at": expires_at.isoformat() if expires_at else None}
         return Key.model_validate(self._transport.json("POST", "/v1/keys", json=body))
 
     def list(self) -> Iterator[Key]:
         """Yields the keys, newest first, without their texts."""
-        return map(Key.model_validate, self._transport.pages("/v1/keys"))
+        return map(Key.model_validate, self._transport.json("GET", "/v1/keys")["data"])
 
     def revoke(self, key_id: str) -> None:
         """Revokes a key: from now on it opens nothing."""
-        self._transport.request("DELETE", f"/v1/keys/{key_id}")
+        self._transport.request("DELETE", f"/v1/keys/{_ref(key_id)}")
+
+
+def _ref(name: str) -> str:
+    """Returns an id, `name` or `tenant/name` as a part of an address."""
+    return quote(name, safe="/")

@@ -13,7 +13,7 @@ import httpx
 
 from stillhouse.download import Downloader, OnBytes, plan
 from stillhouse.errors import ClientError, InvalidInput, ServerError, Unreachable, WaitTimeout
-from stillhouse.results import Artifact, Event, Job
+from stillhouse.results import Artifact, Event, Job, Series, Validation
 from stillhouse.specs import Spec, load_spec
 from stillhouse.transport import Transport, pause_s
 
@@ -37,10 +37,10 @@ class Jobs:
         made = self._transport.json("POST", "/v1/jobs", **_json_body(load_spec(spec), headers), repeatable=True)
         return Job.model_validate(made)
 
-    def validate(self, spec: Spec) -> dict[str, Any]:
-        """Returns the normalised spec, with every default filled in; nothing is created."""
+    def validate(self, spec: Spec) -> Validation:
+        """Returns the spec with every default filled in, and what is worth knowing of it; nothing is created."""
         answer = self._transport.json("POST", "/v1/jobs/validate", **_json_body(load_spec(spec), {}), repeatable=True)
-        return dict(answer)
+        return Validation.model_validate(answer)
 
     def get(self, job_id: str) -> Job:
         """Returns a job with its stages."""
@@ -54,11 +54,10 @@ class Jobs:
         """Deletes a job that has ended, with what it made."""
         self._transport.request("DELETE", f"/v1/jobs/{job_id}")
 
-    def metrics(self, job_id: str, names: Sequence[str] = (), **query: Any) -> Any:
-        """Returns the series of a job; `query` takes what the endpoint takes, such as a range of steps."""
-        if names:
-            query["name"] = list(names)
-        return self._transport.json("GET", f"/v1/jobs/{job_id}/metrics", params=query)
+    def metrics(self, job_id: str, names: Sequence[str] = (), **query: Any) -> Sequence[Series]:
+        """Returns the series of a job; `query` may hold `stage`, `step_from`, `step_to` and `max_points`."""
+        answer = self._transport.json("GET", f"/v1/jobs/{job_id}/metrics", params={"names": list(names)} | query)
+        return [Series.model_validate(item) for item in answer["data"]]
 
     def log(self, job_id: str, ordinal: int) -> str:
         """Returns the log of a stage."""
@@ -143,8 +142,8 @@ class Jobs:
         limit: int | None = None,
     ) -> Iterator[Job]:
         """Yields the jobs, newest first, fetching page after page."""
-        query: dict[str, Any] = {"state": state, "name": name}
-        query |= {f"metadata.{key}": value for key, value in (metadata or {}).items()}
+        labels = [f"{key}:{value}" for key, value in (metadata or {}).items()]
+        query = {"state": state, "name": name, "metadata": labels or None}
         return map(Job.model_validate, self._transport.pages("/v1/jobs", query, limit))
 
     def _follow(self, job_id: str, after: int) -> Iterator[Event]:
@@ -152,9 +151,11 @@ class Jobs:
         attempt = 0
         while True:
             try:
-                for seq, _, data in self._transport.server_sent(f"/v1/jobs/{job_id}/events", after):
-                    if seq > after and isinstance(data, dict):
-                        yield Event.model_validate({"seq": seq} | data)
+                for seq, kind, data in self._transport.server_sent(f"/v1/jobs/{job_id}/events", after):
+                    if kind == "done":
+                        return
+                    if seq > after:
+                        yield Event.model_validate(data)
                         after, attempt = seq, 0
             except (httpx.TransportError, ServerError) as error:
                 attempt += 1
@@ -162,10 +163,7 @@ class Jobs:
                     raise Unreachable(f"The event stream of {job_id} broke: {error}") from error
                 time.sleep(pause_s(attempt))
                 continue
-            if self.get(job_id).is_terminal:
-                yield from self.events(job_id, after=after)
-                return
-            time.sleep(pause_s(0))
+            time.sleep(pause_s(0))  # a proxy ended the stream, which is no fault of the server
 
     def _feed(self, job_id: str, news: "queue.Queue[Event | None]") -> None:
         try:

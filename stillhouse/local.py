@@ -86,11 +86,11 @@ class Stack:
         make_folder(self.data_dir, 0o711)  # Postgres's user passes through it, and can't list it
         self._take_lock()
         try:
+            port = self._choose_port()  # first, so that a taken one costs nothing
             make_folder(self.logs, 0o700)
             shutil.rmtree(self.data_dir / "staging", ignore_errors=True)  # what killed stages of a former life left
             os.environ.update(self._settings())
             self._prepare_database()
-            port = self._choose_port()
             self.url = f"http://{_in_url(self.options.host)}:{port}"
             self._start_programs(port)
             self._wait_ready()
@@ -208,7 +208,7 @@ class Stack:
 
     def _start_programs(self, port: int) -> None:
         api = ["uvicorn", "app.main:app", "--host", self.options.host, "--port", str(port)]
-        self._add("api", [*api, "--timeout-graceful-shutdown", "3"], API_STOP)
+        self._add("api", [*api, "--no-access-log", "--timeout-graceful-shutdown", "3"], API_STOP)
         queues = os.environ.get("STILLHOUSE_QUEUES", "cpu")
         for number in range(1, self.options.num_workers + 1):
             celery = ["celery", "-A", "worker.celery_app:app", "worker", "--pool", "threads", "--concurrency", "1"]

@@ -25,20 +25,73 @@ class File(Result):
 
 
 class Model(Result):
-    """A stored model."""
+    """A stored model; lists leave `files` empty."""
 
     id: str
     name: str
+    size_bytes: int
+    facts: dict[str, Any]
     files: list[File] = []
-    created_at: datetime | None = None
+    created_at: datetime
+
+
+class Split(Result):
+    """One split of a data set."""
+
+    num_rows: int
+    size_bytes: int
+    columns: dict[str, str]
+    text_column: str | None
+    label_column: str | None
+    label_counts: dict[str, int]
 
 
 class Dataset(Result):
-    """A stored data set."""
+    """A stored data set and what its check found."""
 
     id: str
     name: str
-    created_at: datetime | None = None
+    splits: dict[str, Split]
+    report: dict[str, Any]
+    created_at: datetime
+
+
+class Preview(Result):
+    """Some rows of a split."""
+
+    data: list[dict[str, Any]]
+    num_rows: int
+    next_offset: int | None
+
+
+class Method(Result):
+    """One method that a spec can name."""
+
+    family: str
+    kind: str
+    description: str
+    defaults: dict[str, Any]
+    required: list[str]
+    json_schema: dict[str, Any]
+
+
+class Validation(Result):
+    """A good spec with its defaults, what its references mean, and what is worth knowing."""
+
+    spec: dict[str, Any]
+    spec_sha256: str
+    inputs: dict[str, Any]
+    warnings: list[dict[str, Any]]
+
+
+class Series(Result):
+    """One metric of one stage; a point is a step and a value, null for one that is not finite."""
+
+    name: str
+    stage: str
+    ordinal: int
+    num_points: int
+    points: list[tuple[int, float | None]]
 
 
 class Stage(Result):
@@ -47,33 +100,31 @@ class Stage(Result):
     kind: str
     ordinal: int
     state: str
-    step: int = 0
-    total_steps: int = 0
-    progress: float | None = None
-    eta_s: float | None = None
-    summary: dict[str, Any] | None = None
-
-    @property
-    def fraction(self) -> float:
-        """How much of the stage is done, from 0 to 1."""
-        if self.state in {"succeeded", "cached"}:
-            return 1.0
-        if self.progress is not None:
-            return self.progress
-        return self.step / self.total_steps if self.total_steps else 0.0
+    progress: float
+    step: int
+    total_steps: int
+    eta_s: float | None
+    settings: dict[str, Any]
+    summary: dict[str, Any] | None
+    started_at: datetime | None
+    finished_at: datetime | None
 
 
 class Job(Result):
-    """A job and its stages."""
+    """A job; lists leave `stages`, `spec` and `inputs` empty."""
 
     id: str
     name: str
     state: str
+    metadata: dict[str, str]
+    error: dict[str, Any] | None
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+    spec: dict[str, Any] = {}
+    inputs: dict[str, Any] = {}
+    progress: float | None = None
     stages: list[Stage] = []
-    error: dict[str, Any] | None = None
-    created_at: datetime | None = None
-    started_at: datetime | None = None
-    finished_at: datetime | None = None
 
     @property
     def is_terminal(self) -> bool:
@@ -103,16 +154,17 @@ class Event(Result):
 
     seq: int
     type: str
-    level: str = "info"
+    level: str
     message: str
-    data: dict[str, Any] = {}
-    at: datetime | None = None
+    data: dict[str, Any]
+    at: datetime
 
 
 class Artifact(Result):
     """A published output of a job."""
 
     name: str
+    size_bytes: int
     files: list[File]
 
 
@@ -121,8 +173,8 @@ class Key(Result):
 
     id: str
     name: str
-    scopes: list[str] = []
+    scopes: list[str]
+    created_at: datetime
+    expires_at: datetime | None
+    revoked_at: datetime | None
     key: str | None = None
-    created_at: datetime | None = None
-    expires_at: datetime | None = None
-    revoked_at: datetime | None = None

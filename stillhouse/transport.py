@@ -16,6 +16,7 @@ RETRIED_STATUSES = frozenset({429, 503})
 SAFE_METHODS = frozenset({"GET", "HEAD"})
 FIRST_PAUSE_S = 0.25
 LONGEST_PAUSE_S = 8.0
+PAGE_ITEMS = 100
 TIMEOUT = httpx.Timeout(60.0, connect=10.0)
 STREAM_TIMEOUT = httpx.Timeout(45.0, connect=10.0)  # a live event stream says something every 15 s
 
@@ -69,6 +70,7 @@ class Transport:
     def pages(self, path: str, params: dict[str, Any] | None = None, limit: int | None = None) -> Iterator[Any]:
         """Yields the items of a list, page by page, at most `limit` of them."""
         query = {name: value for name, value in (params or {}).items() if value is not None}
+        query["limit"] = min(limit or PAGE_ITEMS, PAGE_ITEMS)
         count = 0
         while True:
             page = self.json("GET", path, params=query)
@@ -79,7 +81,7 @@ class Transport:
                 count += 1
             if not page.get("next_cursor"):
                 return
-            query = query | {"cursor": page["next_cursor"]}
+            query["after"] = page["next_cursor"]
 
     @contextmanager
     def stream(self, path: str, headers: dict[str, str]) -> Iterator[httpx.Response]:

@@ -22,6 +22,8 @@ def push(
     validation: File = None,
     test: File = None,
     split: Annotated[list[str] | None, typer.Option(help="Any other split, as name=file; repeatable.")] = None,
+    text: Annotated[str | None, typer.Option(help="Column of the text, if not `text`.")] = None,
+    label: Annotated[str | None, typer.Option(help="Column of the class, if not `label`.")] = None,
     as_json: Json = False,
 ) -> None:
     """Upload a data set, one file a split. The server checks every row and names file, line and field of a problem.
@@ -35,7 +37,7 @@ def push(
     if not splits:
         raise InvalidInput("No file was named. Give at least --train FILE.")
     with connect() as client:
-        dataset = client.datasets.push(name, splits)
+        dataset = client.datasets.push(name, splits, text=text, label=label)
     print_json(dataset) if as_json else say(f"pushed {dataset.name}: {', '.join(splits)} ({dataset.id})")
 
 
@@ -56,13 +58,23 @@ def show(name: Name, as_json: Json = False) -> None:
     """Show one data set: its splits, columns and labels."""
     with connect() as client:
         dataset = client.datasets.get(name)
-    print_json(dataset) if as_json else print_fields(dataset.model_dump())
+    if as_json:
+        print_json(dataset)
+        return
+    print_fields({"name": dataset.name, "id": dataset.id, "created": dataset.created_at})
+    rows = [
+        (name, split.num_rows, split.text_column, split.label_column, len(split.label_counts))
+        for name, split in dataset.splits.items()
+    ]
+    print_table(("SPLIT", "ROWS", "TEXT", "LABEL", "CLASSES"), rows, "")
+    for warning in dataset.report.get("warnings", []):
+        say(f"warning: {warning.get('message', warning)}")
 
 
 @app.command()
 def preview(
     name: Name,
-    split: Annotated[str | None, typer.Option(help="Default: the first split.")] = None,
+    split: Annotated[str, typer.Option(help="Which split.")] = "train",
     rows: Annotated[int, typer.Option(min=1, max=100, help="How many rows.")] = 10,
     as_json: Json = False,
 ) -> None:
@@ -71,11 +83,11 @@ def preview(
     stillhouse datasets preview tickets --split test --rows 3
     """
     with connect() as client:
-        found = client.datasets.preview(name, split, rows)
+        found = client.datasets.preview(name, split, limit=rows)
     if as_json:
         print_json(found)
         return
-    for row in found["data"]:
+    for row in found.data:
         typer.echo(json.dumps(row, ensure_ascii=False))
 
 

@@ -31,8 +31,13 @@ def validate(spec: SpecFile, changes: Changes = None, as_json: Json = False) -> 
     import yaml
 
     with connect() as client:
-        normal = client.jobs.validate(with_changes(load_spec(spec), changes or []))
-    print_json(normal) if as_json else typer.echo(yaml.safe_dump(normal, sort_keys=False, allow_unicode=True).rstrip())
+        found = client.jobs.validate(with_changes(load_spec(spec), changes or []))
+    for warning in found.warnings:
+        say(f"warning: {warning['field']}: {warning['message']}")
+    if as_json:
+        print_json(found)
+    else:
+        typer.echo(yaml.safe_dump(found.spec, sort_keys=False, allow_unicode=True).rstrip())
 
 
 @app.command()
@@ -99,9 +104,9 @@ def show(job: JobRef, as_json: Json = False) -> None:
         {name: getattr(found, name) for name in ("name", "id", "state", "created_at", "started_at", "finished_at")}
         | (found.error or {})
     )
-    rows = [(stage.ordinal, stage.kind, stage.state, f"{stage.fraction:.0%}") for stage in found.stages]
+    rows = [(stage.ordinal, stage.kind, stage.state, f"{stage.progress:.0%}") for stage in found.stages]
     print_table(("#", "STAGE", "STATE", "DONE"), rows, "")
-    files = [(a.name, len(a.files), size(sum(f.size_bytes for f in a.files))) for a in artifacts]
+    files = [(a.name, len(a.files), size(a.size_bytes)) for a in artifacts]
     if files:
         print_table(("ARTIFACT", "FILES", "SIZE"), files, "")
 
@@ -187,7 +192,7 @@ def download(
         found = find_job(client, job)
         folder = to or Path(found.name.replace("/", "-").replace(":", "-"))
         chosen = client.jobs.choose(found.id, artifacts or None)
-        total = sum(file.size_bytes for artifact in chosen for file in artifact.files)
+        total = sum(artifact.size_bytes for artifact in chosen)
         with byte_bar(total) as count:
             names = [artifact.name for artifact in chosen]
             paths = client.jobs.download(found.id, names, folder, parallel=parallel, on_bytes=count)

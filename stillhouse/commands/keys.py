@@ -1,5 +1,6 @@
 """`stillhouse keys`."""
 
+from datetime import UTC, datetime, timedelta
 from typing import Annotated
 
 import typer
@@ -23,8 +24,9 @@ def create(
 
     stillhouse keys create ci --scope read --expires-days 90
     """
+    end = datetime.now(UTC) + timedelta(days=expires_days) if expires_days else None
     with connect() as client:
-        key = client.keys.create(name, scope or ["read", "write"], expires_days * 86_400 if expires_days else None)
+        key = client.keys.create(name, scope or ["read", "write"], end)
     if as_json:
         print_json(key)
         return

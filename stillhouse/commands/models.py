@@ -33,8 +33,7 @@ def push(
     if as_json:
         print_json(model)
     else:
-        total = sum(path.stat().st_size for path in files.values())
-        say(f"pushed {model.name}: {len(files)} files, {size(total)} ({model.id})")
+        say(f"pushed {model.name}: {len(files)} files, {size(model.size_bytes)} ({model.id})")
 
 
 @app.command("list")
@@ -45,8 +44,10 @@ def list_models(as_json: Json = False) -> None:
     if as_json:
         print_json(models)
         return
-    rows = [(model.name, model.id, ago(model.created_at)) for model in models]
-    print_table(("NAME", "ID", "CREATED"), rows, "No models yet. `stillhouse models push FOLDER NAME` sends one.")
+    rows = [(model.name, size(model.size_bytes), ago(model.created_at), model.id) for model in models]
+    print_table(
+        ("NAME", "SIZE", "CREATED", "ID"), rows, "No models yet. `stillhouse models push FOLDER NAME` sends one."
+    )
 
 
 @app.command()

@@ -15,6 +15,7 @@ from rich.text import Text
 from stillhouse.errors import ApiError, ClientError, Unreachable
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+PIPE_WIDTH = 10_000  # a program that reads lines wants them whole
 REMEDIES = {
     "unauthenticated": "Check STILLHOUSE_API_KEY; `stillhouse up` shows the key of a local stack.",
     "forbidden": "Use a key with the scope that the message names; `stillhouse keys create` makes one.",
@@ -24,12 +25,12 @@ REMEDIES = {
 
 def stdout() -> Console:
     """Returns the console for results; made when used, so that it sees the stream and width of that moment."""
-    return Console(soft_wrap=not sys.stdout.isatty(), highlight=False)
+    return Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
 
 
 def stderr() -> Console:
     """Returns the console for everything that is not the result."""
-    return Console(stderr=True, soft_wrap=not sys.stderr.isatty(), highlight=False)
+    return Console(stderr=True, width=None if sys.stderr.isatty() else PIPE_WIDTH, highlight=False)
 
 
 def say(text: str) -> None:

@@ -1,5 +1,6 @@
 """A job while it runs: one bar a stage on a terminal, plain lines elsewhere."""
 
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -57,7 +58,9 @@ class Losses:
         if stage.state == "running" and now - self._asked_at >= LOSS_PAUSE_S:
             self._asked_at = now
             try:
-                self._found |= self._client.jobs.last_values(job.id, LOSS)
+                for series in self._client.jobs.metrics(job.id, [LOSS], stage=stage.ordinal):
+                    value = series.points[-1][1]
+                    self._found[stage.ordinal] = math.nan if value is None else value
             except ClientError:  # a bar without a loss is better than none
                 return self._found.get(stage.ordinal)
         return self._found.get(stage.ordinal)
@@ -99,7 +102,7 @@ class Bars:
                 self._progress.start_task(task)
             self._progress.update(
                 task,
-                completed=stage.fraction,
+                completed=stage.progress,
                 mark=MARKS.get(stage.state, " "),
                 note=describe(stage, self._losses.find(job, stage)),
             )
@@ -142,7 +145,7 @@ class Lines:
                 self._states[stage.ordinal] = stage.state
                 self._said_at = now
                 note = describe(stage, self._losses.find(job, stage))
-                say(f"  {stage.kind}: {stage.state} {stage.fraction:.0%}  {note}".rstrip())
+                say(f"  {stage.kind}: {stage.state} {stage.progress:.0%}  {note}".rstrip())
 
     def tell(self, event: Event) -> None:
         """Prints a warning or an error."""
