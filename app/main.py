@@ -4,7 +4,7 @@ from importlib.metadata import version
 
 from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, ProcessCollector
 
 from app import error_handlers, openapi
 from app.datasets.endpoints import router as datasets
@@ -34,6 +34,7 @@ def create_app() -> FastAPI:
     app.state.routes = [route for router in ROUTERS for route in router.routes]
     registry = CollectorRegistry()
     registry.register(JobsCollector())
+    ProcessCollector(registry=registry)
     app.state.registry = registry
     app.add_middleware(Gate, metrics=HttpMetrics(registry))
     error_handlers.install(app)

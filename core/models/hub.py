@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from core.errors import ModelInvalid, PayloadTooLarge, Unavailable
-from core.models.checking import WEIGHTS, check_model, is_allowed_name, raise_details, sniff
+from core.models.checking import WEIGHTS, check_model, find_code_key, is_allowed_name, raise_details, sniff
 from core.models.facts import ModelFacts, read_facts
 from core.settings import get_settings
 from core.storage import ArtifactStore, BlobWriter, ManifestFile, is_safe_path
@@ -75,6 +75,9 @@ def _read_config(repo: str, commit: str, num_parameters: int | None) -> ModelFac
             raw = writer.path.read_bytes()
     try:
         config: Any = json.loads(raw)
+        key = find_code_key(config)
+        if key:
+            raise ValueError(f"'{key}' would run code from the model's folder, which is never done")
         return read_facts(config, num_parameters)
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise ModelInvalid(f"'{repo}': config.json cannot be used: {problem or error}", param="config.json") from error
@@ -106,7 +109,6 @@ def _api() -> Any:
 
 @contextmanager
 def _hub_errors(ref: str) -> Iterator[None]:
-    import httpx
     from huggingface_hub import errors
 
     gone = (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.EntryNotFoundError)
@@ -116,5 +118,5 @@ def _hub_errors(ref: str) -> Iterator[None]:
         raise ModelInvalid(f"'{ref}' is gated on the hub; the server's hub token does not open it.") from error
     except (*gone, errors.HFValidationError) as error:
         raise ModelInvalid(f"The hub has no model '{ref}'; check organisation, name and revision.") from error
-    except (httpx.HTTPError, errors.HfHubHTTPError, ConnectionError) as error:
+    except (errors.HTTPError, ConnectionError) as error:  # HTTPError of whichever client the library brings
         raise Unavailable(f"The hub at {get_settings().hub_endpoint} does not answer; try again later.") from error

@@ -1,16 +1,26 @@
 """Requests generated from the OpenAPI document, good and bad: no crash, no undocumented answer, no broken shape."""
 
+from collections.abc import Iterator
+
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, settings
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from app.main import app
+from core.settings import Settings
 from tests.api import Api, run_job
 
 # a document cannot say that a model must exist, or what bytes a good file holds
 SEMANTIC = {"POST /v1/jobs", "POST /v1/jobs/validate", "POST /v1/datasets", "POST /v1/models"}
 schema = schemathesis.openapi.from_asgi("/openapi.json", app)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _hub_that_refuses() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("core.models.hub.get_settings", lambda: Settings(hub_endpoint="http://127.0.0.1:9"))
+        yield
 
 
 @pytest.fixture(scope="module")
