@@ -101,10 +101,15 @@ def listen(fd: int, stop: threading.Event) -> None:
 
 
 def prepare(num_threads: int) -> None:
-    """Sets the environment that the numeric libraries read when they are first imported, then the torch switches."""
+    """Sets the environment that the numeric libraries read when they are first imported, then the torch switches.
+
+    OpenMP's threads sleep at barriers instead of spinning: beside another busy process on the same cores a training step
+    is then several times faster.
+    """
     threads = str(num_threads)
     os.environ.update(
         OMP_NUM_THREADS=threads,
+        OMP_WAIT_POLICY="PASSIVE",
         MKL_NUM_THREADS=threads,
         RAYON_NUM_THREADS=threads,
         TOKENIZERS_PARALLELISM="true",

@@ -1,5 +1,6 @@
 """What a stage knows and holds: its order, models, data, and the line to the supervisor."""
 
+import logging
 import os
 import shutil
 import tempfile
@@ -22,6 +23,7 @@ from worker.engine.loading import load_model, load_tokenizer
 from worker.engine.reporting import Reporter
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,10 @@ class StageContext:
 
     def load_model(self, role: str, **options: Any) -> PreTrainedModel:
         """Returns the role's classifier over this job's labels, in float32, on the processor."""
-        return load_model(self.input(role), self.labels, **options)
+        model = load_model(self.input(role), self.labels, **options)
+        if model.has_new_head:
+            log.info("the %s has no head for these %d classes and gets a new one", role, len(self.labels))
+        return model
 
     def load_tokenizer(self, role: str) -> PreTrainedTokenizerBase:
         """Returns the role's tokenizer."""

@@ -19,6 +19,7 @@ OFFLINE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 INPUT_NAMES = ("input_ids", "attention_mask", "token_type_ids")
 TRANSIENT_SETTINGS = ("local_files_only", "is_local", "max_length", "stride", "truncation_strategy")
 transformers_logging.disable_progress_bar()
+transformers_logging.set_verbosity_error()  # its report of a missing head is ours to give
 
 
 def load_model(folder: Path, labels: list[str], **options: Any) -> PreTrainedModel:
