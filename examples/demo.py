@@ -29,6 +29,7 @@ from stillhouse.results import Job
 EXAMPLES = Path(__file__).parent
 OUT = EXAMPLES.parent / "build" / "demo"
 TICKET = "i was charged two times for the same month, please send one of the payments back"
+ELSEWHERE = {f"STILLHOUSE_{name}" for name in ("DATABASE_URL", "REDIS_URL", "STORAGE_DIR", "STAGING_DIR", "DATA_DIR")}
 LIMIT_S = 900.0
 console = Console()
 
@@ -36,7 +37,7 @@ console = Console()
 def main() -> int:
     """Returns the exit code of the demo: 0 when every step worked."""
     began = time.monotonic()
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that `finally` stops the stack
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that `finally` stops the stack
     folder = Path(tempfile.mkdtemp(prefix="stillhouse-demo-"))
     folder.chmod(0o711)  # the database runs as another user when we are root, and must pass
     stack = start_stack(folder)
@@ -65,7 +66,7 @@ def main() -> int:
 def start_stack(folder: Path) -> subprocess.Popen[str]:
     """Returns `stillhouse up`, started in the folder on a free port; its first line on stdout says that it is ready."""
     command = [sys.executable, "-m", "stillhouse", "up", "--json", "--data-dir", str(folder / "data")]
-    ours = {name: value for name, value in os.environ.items() if not name.startswith("STILLHOUSE_")}
+    ours = {name: value for name, value in os.environ.items() if name not in ELSEWHERE}
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ours, start_new_session=True)
 
 

@@ -44,10 +44,10 @@ app.command()(methods.methods)
 
 
 def _keep_examples(group: typer.Typer) -> None:
-    """Keeps the line breaks of examples, the indented paragraphs of a command's docstring, in its help."""
+    """Keeps the line breaks of examples, the paragraphs of commands in a docstring, in the help."""
     for command in group.registered_commands:
         text = inspect.getdoc(command.callback) or ""
-        command.help = re.sub(r"\n\n(?=  )", "\n\n\b\n", text)
+        command.help = re.sub(r"\n\n(?=(?:stillhouse|cat) )", "\n\n\b\n", text)
 
 
 for _group in (app, models.app, datasets.app, jobs.app, keys.app):

@@ -1,0 +1,75 @@
+"""The command line as a program: help, exit codes, streams."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("STILLHOUSE_")}
+    clean["STILLHOUSE_DATA_DIR"] = "/nowhere/stillhouse"
+    return subprocess.run(
+        [sys.executable, "-m", "stillhouse", *arguments],
+        capture_output=True,
+        text=True,
+        env=clean | environment,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+ABSENT = {"STILLHOUSE_URL": "http://127.0.0.1:9", "STILLHOUSE_API_KEY": "sk_a_b"}
+
+
+def test_help_teaches() -> None:
+    shown = run("--help")
+    assert shown.returncode == 0
+    for word in ("up", "models", "datasets", "jobs", "predict", "methods", "keys", "Exit codes"):
+        assert word in shown.stdout
+    shown = run("jobs", "submit", "--help")
+    assert "  stillhouse jobs submit job.yaml --watch\n" in shown.stdout, "an example keeps its line"
+
+
+def test_version() -> None:
+    assert re.fullmatch(r"stillhouse \d+\.\d+\.\d+\n", run("--version").stdout)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "code", "words"),
+    [
+        (("nonsense",), {}, 2, "No such command"),
+        (("jobs", "submit"), {}, 2, "Missing argument"),
+        (("jobs", "list"), {}, 4, "stillhouse up"),
+        (("jobs", "list"), {"STILLHOUSE_URL": "http://127.0.0.1:9"}, 4, "STILLHOUSE_API_KEY"),
+        (("keys", "list"), ABSENT, 5, "does not answer"),
+        (("jobs", "submit", "/nowhere.yaml"), ABSENT, 2, "Cannot read /nowhere.yaml"),
+        (("models", "push", "/nowhere", "m"), ABSENT, 2, "no folder"),
+        (("datasets", "push", "d"), ABSENT, 2, "--train FILE"),
+        (("predict", "/nowhere", "text"), {}, 2, "model.onnx"),
+        (("up", "--data-dir", "/dev/null/x"), {}, 5, "--data-dir"),
+    ],
+)
+def test_exit_codes_and_remedies(arguments: tuple, environment: dict, code: int, words: str) -> None:
+    ended = run(*arguments, **environment)
+    assert ended.returncode == code, ended.stderr
+    assert words in ended.stderr
+    assert ended.stdout == ""
+    assert "Traceback" not in ended.stderr
+
+
+def test_errors_are_json_if_results_are() -> None:
+    ended = run("jobs", "list", "--json", **ABSENT)
+    assert ended.returncode == 5
+    assert json.loads(ended.stderr)["error"]["code"] == "unreachable"
+
+
+def test_importing_the_client_loads_no_server() -> None:
+    script = (
+        "import sys, stillhouse.client, stillhouse.cli; print(sorted({name.split('.')[0] for name in sys.modules}))"
+    )
+    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=Path.cwd())
+    assert not {"app", "core", "worker", "torch", "fastapi", "sqlalchemy", "numpy"} & set(eval(loaded.stdout))

@@ -1,0 +1,129 @@
+"""Parts of the client that need no server."""
+
+import json
+import os
+from pathlib import Path
+
+import httpx
+import pytest
+
+from stillhouse import Client, errors
+from stillhouse.connection import find_stack, resolve
+from stillhouse.download import plan
+from stillhouse.results import Artifact, File
+from stillhouse.transport import raise_for_error
+from stillhouse.uploads import left_out, model_files
+
+
+@pytest.fixture
+def no_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    for name in ("STILLHOUSE_URL", "STILLHOUSE_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("STILLHOUSE_DATA_DIR", str(tmp_path))
+    return tmp_path
+
+
+def write_stack(folder: Path, pid: int) -> None:
+    (folder / "api_key").write_text("sk_a_b\n")
+    stack = {"url": "http://127.0.0.1:8500", "key_file": str(folder / "api_key"), "pid": pid}
+    (folder / "stack.json").write_text(json.dumps(stack))
+
+
+def test_nothing_known_says_what_to_set(no_environment: Path) -> None:
+    with pytest.raises(errors.NotConfigured, match="STILLHOUSE_URL"):
+        Client()
+
+
+def test_a_running_local_stack_is_found_and_a_dead_one_is_not(no_environment: Path) -> None:
+    write_stack(no_environment, os.getpid())
+    assert resolve(None, None) == ("http://127.0.0.1:8500", "sk_a_b")
+    write_stack(no_environment, 2**22 + 1)
+    assert find_stack(no_environment) is None
+    (no_environment / "stack.json").write_text("{")
+    assert find_stack(no_environment) is None
+
+
+def test_the_local_key_is_not_sent_to_another_server(no_environment: Path) -> None:
+    write_stack(no_environment, os.getpid())
+    with pytest.raises(errors.NotConfigured, match="STILLHOUSE_API_KEY"):
+        resolve("https://elsewhere.example", None)
+
+
+def test_arguments_win_over_the_environment(no_environment: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STILLHOUSE_URL", "http://one")
+    monkeypatch.setenv("STILLHOUSE_API_KEY", "k1")
+    assert resolve(None, None) == ("http://one", "k1")
+    assert resolve("http://two/", "k2") == ("http://two", "k2")
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "exit_code"),
+    [
+        (401, errors.AuthError, 4),
+        (403, errors.AuthError, 4),
+        (404, errors.NotFound, 3),
+        (410, errors.NotFound, 3),
+        (409, errors.Conflict, 2),
+        (413, errors.InvalidRequest, 2),
+        (422, errors.InvalidRequest, 2),
+        (429, errors.ServerError, 5),
+        (500, errors.ServerError, 5),
+    ],
+)
+def test_an_envelope_becomes_a_typed_error(status: int, kind: type[errors.ApiError], exit_code: int) -> None:
+    envelope = {"code": "c", "message": "m", "param": "p", "details": [{"field": "f"}], "request_id": "r"}
+    with pytest.raises(kind) as caught:
+        raise_for_error(httpx.Response(status, json={"error": envelope}))
+    assert caught.value.exit_code == exit_code
+    assert (caught.value.code, caught.value.param, caught.value.request_id) == ("c", "p", "r")
+    assert caught.value.details == [{"field": "f"}]
+
+
+@pytest.mark.parametrize("body", [b"<html>Bad gateway", b"[]", b"{}", b'{"error": "x"}'])
+def test_an_answer_of_a_proxy_is_an_error_too(body: bytes) -> None:
+    with pytest.raises(errors.ServerError, match="502"):
+        raise_for_error(httpx.Response(502, content=body))
+
+
+@pytest.mark.parametrize("path", ["../x", "a/../../x", "/etc/passwd", "a\\b"])
+def test_a_server_cannot_write_outside_the_folder(tmp_path: Path, path: str) -> None:
+    artifact = Artifact(name="onnx", size_bytes=1, files=[File(path=path, sha256="0" * 64, size_bytes=1)])
+    with pytest.raises(errors.DownloadDamaged, match="leave the folder"):
+        plan("job_1", [artifact], tmp_path)
+
+
+def test_only_what_makes_a_model_is_pushed(tmp_path: Path) -> None:
+    for name in (
+        "config.json",
+        "model.safetensors",
+        "vocab.txt",
+        "pytorch_model.bin",
+        ".git/config",
+        "1_Pooling/config.json",
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    found = model_files(tmp_path)
+    assert sorted(found) == ["1_Pooling/config.json", "config.json", "model.safetensors", "vocab.txt"]
+    assert left_out(tmp_path, found) == ["pytorch_model.bin"]
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(errors.InvalidInput, match="safetensors"):
+        model_files(tmp_path)
+    with pytest.raises(errors.InvalidInput, match="no folder"):
+        model_files(tmp_path / "none")
+
+
+def test_a_missing_file_is_said_before_anything_is_sent() -> None:
+    with (
+        Client("http://127.0.0.1:9", "k", retries=0) as client,
+        pytest.raises(errors.InvalidInput, match="Cannot read"),
+    ):
+        client.datasets.push("d", {"train": "/nowhere/train.jsonl"})
+
+
+def test_an_absent_server_is_unreachable() -> None:
+    with (
+        Client("http://127.0.0.1:9", "k", retries=1) as client,
+        pytest.raises(errors.Unreachable, match="does not answer"),
+    ):
+        client.jobs.get("job_1")
