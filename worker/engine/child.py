@@ -103,8 +103,8 @@ def listen(fd: int, stop: threading.Event) -> None:
 def prepare(num_threads: int) -> None:
     """Sets the environment that the numeric libraries read when they are first imported, then the torch switches.
 
-    OpenMP's threads sleep at barriers instead of spinning: beside another busy process on the same cores a training step
-    is then several times faster.
+    OpenMP's threads sleep at barriers instead of spinning: beside another busy process on the same cores, a training
+    step is then several times faster.
     """
     threads = str(num_threads)
     os.environ.update(

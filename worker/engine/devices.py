@@ -5,6 +5,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from torch.utils import deterministic
 
 BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
 
@@ -17,7 +18,7 @@ def configure_torch(num_threads: int) -> None:
     torch.set_num_threads(num_threads)
     torch.set_flush_denormal(True)
     torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
-    torch.utils.deterministic.fill_uninitialized_memory = False  # our code reads none
+    deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing here reads it
     torch.backends.cudnn.benchmark = False
 
 

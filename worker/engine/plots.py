@@ -7,6 +7,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 matplotlib.use("svg")
 STYLE = {
@@ -52,7 +53,12 @@ def plot_quality(models: list[dict[str, Any]], field: str, title: str, unit: flo
                 capsize=3,
                 label=model["name"],
             )
+        costs = [model[field] / unit for model in models]
         axes.set_xscale("log")
+        axes.set_xlim(min(costs) / 1.8, max(costs) * 1.8)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel(title)
         axes.set_ylabel("test accuracy, %")
         axes.legend(frameon=False, fontsize=8)
@@ -85,4 +91,4 @@ def _draw_stage(panel: Axes, series: list[dict[str, Any]]) -> None:
             labels.append("validation accuracy")
             other.set_ylabel("accuracy, %")
             other.grid(False)
-    panel.legend(handles, labels, frameon=False, fontsize=8, loc="center right")
+    panel.legend(handles, labels, frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
