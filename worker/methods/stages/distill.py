@@ -20,7 +20,7 @@ class Distill(Stage):
     """
 
     kind: Literal["distill"] = "distill"
-    epochs: float = Field(6.0, gt=0, le=1000, description="Passes over the training split.")
+    epochs: float = Field(5.0, gt=0, le=1000, description="Passes over the training split.")
     losses: list[Annotated[Loss, OneOf()]] = Field(
         default=[{"kind": "cross_entropy"}, {"kind": "forward_kl"}],
         validate_default=True,
