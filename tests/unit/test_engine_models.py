@@ -19,8 +19,8 @@ from transformers import AutoModelForSequenceClassification as Classifier
 
 from core.errors import StageFailed
 from tests import pico
-from worker.engine.loading import limit_length, load_model, load_tokenizer, save_model
-from worker.engine.optimization import is_head, make_optimizer, make_schedule, open_pooler, set_dropout
+from worker.engine.loading import is_head, limit_length, load_model, load_tokenizer, save_model
+from worker.engine.optimization import make_optimizer, make_schedule, open_pooler, set_dropout
 from worker.engine.students import keep_layers
 
 SIZES = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_hidden_layers": 4}
@@ -117,6 +117,20 @@ def test_a_head_over_other_labels_is_new(saved: Path, labels: list[str]) -> None
 
 def test_a_folder_without_a_head_gets_one(tmp_path: Path) -> None:
     assert load_model(pico.write_model(tmp_path / "model"), LABELS).has_new_head
+
+
+def test_weights_that_do_not_fit_are_told(saved: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(saved / "model.safetensors")
+    save_file({f"x.{name}": tensor for name, tensor in weights.items()}, saved / "model.safetensors", {"format": "pt"})
+    with pytest.raises(StageFailed, match="tensors of the encoder are missing") as caught:
+        load_model(saved, LABELS)
+    assert caught.value.reason == "teacher_unavailable"
+    (saved / "model.safetensors").unlink()
+    with pytest.raises(StageFailed, match="cannot be loaded") as caught:
+        load_model(saved, LABELS)
+    assert caught.value.reason == "teacher_unavailable"
 
 
 def test_the_longest_input_is_what_the_positions_allow(saved: Path) -> None:

@@ -15,7 +15,10 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from core.errors import StageFailed
+
 OFFLINE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+COMPLETE_FOLDER = "Upload the whole folder: config.json, safetensors and tokenizer, as save_pretrained writes them."
 INPUT_NAMES = ("input_ids", "attention_mask", "token_type_ids")
 TRANSIENT_SETTINGS = ("local_files_only", "is_local", "max_length", "stride", "truncation_strategy")
 transformers_logging.disable_progress_bar()
@@ -27,11 +30,31 @@ def load_model(folder: Path, labels: list[str], **options: Any) -> PreTrainedMod
 
     A head over the same labels in another order is put in this order; a head over other labels, or a missing one, is
     new, and `has_new_head` says so.
+
+    Raises:
+        StageFailed: `teacher_unavailable` when the folder cannot be loaded, or lacks weights of the encoder.
     """
+    try:
+        model, found, new_keys = _read(folder, labels, options)
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno:  # the system's own: no memory, no permission
+            raise
+        message = f"The model cannot be loaded: {str(error).splitlines()[0]}"
+        raise StageFailed("teacher_unavailable", message, suggestion=COMPLETE_FOLDER) from error
+    lost = sorted(key for key in new_keys if not is_head(model, key))
+    if lost:
+        message = (
+            f"The weights do not fit the config: {len(lost)} tensors of the encoder are missing, first '{lost[0]}'."
+        )
+        raise StageFailed("teacher_unavailable", message, suggestion=COMPLETE_FOLDER)
+    _settle_head(model, labels, found, new_keys)
+    model.config.problem_type = "single_label_classification"
+    return model
+
+
+def _read(folder: Path, labels: list[str], options: dict[str, Any]) -> tuple[PreTrainedModel, list[str], set[str]]:
+    """Returns the model, the labels that its folder names, and the names of the tensors that its folder lacks."""
     config = AutoConfig.from_pretrained(folder, **OFFLINE)
-    found = [config.id2label[index] for index in sorted(config.id2label)]
-    same = sorted(found) == sorted(labels)
-    order = found if same else labels
     model, info = AutoModelForSequenceClassification.from_pretrained(
         folder,
         **OFFLINE,
@@ -39,21 +62,31 @@ def load_model(folder: Path, labels: list[str], **options: Any) -> PreTrainedMod
         use_safetensors=True,
         dtype=torch.float32,
         num_labels=len(labels),
-        id2label=dict(enumerate(order)),
-        label2id={label: index for index, label in enumerate(order)},
         ignore_mismatched_sizes=True,
         output_loading_info=True,
     )
-    output = output_layer(model)
-    new_keys = set(info["missing_keys"]) | {key[0] for key in info["mismatched_keys"]}
-    model.has_new_head = not same or any(key.startswith(f"{output}.") for key in new_keys)
-    if not same and not new_keys:
-        model.get_submodule(output).reset_parameters()
-    if same and found != labels:
-        _reorder_head(model, [found.index(label) for label in labels])
-    model.config.problem_type = "single_label_classification"
-    _name_labels(model, labels)
-    return model
+    found = [config.id2label[index] for index in sorted(config.id2label)]
+    return model, found, set(info["missing_keys"]) | {key[0] for key in info["mismatched_keys"]}
+
+
+def _settle_head(model: PreTrainedModel, labels: list[str], found: list[str], new_keys: set[str]) -> None:
+    output = model.get_submodule(output_layer(model))
+    is_missing = any(key.startswith(f"{output_layer(model)}.") for key in new_keys)
+    is_same = sorted(found) == sorted(labels)
+    model.has_new_head = is_missing or not is_same
+    if not is_same and not is_missing:
+        output.reset_parameters()
+    elif not is_missing and found != labels:
+        with torch.no_grad():
+            for tensor in output.parameters():
+                tensor.copy_(tensor[[found.index(label) for label in labels]].clone())
+    model.config.id2label = dict(enumerate(labels))
+    model.config.label2id = {label: index for index, label in enumerate(labels)}
+
+
+def is_head(model: PreTrainedModel, name: str) -> bool:
+    """Returns whether a parameter is of the head: outside the encoder, or in the pooler that only the head reads."""
+    return not name.startswith(f"{model.base_model_prefix}.") or ".pooler." in name
 
 
 def output_layer(model: PreTrainedModel) -> str:
@@ -115,15 +148,3 @@ def limit_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max
         ):
             longest -= module.padding_idx + 1  # RoBERTa counts its positions from there
     tokenizer.model_max_length = min(max_length, longest, tokenizer.model_max_length)
-
-
-def _reorder_head(model: PreTrainedModel, rows: list[int]) -> None:
-    layer = model.get_submodule(output_layer(model))
-    with torch.no_grad():
-        for tensor in layer.parameters():
-            tensor.copy_(tensor[rows].clone())
-
-
-def _name_labels(model: PreTrainedModel, labels: list[str]) -> None:
-    model.config.id2label = dict(enumerate(labels))
-    model.config.label2id = {label: index for index, label in enumerate(labels)}

@@ -7,6 +7,8 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
+from worker.engine.loading import is_head
+
 MAX_GRADIENT_NORM = 1.0
 
 
@@ -63,11 +65,6 @@ def make_optimizer(model: PreTrainedModel, settings: TrainingSettings) -> AdamW:
         ],
         fused=True,
     )
-
-
-def is_head(model: PreTrainedModel, name: str) -> bool:
-    """Returns whether a parameter is of the head: outside the encoder, or in the pooler that only the head reads."""
-    return not name.startswith(f"{model.base_model_prefix}.") or ".pooler." in name
 
 
 def make_schedule(optimizer: AdamW, num_steps: int, warmup_ratio: float) -> LambdaLR:
