@@ -165,7 +165,11 @@ def test_bad_specs_say_where_and_what(api: Api, change: dict, field: str, hint: 
     assert api("GET", "/v1/jobs").json()["data"] == []
 
 
-@pytest.mark.parametrize("body", [b"", b"[]", b"{", b"\xff", b"a: &x [1]\nb: *x", b"teacher: !!int ''", b"{" * 5000])
+UNREADABLE = [b"", b"[]", b"{", b"\xff", b"a: &x [1]\nb: *x", b"teacher: !!int ''", b"a: 2024-99-99"]
+COSTLY = [b"{" * 5000, b"- " * 100_000, b"x: y\n" * 100_000, b"{" + b"a: 1," * 50_000 + b"}"]
+
+
+@pytest.mark.parametrize("body", UNREADABLE + COSTLY, ids=lambda body: repr(body[:12]))
 def test_unreadable_bodies_are_422(api: Api, body: bytes) -> None:
     answer = api("POST", "/v1/jobs", content=body)
     assert (answer.status_code, answer.json()["error"]["code"]) == (422, "spec_invalid")

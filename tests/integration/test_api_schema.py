@@ -13,8 +13,9 @@ from core.settings import Settings
 from tests.api import Api, run_job
 
 # a document cannot say that a model must exist, or what bytes a good file holds
-SEMANTIC = {"POST /v1/jobs", "POST /v1/jobs/validate", "POST /v1/datasets", "POST /v1/models"}
-schema = schemathesis.openapi.from_asgi("/openapi.json", app)
+SEMANTIC = {"POST /v1/jobs", "POST /v1/datasets", "POST /v1/models"}
+# `validate_job` takes the same body as `create_job`, whose thousand cases take half a minute
+schema = schemathesis.openapi.from_asgi("/openapi.json", app).exclude(operation_id="validate_job")
 
 
 @pytest.fixture(scope="module", autouse=True)
