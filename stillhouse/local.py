@@ -87,7 +87,8 @@ class Stack:
         self._take_lock()
         try:
             port = self._choose_port()  # first, so that a taken one costs nothing
-            make_folder(self.logs, 0o700)
+            for private in (self.logs, self.data_dir / "blobs"):
+                make_folder(private, 0o700)
             shutil.rmtree(self.data_dir / "staging", ignore_errors=True)  # what killed stages of a former life left
             os.environ.update(self._settings())
             self._prepare_database()

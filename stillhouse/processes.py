@@ -1,5 +1,6 @@
 """Child processes that die with their parent, and what is needed to find and stop those of a former life."""
 
+import errno
 import os
 import pwd
 import signal
@@ -120,13 +121,15 @@ def free_port() -> int:
 
 
 def port_is_free(port: int, host: str = "127.0.0.1") -> bool:
-    """Tells whether a server could listen on the port now."""
-    with socket.socket() as probe:
+    """Tells whether a server could listen on the port now. Raises LocalError for an address that isn't ours."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
-        except OSError:
-            return False
+        except OSError as error:
+            if error.errno in (errno.EADDRINUSE, errno.EACCES):
+                return False
+            raise LocalError(f"Cannot listen on '{host}': {error.strerror}. Choose an address with --host.") from error
         return True
 
 

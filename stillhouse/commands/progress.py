@@ -35,7 +35,7 @@ class View(Protocol):
         """Shows the job as it is now."""
 
     def tell(self, event: Event) -> None:
-        """Shows a warning or an error."""
+        """Shows a warning."""
 
 
 def open_view(client: Client) -> View:
@@ -110,8 +110,8 @@ class Bars:
                 self._progress.stop_task(task)
 
     def tell(self, event: Event) -> None:
-        """Prints a warning or an error above the bars."""
-        if event.level != "info":
+        """Prints a warning above the bars; an error is told at the end."""
+        if event.level == "warning":
             self._progress.console.print(Text(f"{event.level}: {event.message}", style="yellow"))
 
 
@@ -148,8 +148,8 @@ class Lines:
                 say(f"  {stage.kind}: {stage.state} {stage.progress:.0%}  {note}".rstrip())
 
     def tell(self, event: Event) -> None:
-        """Prints a warning or an error."""
-        if event.level != "info":
+        """Prints a warning; an error is told at the end."""
+        if event.level == "warning":
             say(f"  {event.level}: {event.message}")
 
 

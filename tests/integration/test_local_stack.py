@@ -19,6 +19,19 @@ from stillhouse.processes import command_line, is_alive, list_processes, wait_un
 from tests import pico
 
 
+SPEC = """
+name: toy
+teacher: {model: pico}
+student: {kind: teacher_layers, keep: [0, 2]}
+data: toy
+stages:
+  - {kind: finetune}
+  - {kind: distill, epochs: 1}
+  - {kind: export, formats: [{kind: onnx_int8, min_agreement: 0.01}]}
+  - {kind: evaluate, latency_samples: 10}
+"""
+
+
 class Up:
     """One `stillhouse up` and what it said."""
 
@@ -179,7 +192,7 @@ def answers(url: str) -> bool:
 def test_the_journey_of_a_job_by_the_command_line(up: Up, folder: Path) -> None:
     model, data = pico.write_model(folder / "model"), pico.write_data(folder / "files")
     spec = folder / "job.yaml"
-    spec.write_text("{name: toy, teacher: {model: pico}, student: {kind: teacher_layers, keep: [0, 2]}, data: toy}")
+    spec.write_text(SPEC)
     assert up.cli("models", "push", str(model), "pico").returncode == 0
     splits = [part for name, path in data.items() for part in (f"--{name}", str(path))]
     pushed = up.cli("datasets", "push", "toy", *splits)
@@ -208,3 +221,15 @@ def test_the_journey_of_a_job_by_the_command_line(up: Up, folder: Path) -> None:
     missing = up.cli("jobs", "download", "toy", "nothing", "--to", str(out))
     assert missing.returncode == 2
     assert "Published: " in missing.stderr
+
+
+def test_a_kill_in_the_middle_of_a_stage_leaves_nothing(up: Up, folder: Path) -> None:
+    spec = folder / "long.yaml"
+    spec.write_text(
+        "{name: long, teacher: {model: pico}, student: {kind: teacher_layers, keep: [0]}, data: toy, "
+        "stages: [{kind: finetune, epochs: 1000}, {kind: distill}]}"
+    )
+    assert up.cli("jobs", "submit", str(spec)).returncode == 0
+    assert wait_until(partial(runs, up.folder, "worker.engine.child"), 30)
+    up.end(signal.SIGKILL)
+    assert wait_until(partial(is_gone, up.folder), 20), [command_line(pid) for pid in children(up.folder)]
