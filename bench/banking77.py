@@ -41,7 +41,7 @@ console = Console()
 
 def run_jobs(data: Path, work: Path) -> dict[str, Any]:
     """Runs both jobs on a fresh local stack and returns their reports and times."""
-    command = [sys.executable, "-m", "stillhouse", "up", "--data-dir", str(work / "stack"), "--port", "0", "--json"]
+    command = [sys.executable, "-m", "stillhouse", "up", "--data-dir", str(work / "stack"), "--json"]
     stack = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         ready = json.loads(stack.stdout.readline())

@@ -10,13 +10,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from core.models.hub import fetch
 from sqlalchemy import select
 
 from core.db import session_scope
 from core.errors import StageFailed
 from core.jobs.models import Artifact, Job, Metric, StageRun
 from core.jobs.ownership import Claim, owned
+from core.models.hub import fetch
 from core.models.models import Manifest
 from core.models.repository import files_of, get_manifest, put_manifest
 from core.settings import get_settings

@@ -54,7 +54,10 @@ class Stack:
         return process
 
     def start_worker(self, **settings: str) -> subprocess.Popen[bytes]:
-        command = "celery -A worker.celery_app:app worker --pool threads --concurrency 1 -Q cpu --without-mingle --without-gossip"
+        command = (
+            "celery -A worker.celery_app:app worker --pool threads --concurrency 1 -Q cpu"
+            " --without-mingle --without-gossip"
+        )
         number = len(self.processes)
         arguments = [sys.executable, "-m", *command.split(), "-n", f"w{number}@test"]
         return self._start(f"worker{number}", arguments, FAST | {"STILLHOUSE_NUM_THREADS": "1"} | settings)

@@ -1,0 +1,72 @@
+"""The README's commands, run as they are printed."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from stillhouse import Client
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def test_commands_of_the_readme_work_as_printed(tmp_path: Path) -> None:
+    start, walk = blocks("bash")
+    assert start == "make setup\n.venv/bin/stillhouse up\n"
+    checkout = tmp_path / "stillhouse"
+    checkout.mkdir()
+    for name in ("examples", ".venv"):
+        source = ROOT / name if name == "examples" else Path(sys.prefix)
+        (checkout / name).symlink_to(source)
+    environment = os.environ | {"STILLHOUSE_DATA_DIR": str(tmp_path / "data")}
+    environment.pop("STILLHOUSE_STORAGE_DIR")
+    environment.pop("STILLHOUSE_STAGING_DIR")
+    up = subprocess.Popen(
+        [".venv/bin/stillhouse", "up", "--json"], cwd=checkout, env=environment, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        ready = json.loads(up.stdout.readline())
+        shell = ["bash", "-euo", "pipefail", "-c"]
+        done = subprocess.run([*shell, walk], cwd=checkout, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "late_delivery" in done.stdout
+        page = (checkout / "build/tickets/report/report.html").read_text()
+        assert "<svg" in page
+        assert not re.search(r"""(src|href)=["']https?://""", page)
+
+        with Client(ready["url"], ready["api_key"]) as client:
+            job = next(iter(client.jobs.list(name="support-tickets")))
+        keys = environment | {"URL": ready["url"], "KEY": ready["api_key"], "JOB": job.id}
+        curl = next(block for block in blocks("console") if "curl" in block).replace("$ curl", "curl -sS")
+        done = subprocess.run([*shell, curl], cwd=checkout, env=keys, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "event: done" in done.stdout
+        assert shutil.which("curl")
+        assert (checkout / "build/onnx_int8/model.onnx").is_file()
+
+        with Client(ready["url"], ready["api_key"]) as client:
+            client.jobs.cancel(next(iter(client.jobs.list(name="support-tickets"))).id)
+        [python] = blocks("python")
+        done = subprocess.run(
+            [sys.executable, "-c", python], cwd=checkout, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert (checkout / "build/two-layers/onnx/model.onnx").is_file()
+    finally:
+        up.send_signal(signal.SIGTERM)
+        assert up.wait(60) == 0
+
+
+def test_shortest_spec_of_the_readme_is_valid() -> None:
+    from core.jobs.spec import parse_spec
+
+    assert len(parse_spec(blocks("yaml")[0].encode()).stages) == 4
