@@ -86,7 +86,7 @@ def write_onnx_int8(ctx: StageContext, settings: "OnnxInt8", folder: Path) -> di
     quantize_dynamic(
         make_onnx(ctx),
         folder / "model.onnx",
-        weight_type=QuantType.QInt8,
+        weight_type=QuantType.QUInt8 if settings.weights == "uint8" else QuantType.QInt8,
         per_channel=settings.per_channel,
         reduce_range=settings.reduce_range,
         op_types_to_quantize=["MatMul", "Gemm", "Gather"],

@@ -19,10 +19,13 @@ class OnnxInt8(Exporter):
     min_agreement: float = Field(
         0.95, gt=0, le=1, description="Least accepted share of validation texts with the student's label."
     )
-    per_channel: bool = Field(True, description="One scale for each output column instead of one for each matrix.")
-    reduce_range: bool = Field(
-        True, description="Use 7 bits of a weight: 8 can overflow on processors without VNNI, at no gain in size."
+    weights: Literal["uint8", "int8"] = Field(
+        "uint8",
+        description="Type of the weights. 'uint8' agrees best and never overflows; 'int8' is 10 to 20 % faster, and on "
+        "processors without VNNI needs `reduce_range` not to overflow.",
     )
+    per_channel: bool = Field(True, description="One scale for each output column instead of one for each matrix.")
+    reduce_range: bool = Field(False, description="Use 7 bits of a weight, so that sums of 'int8' products fit.")
 
     def build(self, ctx: "StageContext") -> Callable[[Path], dict[str, float]]:
         """Returns a callable that writes the form into a folder, checks it, and returns what the check measured."""
