@@ -18,7 +18,6 @@ import pytest
 from stillhouse.processes import command_line, is_alive, list_processes, wait_until
 from tests import pico
 
-
 SPEC = """
 name: toy
 teacher: {model: pico}
