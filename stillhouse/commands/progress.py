@@ -74,7 +74,7 @@ class Bars:
         self._tasks: dict[int, TaskID] = {}
         self._progress = Progress(
             TextColumn("{task.fields[mark]} {task.description:<10}"),
-            BarColumn(),
+            BarColumn(complete_style="cyan", finished_style="green"),
             TextColumn("{task.percentage:>4.0f}%"),
             TimeElapsedColumn(),
             TextColumn("{task.fields[note]}"),
