@@ -2,7 +2,6 @@
 
 import os
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -66,8 +65,8 @@ def pytest_unconfigure() -> None:
 
 
 @pytest.fixture
-def tenant() -> Iterator[tuple[str, str]]:
-    """Yields a fresh tenant's id and an API key of it with every scope."""
+def tenant() -> tuple[str, str]:
+    """Returns a fresh tenant's id and an API key of it with every scope."""
     from core.db import session_scope
     from core.ids import new_id
     from core.tenants.keys import SCOPES, create_key, ensure_tenant
@@ -75,4 +74,4 @@ def tenant() -> Iterator[tuple[str, str]]:
     with session_scope() as session:
         owner = ensure_tenant(session, new_id("t")[-12:])
         _, key = create_key(session, owner.id, "test", list(SCOPES))
-    yield owner.id, key
+    return owner.id, key
