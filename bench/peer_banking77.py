@@ -17,8 +17,8 @@ import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.nn import functional
 from transformers import AutoTokenizer, BertForSequenceClassification, get_linear_schedule_with_warmup
 
 
@@ -38,7 +38,8 @@ def default_model():
 
 
 def read(path, names=None):
-    rows = [json.loads(line) for line in open(path, encoding="utf-8")]
+    with Path(path).open(encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
     names = names or sorted({row["label"] for row in rows})
     index = {name: i for i, name in enumerate(names)}
     return [row["text"] for row in rows], [index[row["label"]] for row in rows], names
@@ -82,11 +83,11 @@ def train(model, tokenizer, split, args, lr, bf16, teacher=None):
                 if teacher is not None:
                     with torch.no_grad():
                         target = teacher(**x).logits
-            loss = F.cross_entropy(logits.float(), y)
+            loss = functional.cross_entropy(logits.float(), y)
             if teacher is not None:
-                p = F.softmax(target.float() / args.temperature, -1)
-                log_q = F.log_softmax(logits.float() / args.temperature, -1)
-                kl = F.kl_div(log_q, p, reduction="batchmean")
+                p = functional.softmax(target.float() / args.temperature, -1)
+                log_q = functional.log_softmax(logits.float() / args.temperature, -1)
+                kl = functional.kl_div(log_q, p, reduction="batchmean")
                 loss = loss + args.kd_weight * args.temperature**2 * kl
             optimizer.zero_grad()
             loss.backward()
@@ -94,7 +95,8 @@ def train(model, tokenizer, split, args, lr, bf16, teacher=None):
             optimizer.step()
             schedule.step()
             step, total = step + 1, total + loss.item()
-        print(f"epoch {epoch + 1}/{args.epochs} loss {total / per_epoch:.3f} {time.perf_counter() - start:.0f} s", flush=True)
+        seconds = time.perf_counter() - start
+        print(f"epoch {epoch + 1}/{args.epochs} loss {total / per_epoch:.3f} {seconds:.0f} s", flush=True)
     return time.perf_counter() - start
 
 
@@ -148,7 +150,7 @@ def main():
     part("teacher", teacher, args.lr)
     teacher.eval()
     part("student", shallow(teacher, args.keep), args.student_lr, teacher)
-    report["seconds"]["total"] = round(time.perf_counter() - start, 1)  # teacher and distilled student: what the job does
+    report["seconds"]["total"] = round(time.perf_counter() - start, 1)  # teacher and distilled student together
     if args.ce_student:
         part("ce_student", shallow(teacher, args.keep), args.student_lr)
     print(json.dumps(report, indent=2))
