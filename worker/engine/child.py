@@ -8,7 +8,6 @@ threads there.
 import argparse
 import ctypes
 import faulthandler
-import faulthandler
 import json
 import logging
 import os
@@ -37,7 +36,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--report-fd", type=int, required=True)
     args = parser.parse_args(argv)
     die_with_parent(args.report_fd)
-    faulthandler.register(signal.SIGUSR1)  # a supervisor that finds us hung asks for our stacks
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     logging.getLogger("worker").setLevel(logging.INFO)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
