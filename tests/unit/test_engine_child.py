@@ -10,7 +10,7 @@ import pytest
 from tests.engine_bench import FAST, LABELS, Bench, Finished, contents, make_spec
 
 STAGES = [
-    {"kind": "finetune", **FAST},
+    {"kind": "finetune", **FAST, "epochs": 15},
     {"kind": "distill", **FAST},
     {"kind": "export"},
     {"kind": "evaluate", "latency_samples": 10},

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from core.methods import list_methods
 from worker.engine.context import StageContext
-from worker.engine.data import Examples, encode
+from worker.engine.data import Encoded, Examples, encode
 from worker.engine.measuring import answer_all, count_bytes, time_singles
 from worker.engine.rendering import write_html, write_model_card
-from worker.engine.runtimes import open_model
+from worker.engine.runtimes import Forward, open_model
 from worker.engine.scores import accuracy, bootstrap, macro_f1, per_class
 
 if TYPE_CHECKING:
@@ -38,12 +38,19 @@ def evaluate(ctx: StageContext, settings: "Evaluate") -> dict[str, Any]:
     test = ctx.get_split("test")
     labels_N = np.array(test.labels, dtype=np.int64)
     names = list_candidates(ctx)
-    models, answers = [], {}
+    rows, answers, timed = [], {}, []
     for index, name in enumerate(names):
-        ctx.progress(index, len(names))
-        row, answers[name] = measure(ctx, settings, name, test)
+        ctx.progress(index, len(names) + 1)
+        row, answers[name], model = measure(ctx, settings, name, test)
         row["agreement"] = float((answers[name] == answers["teacher"]).mean())
-        models.append(row)
+        rows.append(row)
+        timed.append(model)
+    ctx.progress(len(names), len(names) + 1)
+    latencies = time_singles(timed, settings.latency_samples, ctx.check_stop)
+    models = [
+        row | {"latency_p50_ms": p50, "latency_p95_ms": p95} for row, (p50, p95) in zip(rows, latencies, strict=True)
+    ]
+    for row in models:
         log.info("%s", row)
     report = {
         "schema_version": REPORT_VERSION,
@@ -60,14 +67,14 @@ def evaluate(ctx: StageContext, settings: "Evaluate") -> dict[str, Any]:
         "notes": NOTES,
     }
     write_report(report, ctx.output("report"))
-    ctx.progress(len(names), len(names))
+    ctx.progress(len(names) + 1, len(names) + 1)
     return {"models": models, "num_examples": len(test.texts)}
 
 
 NOTES = (
     "Intervals: percentile bootstrap over the test examples, 1,000 resamples, without the randomness of training.",
-    "Latency: one text at a time, without padding. Throughput: batches of 32 sorted by length. A warm-up comes first; "
-    "tokenising is not timed.",
+    "Latency: one text at a time, without padding, the models in turn. Throughput: batches of 32 sorted by length. "
+    "A warm-up comes first; tokenising is not timed.",
     "Folders of transformers run in PyTorch, ONNX files in onnxruntime, all on the processor.",
     "Size: all files of the form, with tokenizer and config.",
     "Agreement: share of test texts with the label that the teacher gives.",
@@ -87,13 +94,12 @@ def list_candidates(ctx: StageContext) -> list[str]:
 
 def measure(
     ctx: StageContext, settings: "Evaluate", name: str, test: Examples
-) -> tuple[dict[str, Any], NDArray[np.int64]]:
-    """Returns one row of the main table, and the predicted classes."""
+) -> tuple[dict[str, Any], NDArray[np.int64], tuple[Forward, Encoded]]:
+    """Returns one row of the main table without latency, the predicted classes, and what to time."""
     folder, tokenizer = ctx.input(name), ctx.load_tokenizer(name)
     model = open_model(folder, ctx.labels, tokenizer, ctx.num_threads)
     data = encode(test, tokenizer, model.input_names)
     found = answer_all(model.forward, data, len(ctx.labels), ctx.check_stop)
-    p50_ms, p95_ms = time_singles(model.forward, data, settings.latency_samples, ctx.check_stop)
     labels_N, predicted_N = data.labels_N.numpy(), found.logits_NC.argmax(-1)
     intervals = bootstrap(labels_N, predicted_N, len(ctx.labels), settings.confidence, ctx.spec.seed)
     row = {
@@ -105,11 +111,9 @@ def measure(
         "macro_f1_ci": list(intervals["macro_f1"]),
         "size_bytes": count_bytes(folder),
         "num_parameters": model.num_parameters,
-        "latency_p50_ms": p50_ms,
-        "latency_p95_ms": p95_ms,
         "throughput_per_s": found.throughput_per_s,
     }
-    return row, predicted_N
+    return row, predicted_N, (model.forward, data)
 
 
 def describe_environment(ctx: StageContext) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from worker.engine.data import Encoded
 from worker.engine.runtimes import Forward
 
-WARM_UP_RUNS = 10
+ROUNDS = 5
+WARM_UP_RUNS = 5
 THROUGHPUT_BATCH = 32
 CPU = torch.device("cpu")
 
@@ -43,20 +44,24 @@ def answer_all(forward: Forward, data: Encoded, num_classes: int, between: Calla
     return Answers(logits_NC, len(data) / elapsed_s)
 
 
-def time_singles(forward: Forward, data: Encoded, num_samples: int, between: Callable[[], None]) -> tuple[float, float]:
-    """Returns the median and the 95th percentile of the latency at batch size 1, in milliseconds.
+def time_singles(
+    models: list[tuple[Forward, Encoded]], num_samples: int, between: Callable[[], None]
+) -> list[tuple[float, float]]:
+    """Returns each model's median and 95th percentile of the latency at batch size 1, in milliseconds.
 
-    The texts are spread evenly over the split, each without padding, and are timed after a warm-up.
+    The texts are spread evenly over the split, each without padding. The models take turns in several rounds, each with
+    a warm-up, so that a busy moment of the machine falls on all of them.
     """
-    rows = np.linspace(0, len(data) - 1, num_samples).astype(np.int64)
-    singles = [data.single(row) for row in rows]
-    for inputs in singles[:WARM_UP_RUNS]:
-        forward(inputs)
-    times_ms = []
-    for inputs in singles:
-        began = time.perf_counter()
-        forward(inputs)
-        times_ms.append((time.perf_counter() - began) * 1e3)
-        between()
-    p50, p95 = np.percentile(times_ms, [50, 95])
-    return float(p50), float(p95)
+    times_ms: list[list[float]] = [[] for _ in models]
+    rows = np.linspace(0, len(models[0][1]) - 1, num_samples).astype(np.int64)
+    for some in np.array_split(rows, ROUNDS):
+        for (forward, data), found in zip(models, times_ms, strict=True):
+            singles = [data.single(row) for row in some]
+            for inputs in singles[:WARM_UP_RUNS]:
+                forward(inputs)
+            for inputs in singles:
+                began = time.perf_counter()
+                forward(inputs)
+                found.append((time.perf_counter() - began) * 1e3)
+            between()
+    return [(float(p50), float(p95)) for p50, p95 in (np.percentile(found, [50, 95]) for found in times_ms)]
