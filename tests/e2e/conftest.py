@@ -1,5 +1,6 @@
 """A stack with a pico model and data in it."""
 
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,3 +26,15 @@ def stack(tmp_path: Path, tenant: tuple[str, str], pico_files: tuple[Path, dict[
         yield stack
     finally:
         stack.stop()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system with room for a model but not for what its training writes."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=160k", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a full disk needs the right to mount a small one")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import tarfile
+from pathlib import Path
 
 from tests.e2e.stack import Stack, children_of, until
 
@@ -144,3 +145,12 @@ def test_stage_without_memory_fails_as_out_of_memory(stack: Stack) -> None:
     job = stack.wait(stack.submit())
     assert job["state"] == "failed"
     assert job["error"]["reason"] == "out_of_memory"
+
+
+def test_full_disk_fails_as_storage_full(stack: Stack, small_disk: Path) -> None:
+    stack.start_worker(STILLHOUSE_STAGING_DIR=str(small_disk))
+    job = stack.wait(stack.submit())
+    assert job["state"] == "failed"
+    assert job["error"]["reason"] == "storage_full"
+    assert "free" in job["error"]["suggestion"].lower()
+    assert list(small_disk.iterdir()) == []

@@ -15,6 +15,7 @@ import resource
 import select
 import signal
 import sys
+import tempfile
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,6 +60,7 @@ def run(path: Path, reporter: Reporter, stop: threading.Event) -> dict[str, Any]
 
         order = Order.parse(data)
         ctx = StageContext(order, reporter, stop)
+        tempfile.tempdir = str(ctx.scratch_dir)  # what libraries put aside goes the same way
         try:
             limit_memory(order)
             log.info("stage %s starts on %s", order.stage.kind, ctx.device)

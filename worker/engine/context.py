@@ -67,7 +67,6 @@ class StageContext:
         self._stop = stop
         self._remembered: dict[str, Any] = {}
         self.scratch_dir = Path(tempfile.mkdtemp(prefix="scratch-", dir=order.outputs_dir.parent))
-        tempfile.tempdir = str(self.scratch_dir)  # what libraries put aside goes the same way
         torch.manual_seed(self.seed)
 
     @property
