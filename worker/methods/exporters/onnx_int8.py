@@ -17,7 +17,7 @@ class OnnxInt8(Exporter):
 
     kind: Literal["onnx_int8"] = "onnx_int8"
     min_agreement: float = Field(
-        0.9, gt=0, le=1, description="Least accepted share of validation texts with the student's label."
+        0.95, gt=0, le=1, description="Least accepted share of validation texts with the student's label."
     )
     weights: Literal["uint8", "int8"] = Field(
         "uint8",
