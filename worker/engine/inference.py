@@ -7,7 +7,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from worker.engine.data import Encoded
-from worker.engine.devices import autocast
 
 INFERENCE_BATCH = 64
 
@@ -17,7 +16,8 @@ def predict_logits(
 ) -> Tensor:
     """Returns the logits of every example, in the order of the split, in float32 on the processor.
 
-    The model answers in evaluation and inference mode, on the device where it lies, in batches sorted by length.
+    The model answers in evaluation and inference mode, on the device where it lies, in batches sorted by length, and in
+    the precision of its weights: these are the logits that its user gets, whatever precision it was trained in.
 
     Args:
         model: The classifier; its training flag is left as it was.
@@ -31,7 +31,7 @@ def predict_logits(
     was_training = model.training
     model.eval()
     logits_NC = torch.empty(len(data), model.config.num_labels)
-    with torch.inference_mode(), autocast(model.device):
+    with torch.inference_mode():
         for batch in data.by_length(batch_size, model.device):
             logits_NC[batch.rows_B] = model(**batch.inputs).logits.float().cpu()
             between()
