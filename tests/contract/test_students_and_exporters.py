@@ -92,6 +92,14 @@ def test_an_exported_form_agrees_and_repeats(kind: str, with_student: StageConte
     assert [config["id2label"][str(index)] for index in range(len(LABELS))] == LABELS
 
 
+def test_forms_are_compared_in_float32_where_training_runs_in_bf16(
+    with_student: StageContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.engine.devices.has_fast_bf16", lambda _: True)
+    form = list_methods("exporters")["onnx"]()
+    assert form.build(with_student)(tmp_path)["max_logit_difference"] < 1e-3
+
+
 def test_tokenizer_json_alone_cuts_where_the_model_does(with_student: StageContext, tmp_path: Path) -> None:
     from tokenizers import Tokenizer
 
