@@ -118,6 +118,16 @@ class StorageFull(StillhouseError):
     code, status, retryable = "storage_full", 507, True
 
 
+class BlobDamaged(StillhouseError):
+    """Stored bytes are missing or damaged. Upload them again."""
+
+    code = "blob_damaged"
+
+    def __init__(self, sha256: str) -> None:
+        super().__init__(f"The stored bytes {sha256[:12]}… are missing or damaged.")
+        self.sha256 = sha256
+
+
 class Unavailable(StillhouseError):
     """A service that Stillhouse needs does not answer now. Try again in a few seconds."""
 

@@ -124,6 +124,7 @@ class Stage(Method):
 
     family: ClassVar[str] = "stages"
     queue: ClassVar[str] = "cpu"
+    reports_on_job: ClassVar[bool] = False
 
     def check(self, spec: "JobSpec") -> list[Problem]:  # noqa: ARG002 - most stages have nothing to check
         """Returns what is wrong with these settings inside that spec; fields are relative to the stage."""
@@ -136,6 +137,10 @@ class Stage(Method):
     def writes(self) -> set[str]:
         """Returns the roles that this stage makes; each becomes an artifact of that name."""
         raise NotImplementedError
+
+    def measures(self) -> set[str]:
+        """Returns those of the roles whose bytes hold times, so that no two runs make the same ones."""
+        return set()
 
     def build(self, ctx: Any) -> Any:
         """Returns a callable without arguments that runs the stage; `ctx` is a `worker.engine.context.StageContext`."""

@@ -30,6 +30,17 @@ class Settings(BaseSettings):
     reconcile_s: float = Field(5.0, gt=0, description="Pause between two ticks of the reconciler.")
     hint_after_s: int = Field(30, ge=1, description="A queued job without a hint for this long is hinted again.")
     max_attempts: int = Field(5, ge=1, description="Lost workers in one stage before the job fails as `worker_lost`.")
+    checkpoint_s: float = Field(
+        60.0,
+        ge=0,
+        description="Shortest pause between two checkpoints; it grows until they cost under 3 %.",
+    )
+    keep_checkpoints_s: int = Field(
+        7 * 24 * 3600, ge=0, description="How long the checkpoints of a job that failed or was cancelled are kept."
+    )
+    collect_after_s: int = Field(
+        3600, ge=1, description="Stored bytes that nothing refers to are deleted once they are this old."
+    )
     max_upload_bytes: int = Field(20 * 1024**3, description="Largest body of one upload.")
     max_rows: int = Field(5_000_000, description="Most rows in one split of a data set.")
     max_text_chars: int = Field(100_000, description="Longest text in a data set, in characters.")

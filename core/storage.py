@@ -1,5 +1,6 @@
 """Content-addressed storage: a blob's name is the sha256 of its bytes, so a published blob never changes."""
 
+import contextlib
 import hashlib
 import os
 import secrets
@@ -11,7 +12,7 @@ from typing import BinaryIO, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
-from core.errors import NotFound, StorageFull
+from core.errors import BlobDamaged, NotFound, StorageFull
 from core.settings import get_settings
 
 CHUNK_BYTES = 1024 * 1024
@@ -140,6 +141,16 @@ class ArtifactStore:
             writer.write(data)
             return writer.commit()
 
+    def take_file(self, path: Path) -> Blob:
+        """Stores a file by moving it in, where it lies on the same file system, and returns its blob."""
+        with path.open("rb+") as source:
+            if os.fstat(source.fileno()).st_dev != self.temp_dir.stat().st_dev:
+                return self.put_file(path)
+            blob = Blob(hashlib.file_digest(source, "sha256").hexdigest(), source.tell())
+            os.fsync(source.fileno())
+        self.publish(path, blob)
+        return blob
+
     def put_file(self, path: Path) -> Blob:
         """Stores a copy of a file and returns its blob."""
         with path.open("rb") as source, self.writer() as writer:
@@ -147,11 +158,11 @@ class ArtifactStore:
                 writer.write(chunk)
             return writer.commit()
 
-    def put_folder(self, folder: Path) -> list[ManifestFile]:
-        """Stores every regular file below `folder` and returns them sorted by path."""
+    def take_folder(self, folder: Path) -> list[ManifestFile]:
+        """Stores every regular file below `folder`, moving it where that is possible; returns them sorted by path."""
         files = []
         for path in sorted(p for p in folder.rglob("*") if p.is_file() and not p.is_symlink()):
-            blob = self.put_file(path)
+            blob = self.take_file(path)
             files.append(
                 ManifestFile(path=path.relative_to(folder).as_posix(), sha256=blob.sha256, size_bytes=blob.size_bytes)
             )
@@ -177,15 +188,42 @@ class ArtifactStore:
             os.close(folder)
 
     def materialize(self, files: Iterable[ManifestFile], folder: Path) -> None:
-        """Lays a manifest's files out below `folder`, as hard links where the file system allows it."""
+        """Lays a manifest's files out below `folder`, as hard links where the file system allows it.
+
+        Raises:
+            BlobDamaged: The bytes of one are missing or are not those that were stored; what is left of them is put
+                aside, so that the same bytes can be stored again.
+        """
         for file in files:
             target = folder / file.path
             target.parent.mkdir(parents=True, exist_ok=True)
-            source = self.get_path(file.sha256)
+            if not self.verify(file.sha256):
+                self.put_aside(file.sha256)
+                raise BlobDamaged(file.sha256)
+            source = self.path_of(file.sha256)
             try:
                 target.hardlink_to(source)
             except OSError:
                 shutil.copyfile(source, target)
+
+    def verify(self, sha256: str) -> bool:
+        """Tells whether the blob is there with the bytes that its name promises."""
+        try:
+            with self.path_of(sha256).open("rb") as source:
+                return hashlib.file_digest(source, "sha256").hexdigest() == sha256
+        except OSError:
+            return False
+
+    def has(self, sha256: str) -> bool:
+        """Tells whether the blob is there; its bytes are not read."""
+        return self.path_of(sha256).is_file()
+
+    def put_aside(self, sha256: str) -> None:
+        """Moves a damaged blob to `<root>/damaged`, where nobody reads it."""
+        folder = self.root / "damaged"
+        folder.mkdir(exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            self.path_of(sha256).rename(folder / sha256)
 
     def delete(self, sha256: str) -> None:
         """Deletes a blob; a missing one is no error."""

@@ -21,7 +21,6 @@ class Lease:
 
     def __init__(self, claim: Claim) -> None:
         self.claim = claim
-        self.desired = "run"
         self.lost = threading.Event()
         self._done = threading.Event()
         self._confirmed = time.monotonic()
@@ -40,7 +39,7 @@ class Lease:
         while not self._done.wait(settings.heartbeat_s):
             try:
                 with session_scope() as session:
-                    self.desired = heartbeat(session, self.claim)
+                    heartbeat(session, self.claim)
                 self._confirmed = time.monotonic()
             except LeaseLost:
                 self.lost.set()

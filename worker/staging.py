@@ -1,28 +1,59 @@
 """The scratch folder of one stage: its inputs laid out as files, its order, its outputs taken up.
 
 <staging>/<job>-<fence>-<ordinal>/  order.json  stage.log
-                                    in/<role>/…  in/data/<split>.jsonl  in/history.jsonl
-                                    out/<role>/…
+                                    in/<role>/…  in/data/<split>.jsonl  in/history.jsonl  in/checkpoint.safetensors
+                                    out/<role>/…  checkpoints/<step>.safetensors
 """
 
+import hashlib
 import json
+import logging
+import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import select
 
 from core.db import session_scope
-from core.errors import StageFailed
-from core.jobs.models import Artifact, Job, Metric, StageRun
+from core.errors import BlobDamaged, StageFailed
+from core.jobs.checkpoints import list_checkpoints, record_checkpoint, reject_checkpoint
+from core.jobs.models import Artifact, Metric, StageRun
 from core.jobs.ownership import Claim, owned
+from core.jobs.spec import load_spec
 from core.models.hub import fetch
 from core.models.models import Manifest
 from core.models.repository import files_of, get_manifest, put_manifest
 from core.settings import get_settings
 from core.storage import Blob, ManifestFile, get_store
+from worker.fingerprint import stage_key
 
+log = logging.getLogger(__name__)
 MAX_LOG_BYTES = 16 * 1024 * 1024
+
+
+class InputDamaged(Exception):
+    """The stored bytes of one of the stage's inputs are damaged."""
+
+    def __init__(self, role: str, message: str) -> None:
+        super().__init__(message)
+        self.role = role
+
+
+class Inputs(NamedTuple):
+    """What a stage is given: files by role, the splits, the metrics of earlier stages, what it is told."""
+
+    roles: dict[str, list[ManifestFile]]
+    splits: list[ManifestFile]
+    history: str
+    order: dict[str, Any]
+    cache: str
+
+    def key(self) -> str:
+        """Returns the key that only a stage with the same result has."""
+        history = hashlib.sha256(self.history.encode()).hexdigest()
+        threads = get_settings().num_threads or len(os.sched_getaffinity(0))
+        return stage_key(self.order | {"history": history}, self.roles | {"data": self.splits}, threads)
 
 
 class Staging:
@@ -36,6 +67,7 @@ class Staging:
         self.outputs = self.folder / "out"
         self.order_path = self.folder / "order.json"
         self.log_path = self.folder / "stage.log"
+        self.is_mixed = False
 
     def __enter__(self) -> "Staging":
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -47,55 +79,95 @@ class Staging:
     def __exit__(self, *_: object) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def lay_inputs(self) -> None:
-        """Lays out the newest manifest of every role, the data, the history, and writes the order."""
+    def find_inputs(self) -> "Inputs":
+        """Returns what the stage is given: the newest manifest of every role, the data, the history, and its order."""
         teacher = ensure_teacher(self.claim)
-        store = get_store()
         with session_scope() as session:
             job = owned(session, self.claim)
             stage = session.get_one(StageRun, (job.id, self.ordinal))
-            roles = {"teacher": teacher} | {
-                artifact.name: files_of(manifest)
-                for artifact, manifest in session.execute(
-                    select(Artifact, Manifest)
-                    .join(Manifest, Manifest.id == Artifact.manifest_id)
-                    .where(Artifact.job_id == job.id, Artifact.ordinal < self.ordinal)
-                ).tuples()
-            }
+            made = session.execute(
+                select(Artifact, Manifest)
+                .join(Manifest, Manifest.id == Artifact.manifest_id)
+                .where(Artifact.job_id == job.id, Artifact.ordinal < self.ordinal)
+            ).tuples()
+            roles = {"teacher": teacher} | {artifact.name: files_of(manifest) for artifact, manifest in made}
             points = session.execute(
                 select(Metric, StageRun.kind)
                 .join(StageRun, (StageRun.job_id == Metric.job_id) & (StageRun.ordinal == Metric.ordinal))
                 .where(Metric.job_id == job.id, Metric.ordinal < self.ordinal)
                 .order_by(Metric.ordinal, Metric.name, Metric.step)
             ).tuples()
-            history = [_history_line(metric, kind) for metric, kind in points]
-        for role, files in roles.items():
-            store.materialize(files, self.inputs / role)
+            history = "".join(_history_line(metric, kind) for metric, kind in points)
         splits = [
             ManifestFile(path=f"{split}.jsonl", sha256=blob["sha256"], size_bytes=blob["size_bytes"])
             for split, blob in job.inputs["data"].items()
         ]
-        store.materialize(splits, self.inputs / "data")
-        (self.inputs / "history.jsonl").write_text("".join(history))
-        self.order_path.write_text(json.dumps(self._order(job, stage)))
-
-    def _order(self, job: Job, stage: StageRun) -> dict[str, Any]:
-        return {
+        spec = load_spec(job.spec)
+        order = {
             "stage": stage.settings,
-            "spec": job.spec,
+            "spec": spec.seen_by(spec.stages[self.ordinal]),
             "ordinal": self.ordinal,
             "labels": job.inputs["labels"],
+        }
+        return Inputs(roles, splits, history, order, spec.cache)
+
+    def lay_inputs(self, inputs: "Inputs", stage_key: str) -> None:
+        """Lays the inputs out as files, the newest sound checkpoint among them, and writes the order.
+
+        `is_mixed` is set when that checkpoint was made under another key, as on another kind of processor: the stage
+        goes on, but its result is not the one that the key promises.
+
+        Raises:
+            InputDamaged: The stored bytes of a role or a split are not what they were.
+        """
+        store, settings = get_store(), get_settings()
+        for role, files in (*inputs.roles.items(), ("data", inputs.splits)):
+            try:
+                store.materialize(files, self.inputs / role)
+            except BlobDamaged as error:
+                raise InputDamaged(role, error.message) from error
+        (self.inputs / "history.jsonl").write_text(inputs.history)
+        order = inputs.order | {
+            "job_id": self.claim.job_id,
             "inputs_dir": str(self.inputs),
             "outputs_dir": str(self.outputs),
-            "num_threads": get_settings().num_threads,
-            "max_memory_bytes": get_settings().max_child_memory_bytes,
+            "checkpoint": self._lay_checkpoint(stage_key),
+            "checkpoint_s": settings.checkpoint_s,
+            "num_threads": settings.num_threads,
+            "max_memory_bytes": settings.max_child_memory_bytes,
         }
+        self.order_path.write_text(json.dumps(order))
+
+    def _lay_checkpoint(self, stage_key: str) -> str | None:
+        """Lays out the newest checkpoint whose bytes are sound, dropping those that are not; returns its path."""
+        with session_scope() as session:
+            rows = list_checkpoints(session, self.claim, self.ordinal)
+        for row in rows:
+            file = ManifestFile(path="checkpoint.safetensors", sha256=row.sha256, size_bytes=row.size_bytes)
+            try:
+                get_store().materialize([file], self.inputs)
+            except BlobDamaged:
+                log.warning("checkpoint %d of %s is damaged", row.step, self.claim.job_id)
+                with session_scope() as session:
+                    reject_checkpoint(session, self.claim, self.ordinal, row.step)
+            else:
+                self.is_mixed = row.stage_key != stage_key
+                return str(self.inputs / file.path)
+        return None
+
+    def take_checkpoint(self, step: int, name: str, stage_key: str) -> None:
+        """Stores a checkpoint that the child wrote, and lets go of those that it replaces."""
+        blob = get_store().take_file(self.folder / "checkpoints" / Path(name).name)
+        with session_scope() as session:
+            dropped = record_checkpoint(session, self.claim, self.ordinal, step, blob, stage_key)
+        for sha256 in dropped:
+            get_store().delete(sha256)
 
     def take_outputs(self) -> dict[str, list[ManifestFile]]:
         """Stores what the child made and returns it by role."""
         store = get_store()
         folders = sorted(path for path in self.outputs.iterdir() if path.is_dir() and not path.is_symlink())
-        return {folder.name: store.put_folder(folder) for folder in folders}
+        return {folder.name: store.take_folder(folder) for folder in folders}
 
     def take_log(self) -> Blob:
         """Stores the end of the stage's log and returns its blob."""

@@ -3,12 +3,10 @@
 import errno
 import logging
 import os
-import queue
 import socket
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from sqlalchemy import select
@@ -16,25 +14,27 @@ from sqlalchemy.orm import Session
 
 from core.db import DatabaseAway, session_scope
 from core.errors import LeaseLost, StageFailed, StillhouseError, StorageFull
+from core.jobs.checkpoints import drop_checkpoints
 from core.jobs.models import StageRun
 from core.jobs.ownership import (
     Claim,
-    Point,
     claim,
     commit_stage,
     fail_stage,
     hand_back,
     owned,
-    record_progress,
+    redo_stage,
     start_stage,
 )
+from core.jobs.reuse import find_reusable, reuse_stage
+from core.jobs.state import DONE
+from core.models.repository import files_of, get_manifest
 from core.settings import get_settings
-from worker.child import Child
+from core.storage import get_store
 from worker.lease import Lease
-from worker.staging import Staging
+from worker.staging import InputDamaged, Staging
+from worker.watch import Watch, deadline_of
 
-FLUSH_S = 1.0
-STOP_GRACE_S = 20.0
 RETRY_PAUSE_S = 1.0
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -86,14 +86,21 @@ class Supervisor:
             return claim(session, self.name, get_settings().queue_names)
 
     def _run_stage(self, taken: Claim, lease: Lease, ordinal: int) -> bool:
-        """Runs one stage; returns whether the job goes on here."""
+        """Runs one stage, or takes over an identical one's result; returns whether the job goes on here."""
         with Staging(taken, ordinal) as staging:
             try:
+                inputs = staging.find_inputs()
+                key = inputs.key()
+                if inputs.cache == "use" and (ended := _reuse(taken, ordinal, key)) is not None:
+                    return not ended and _goes_on(taken)
+                staging.lay_inputs(inputs, key)
                 with session_scope() as session:
-                    start_stage(session, taken, ordinal)
-                staging.lay_inputs()
-                outcome = Watch(taken, lease, staging, self.draining).run()
-                return _settle(taken, staging, outcome)
+                    offered = inputs.cache != "off" and not staging.is_mixed
+                    start_stage(session, taken, ordinal, key if offered else None)
+                watch = Watch(taken, lease, staging, self.draining, key)
+                return _settle(taken, staging, watch.run())
+            except InputDamaged as error:
+                return _redo(taken, staging, error)
             except (StageFailed, StillhouseError, OSError) as error:
                 if isinstance(error, LeaseLost):
                     raise
@@ -102,81 +109,17 @@ class Supervisor:
                 return False
 
 
-@dataclass
-class Watch:
-    """Watches one child until it ends, passing its reports on to the database."""
-
-    taken: Claim
-    lease: Lease
-    staging: Staging
-    draining: threading.Event
-    outcome: dict[str, Any] | None = None
-    progress: dict[str, Any] | None = None
-    points: list[Point] = field(default_factory=list)
-    events: list[dict[str, Any]] = field(default_factory=list)
-    stopped_at: float | None = None
-
-    def run(self) -> dict[str, Any]:
-        """Returns the child's last word: a result, an error, stopped, or died with its exit code."""
-        child = Child(self.staging.order_path, self.staging.log_path)
-        heard = flushed = time.monotonic()
-        try:
-            while True:
-                try:
-                    message = child.receive(FLUSH_S / 4)
-                except queue.Empty:
-                    message = {}
-                if message is None:
-                    break
-                if message:
-                    heard = time.monotonic()
-                    self._take(message)
-                if time.monotonic() - flushed >= FLUSH_S:
-                    self._flush()
-                    flushed = time.monotonic()
-                self._check(child, time.monotonic() - heard)
-            code = child.wait()
-            self._flush()
-        finally:
-            child.kill()
-            child.wait()
-        return self.outcome or {"type": "died", "exit_code": code}
-
-    def _take(self, message: dict[str, Any]) -> None:
-        match message.get("type"):
-            case "progress":
-                self.progress = message
-            case "metrics":
-                self.points += [Point(str(name), int(step), float(value)) for name, step, value in message["points"]]
-            case "event":
-                self.events.append(message["event"])
-            case "result" | "error" | "stopped":
-                self.outcome = message
-
-    def _flush(self) -> None:
-        """Writes what was reported; while the database is away, it is kept for the next time."""
-        if not (self.progress or self.points or self.events):
-            return
-        try:
-            with session_scope() as session:
-                record_progress(session, self.taken, self.staging.ordinal, self.progress, self.points, self.events)
-        except DatabaseAway as error:
-            log.warning("reports of %s not written yet: %s", self.taken.job_id, type(error).__name__)
-            return
-        self.progress, self.points, self.events = None, [], []
-
-    def _check(self, child: Child, silent_s: float) -> None:
-        if self.lease.lost.is_set():
-            raise LeaseLost()
-        if silent_s > get_settings().hung_s:
-            log.error("the child of %s was silent for %.0f s", self.taken.job_id, silent_s)
-            child.dump_stacks()
-            child.wait(2.0)
-        if self.stopped_at is None and (self.draining.is_set() or self.lease.desired != "run"):
-            self.stopped_at = time.monotonic()
-            child.order("stop")
-        if self.stopped_at is not None and time.monotonic() - self.stopped_at > STOP_GRACE_S:
-            child.kill()
+def _reuse(taken: Claim, ordinal: int, key: str) -> bool | None:
+    """Takes over an identical stage's result; returns whether that ended the job, or None when there is none."""
+    with session_scope() as session:
+        source = find_reusable(session, taken.tenant_id, key)
+        if source is None:
+            return None
+        store = get_store()
+        manifests = [get_manifest(session, taken.tenant_id, manifest_id) for manifest_id in source.outputs.values()]
+        if not all(store.has(file.sha256) for manifest in manifests for file in files_of(manifest)):
+            return None
+        return reuse_stage(session, taken, ordinal, source)
 
 
 def _next_stage(taken: Claim) -> int | None:
@@ -185,7 +128,7 @@ def _next_stage(taken: Claim) -> int | None:
         job = owned(session, taken)
         return session.scalar(
             select(StageRun.ordinal)
-            .where(StageRun.job_id == job.id, StageRun.state.not_in(["succeeded", "cached"]))
+            .where(StageRun.job_id == job.id, StageRun.state.not_in(DONE))
             .order_by(StageRun.ordinal)
             .limit(1)
         )
@@ -195,20 +138,60 @@ def _settle(taken: Claim, staging: Staging, outcome: dict[str, Any]) -> bool:
     """Writes how a stage ended; returns whether the job goes on here."""
     match outcome["type"]:
         case "result":
-            outputs, stage_log = staging.take_outputs(), staging.take_log()
-            ended = _persist(
-                lambda session: commit_stage(session, taken, staging.ordinal, outputs, outcome["summary"], stage_log)
-            )
-            return not ended and _goes_on(taken)
+            return not _commit(taken, staging, outcome["summary"]) and _goes_on(taken)
         case "error":
             error = {key: outcome.get(key) for key in ("reason", "message", "suggestion", "retryable")}
             _fail(taken, staging, error)
             return False
         case "stopped":
-            return _hand_back(taken, "the worker stops")
+            return _stop(taken, staging)
         case _:
             why = f"the stage's process ended without a word (exit code {outcome['exit_code']})"
             return _hand_back(taken, why, lost=True)
+
+
+def _commit(taken: Claim, staging: Staging, summary: dict[str, Any]) -> bool:
+    """Publishes a stage's outputs and lets go of its checkpoints; returns whether the job ended."""
+    outputs, stage_log = staging.take_outputs(), staging.take_log()
+
+    def write(session: Session) -> tuple[bool, list[str]]:
+        ended = commit_stage(session, taken, staging.ordinal, outputs, summary, stage_log)
+        return ended, drop_checkpoints(session, taken, staging.ordinal)
+
+    ended, dropped = _persist(write)
+    for sha256 in dropped:
+        get_store().delete(sha256)
+    return ended
+
+
+def _stop(taken: Claim, staging: Staging) -> bool:
+    """Hands a stopped job back, or ends it if its seconds are used up."""
+    if time.monotonic() <= deadline_of(taken):
+        return _hand_back(taken, "stopped at a checkpoint")
+    error = {
+        "reason": "budget_exhausted",
+        "message": "the job's max_seconds are used up",
+        "suggestion": "retry it with a larger max_seconds; it goes on from its last checkpoint",
+        "retryable": False,
+    }
+    _fail(taken, staging, error)
+    return False
+
+
+def _redo(taken: Claim, staging: Staging, damage: InputDamaged) -> bool:
+    """Has the stage run again that made a damaged input; what was uploaded cannot be made again."""
+    log.error("%s of %s is damaged", damage.role, taken.job_id)
+    why = f"the stored bytes of {damage.role} are damaged; the stage that made them runs again"
+    if _persist(lambda session: redo_stage(session, taken, damage.role, staging.ordinal, why)):
+        return True
+    error = {
+        "reason": "dataset_invalid" if damage.role == "data" else "teacher_unavailable",
+        "message": str(damage),
+        "suggestion": "upload it again and submit the job anew",
+        "retryable": False,
+    }
+    _fail(taken, staging, error)
+    return False
 
 
 def _goes_on(taken: Claim) -> bool:

@@ -15,7 +15,8 @@ class Job(Base):
     """A spec plus its life.
 
     `inputs` holds what the spec's references were resolved to when it was accepted: `{"teacher": {"manifest_id"} or
-    {"hub": {"repo", "commit"}}, "data": {"train": {"sha256", "size_bytes", …}, …}, "labels": […]}`.
+    {"hub": {"repo", "commit"}}, "data": {"train": {"sha256", "size_bytes", …}, …}, "labels": […]}`. `content_sha256`
+    names what the job made, `envelope_sha256` that and how it came about: times and attempts.
     """
 
     __tablename__ = "jobs"
@@ -27,6 +28,7 @@ class Job(Base):
         Index("ix_jobs_queued", "queue", "id", postgresql_where=text("state = 'queued'")),
         Index("ix_jobs_lease", "lease_until", postgresql_where=text("state in ('running','cancelling','pausing')")),
         Index("ix_jobs_metadata", "labels", postgresql_using="gin"),
+        Index("ix_jobs_parent_id", "parent_id", postgresql_where=text("parent_id is not null")),
     )
 
     id: Mapped[str] = mapped_column(primary_key=True)
@@ -43,7 +45,13 @@ class Job(Base):
     fence: Mapped[int] = mapped_column(BigInteger, server_default="0")
     lease_owner: Mapped[str | None]
     lease_until: Mapped[datetime | None]
+    claimed_at: Mapped[datetime | None]
+    not_before: Mapped[datetime] = mapped_column(server_default=func.now())
     lost_attempts: Mapped[int] = mapped_column(server_default="0")
+    retries: Mapped[int] = mapped_column(server_default="0")
+    parent_id: Mapped[str | None]
+    content_sha256: Mapped[str | None]
+    envelope_sha256: Mapped[str | None]
     event_seq: Mapped[int] = mapped_column(BigInteger, server_default="0")
     version: Mapped[int] = mapped_column(BigInteger, server_default="0")
     hinted_at: Mapped[datetime | None]
@@ -54,9 +62,18 @@ class Job(Base):
 
 
 class StageRun(Base):
-    """One stage of a job and what became of it."""
+    """One stage of a job and what became of it.
+
+    `outputs` maps each role that the stage made to its manifest's id. A stage of the same `cache_key` in the same
+    tenant makes the same bytes; `reused` says whose result a cached stage took over.
+    """
 
     __tablename__ = "stages"
+    __table_args__ = (
+        Index(
+            "ix_stages_cache", "tenant_id", "cache_key", "finished_at", postgresql_where=text("cache_key is not null")
+        ),
+    )
 
     job_id: Mapped[str] = mapped_column(ForeignKey(Job.id, ondelete="CASCADE"), primary_key=True)
     ordinal: Mapped[int] = mapped_column(primary_key=True)
@@ -69,10 +86,41 @@ class StageRun(Base):
     total_steps: Mapped[int] = mapped_column(BigInteger, server_default="0")
     eta_s: Mapped[float | None]
     summary: Mapped[dict[str, Any] | None]
+    cache_key: Mapped[str | None]
+    outputs: Mapped[dict[str, Any]] = mapped_column(server_default="{}")
+    reused: Mapped[dict[str, Any] | None]
     log_sha256: Mapped[str | None]
     log_size_bytes: Mapped[int | None] = mapped_column(BigInteger)
     started_at: Mapped[datetime | None]
     finished_at: Mapped[datetime | None]
+
+
+class Checkpoint(Base):
+    """A place from which a stage can go on; the blob counts only if its bytes still have this sha256."""
+
+    __tablename__ = "checkpoints"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey(Job.id, ondelete="CASCADE"), primary_key=True)
+    ordinal: Mapped[int] = mapped_column(primary_key=True)
+    step: Mapped[int] = mapped_column(BigInteger, primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(ForeignKey(Tenant.id))
+    sha256: Mapped[str] = mapped_column(index=True)
+    size_bytes: Mapped[int] = mapped_column(BigInteger)
+    stage_key: Mapped[str]
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+
+class Usage(Base):
+    """Seconds for which a worker held a job, in one window of the clock; written again and again, never added up."""
+
+    __tablename__ = "usage"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey(Job.id, ondelete="CASCADE"), primary_key=True)
+    fence: Mapped[int] = mapped_column(BigInteger, primary_key=True)
+    window_start: Mapped[datetime] = mapped_column(primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(ForeignKey(Tenant.id))
+    queue: Mapped[str]
+    seconds: Mapped[float]
 
 
 class Artifact(Base):

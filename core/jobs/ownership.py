@@ -9,17 +9,21 @@ from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any, NamedTuple
 
-from sqlalchemy import func, select, update
+from sqlalchemy import func, select, text, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from core.errors import LeaseLost
-from core.jobs.models import Artifact, Job, Metric, StageRun
+from core.jobs.content import seal
+from core.jobs.models import Artifact, Job, Metric, StageRun, Usage
 from core.jobs.repository import add_event, set_state
-from core.jobs.state import OWNED
+from core.jobs.state import DONE, OWNED
 from core.models.repository import put_manifest
 from core.settings import get_settings
 from core.storage import Blob, ManifestFile
+
+USAGE_WINDOW_S = 300
+RETRY_AFTER_S = 10
 
 
 class Claim(NamedTuple):
@@ -42,7 +46,13 @@ def claim(session: Session, worker: str, queues: list[str]) -> Claim | None:
     """Returns the oldest queued job of these queues, now owned by `worker`, or None."""
     oldest = (
         select(Job.id)
-        .where(Job.state == "queued", Job.desired == "run", Job.queue.in_(queues), Job.deleted_at.is_(None))
+        .where(
+            Job.state == "queued",
+            Job.desired == "run",
+            Job.queue.in_(queues),
+            Job.deleted_at.is_(None),
+            Job.not_before <= func.now(),
+        )
         .order_by(Job.id)
         .limit(1)
         .with_for_update(skip_locked=True)
@@ -56,6 +66,7 @@ def claim(session: Session, worker: str, queues: list[str]) -> Claim | None:
             fence=Job.fence + 1,
             lease_owner=worker,
             lease_until=_lease_end(),
+            claimed_at=func.now(),
             started_at=func.coalesce(Job.started_at, func.now()),
         )
         .returning(Job)
@@ -77,25 +88,63 @@ def owned(session: Session, claim: Claim) -> Job:
 
 
 def heartbeat(session: Session, claim: Claim) -> str:
-    """Extends the lease and returns what the user desires now: run, pause or cancel. Raises LeaseLost."""
-    desired = session.scalar(
+    """Extends the lease, books the time, and returns what the user desires now. Raises LeaseLost."""
+    job = session.scalar(
         update(Job)
         .where(Job.id == claim.job_id, Job.fence == claim.fence, Job.state.in_(OWNED))
         .values(lease_until=_lease_end())
-        .returning(Job.desired)
+        .returning(Job)
+    )
+    if job is None:
+        raise LeaseLost()
+    book_usage(session, job)
+    return str(job.desired)
+
+
+def desired_of(session: Session, claim: Claim) -> str:
+    """Returns what the user desires now, without extending the lease. Raises LeaseLost."""
+    desired = session.scalar(
+        select(Job.desired).where(Job.id == claim.job_id, Job.fence == claim.fence, Job.state.in_(OWNED))
     )
     if desired is None:
         raise LeaseLost()
     return str(desired)
 
 
-def start_stage(session: Session, claim: Claim, ordinal: int) -> None:
-    """Marks a stage as running."""
+def book_usage(session: Session, job: Job) -> None:
+    """Writes for how long the present owner has held the job, split at the windows of the clock.
+
+    Every window since the claim is written anew from the database's clock, so a repeated or late call adds nothing.
+    """
+    session.execute(
+        text(
+            """
+            insert into usage (job_id, fence, window_start, tenant_id, queue, seconds)
+            select id, fence, w, tenant_id, queue,
+                   extract(epoch from least(w + :width, now()) - greatest(w, claimed_at))
+              from jobs, generate_series(
+                     greatest(date_bin(:width, claimed_at, 'epoch'), date_bin(:width, now(), 'epoch') - :width),
+                     now(), :width) as w
+             where id = :job_id
+            on conflict (job_id, fence, window_start) do update set seconds = excluded.seconds
+            """
+        ),
+        {"job_id": job.id, "width": timedelta(seconds=USAGE_WINDOW_S)},
+    )
+
+
+def used_seconds(session: Session, job_id: str) -> float:
+    """Returns for how long workers have held the job in all, as far as it was booked."""
+    return session.scalar(select(func.coalesce(func.sum(Usage.seconds), 0.0)).where(Usage.job_id == job_id)) or 0.0
+
+
+def start_stage(session: Session, claim: Claim, ordinal: int, cache_key: str | None = None) -> None:
+    """Marks a stage as running; with a key, its result is one that other jobs of the tenant may take over."""
     job = owned(session, claim)
     stage = session.get_one(StageRun, (job.id, ordinal))
     stage.state = "running"
     stage.attempt += 1
-    stage.step = stage.total_steps = 0
+    stage.cache_key = cache_key
     stage.started_at = func.now()
     add_event(session, job, "stage.running", f"stage {stage.kind} started", data=_where(stage))
 
@@ -107,8 +156,8 @@ def record_progress(
     progress: dict[str, Any] | None,
     points: Iterable[Point],
     events: Iterable[dict[str, Any]],
-) -> None:
-    """Writes what a child reported since the last write: step and ETA, metric points, events."""
+) -> str:
+    """Writes what a child reported since the last write, and returns what the user desires now."""
     job = owned(session, claim)
     stage = session.get_one(StageRun, (job.id, ordinal))
     if progress:
@@ -132,6 +181,7 @@ def record_progress(
             event.get("level", "info"),
             event.get("data", {}) | _where(stage),
         )
+    return job.desired
 
 
 def commit_stage(
@@ -145,45 +195,79 @@ def commit_stage(
     """Publishes a stage's outputs; the last stage ends its job. Returns whether the job ended."""
     job = owned(session, claim)
     stage = session.get_one(StageRun, (job.id, ordinal))
-    if stage.state == "succeeded":  # an earlier try was committed, and only its answer was lost
+    if stage.state in DONE:  # an earlier try was committed, and only its answer was lost
         return False
-    for role, files in outputs.items():
-        manifest = put_manifest(session, job.tenant_id, files)
-        values = {"ordinal": ordinal, "manifest_id": manifest.id}
+    if job.state == "cancelling":  # the cancellation came first
+        give_back(session, job, "cancelled", lost=False)
+        return True
+    stage.outputs = {role: put_manifest(session, job.tenant_id, files).id for role, files in outputs.items()}
+    stage.state, stage.summary = "succeeded", summary
+    _keep_log(stage, stage_log)
+    job.lost_attempts = 0
+    return finish_stage(session, job, stage, f"stage {stage.kind} succeeded")
+
+
+def finish_stage(session: Session, job: Job, stage: StageRun, message: str) -> bool:
+    """Publishes a done stage's outputs as the job's artifacts; the last stage ends the job. Returns whether it did."""
+    for role, manifest_id in stage.outputs.items():
+        values = {"ordinal": stage.ordinal, "manifest_id": manifest_id}
         session.execute(
             insert(Artifact)
             .values(job_id=job.id, tenant_id=job.tenant_id, name=role, **values)
             .on_conflict_do_update(index_elements=["job_id", "name"], set_=values)
         )
-    stage.state, stage.summary, stage.eta_s = "succeeded", summary, 0.0
+    stage.eta_s = 0.0
     stage.step = stage.total_steps = max(stage.total_steps, 1)
     stage.finished_at = func.now()
-    _keep_log(stage, stage_log)
-    job.lost_attempts = 0
-    add_event(
-        session,
-        job,
-        "stage.succeeded",
-        f"stage {stage.kind} succeeded",
-        data=_where(stage) | {"artifacts": sorted(outputs)},
-    )
+    data = _where(stage) | {"artifacts": sorted(stage.outputs)} | ({"reused": stage.reused} if stage.reused else {})
+    add_event(session, job, f"stage.{stage.state}", message, data=data)
     session.flush()
-    last = session.scalar(select(func.max(StageRun.ordinal)).where(StageRun.job_id == job.id))
-    if ordinal == last:
+    left = session.scalar(
+        select(func.count()).select_from(StageRun).where(StageRun.job_id == job.id, StageRun.state.not_in(DONE))
+    )
+    if not left:
+        book_usage(session, job)
         set_state(session, job, "succeeded")
-    return ordinal == last
+        seal(session, job)
+    return not left
+
+
+def redo_stage(session: Session, claim: Claim, role: str, before: int, why: str) -> bool:
+    """Makes the stage that made a role pending again, for its bytes are damaged; returns whether there is one."""
+    job = owned(session, claim)
+    artifact = session.get(Artifact, (job.id, role))
+    if artifact is None or artifact.ordinal >= before:
+        return False
+    stage = session.get_one(StageRun, (job.id, artifact.ordinal))
+    stage.state, stage.outputs, stage.reused, stage.cache_key = "pending", {}, None, None
+    session.delete(artifact)
+    add_event(session, job, "stage.redone", why, "warning", _where(stage) | {"role": role})
+    return True
 
 
 def fail_stage(session: Session, claim: Claim, ordinal: int, error: dict[str, Any], stage_log: Blob | None) -> None:
-    """Marks the stage and its job failed; `error` has reason, message, suggestion, retryable."""
+    """Marks the stage and its job failed, or queues the job again while a retry is left and can help.
+
+    `error` has reason, message, suggestion, retryable.
+    """
     job = owned(session, claim)
+    if job.state == "cancelling":
+        give_back(session, job, "cancelled", lost=False)
+        return
     stage = session.get_one(StageRun, (job.id, ordinal))
-    stage.state = "failed"
-    stage.finished_at = func.now()
     if stage_log:
         _keep_log(stage, stage_log)
     error = error | {"stage": stage.kind, "ordinal": ordinal}
+    if error["retryable"] and job.state == "running" and job.retries < job.spec.get("retries", 0):
+        job.retries += 1
+        job.not_before = func.now() + timedelta(seconds=RETRY_AFTER_S * 2 ** (job.retries - 1))
+        add_event(session, job, "stage.retried", error["message"], "warning", error | {"retry": job.retries})
+        give_back(session, job, f"retry {job.retries} of {job.spec['retries']}", lost=False)
+        return
+    stage.state = "failed"
+    stage.finished_at = func.now()
     add_event(session, job, "stage.failed", error["message"], "error", error)
+    book_usage(session, job)
     set_state(session, job, "failed", error)
 
 
@@ -198,6 +282,7 @@ def hand_back(session: Session, claim: Claim, why: str, *, lost: bool = False) -
 
 def give_back(session: Session, job: Job, why: str, *, lost: bool) -> None:
     """Does what `hand_back` says to a locked job, whoever owned it; the raised fence shuts the former owner out."""
+    book_usage(session, job)
     job.fence += 1
     job.lease_owner = None
     job.lost_attempts += 1 if lost else 0
@@ -216,7 +301,7 @@ def give_back(session: Session, job: Job, why: str, *, lost: bool) -> None:
         )
         return
     for stage in session.scalars(select(StageRun).where(StageRun.job_id == job.id, StageRun.state == "running")):
-        stage.state, stage.eta_s = "pending", None
+        stage.state, stage.eta_s, stage.cache_key = "pending", None, None
     add_event(session, job, "job.requeued", why, "warning" if lost else "info")
     set_state(session, job, "queued")
     job.lease_until = None

@@ -211,16 +211,39 @@ def list_metrics(
     return list(session.scalars(query.order_by(Metric.ordinal, Metric.name, Metric.step)))
 
 
-def cancel_job(session: Session, tenant_id: str, job_id: str) -> Job:
+def cancel_job(session: Session, tenant_id: str, job_id: str, *, after_checkpoint: bool = False) -> Job:
     """Returns the job, cancelled at once if nobody runs it, else on its way. Raises Conflict when it has ended."""
     job = get_job(session, tenant_id, job_id, lock=True)
     if job.state in TERMINAL:
         raise Conflict(f"The job is already {job.state}; only a job that has not ended can be cancelled.")
-    job.desired = "cancel"
-    if can_change(job.state, "cancelled") and job.state != "cancelling":
+    job.desired = "cancel_after_checkpoint" if after_checkpoint and job.desired != "cancel" else "cancel"
+    if job.state in {"queued", "paused"}:
         set_state(session, job, "cancelled")
     elif job.state != "cancelling":
         set_state(session, job, "cancelling")
+    return job
+
+
+def pause_job(session: Session, tenant_id: str, job_id: str) -> Job:
+    """Returns the job, paused at once if nobody runs it, else on its way. Raises Conflict when it cannot be paused."""
+    job = get_job(session, tenant_id, job_id, lock=True)
+    if job.state in TERMINAL or job.state == "cancelling":
+        raise Conflict(f"The job is {job.state}; only a job that is queued or runs can be paused.")
+    job.desired = "pause"
+    if job.state in {"queued", "running"}:
+        set_state(session, job, "paused" if job.state == "queued" else "pausing")
+    return job
+
+
+def resume_job(session: Session, tenant_id: str, job_id: str) -> Job:
+    """Returns the job, queued again, or running on if it had not stopped yet. Raises Conflict when it cannot be."""
+    job = get_job(session, tenant_id, job_id, lock=True)
+    if job.state in TERMINAL or job.state == "cancelling":
+        raise Conflict(f"The job is {job.state}; only a paused job can be resumed.")
+    job.desired = "run"
+    if job.state in {"paused", "pausing"}:
+        set_state(session, job, "queued" if job.state == "paused" else "running")
+        job.hinted_at = None
     return job
 
 
@@ -247,6 +270,8 @@ def set_state(session: Session, job: Job, state: str, error: dict[str, Any] | No
             if stage.state in {"pending", "running"} and state != "succeeded":
                 stage.state = "failed" if state == "failed" and stage.state == "running" else "cancelled"
                 stage.finished_at = func.now()
+    if state == "cancelled":  # what a cancelled job made can be taken over by another one, but is not offered
+        session.execute(delete(Artifact).where(Artifact.tenant_id == job.tenant_id, Artifact.job_id == job.id))
     level = "error" if state == "failed" else "info"
     add_event(session, job, f"job.{state}", (error or {}).get("message") or f"job {state}", level, error or {})
 

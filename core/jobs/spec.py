@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -95,6 +95,20 @@ class JobSpec(StrictModel):
         max_length=32,
         description="What to do, in order.",
     )
+    cache: Literal["use", "refresh", "off"] = Field(
+        "use",
+        description="`use` takes over the result of an identical stage of yours; `refresh` runs every stage and offers "
+        "its result to later jobs; `off` does neither.",
+    )
+    retries: int = Field(
+        2,
+        ge=0,
+        le=20,
+        description="How often a stage is tried again after a failure that may pass, as a full disk.",
+    )
+    max_seconds: int | None = Field(
+        None, ge=1, description="The job fails as `budget_exhausted` once workers have held it for this long in all."
+    )
     seed: int = Field(0, ge=0, lt=2**31, description="Seed of every random choice.")
     metadata: dict[str, str] = Field({}, description="Your own labels; jobs can be listed by them.", max_length=16)
 
@@ -111,6 +125,23 @@ class JobSpec(StrictModel):
         """Returns the sha256 of the normalised spec."""
         canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def seen_by(self, stage: Stage) -> dict[str, Any]:
+        """Returns the spec as one of its stages sees it, without what its result must not depend on.
+
+        Names are no content: what they stand for is told to the stage by its bytes. Only a stage that reports on the
+        whole job sees all of its stages and the names.
+        """
+        fields = self.model_dump(mode="json", exclude={"metadata", "cache", "retries", "max_seconds"})
+        if not stage.reports_on_job:
+            splits = [split for split in ("train", "validation", "test") if getattr(self.data, split)]
+            fields |= {
+                "name": "job",
+                "teacher": {"model": "teacher"},
+                "data": {split: f"data/{split}" for split in splits},
+                "stages": [stage.model_dump(mode="json")],
+            }
+        return fields
 
     def check(self) -> list[Problem]:
         """Returns what is wrong between the stages: each must find what it reads."""

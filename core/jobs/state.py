@@ -6,7 +6,7 @@ from core.errors import Reason
 
 JobState = Literal["queued", "running", "cancelling", "pausing", "paused", "succeeded", "failed", "cancelled"]
 StageState = Literal["pending", "running", "succeeded", "cached", "failed", "cancelled"]
-Desired = Literal["run", "pause", "cancel"]
+Desired = Literal["run", "pause", "cancel", "cancel_after_checkpoint"]
 
 JOB_STATES: tuple[str, ...] = get_args(JobState)
 STAGE_STATES: tuple[str, ...] = get_args(StageState)
@@ -15,14 +15,15 @@ REASONS: tuple[str, ...] = get_args(Reason)
 TRANSITIONS: dict[str, frozenset[str]] = {
     "queued": frozenset({"running", "cancelled", "paused", "failed"}),
     "running": frozenset({"succeeded", "failed", "queued", "cancelling", "pausing"}),
-    "cancelling": frozenset({"cancelled", "succeeded", "failed"}),
-    "pausing": frozenset({"paused", "succeeded", "failed", "cancelling"}),
+    "cancelling": frozenset({"cancelled"}),
+    "pausing": frozenset({"paused", "succeeded", "failed", "cancelling", "running"}),
     "paused": frozenset({"queued", "cancelled"}),
     "succeeded": frozenset(),
     "failed": frozenset(),
     "cancelled": frozenset(),
 }
 TERMINAL = frozenset(state for state, after in TRANSITIONS.items() if not after)
+DONE: tuple[StageState, ...] = ("succeeded", "cached")
 OWNED = frozenset({"running", "cancelling", "pausing"})
 
 

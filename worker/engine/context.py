@@ -2,20 +2,25 @@
 
 import logging
 import os
+import random
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from core.errors import StageFailed
 from core.jobs.spec import JobSpec
 from core.methods import Stage, list_methods
+from worker.engine import checkpoints
 from worker.engine.data import Examples, read_examples
 from worker.engine.devices import choose_device
 from worker.engine.failures import StopRequested
@@ -38,6 +43,9 @@ class Order:
     outputs_dir: Path
     num_threads: int
     max_memory_bytes: int
+    job_id: str
+    checkpoint: Path | None
+    checkpoint_s: float
 
     @classmethod
     def parse(cls, data: dict[str, Any]) -> "Order":
@@ -52,6 +60,9 @@ class Order:
             outputs_dir=Path(data["outputs_dir"]),
             num_threads=data["num_threads"],
             max_memory_bytes=data["max_memory_bytes"],
+            job_id=data["job_id"],
+            checkpoint=Path(data["checkpoint"]) if data["checkpoint"] else None,
+            checkpoint_s=data["checkpoint_s"],
         )
 
 
@@ -67,6 +78,10 @@ class StageContext:
         self._stop = stop
         self._remembered: dict[str, Any] = {}
         self.scratch_dir = Path(tempfile.mkdtemp(prefix="scratch-", dir=order.outputs_dir.parent))
+        self._pacer = checkpoints.Pacer(order.checkpoint_s)
+        self._skipped_checkpoint = False
+        random.seed(self.seed)
+        np.random.seed(self.seed)
         torch.manual_seed(self.seed)
 
     @property
@@ -93,6 +108,30 @@ class StageContext:
         """Reports how far the stage is, and stops here if that is ordered."""
         self.reporter.progress(step, total)
         self.check_stop()
+
+    def find_checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Returns the tensors and the state from which this stage goes on, or None when it starts."""
+        return checkpoints.read(self.order.checkpoint) if self.order.checkpoint else None
+
+    def wants_checkpoint(self) -> bool:
+        """Tells whether a checkpoint is due."""
+        return self._pacer.is_due()
+
+    def save_checkpoint(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Writes a checkpoint and hands it to the supervisor; without room for it, warns once and goes on."""
+        began = time.monotonic()
+        folder = self.order.outputs_dir.parent / "checkpoints"
+        folder.mkdir(exist_ok=True)
+        size_bytes = sum(tensor.nbytes for tensor in tensors.values())
+        if shutil.disk_usage(folder).free < 1.2 * size_bytes + checkpoints.FREE_RESERVE_BYTES:
+            if not self._skipped_checkpoint:
+                self.warn("checkpoint_skipped", "The disk has no room for a checkpoint.", size_bytes=size_bytes)
+            self._skipped_checkpoint = True
+        else:
+            identity = {"job_id": self.order.job_id, "ordinal": self.order.ordinal, "step": step}
+            checkpoints.write(folder / f"{step}.safetensors", tensors, state | identity)
+            self.reporter.checkpoint(step, f"{step}.safetensors")
+        self._pacer.note(time.monotonic() - began)
 
     def warn(self, type: str, message: str, **data: Any) -> None:
         """Reports a warning event."""

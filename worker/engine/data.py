@@ -1,7 +1,7 @@
 """Texts and labels, tokenised once, in batches of texts of nearly one length."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -71,14 +71,14 @@ class Encoded:
         """Returns the inputs of one example, a batch of one without padding."""
         return {name: torch.from_numpy(column[row].astype(np.int64)[None]) for name, column in self.columns.items()}
 
-    def shuffled(self, batch_size: int, seed: int, epoch: int, device: torch.device) -> Iterator[Batch]:
-        """Yields one epoch of bucketed batches; their order is a pure function of seed and epoch."""
-        rng = np.random.default_rng([seed, epoch])
+    def shuffled(self, batch_size: int, seed: Sequence[int], first: int, device: torch.device) -> Iterator[Batch]:
+        """Yields one epoch of bucketed batches from number `first` on; their order is a pure function of the seed."""
+        rng = np.random.default_rng(seed)
         order = rng.permutation(len(self))
         buckets = -(-self.lengths[order] // LENGTH_MULTIPLE)
         order = order[np.argsort(buckets, kind="stable")]
         starts = np.arange(0, len(order), batch_size)
-        for start in rng.permutation(starts):
+        for start in rng.permutation(starts)[first:]:
             yield self.batch(order[start : start + batch_size], device)
 
     def by_length(self, batch_size: int, device: torch.device) -> Iterator[Batch]:

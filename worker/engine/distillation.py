@@ -27,9 +27,10 @@ def distill(ctx: StageContext, settings: "Distill") -> dict[str, Any]:
         )
     tokenizer = ctx.load_tokenizer("student" if ctx.has_input("student") else "teacher")
     trainer = Trainer(ctx, load_student(ctx), tokenizer, settings, make_terms(ctx, settings.losses))
-    ctx.progress(0, trainer.num_steps)
-    trainer.teacher_NC = predict_logits(teacher, trainer.train_data, ctx.check_stop)
-    log.info("the teacher answered %d texts", len(trainer.train_data))
+    if trainer.teacher_NC is None:
+        ctx.progress(0, trainer.num_steps)
+        trainer.teacher_NC = predict_logits(teacher, trainer.train_data, ctx.check_stop)
+        log.info("the teacher answered %d texts", len(trainer.train_data))
     teacher_scores = trainer.score_validation(teacher) if trainer.validation_data else None
     summary = trainer.run()
     trainer.save("student")

@@ -51,6 +51,11 @@ class Reporter:
         self.flush()
         self._write({"type": "event", "event": {"type": type, "level": level, "message": message, "data": data}})
 
+    def checkpoint(self, step: int, name: str) -> None:
+        """Hands a written checkpoint over, after all that was noted before it."""
+        self.flush()
+        self._write({"type": "checkpoint", "step": step, "name": name})
+
     def close(self, last: dict[str, Any]) -> None:
         """Sends what is noted, then the last report."""
         self.flush()

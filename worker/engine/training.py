@@ -12,9 +12,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from core.errors import StageFailed
 from core.methods import Loss
+from worker.engine import checkpoints
 from worker.engine.context import StageContext
 from worker.engine.data import Batch, Encoded, Examples, encode
 from worker.engine.devices import autocast
+from worker.engine.failures import StopRequested
 from worker.engine.inference import predict_logits
 from worker.engine.loading import input_names, limit_length, save_model
 from worker.engine.optimization import MAX_GRADIENT_NORM, TrainingSettings, make_optimizer, make_schedule, set_dropout
@@ -61,6 +63,8 @@ class Trainer:
     _window: list[dict[str, float]] = field(default_factory=list)
     _best: dict[str, Any] = field(default_factory=dict)
     _best_state: dict[str, Tensor] | None = None
+    _step: int = 0
+    _validated_step: int = 0
 
     def __post_init__(self) -> None:
         limit_length(self.model, self.tokenizer, self.settings.max_length)
@@ -76,35 +80,83 @@ class Trainer:
         self.num_steps = max(1, round(self.settings.epochs * self.steps_per_epoch))
         self.schedule = make_schedule(self.optimizer, self.num_steps, self.settings.warmup_ratio)
         self.log_every = max(1, self.num_steps // LOGGED_POINTS)
+        self._restore()
 
     def run(self) -> dict[str, Any]:
         """Trains, leaves the best epoch's weights in the model, and returns what is known of them.
 
+        A run that was interrupted goes on from its checkpoint and ends with the same bytes as one that was not.
+
         Raises:
             StageFailed: `loss_not_finite` at the step whose loss or gradient is not finite.
-            StopRequested: At the next step after the order.
+            StopRequested: At the next step after the order; a checkpoint is handed over before.
         """
-        self._warn_of_cut_texts()
-        self.ctx.progress(0, self.num_steps)
-        step = 0
-        for epoch in range(math.ceil(self.num_steps / self.steps_per_epoch)):
-            self.model.train()
-            for batch in self.train_data.shuffled(self.settings.batch_size, self.ctx.seed, epoch, self.ctx.device):
-                if step == self.num_steps:
-                    break
-                step += 1
-                self._log(step, self._step(batch, step))
-                self.ctx.progress(step, self.num_steps)
-            self._validate(step, epoch + 1)
+        if self._step == 0:
+            self._warn_of_cut_texts()
+        try:
+            self._train()
+        except StopRequested:
+            self._save_checkpoint()
+            raise
         if self._best_state is not None:
             self.model.load_state_dict(self._best_state)
         self.model.eval()
         return {
             "num_examples": len(self.train_data),
-            "num_steps": step,
+            "num_steps": self._step,
             "kept_epoch": self._best.get("epoch", math.ceil(self.num_steps / self.steps_per_epoch)),
             "validation": self._best.get("scores"),
         }
+
+    def _train(self) -> None:
+        self.ctx.progress(self._step, self.num_steps)
+        while self._step < self.num_steps:
+            self._validate_if_due()
+            epoch, first = divmod(self._step, self.steps_per_epoch)
+            seed, batch_size = [self.ctx.seed, epoch], self.settings.batch_size
+            self.model.train()
+            for batch in self.train_data.shuffled(batch_size, seed, first, self.ctx.device):
+                if self._step == self.num_steps:
+                    break
+                numbers = self._update(batch)
+                self._step += 1
+                self._log(numbers)
+                if self.ctx.wants_checkpoint():
+                    self._save_checkpoint()
+                self.ctx.progress(self._step, self.num_steps)
+        self._validate_if_due()
+
+    def _save_checkpoint(self) -> None:
+        tensors = {
+            **checkpoints.add_prefix("model", self.model.state_dict()),
+            **checkpoints.add_prefix("best", self._best_state or {}),
+            **checkpoints.add_prefix("optimizer", checkpoints.optimizer_tensors(self.optimizer)),
+            **checkpoints.add_prefix("random", checkpoints.random_tensors()),
+            **({} if self.teacher_NC is None else {"teacher": self.teacher_NC}),
+        }
+        state = {
+            "groups": self.optimizer.state_dict()["param_groups"],
+            "schedule": {key: value for key, value in self.schedule.state_dict().items() if key != "lr_lambdas"},
+            "window": self._window,
+            "best": self._best,
+            "validated_step": self._validated_step,
+        }
+        self.ctx.save_checkpoint(self._step, tensors, state)
+
+    def _restore(self) -> None:
+        found = self.ctx.find_checkpoint()
+        if found is None:
+            return
+        tensors, state = found
+        self.model.load_state_dict(checkpoints.select(tensors, "model"))
+        checkpoints.restore_optimizer(self.optimizer, checkpoints.select(tensors, "optimizer"), state["groups"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.teacher_NC = tensors.get("teacher")
+        self._best_state = checkpoints.select(tensors, "best") or None
+        self._best, self._window = state["best"], state["window"]
+        self._step, self._validated_step = state["step"], state["validated_step"]
+        checkpoints.restore_random(checkpoints.select(tensors, "random"))
+        log.info("going on from step %d of %d", self._step, self.num_steps)
 
     def save(self, role: str) -> None:
         """Writes the model, its tokenizer and its labels as the stage's output in this role."""
@@ -120,7 +172,7 @@ class Trainer:
             message = f"{cut} of {total} training texts are longer than {limit} tokens and are cut."
             self.ctx.warn("texts_cut", message, num_cut=cut, num_examples=total, max_length=limit)
 
-    def _step(self, batch: Batch, step: int) -> dict[str, float]:
+    def _update(self, batch: Batch) -> dict[str, float]:
         with autocast(self.ctx.device):
             logits_BC = self.model(**batch.inputs).logits
         logits_BC = logits_BC.float()
@@ -130,25 +182,26 @@ class Trainer:
         values = {term.name: term.loss(logits_BC, teacher_BC, batch.labels_B).mean() for term in self.terms}
         total = torch.stack([term.weight * values[term.name] for term in self.terms]).sum()
         numbers = {"total": total.item(), **{name: value.item() for name, value in values.items()}}
-        self._check_finite("loss", numbers["total"], step)
+        self._check_finite("loss", numbers["total"])
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRADIENT_NORM)
-        self._check_finite("gradient", norm.item(), step)
+        self._check_finite("gradient", norm.item())
         self.optimizer.step()
         self.schedule.step()
         return numbers
 
-    def _check_finite(self, what: str, value: float, step: int) -> None:
+    def _check_finite(self, what: str, value: float) -> None:
         if not math.isfinite(value):
             raise StageFailed(
                 "loss_not_finite",
-                f"The {what} became {value} at step {step} of {self.num_steps}.",
+                f"The {what} became {value} at step {self._step + 1} of {self.num_steps}.",
                 suggestion=f"Lower learning_rate (now {self.settings.learning_rate:g}).",
             )
 
-    def _log(self, step: int, numbers: dict[str, float]) -> None:
+    def _log(self, numbers: dict[str, float]) -> None:
         """Reports the mean over a window of steps; the windows depend on the number of steps alone."""
+        step = self._step
         self._window.append(numbers)
         if step % self.log_every and step != self.num_steps:
             return
@@ -161,9 +214,13 @@ class Trainer:
             self.ctx.reporter.metric(f"share/{term.name}", step, share)
         self.ctx.reporter.metric("learning_rate", step, float(self.schedule.get_last_lr()[0]))
 
-    def _validate(self, step: int, epoch: int) -> None:
-        if self.validation_data is None:
+    def _validate_if_due(self) -> None:
+        """Scores the model once after each epoch and after the last step."""
+        step = self._step
+        at_end = step % self.steps_per_epoch == 0 or step == self.num_steps
+        if self.validation_data is None or step == self._validated_step or not at_end:
             return
+        epoch = math.ceil(step / self.steps_per_epoch)
         scores = self.score_validation(self.model)
         for name, value in scores.items():
             self.ctx.reporter.metric(f"validation/{name}", step, value)
@@ -172,6 +229,7 @@ class Trainer:
         if best is None or (scores["accuracy"], -scores["loss"]) > (best["accuracy"], -best["loss"]):
             self._best = {"epoch": epoch, "scores": scores}
             self._best_state = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
+        self._validated_step = step
 
     def score_validation(self, model: PreTrainedModel) -> dict[str, float]:
         """Returns accuracy, macro-F1 and cross entropy of a model on the validation split, which must exist."""

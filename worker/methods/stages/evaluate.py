@@ -1,7 +1,7 @@
 """Measurement of every model that the job made."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 class Evaluate(Stage):
     """Measures teacher, student and every exported form on the test split, and writes the report and the model card."""
+
+    reports_on_job: ClassVar[bool] = True
 
     kind: Literal["evaluate"] = "evaluate"
     confidence: float = Field(
@@ -33,6 +35,10 @@ class Evaluate(Stage):
 
     def writes(self) -> set[str]:
         """Returns the report's role."""
+        return {"report"}
+
+    def measures(self) -> set[str]:
+        """Returns the report's role: it holds latencies."""
         return {"report"}
 
     def build(self, ctx: "StageContext") -> Callable[[], dict[str, Any]]:
