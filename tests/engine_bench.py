@@ -85,6 +85,9 @@ class Bench:
             "outputs_dir": str(outputs),
             "num_threads": 1,
             "max_memory_bytes": 0,
+            "job_id": "job_0",
+            "checkpoint": None,
+            "checkpoint_s": 60,
         }
         path = self.root / name / "order.json"
         path.write_text(json.dumps(order | changes), encoding="utf-8")

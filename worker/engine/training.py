@@ -136,7 +136,7 @@ class Trainer:
         }
         state = {
             "groups": self.optimizer.state_dict()["param_groups"],
-            "schedule": {key: value for key, value in self.schedule.state_dict().items() if key != "lr_lambdas"},
+            "schedule": self.schedule.state_dict(),
             "window": self._window,
             "best": self._best,
             "validated_step": self._validated_step,
