@@ -79,7 +79,7 @@ def test_two_workers_run_twenty_jobs_once_each_while_the_api_restarts(stack: Sta
 def test_same_spec_gives_the_same_bytes_even_after_kills(stack: Stack) -> None:
     worker = stack.start_worker()
     stages = [{"kind": "finetune", "epochs": 60, "batch_size": 8}, {"kind": "distill", "epochs": 1}]
-    clean, killed = stack.submit(stages=stages), stack.submit(stages=stages)
+    clean, killed = (stack.submit(stages=stages, cache="off") for _ in range(2))
     assert stack.wait(clean)["state"] == "succeeded"
     os.kill(running_child(stack, killed, worker.pid), signal.SIGKILL)
     assert stack.wait(killed)["state"] == "succeeded"
@@ -149,7 +149,7 @@ def test_stage_without_memory_fails_as_out_of_memory(stack: Stack) -> None:
 
 def test_full_disk_fails_as_storage_full(stack: Stack, small_disk: Path) -> None:
     stack.start_worker(STILLHOUSE_STAGING_DIR=str(small_disk))
-    job = stack.wait(stack.submit())
+    job = stack.wait(stack.submit(retries=0))
     assert job["state"] == "failed"
     assert job["error"]["reason"] == "storage_full"
     assert "free" in job["error"]["suggestion"].lower()

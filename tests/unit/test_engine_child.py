@@ -100,7 +100,7 @@ def test_inputs_stay_untouched_and_no_scratch_is_left(run_through: tuple[Bench, 
     job, stages = run_through
     assert contents(job.inputs / "data") == contents(bench.inputs / "data")
     for finished in stages:
-        assert sorted(path.name for path in finished.outputs.parent.iterdir()) == ["log", "order.json", "out"]
+        assert sorted(path.name for path in finished.outputs.parent.iterdir()) == ["checkpoints", "log", "order.json", "out"]
 
 
 def test_same_order_twice_gives_the_same_bytes(run_through: tuple[Bench, list[Finished]]) -> None:
@@ -220,7 +220,7 @@ def test_an_order_to_stop_stops_at_the_next_step(bench: Bench) -> None:
     assert child.returncode == 0
     assert reports[-1] == {"type": "stopped"}
     assert [report["type"] for report in reports].count("stopped") == 1
-    assert sorted(path.name for path in order.parent.iterdir()) == ["log", "order.json", "out"]
+    assert sorted(path.name for path in order.parent.iterdir()) == ["checkpoints", "log", "order.json", "out"]
 
 
 def test_a_child_whose_reader_is_gone_leaves(bench: Bench) -> None:
