@@ -61,7 +61,6 @@ class Method(StrictModel):
     """One way to do one thing. Subclasses set `kind: Literal["x"] = "x"` in a file `x.py`."""
 
     family: ClassVar[str] = ""
-    version: ClassVar[int] = 1
 
     kind: str
 

@@ -26,6 +26,9 @@ class Settings(BaseSettings):
     lease_s: int = Field(60, ge=2, description="How long a claim holds without a heartbeat.")
     heartbeat_s: float = Field(10.0, gt=0, description="Pause between two heartbeats of a supervisor.")
     hung_s: int = Field(900, ge=5, description="A child silent for this long is killed and the stage retried.")
+    stop_grace_s: float = Field(
+        100.0, gt=0, description="How long a child has to write a checkpoint and end once it is told to stop."
+    )
     poll_s: float = Field(10.0, gt=0, description="How often an idle worker looks at the table without a hint.")
     reconcile_s: float = Field(5.0, gt=0, description="Pause between two ticks of the reconciler.")
     hint_after_s: int = Field(30, ge=1, description="A queued job without a hint for this long is hinted again.")

@@ -155,6 +155,7 @@ class Stack:
         settings = {
             "STILLHOUSE_STORAGE_DIR": str(self.data_dir / "blobs"),
             "STILLHOUSE_STAGING_DIR": str(self.data_dir / "staging"),
+            "STILLHOUSE_STOP_GRACE_S": "20",  # whoever stops the stack waits for it
         }
         if self.options.num_workers > 1:
             settings["STILLHOUSE_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // self.options.num_workers))

@@ -56,7 +56,12 @@ def due_hints(session: Session) -> list[str]:
     stale = func.now() - timedelta(seconds=get_settings().hint_after_s)
     jobs = session.scalars(
         select(Job)
-        .where(Job.state == "queued", Job.desired == "run", or_(Job.hinted_at.is_(None), Job.hinted_at < stale))
+        .where(
+            Job.state == "queued",
+            Job.desired == "run",
+            Job.not_before <= func.now(),
+            or_(Job.hinted_at.is_(None), Job.hinted_at < stale),
+        )
         .order_by(Job.id)
         .limit(MAX_HINTS)
         .with_for_update(skip_locked=True)

@@ -17,7 +17,6 @@ from worker.lease import Lease
 from worker.staging import Staging
 
 FLUSH_S = 1.0
-STOP_GRACE_S = 20.0
 log = logging.getLogger(__name__)
 
 
@@ -123,7 +122,7 @@ class Watch:
         if self.stopped_at is None and (is_over or self.draining.is_set() or self.desired != "run"):
             self.stopped_at = time.monotonic()
             child.order("stop")
-        if self.stopped_at is not None and time.monotonic() - self.stopped_at > STOP_GRACE_S:
+        if self.stopped_at is not None and time.monotonic() - self.stopped_at > get_settings().stop_grace_s:
             child.kill()
 
 

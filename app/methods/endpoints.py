@@ -19,7 +19,6 @@ class MethodView(BaseModel):
 
     family: str = Field(examples=["losses"])
     kind: str = Field(examples=["forward_kl"])
-    version: int
     description: str
     defaults: dict[str, Any] = Field(description="Settings that need not be given, with their values.")
     required: list[str] = Field(description="Settings that must be given.")
@@ -39,7 +38,6 @@ def _view(cls: type[Method]) -> MethodView:
     return MethodView(
         family=cls.family,
         kind=cls.model_fields["kind"].default,
-        version=cls.version,
         description=cls.__doc__ or "",
         defaults=TypeAdapter(dict[str, Any]).dump_python(defaults, mode="json"),
         required=[name for name, field in fields if field.is_required()],
