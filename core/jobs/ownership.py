@@ -197,14 +197,21 @@ def commit_stage(
     stage = session.get_one(StageRun, (job.id, ordinal))
     if stage.state in DONE:  # an earlier try was committed, and only its answer was lost
         return False
-    if job.state == "cancelling":  # the cancellation came first
-        give_back(session, job, "cancelled", lost=False)
+    if settle_cancelled(session, job):
         return True
     stage.outputs = {role: put_manifest(session, job.tenant_id, files).id for role, files in outputs.items()}
     stage.state, stage.summary = "succeeded", summary
     _keep_log(stage, stage_log)
     job.lost_attempts = 0
     return finish_stage(session, job, stage, f"stage {stage.kind} succeeded")
+
+
+def settle_cancelled(session: Session, job: Job) -> bool:
+    """Ends a locked job whose cancellation came before what its owner wants to write; returns whether it did."""
+    if job.state != "cancelling":
+        return False
+    give_back(session, job, "cancelled", lost=False)
+    return True
 
 
 def finish_stage(session: Session, job: Job, stage: StageRun, message: str) -> bool:
@@ -251,8 +258,7 @@ def fail_stage(session: Session, claim: Claim, ordinal: int, error: dict[str, An
     `error` has reason, message, suggestion, retryable.
     """
     job = owned(session, claim)
-    if job.state == "cancelling":
-        give_back(session, job, "cancelled", lost=False)
+    if settle_cancelled(session, job):
         return
     stage = session.get_one(StageRun, (job.id, ordinal))
     if stage_log:

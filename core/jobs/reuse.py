@@ -5,7 +5,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from core.jobs.models import Job, Metric, StageRun
-from core.jobs.ownership import Claim, finish_stage, owned
+from core.jobs.ownership import Claim, finish_stage, owned, settle_cancelled
 from core.jobs.state import DONE
 
 METRIC_COLUMNS = ("name", "step", "tenant_id", "value", "at")
@@ -30,6 +30,8 @@ def find_reusable(session: Session, tenant_id: str, cache_key: str) -> StageRun 
 def reuse_stage(session: Session, claim: Claim, ordinal: int, source: StageRun) -> bool:
     """Gives a stage the results of another one, metrics and log included. Returns whether that ended the job."""
     job = owned(session, claim)
+    if settle_cancelled(session, job):
+        return True
     stage = session.get_one(StageRun, (job.id, ordinal))
     take_over(session, stage, source)
     stage.started_at = stage.started_at or source.finished_at
