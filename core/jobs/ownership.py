@@ -292,26 +292,18 @@ def give_back(session: Session, job: Job, why: str, *, lost: bool) -> None:
     job.fence += 1
     job.lease_owner = None
     job.lost_attempts += 1 if lost else 0
-    if job.state in {"cancelling", "pausing"}:
-        set_state(session, job, "cancelled" if job.state == "cancelling" else "paused")
-        job.lease_until = None
-        return
-    if lost and job.lost_attempts >= get_settings().max_attempts:
+    if job.state == "running" and lost and job.lost_attempts >= get_settings().max_attempts:
         message = f"{job.lost_attempts} workers in a row were lost in the same stage"
         suggestion = "read the stage's log; the stage may need more memory than a worker has"
-        set_state(
-            session,
-            job,
-            "failed",
-            {"reason": "worker_lost", "message": message, "suggestion": suggestion, "retryable": True},
-        )
+        error = {"reason": "worker_lost", "message": message, "suggestion": suggestion, "retryable": True}
+        set_state(session, job, "failed", error)
         return
+    if job.state == "running":
+        add_event(session, job, "job.requeued", why, "warning" if lost else "info")
+    set_state(session, job, {"running": "queued", "pausing": "paused", "cancelling": "cancelled"}[job.state])
     for stage in session.scalars(select(StageRun).where(StageRun.job_id == job.id, StageRun.state == "running")):
         stage.state, stage.eta_s, stage.cache_key = "pending", None, None
-    add_event(session, job, "job.requeued", why, "warning" if lost else "info")
-    set_state(session, job, "queued")
-    job.lease_until = None
-    job.hinted_at = None
+    job.lease_until = job.hinted_at = None
 
 
 def _keep_log(stage: StageRun, stage_log: Blob) -> None:
