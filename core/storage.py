@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator
@@ -17,6 +18,7 @@ from core.settings import get_settings
 
 CHUNK_BYTES = 1024 * 1024
 FREE_RESERVE_BYTES = 64 * 1024 * 1024
+SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class Blob(NamedTuple):
@@ -111,12 +113,22 @@ class BlobWriter:
 
 
 class ArtifactStore:
-    """Blobs in a local folder: `<root>/sha256/ab/<sha256>`."""
+    """Blobs in a local folder: `<root>/sha256/ab/<sha256>`.
+
+    Beside them lie `tmp` (what is being written), `damaged` (what `put_aside` found) and `trash` (see `discard`).
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.temp_dir = root / "tmp"
+        self.trash_dir = root / "trash"
+        self.damaged_dir = root / "damaged"
         self.temp_dir.mkdir(parents=True, exist_ok=True)
+
+    def now(self) -> float:
+        """Returns the time by the clock that stamps this folder's files, on whichever machine that is."""
+        os.utime(self.temp_dir)
+        return self.temp_dir.stat().st_mtime
 
     def path_of(self, sha256: str) -> Path:
         """Returns where the blob lies, whether or not it exists."""
@@ -169,17 +181,21 @@ class ArtifactStore:
         return files
 
     def publish(self, path: Path, blob: Blob) -> None:
-        """Moves a finished file to its address; a blob that exists already is kept."""
+        """Moves a finished file to its address; a blob that exists already is kept.
+
+        Either way the blob is as young as this call, for it is now that somebody wants it: see `discard`.
+        """
         target = self.path_of(blob.sha256)
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            os.utime(target)  # a collector of dead blobs judges by age, and this one is wanted again
+            os.utime(target)
         except FileNotFoundError:
             pass
         else:
             path.unlink()
             return
         path.chmod(0o444)
+        os.utime(path)
         path.rename(target)
         folder = os.open(target.parent, os.O_RDONLY)
         try:
@@ -208,26 +224,74 @@ class ArtifactStore:
 
     def verify(self, sha256: str) -> bool:
         """Tells whether the blob is there with the bytes that its name promises."""
-        try:
-            with self.path_of(sha256).open("rb") as source:
-                return hashlib.file_digest(source, "sha256").hexdigest() == sha256
-        except OSError:
-            return False
+        return is_sound(self.path_of(sha256))
 
     def has(self, sha256: str) -> bool:
         """Tells whether the blob is there; its bytes are not read."""
         return self.path_of(sha256).is_file()
 
-    def put_aside(self, sha256: str) -> None:
-        """Moves a damaged blob to `<root>/damaged`, where nobody reads it."""
-        folder = self.root / "damaged"
-        folder.mkdir(exist_ok=True)
-        with contextlib.suppress(FileNotFoundError):
-            self.path_of(sha256).rename(folder / sha256)
+    def put_aside(self, sha256: str) -> bool:
+        """Moves a damaged blob to `<root>/damaged`, where nobody reads it; returns whether one was moved."""
+        self.damaged_dir.mkdir(exist_ok=True)
+        aside = self.damaged_dir / sha256
+        try:
+            self.path_of(sha256).rename(aside)
+        except FileNotFoundError:
+            return False
+        if is_sound(aside):  # stored anew since it was found damaged
+            aside.rename(self.path_of(sha256))
+            return False
+        return True
 
-    def delete(self, sha256: str) -> None:
-        """Deletes a blob; a missing one is no error."""
-        self.path_of(sha256).unlink(missing_ok=True)
+    def list_blobs(self) -> Iterator[str]:
+        """Yields the sha256 of every blob in order, holding the names of one folder at a time."""
+        for folder in sorted((self.root / "sha256").glob("??")):
+            yield from sorted(name for name in os.listdir(folder) if SHA256.fullmatch(name))
+
+    def is_older(self, sha256: str, before: float) -> bool:
+        """Tells whether the blob is there and was last published before that time."""
+        try:
+            return self.path_of(sha256).stat().st_mtime < before
+        except FileNotFoundError:
+            return False
+
+    def discard(self, sha256: str, before: float) -> int | None:
+        """Deletes a blob that nothing refers to, unless it was published since `before`; returns the bytes freed.
+
+        A publisher of the same bytes at the same time either touches this file, which is seen once the file is out of
+        its reach, or finds none and brings its own.
+        """
+        path = self.path_of(sha256)
+        victim = self.trash_dir / f"{sha256}-{secrets.token_hex(4)}"
+        if not self.is_older(sha256, before):
+            return None
+        self.trash_dir.mkdir(exist_ok=True)
+        try:
+            path.rename(victim)
+            found = victim.stat()
+            if found.st_mtime >= before:
+                victim.rename(path)
+                return None
+            victim.unlink()
+        except FileNotFoundError:  # somebody else discards it
+            return None
+        return found.st_size
+
+    def empty_trash(self) -> None:
+        """Puts back what a killed `discard` left in the trash: it did not come to see whether the blob is wanted."""
+        for victim in self.trash_dir.glob("*-*"):
+            path = self.path_of(victim.name.partition("-")[0])
+            with contextlib.suppress(FileNotFoundError):
+                victim.unlink() if path.exists() else victim.rename(path)
+
+
+def is_sound(path: Path) -> bool:
+    """Tells whether the file has the bytes that its name promises."""
+    try:
+        with path.open("rb") as source:
+            return hashlib.file_digest(source, "sha256").hexdigest() == path.name
+    except OSError:
+        return False
 
 
 def read_chunks(source: BinaryIO) -> Iterator[bytes]:

@@ -160,8 +160,7 @@ class Staging:
         blob = get_store().take_file(self.folder / "checkpoints" / Path(name).name)
         with session_scope() as session:
             dropped = record_checkpoint(session, self.claim, self.ordinal, step, blob, stage_key)
-        for sha256 in dropped:
-            get_store().delete(sha256)
+        discard(dropped)
 
     def take_outputs(self) -> dict[str, list[ManifestFile]]:
         """Stores what the child made and returns it by role."""
@@ -174,6 +173,18 @@ class Staging:
         with self.log_path.open("rb") as stage_log:
             stage_log.seek(max(0, self.log_path.stat().st_size - MAX_LOG_BYTES))
             return get_store().put_bytes(stage_log.read())
+
+
+def discard(shas: list[str]) -> None:
+    """Deletes blobs that no row needs any more.
+
+    One that was published a moment ago may be the equal checkpoint of another job, whose row is still to come; that one
+    is left to the collection.
+    """
+    store = get_store()
+    before = store.now() - get_settings().lease_s
+    for sha256 in shas:
+        store.discard(sha256, before)
 
 
 def ensure_teacher(claim: Claim) -> list[ManifestFile]:

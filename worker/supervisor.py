@@ -32,7 +32,7 @@ from core.models.repository import files_of, get_manifest
 from core.settings import get_settings
 from core.storage import get_store
 from worker.lease import Lease
-from worker.staging import InputDamaged, Staging
+from worker.staging import InputDamaged, Staging, discard
 from worker.watch import Watch, deadline_of
 
 RETRY_PAUSE_S = 1.0
@@ -159,8 +159,7 @@ def _commit(taken: Claim, staging: Staging, summary: dict[str, Any]) -> bool:
         return ended, drop_checkpoints(session, taken, staging.ordinal)
 
     ended, dropped = _persist(write)
-    for sha256 in dropped:
-        get_store().delete(sha256)
+    discard(dropped)
     return ended
 
 
