@@ -132,7 +132,7 @@ class Artifact(Base):
     name: Mapped[str] = mapped_column(primary_key=True)
     tenant_id: Mapped[str] = mapped_column(ForeignKey(Tenant.id))
     ordinal: Mapped[int]
-    manifest_id: Mapped[str] = mapped_column(ForeignKey(Manifest.id))
+    manifest_id: Mapped[str] = mapped_column(ForeignKey(Manifest.id), index=True)
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
 
 

@@ -3,15 +3,17 @@
 from datetime import timedelta
 from typing import Any, NamedTuple
 
-from sqlalchemy import Select, cast, delete, func, select
+from sqlalchemy import Select, cast, delete, func, select, update
 from sqlalchemy.dialects.postgresql import JSONB, JSONPATH, insert
 from sqlalchemy.orm import Session
 
 from core.errors import Conflict, Gone, IdempotencyMismatch, NotFound
 from core.ids import new_id
-from core.jobs.models import Artifact, Event, IdempotencyKey, Job, Metric, StageRun
+from core.jobs.models import Artifact, Checkpoint, Event, IdempotencyKey, Job, Metric, StageRun
 from core.jobs.spec import JobSpec
 from core.jobs.state import TERMINAL, can_change
+from core.models.models import Manifest
+from core.settings import get_settings
 
 
 class Page(NamedTuple):
@@ -22,7 +24,11 @@ class Page(NamedTuple):
 
 
 def create_job(session: Session, tenant_id: str, spec: JobSpec, inputs: dict[str, Any]) -> Job:
-    """Returns the new queued job, with its stages and first event, in the caller's transaction."""
+    """Returns the new queued job, with its stages and first event, in the caller's transaction.
+
+    Raises Conflict when the teacher's files are there no more, as another job whose output it was may be deleted.
+    """
+    _hold_teacher(session, inputs["teacher"])
     job = Job(
         id=new_id("job"),
         tenant_id=tenant_id,
@@ -55,6 +61,18 @@ def create_job(session: Session, tenant_id: str, spec: JobSpec, inputs: dict[str
     session.flush()
     session.refresh(job)
     return job
+
+
+def _hold_teacher(session: Session, teacher: dict[str, Any]) -> None:
+    """Sees to it that the teacher's manifest is young: the collection then keeps it until the job refers to it."""
+    wanted = teacher.get("manifest_id")
+    if wanted is None:
+        return
+    old = func.now() - timedelta(seconds=get_settings().collect_after_s / 2)  # many jobs at once share a teacher
+    touch = update(Manifest).where(Manifest.id == wanted, Manifest.created_at < old).values(created_at=func.now())
+    session.execute(touch, execution_options={"synchronize_session": False})
+    if session.scalar(select(Manifest.id).where(Manifest.id == wanted)) is None:
+        raise Conflict("The teacher was deleted meanwhile; submit the job again.", param="teacher.model")
 
 
 def find_idempotent(session: Session, tenant_id: str, key: str, fingerprint: str, ttl_s: int) -> Job | None:
@@ -248,11 +266,17 @@ def resume_job(session: Session, tenant_id: str, job_id: str) -> Job:
 
 
 def delete_job(session: Session, tenant_id: str, job_id: str) -> None:
-    """Marks an ended job as deleted and drops its artifacts. Raises Conflict while it has not ended."""
+    """Leaves of an ended job only that it was, when, and for how long. Raises Conflict while it has not ended.
+
+    The collection deletes the bytes that it alone referred to.
+    """
     job = get_job(session, tenant_id, job_id, lock=True)
     if job.state not in TERMINAL:
         raise Conflict(f"The job is {job.state}; cancel it first.")
-    session.execute(delete(Artifact).where(Artifact.tenant_id == tenant_id, Artifact.job_id == job_id))
+    for table in (Artifact, Checkpoint, Metric, Event, StageRun):
+        session.execute(delete(table).where(table.tenant_id == tenant_id, table.job_id == job_id))
+    job.name, job.labels, job.spec, job.error = "", {}, {}, None
+    job.inputs = {"teacher": {}, "data": {}, "labels": []}
     job.deleted_at = func.now()
 
 

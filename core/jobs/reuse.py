@@ -12,7 +12,10 @@ METRIC_COLUMNS = ("name", "step", "tenant_id", "value", "at")
 
 
 def find_reusable(session: Session, tenant_id: str, cache_key: str) -> StageRun | None:
-    """Returns the newest done stage of the tenant with this key, or None; a deleted job's stages do not count."""
+    """Returns the newest done stage of the tenant with this key, or None; a deleted job's stages do not count.
+
+    Its job can't be deleted, nor the stage redone, before the caller's transaction ends.
+    """
     return session.scalar(
         select(StageRun)
         .join(Job, Job.id == StageRun.job_id)
@@ -24,6 +27,7 @@ def find_reusable(session: Session, tenant_id: str, cache_key: str) -> StageRun 
         )
         .order_by(StageRun.finished_at.desc())
         .limit(1)
+        .with_for_update(read=True, key_share=True, of=Job)
     )
 
 

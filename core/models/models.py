@@ -11,7 +11,7 @@ from core.tenants.models import Tenant
 
 
 class Manifest(Base):
-    """A list of files with their sha256; `sha256` is the digest of the list."""
+    """A list of files with their sha256; `sha256` is the digest of the list, `created_at` when it was last put."""
 
     __tablename__ = "manifests"
     __table_args__ = (UniqueConstraint("tenant_id", "sha256"),)
@@ -33,6 +33,6 @@ class Model(Base):
     id: Mapped[str] = mapped_column(primary_key=True)
     tenant_id: Mapped[str] = mapped_column(ForeignKey(Tenant.id), index=True)
     name: Mapped[str]
-    manifest_id: Mapped[str] = mapped_column(ForeignKey(Manifest.id))
+    manifest_id: Mapped[str] = mapped_column(ForeignKey(Manifest.id), index=True)
     facts: Mapped[dict[str, Any]]
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from sqlalchemy import or_, select
+from sqlalchemy import func, or_, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
@@ -15,21 +15,20 @@ from core.storage import ManifestFile, manifest_digest
 
 
 def put_manifest(session: Session, tenant_id: str, files: Iterable[ManifestFile]) -> Manifest:
-    """Returns the tenant's manifest of these files, made if it did not exist."""
+    """Returns the tenant's manifest of these files, made if it did not exist.
+
+    One that existed is as young as this transaction, so that the collection keeps it until a row refers to it.
+    """
     rows = sorted((file.model_dump() for file in files), key=lambda row: row["path"])
     digest = manifest_digest(ManifestFile(**row) for row in rows)
-    session.execute(
+    values = {"tenant_id": tenant_id, "sha256": digest, "size_bytes": sum(row["size_bytes"] for row in rows)}
+    return session.scalars(
         insert(Manifest)
-        .values(
-            id=new_id("man"),
-            tenant_id=tenant_id,
-            sha256=digest,
-            size_bytes=sum(row["size_bytes"] for row in rows),
-            files=rows,
-        )
-        .on_conflict_do_nothing(index_elements=["tenant_id", "sha256"])
-    )
-    return session.scalars(select(Manifest).where(Manifest.tenant_id == tenant_id, Manifest.sha256 == digest)).one()
+        .values(id=new_id("man"), files=rows, **values)
+        .on_conflict_do_update(index_elements=["tenant_id", "sha256"], set_={"created_at": func.now()})
+        .returning(Manifest),
+        execution_options={"populate_existing": True},
+    ).one()
 
 
 def get_manifest(session: Session, tenant_id: str, manifest_id: str) -> Manifest:
