@@ -44,6 +44,9 @@ class Settings(BaseSettings):
     collect_after_s: int = Field(
         3600, ge=1, description="Stored bytes that nothing refers to are deleted once they are this old."
     )
+    collect_every_s: float = Field(
+        300.0, gt=0, description="Shortest pause between two collections of such bytes, by whichever worker."
+    )
     max_upload_bytes: int = Field(20 * 1024**3, description="Largest body of one upload.")
     max_rows: int = Field(5_000_000, description="Most rows in one split of a data set.")
     max_text_chars: int = Field(100_000, description="Longest text in a data set, in characters.")

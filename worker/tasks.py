@@ -1,4 +1,4 @@
-"""The one task, and the two loops that make a worker independent of the broker."""
+"""The one task, and the loops that make a worker independent of the broker."""
 
 import logging
 import threading
@@ -7,6 +7,7 @@ from collections.abc import Callable
 from core.db import DatabaseAway
 from core.queue import TASK_RUN, get_celery
 from core.settings import get_settings
+from core.upkeep.collecting import collect_when_due
 from worker.reconciler import tick
 from worker.supervisor import Supervisor
 
@@ -21,10 +22,11 @@ def run(queue: str) -> None:  # noqa: ARG001 - the message says where to look, t
 
 
 def start_loops() -> None:
-    """Starts polling and reconciling, each in a thread of its own."""
+    """Starts polling, reconciling and collecting, each in a thread of its own."""
     settings = get_settings()
     _start("poll", supervisor.run_available, settings.poll_s)
     _start("reconcile", tick, settings.reconcile_s)
+    _start("collect", collect_when_due, settings.collect_every_s)
 
 
 def _start(name: str, action: Callable[[], object], pause_s: float) -> None:

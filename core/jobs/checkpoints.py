@@ -12,12 +12,13 @@ from core.jobs.models import Checkpoint, StageRun
 from core.jobs.ownership import Claim, owned
 from core.jobs.repository import add_event
 from core.storage import Blob
+from core.upkeep.lock import may_delete
 
 KEPT = 2
 
 
 def record_checkpoint(session: Session, claim: Claim, ordinal: int, step: int, blob: Blob, stage_key: str) -> list[str]:
-    """Adds a stored checkpoint and keeps the newest two; returns the sha256 of each blob that no row needs any more.
+    """Adds a stored checkpoint and keeps the newest two; returns the sha256 of each blob that can go after the commit.
 
     A checkpoint is progress: workers lost before it do not count any more.
     """
@@ -42,7 +43,7 @@ def list_checkpoints(session: Session, claim: Claim, ordinal: int) -> list[Check
 
 
 def drop_checkpoints(session: Session, claim: Claim, ordinal: int) -> list[str]:
-    """Forgets the checkpoints of a stage that is done; returns the sha256 of each blob that no row needs any more."""
+    """Forgets the checkpoints of a stage that is done; returns the sha256 of each blob that can go after the commit."""
     return _drop(session, list_checkpoints(session, claim, ordinal))
 
 
@@ -63,4 +64,6 @@ def _drop(session: Session, rows: list[Checkpoint]) -> list[str]:
         session.delete(row)
     session.flush()
     shas = {row.sha256 for row in rows}
+    if not may_delete(session):
+        return []
     return sorted(shas - set(session.scalars(select(Checkpoint.sha256).where(Checkpoint.sha256.in_(shas)))))

@@ -1,0 +1,1 @@
+"""What keeps database and storage in agreement: collection of dead bytes, check, backup, restore."""
