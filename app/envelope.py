@@ -1,5 +1,6 @@
 """The one shape of every error answer, and how operations document theirs."""
 
+import json
 from typing import Any
 
 from pydantic import BaseModel, Field
@@ -40,6 +41,14 @@ class ErrorEnvelope(BaseModel):
     error: ErrorBody
 
 
+class ErrorResponse(JSONResponse):
+    """JSON that may quote what a client sent: lone surrogates, which UTF-8 has no bytes for, stay escaped."""
+
+    def render(self, content: Any) -> bytes:
+        """Returns the body."""
+        return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "backslashreplace")
+
+
 def error_answer(
     request: Request,
     status: int,
@@ -49,7 +58,7 @@ def error_answer(
     param: str | None = None,
     details: list[dict[str, Any]] | None = None,
     headers: dict[str, str] | None = None,
-) -> JSONResponse:
+) -> ErrorResponse:
     """Returns the answer for an error."""
     error = {
         "code": code or REASONS.get(status, ("error", ""))[0],
@@ -58,7 +67,7 @@ def error_answer(
         "details": details or [],
         "request_id": request_id_of(request),
     }
-    return JSONResponse({"error": error}, status_code=status, headers=headers)
+    return ErrorResponse({"error": error}, status_code=status, headers=headers)
 
 
 def request_id_of(request: Request) -> str:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -16,8 +16,9 @@ DATA_REF = re.compile(r"^[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,63}$")
 MODEL_REF = re.compile(
     r"^(hub:[\w.-]+/[\w.-]+(@[\w.-]+)?|job:job_[0-9a-f]{32}(/[\w.-]+)?|([\w.-]+/)?[A-Za-z0-9][\w.-]{0,95})$"
 )
-MAX_YAML_DEPTH = 64
+MAX_DEPTH = 64
 MAX_YAML_EVENTS = 20_000
+M = TypeVar("M", bound=StrictModel)
 DEFAULT_STAGES: tuple[dict[str, Any], ...] = (
     {"kind": "finetune", "of": "teacher"},
     {"kind": "distill"},
@@ -177,8 +178,8 @@ def _parse_yaml(text: str) -> Any:
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if isinstance(event, yaml.AliasEvent):
             raise yaml.YAMLError("aliases (*name) are not accepted; write the value out")
-        if depth > MAX_YAML_DEPTH or count > MAX_YAML_EVENTS:
-            raise yaml.YAMLError(f"more than {MAX_YAML_DEPTH} levels or {MAX_YAML_EVENTS:,} values; no spec needs that")
+        if depth > MAX_DEPTH or count > MAX_YAML_EVENTS:
+            raise yaml.YAMLError(f"more than {MAX_DEPTH} levels or {MAX_YAML_EVENTS:,} values; no spec needs that")
     return yaml.load(text, Loader=_SpecLoader)  # noqa: S506 (a SafeLoader)
 
 
@@ -191,29 +192,50 @@ def _parse_json(text: str) -> Any:
 
 def parse_spec(body: bytes) -> JobSpec:
     """Returns the spec in a JSON or YAML body. Raises SpecInvalid with every problem and its field."""
+    return load_spec(parse_mapping(body, "teacher, student and data"))
+
+
+def parse_mapping(body: bytes, fields: str) -> dict[str, Any]:
+    """Returns the mapping in a JSON or YAML body; `fields` tells a client what it should hold. Raises SpecInvalid."""
     try:
         text = body.decode("utf-8-sig")
         data = _parse_json(text) if text.lstrip().startswith("{") else None
         if data is None:
             data = _parse_yaml(text)
+        json.dumps(data, default=str, ensure_ascii=False).encode()  # JSON can escape surrogates, which no text may hold
     except (yaml.YAMLError, RecursionError, *_CONSTRUCTOR_ERRORS) as error:
         raise SpecInvalid(f"The body is neither valid YAML nor JSON: {error}") from error
     if not isinstance(data, dict):
-        raise SpecInvalid("The body must be a mapping with teacher, student and data.")
-    return load_spec(data)
+        raise SpecInvalid(f"The body must be a mapping with {fields}.")
+    if _is_deep(data):
+        raise SpecInvalid(f"The body has more than {MAX_DEPTH} levels; no spec needs that.")
+    return data
+
+
+def _is_deep(data: Any) -> bool:
+    """Goes down level by level: what recurses over a spec later relies on it."""
+    level = [data]
+    for _ in range(MAX_DEPTH):
+        nested = [node.values() if isinstance(node, dict) else node for node in level if isinstance(node, dict | list)]
+        level = [child for children in nested for child in children]
+    return bool(level)
 
 
 def load_spec(data: dict[str, Any]) -> JobSpec:
     """Returns the spec in parsed data. Raises SpecInvalid with every problem and its field."""
-    try:
-        spec = JobSpec.model_validate(data)
-    except (ValidationError, RecursionError) as error:
-        details = [_detail(e) for e in error.errors(include_url=False)] if isinstance(error, ValidationError) else []
-        raise spec_invalid(details or [{"field": "", "message": "the spec is nested too deeply"}]) from error
+    spec = validate(JobSpec, data)
     problems = spec.check()
     if problems:
         raise spec_invalid([{"field": p.field, "message": p.message} for p in problems])
     return spec
+
+
+def validate(model: type[M], data: dict[str, Any]) -> M:
+    """Returns parsed data as a model. Raises SpecInvalid with every problem and its field."""
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        raise spec_invalid([_detail(e) for e in error.errors(include_url=False)]) from error
 
 
 def spec_invalid(details: list[dict[str, Any]]) -> SpecInvalid:

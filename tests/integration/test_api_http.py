@@ -39,6 +39,11 @@ def test_errors_have_one_shape(api: Api) -> None:
     assert _is_error(api("GET", "/v1/jobs", params={"name": "a\x00"}), 422, "invalid")
 
 
+def test_an_error_may_quote_what_no_text_can_hold(api: Api) -> None:
+    answer = api("POST", "/v1/keys", content=b'{"name": "\\ud800"}', headers={"Content-Type": "application/json"})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (422, "name")
+
+
 def test_an_unexpected_error_tells_nothing_but_its_id(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("a secret")

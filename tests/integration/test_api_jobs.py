@@ -165,7 +165,16 @@ def test_bad_specs_say_where_and_what(api: Api, change: dict, field: str, hint: 
     assert api("GET", "/v1/jobs").json()["data"] == []
 
 
-UNREADABLE = [b"", b"[]", b"{", b"\xff", b"a: &x [1]\nb: *x", b"teacher: !!int ''", b"a: 2024-99-99"]
+UNREADABLE = [
+    b"",
+    b"[]",
+    b"{",
+    b"\xff",
+    b"a: &x [1]\nb: *x",
+    b"teacher: !!int ''",
+    b"a: 2024-99-99",
+    b'{"name": "\\ud800"}',
+]
 COSTLY = [b"{" * 5000, b"- " * 100_000, b"x: y\n" * 100_000, b"{" + b"a: 1," * 50_000 + b"}"]
 
 
