@@ -9,7 +9,7 @@ from sqlalchemy.orm import Session
 
 from core.errors import Conflict, Gone, IdempotencyMismatch, NotFound
 from core.ids import new_id
-from core.jobs.models import Artifact, Checkpoint, Event, IdempotencyKey, Job, Metric, StageRun
+from core.jobs.models import Artifact, Checkpoint, Event, IdempotencyKey, Job, Metric, StageRun, Usage
 from core.jobs.spec import JobSpec
 from core.jobs.state import TERMINAL, can_change
 from core.models.models import Manifest
@@ -23,7 +23,9 @@ class Page(NamedTuple):
     next_cursor: str | None
 
 
-def create_job(session: Session, tenant_id: str, spec: JobSpec, inputs: dict[str, Any]) -> Job:
+def create_job(
+    session: Session, tenant_id: str, spec: JobSpec, inputs: dict[str, Any], parent_id: str | None = None
+) -> Job:
     """Returns the new queued job, with its stages and first event, in the caller's transaction.
 
     Raises Conflict when the teacher's files are there no more, as another job whose output it was may be deleted.
@@ -37,6 +39,7 @@ def create_job(session: Session, tenant_id: str, spec: JobSpec, inputs: dict[str
         spec=spec.model_dump(mode="json"),
         spec_sha256=spec.digest(),
         inputs=inputs,
+        parent_id=parent_id,
         queue=spec.stages[0].queue,
         state="queued",
         desired="run",
@@ -57,7 +60,8 @@ def create_job(session: Session, tenant_id: str, spec: JobSpec, inputs: dict[str
         )
         for ordinal, stage in enumerate(spec.stages)
     )
-    add_event(session, job, "job.queued", f"job accepted with {len(spec.stages)} stages")
+    data = {"parent_id": parent_id} if parent_id else {}
+    add_event(session, job, "job.queued", f"job accepted with {len(spec.stages)} stages", data=data)
     session.flush()
     session.refresh(job)
     return job
@@ -227,6 +231,17 @@ def list_metrics(
     if step_to is not None:
         query = query.where(Metric.step <= step_to)
     return list(session.scalars(query.order_by(Metric.ordinal, Metric.name, Metric.step)))
+
+
+def sum_usage(session: Session, tenant_id: str, job_id: str) -> dict[str, float]:
+    """Returns for how many seconds workers have held the job, by queue, as far as it was booked."""
+    query = (
+        select(Usage.queue, func.sum(Usage.seconds))
+        .where(Usage.tenant_id == tenant_id, Usage.job_id == job_id)
+        .group_by(Usage.queue)
+        .order_by(Usage.queue)
+    )
+    return dict(session.execute(query).tuples().all())
 
 
 def cancel_job(session: Session, tenant_id: str, job_id: str, *, after_checkpoint: bool = False) -> Job:

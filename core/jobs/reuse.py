@@ -1,6 +1,6 @@
 """The stage cache: a stage that would make the same bytes takes over the ones that are there."""
 
-from sqlalchemy import literal, select
+from sqlalchemy import func, literal, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
@@ -36,18 +36,22 @@ def reuse_stage(session: Session, claim: Claim, ordinal: int, source: StageRun) 
     job = owned(session, claim)
     if settle_cancelled(session, job):
         return True
-    stage = session.get_one(StageRun, (job.id, ordinal))
-    take_over(session, stage, source)
-    stage.started_at = stage.started_at or source.finished_at
-    return finish_stage(session, job, stage, f"stage {stage.kind} takes over the result of {source.job_id}")
+    return take_over(session, job, session.get_one(StageRun, (job.id, ordinal)), source)
 
 
-def take_over(session: Session, stage: StageRun, source: StageRun) -> None:
-    """Copies outputs, summary, log and metrics of one stage to another, which is then cached."""
-    stage.state = "cached"
-    stage.reused = source.reused or {"job_id": source.job_id, "ordinal": source.ordinal}
+def take_over(session: Session, job: Job, stage: StageRun, source: StageRun) -> bool:
+    """Gives a stage of a locked (or new) job the results of another one. Returns whether that ended the job."""
+    origin = source.reused or {"job_id": source.job_id, "ordinal": source.ordinal}
+    stage.state, stage.reused = "cached", origin
     for name in ("outputs", "summary", "cache_key", "total_steps", "log_sha256", "log_size_bytes"):
         setattr(stage, name, getattr(source, name))
+    stage.started_at = func.now()
+    copy_metrics(session, stage, source)
+    return finish_stage(session, job, stage, f"stage {stage.kind} takes over the result of {origin['job_id']}")
+
+
+def copy_metrics(session: Session, stage: StageRun, source: StageRun) -> None:
+    """Copies the metric points of one stage to another."""
     columns = [getattr(Metric, name) for name in METRIC_COLUMNS]
     points = select(literal(stage.job_id), literal(stage.ordinal), *columns).where(
         Metric.job_id == source.job_id, Metric.ordinal == source.ordinal
