@@ -5,6 +5,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
+from core.jobs.forking import Fork
 from core.jobs.spec import JobSpec
 
 DESCRIPTION = """\
@@ -17,7 +18,7 @@ Every request but those below *operations* carries an API key: `Authorization: B
 to get the next.
 """
 TAGS = [
-    {"name": "jobs", "description": "Submit, follow, cancel."},
+    {"name": "jobs", "description": "Submit, follow, pause, cancel, retry, fork."},
     {"name": "job outputs", "description": "Events, metrics, artifacts and logs of a job."},
     {"name": "data sets", "description": "Named splits of labelled texts."},
     {"name": "models", "description": "Hugging Face folders, checked by content."},
@@ -44,5 +45,5 @@ def _build(app: FastAPI) -> dict[str, Any]:
     )
     spec = JobSpec.model_json_schema(ref_template="#/components/schemas/{model}")
     schemas = found["components"]["schemas"]
-    schemas |= spec.pop("$defs") | {"JobSpec": spec}
+    schemas |= spec.pop("$defs") | {"JobSpec": spec, "Fork": Fork.model_json_schema()}
     return found

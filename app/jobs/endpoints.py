@@ -7,11 +7,12 @@ from fastapi import APIRouter, Header, Path, Query, Response
 from app.deps import After, Body, DbSession, IfNoneMatch, Limit, Reader, Writer
 from app.envelope import errors
 from app.files import etag_matches
-from app.jobs import service
-from app.jobs.examples import SPEC_BODY
-from app.jobs.schemas import JobPage, JobView, ValidatedSpec
+from app.jobs import continuing, service
+from app.jobs.examples import FORK_BODY, SPEC_BODY
+from app.jobs.schemas import CancelMode, JobPage, JobView, UsageView, ValidatedSpec
 from core.db import session_scope
-from core.jobs import repository
+from core.jobs import forking, repository
+from core.jobs.content import digest
 from core.jobs.spec import parse_spec
 from core.jobs.state import JobState
 from core.queue import hint
@@ -42,12 +43,20 @@ IdempotencyKey = Annotated[
 def create_job(body: Body, principal: Writer, response: Response, idempotency_key: IdempotencyKey = None) -> Any:
     """Accepts a job: teacher, student and data; the rest has defaults. The body is JSON or YAML."""
     spec = parse_spec(body)
+    tenant_id, fingerprint = principal.tenant_id, spec.digest()
     with session_scope() as session:
-        accepted = service.find_replay(session, principal.tenant_id, idempotency_key, spec)
+        accepted = service.find_replay(session, tenant_id, idempotency_key, fingerprint)
     if accepted is None:
         made = service.plan(principal, spec)
         with session_scope() as session:
-            accepted = service.create(session, principal.tenant_id, idempotency_key, spec, made)
+            accepted = service.accept(
+                session, tenant_id, idempotency_key, fingerprint, lambda: service.create(session, tenant_id, spec, made)
+            )
+    return _answer(accepted, response)
+
+
+def _answer(accepted: service.Accepted, response: Response) -> Any:
+    """Shows a job that was just made, or made before with the same key."""
     if accepted.replayed:
         response.headers["Idempotent-Replayed"] = "true"
     else:
@@ -115,6 +124,14 @@ def get_job(
     return service.view(session, job)
 
 
+@router.get("/{job_id}/usage", operation_id="get_job_usage", response_model=UsageView, responses=errors(404, 410))
+def get_usage(job_id: JobId, session: DbSession, principal: Reader) -> Any:
+    """Shows for how many seconds workers have held a job, by queue and in all."""
+    job = repository.get_job(session, principal.tenant_id, job_id)
+    by_queue = repository.sum_usage(session, principal.tenant_id, job.id)
+    return UsageView(seconds=sum(by_queue.values()), seconds_by_queue=by_queue)
+
+
 @router.post(
     "/{job_id}/cancel",
     status_code=202,
@@ -122,12 +139,102 @@ def get_job(
     response_model=JobView,
     responses=errors(404, 409, 410),
 )
-def cancel_job(job_id: JobId, session: DbSession, principal: Writer) -> Any:
-    """Cancels a job: at once while it is queued, else as soon as its worker hears of it."""
-    job = repository.cancel_job(session, principal.tenant_id, job_id)
-    session.flush()
-    session.refresh(job)
-    return service.view(session, job)
+def cancel_job(
+    job_id: JobId,
+    session: DbSession,
+    principal: Writer,
+    mode: Annotated[
+        CancelMode,
+        Query(
+            description="`now` kills the stage's process; `after_checkpoint` lets it write a checkpoint first, from "
+            "which a retry goes on."
+        ),
+    ] = "now",
+) -> Any:
+    """Cancels a job: at once while nobody runs it, else as soon as its worker hears of it.
+
+    What it made is no longer offered, but a retry or a fork takes it over.
+    """
+    job = repository.cancel_job(session, principal.tenant_id, job_id, after_checkpoint=mode == "after_checkpoint")
+    return service.refreshed(session, job)
+
+
+@router.post(
+    "/{job_id}/pause",
+    status_code=202,
+    operation_id="pause_job",
+    response_model=JobView,
+    responses=errors(404, 409, 410),
+)
+def pause_job(job_id: JobId, session: DbSession, principal: Writer) -> Any:
+    """Pauses a job: its stage writes a checkpoint, and its worker is free for other jobs."""
+    return service.refreshed(session, repository.pause_job(session, principal.tenant_id, job_id))
+
+
+@router.post(
+    "/{job_id}/resume",
+    status_code=202,
+    operation_id="resume_job",
+    response_model=JobView,
+    responses=errors(404, 409, 410),
+)
+def resume_job(job_id: JobId, principal: Writer) -> Any:
+    """Lets a paused job go on from its last checkpoint, on any worker."""
+    with session_scope() as session:
+        view = service.refreshed(session, repository.resume_job(session, principal.tenant_id, job_id))
+    if view.state == "queued":
+        hint(view.queue)
+    return view
+
+
+@router.post(
+    "/{job_id}/retry",
+    status_code=202,
+    operation_id="retry_job",
+    response_model=JobView,
+    responses=errors(404, 409, 410),
+)
+def retry_job(job_id: JobId, principal: Writer, response: Response, idempotency_key: IdempotencyKey = None) -> Any:
+    """Makes a new job that goes on where a failed or cancelled one stopped, from its last checkpoint if there is one.
+
+    The stages that were done are taken over; `parent_id` names the old job, which stays as it is.
+    """
+    tenant_id, fingerprint = principal.tenant_id, digest({"retry": job_id})
+    with session_scope() as session:
+        accepted = service.accept(
+            session, tenant_id, idempotency_key, fingerprint, lambda: forking.retry_job(session, tenant_id, job_id)
+        )
+    return _answer(accepted, response)
+
+
+@router.post(
+    "/{job_id}/fork",
+    status_code=202,
+    operation_id="fork_job",
+    openapi_extra=FORK_BODY,
+    response_model=JobView,
+    responses=errors(404, 409, 410, 413),
+)
+def fork_job(
+    job_id: JobId, body: Body, principal: Writer, response: Response, idempotency_key: IdempotencyKey = None
+) -> Any:
+    """Makes a new job that takes over the stages of another one before `from_stage`, and runs the others.
+
+    The other job may be in any state, as long as those stages are done. The new spec is checked as in `create_job`; the
+    problems that this finds name the fields of the new spec. A stage that is the same as before is found in the cache,
+    unless `overrides` says `"cache": "refresh"`.
+    """
+    fork = forking.parse_fork(body)
+    tenant_id, fingerprint = principal.tenant_id, digest({"fork": job_id} | fork.model_dump())
+    with session_scope() as session:
+        accepted = service.find_replay(session, tenant_id, idempotency_key, fingerprint)
+    if accepted is None:
+        draft = continuing.draft(principal, job_id, fork)
+        with session_scope() as session:
+            accepted = service.accept(
+                session, tenant_id, idempotency_key, fingerprint, lambda: continuing.fork(session, tenant_id, draft)
+            )
+    return _answer(accepted, response)
 
 
 @router.delete("/{job_id}", status_code=204, operation_id="delete_job", responses=errors(404, 409, 410))

@@ -31,20 +31,45 @@ teacher: {model: acme/minilm-l6}
 student: {kind: teacher_layers, keep: [0, 2, 5]}
 data: tickets
 """
-REF = {"$ref": "#/components/schemas/JobSpec"}
-SPEC_BODY: dict[str, Any] = {
-    "requestBody": {
-        "required": True,
-        "description": "The job spec, in JSON or YAML; the content tells which.",
-        "content": {
-            "application/json": {
-                "schema": REF,
-                "examples": {
-                    "shortest": {"summary": "The shortest useful spec", "value": SHORTEST},
-                    "full": {"summary": "Every part written out", "value": FULL},
-                },
-            },
-            "application/yaml": {"schema": REF, "example": YAML},
-        },
-    }
+LONGER_FORK: dict[str, Any] = {
+    "from_stage": "distill",
+    "overrides": {"stages": [{"kind": "distill", "epochs": 12}, {"kind": "export"}]},
 }
+FRESH_FORK: dict[str, Any] = {"from_stage": 2, "overrides": {"name": "again", "cache": "refresh"}}
+FORK_YAML = """\
+from_stage: distill
+overrides: {seed: 7}
+"""
+
+
+def _body(schema: str, description: str, examples: dict[str, Any], yaml: str) -> dict[str, Any]:
+    ref = {"$ref": f"#/components/schemas/{schema}"}
+    content = {
+        "application/json": {"schema": ref, "examples": examples},
+        "application/yaml": {"schema": ref, "example": yaml},
+    }
+    return {"requestBody": {"required": True, "description": description, "content": content}}
+
+
+SPEC_BODY = _body(
+    "JobSpec",
+    "The job spec, in JSON or YAML; the content tells which.",
+    {
+        "shortest": {"summary": "The shortest useful spec", "value": SHORTEST},
+        "full": {"summary": "Every part written out", "value": FULL},
+    },
+    YAML,
+)
+FORK_BODY = _body(
+    "Fork",
+    "Where the fork begins and what it changes, in JSON or YAML; the content tells which.",
+    {
+        "longer": {"summary": "Train the student for longer and export it", "value": LONGER_FORK},
+        "fresh": {"summary": "Run the last stages again, without the cache", "value": FRESH_FORK},
+        "data": {
+            "summary": "The same job on other data",
+            "value": {"from_stage": 0, "overrides": {"data": "tickets-2"}},
+        },
+    },
+    FORK_YAML,
+)

@@ -116,7 +116,7 @@ def resolve(spec: JobSpec, sources: Sources) -> Plan:
     problems = list(sources.problems)
     teacher = _describe(sources.teacher, problems) if sources.teacher else None
     if teacher and teacher.facts:
-        problems += [{"field": f"student.{p.field}", "message": p.message} for p in spec.student.check(teacher.facts)]
+        problems += check_student(spec, teacher.facts)
     counts = {role: _label_counts(spec, role, split, problems) for role, split in sources.splits.items()}
     labels = sorted(counts.get("train") or {})
     _check_labels(counts, problems)
@@ -130,6 +130,11 @@ def resolve(spec: JobSpec, sources: Sources) -> Plan:
         "labels": labels,
     }
     return Plan(inputs, teacher.facts, _warnings(spec, sources))
+
+
+def check_student(spec: JobSpec, teacher: ModelFacts) -> Problems:
+    """Returns what makes the spec's student impossible for that teacher."""
+    return [{"field": f"student.{p.field}", "message": p.message} for p in spec.student.check(teacher)]
 
 
 def _describe(teacher: Teacher, problems: Problems) -> Teacher | None:

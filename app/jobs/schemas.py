@@ -1,13 +1,15 @@
 """What the job operations answer."""
 
 from datetime import datetime
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
 from core.jobs.state import JobState, StageState
 from core.models.facts import ModelFacts
 from core.storage import ManifestFile
+
+CancelMode = Literal["now", "after_checkpoint"]
 
 
 class Problem(BaseModel):
@@ -17,12 +19,19 @@ class Problem(BaseModel):
     message: str
 
 
+class StageRef(BaseModel):
+    """A stage of some job."""
+
+    job_id: str = Field(examples=["job_0197f0c2a1b37cc0a1b2c3d4e5f60718"])
+    ordinal: int
+
+
 class StageView(BaseModel):
     """One stage of a job."""
 
     ordinal: int
     kind: str = Field(examples=["distill"])
-    state: StageState
+    state: StageState = Field(description="`cached` is done, too, with the result of the stage that `reused` names.")
     progress: float = Field(description="Share that is done, 0 to 1.")
     step: int
     total_steps: int
@@ -30,6 +39,11 @@ class StageView(BaseModel):
     attempt: int
     settings: dict[str, Any]
     summary: dict[str, Any] | None = Field(description="What the stage measured, once it has ended well.")
+    cache_key: str | None = Field(
+        description="Stages of yours with the same key make the same bytes. Null: not yet known, or not offered.",
+        examples=[None],
+    )
+    reused: StageRef | None = Field(description="The stage that made what a cached stage took over.")
     log_url: str | None = Field(description="Where the stage's log can be downloaded.")
     started_at: datetime | None
     finished_at: datetime | None
@@ -43,6 +57,11 @@ class JobSummary(BaseModel):
     state: JobState
     metadata: dict[str, str]
     queue: str
+    parent_id: str | None = Field(description="The job that this one retries or forks.", examples=[None])
+    content_sha256: str | None = Field(
+        description="Names what a succeeded job made, but for measured times; no interruption changes it.",
+        examples=["5e0c2a3f1d2b4c6e8f90a1b2c3d4e5f60718293a4b5c6d7e8f90a1b2c3d4e5f6"],
+    )
     error: dict[str, Any] | None = Field(description="After a failure: reason, message, suggestion, stage, retryable.")
     created_at: datetime
     started_at: datetime | None
@@ -55,6 +74,11 @@ class JobView(JobSummary):
     spec: dict[str, Any] = Field(description="The spec as accepted, defaults filled in.")
     inputs: dict[str, Any] = Field(description="What the references were resolved to.")
     progress: float = Field(description="Share of all stages that is done, 0 to 1.")
+    retries: int = Field(description="How often a stage was tried again by itself; the spec's `retries` is the most.")
+    envelope_sha256: str | None = Field(
+        description="Names what a succeeded job made and how: all bytes, the stages' times and attempts.",
+        examples=["0718293a4b5c6d7e8f90a1b2c3d4e5f65e0c2a3f1d2b4c6e8f90a1b2c3d4e5f6"],
+    )
     stages: list[StageView]
 
 
@@ -63,6 +87,13 @@ class JobPage(BaseModel):
 
     data: list[JobSummary]
     next_cursor: str | None
+
+
+class UsageView(BaseModel):
+    """For how long workers have held a job, as booked at their last heartbeat; what is taken over costs nothing."""
+
+    seconds: float = Field(description="In all.", examples=[83.5])
+    seconds_by_queue: dict[str, float] = Field(examples=[{"cpu": 83.5}])
 
 
 class ValidatedSpec(BaseModel):

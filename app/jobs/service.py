@@ -1,6 +1,7 @@
 """Jobs: accept, describe, follow."""
 
 import math
+from collections.abc import Callable
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -37,30 +38,33 @@ def plan(principal: Principal, spec: JobSpec) -> Plan:
     return resolve(spec, sources)
 
 
-def find_replay(session: Session, tenant_id: str, key: str | None, spec: JobSpec) -> Accepted | None:
+def find_replay(session: Session, tenant_id: str, key: str | None, fingerprint: str) -> Accepted | None:
     """Returns the job that this idempotency key made before, or None. Raises IdempotencyMismatch."""
     if key is None:
         return None
-    ttl_s = get_settings().idempotency_ttl_s
-    job = repository.peek_idempotent(session, tenant_id, key, spec.digest(), ttl_s)
+    job = repository.peek_idempotent(session, tenant_id, key, fingerprint, get_settings().idempotency_ttl_s)
     return Accepted(view(session, job), True) if job else None
 
 
-def create(session: Session, tenant_id: str, key: str | None, spec: JobSpec, made: Plan) -> Accepted:
-    """Returns the new job, or the one that a concurrent request with the same key has made meanwhile."""
+def accept(session: Session, tenant_id: str, key: str | None, fingerprint: str, make: Callable[[], Job]) -> Accepted:
+    """Returns the job that `make` makes, or the one that a request with the same key has made meanwhile."""
     if key is not None:
-        ttl_s = get_settings().idempotency_ttl_s
-        job = repository.find_idempotent(session, tenant_id, key, spec.digest(), ttl_s)
+        job = repository.find_idempotent(session, tenant_id, key, fingerprint, get_settings().idempotency_ttl_s)
         if job is not None:
             return Accepted(view(session, job), True)
-    _hold_inputs(session, tenant_id, made.inputs)
-    job = repository.create_job(session, tenant_id, spec, made.inputs)
+    job = make()
     if key is not None:
         repository.bind_idempotent(session, tenant_id, key, job.id)
     return Accepted(view(session, job), False)
 
 
-def _hold_inputs(session: Session, tenant_id: str, inputs: dict[str, Any]) -> None:
+def create(session: Session, tenant_id: str, spec: JobSpec, made: Plan) -> Job:
+    """Returns the new job."""
+    hold_inputs(session, tenant_id, made.inputs)
+    return repository.create_job(session, tenant_id, spec, made.inputs)
+
+
+def hold_inputs(session: Session, tenant_id: str, inputs: dict[str, Any]) -> None:
     """Locks what the job uses against deletion until the job is committed."""
     for dataset_id in sorted({split["dataset_id"] for split in inputs["data"].values()}):
         if find_dataset(session, tenant_id, dataset_id, lock=True) is None:
@@ -79,21 +83,30 @@ def view(session: Session, job: Job) -> JobView:
     """Returns a job with its stages."""
     stages = [_stage_view(stage) for stage in repository.list_stages(session, job.tenant_id, job.id)]
     progress = sum(stage.progress for stage in stages) / max(len(stages), 1)
-    extra = {"spec": job.spec, "inputs": job.inputs, "progress": round(progress, 6), "stages": stages}
+    extra = {name: getattr(job, name) for name in ("spec", "inputs", "retries", "envelope_sha256")}
+    extra |= {"progress": round(progress, 6), "stages": stages}
     return JobView.model_validate(_fields(job) | extra)
 
 
+def refreshed(session: Session, job: Job) -> JobView:
+    """Returns a job that was just changed, as the database has it now."""
+    session.flush()
+    session.refresh(job)
+    return view(session, job)
+
+
 def _fields(job: Job) -> dict[str, Any]:
-    names = ("id", "name", "state", "queue", "error", "created_at", "started_at", "finished_at")
-    return {name: getattr(job, name) for name in names} | {"metadata": job.labels}
+    names = ["id", "name", "state", "queue", "error", "parent_id", "content_sha256"]
+    times = ["created_at", "started_at", "finished_at"]
+    return {name: getattr(job, name) for name in names + times} | {"metadata": job.labels}
 
 
 def _stage_view(stage: StageRun) -> StageView:
     done = stage.state in {"succeeded", "cached"}
     share = 1.0 if done else min(stage.step / stage.total_steps, 1.0) if stage.total_steps else 0.0
     log_url = f"/v1/jobs/{stage.job_id}/stages/{stage.ordinal}/log" if stage.log_sha256 else None
-    names = ("ordinal", "kind", "state", "step", "total_steps", "eta_s", "attempt", "settings", "summary")
-    fields = {name: getattr(stage, name) for name in (*names, "started_at", "finished_at")}
+    names = ["ordinal", "kind", "state", "step", "total_steps", "eta_s", "attempt", "settings", "summary"]
+    fields = {name: getattr(stage, name) for name in [*names, "cache_key", "reused", "started_at", "finished_at"]}
     return StageView.model_validate(fields | {"progress": round(share, 6), "log_url": log_url})
 
 

@@ -8,6 +8,7 @@ from tests.api import Api, run_job
 
 RANDOM = {"job_id": new_id("job"), "key_id": new_id("key"), "dataset": new_id("ds"), "model": new_id("mdl")}
 WITHOUT_IDS = {"family", "kind"}
+BODIES = {"/v1/jobs/{job_id}/fork": {"from_stage": 0}}
 
 
 def _routes() -> list[tuple[str, str]]:
@@ -50,8 +51,8 @@ def test_a_foreign_id_is_as_unknown_as_a_random_one(api: Api, other: Api) -> Non
     routes = _routes()
     assert len(routes) >= 20
     for method, path in routes:
-        foreign = api(method, _fill(path, theirs))
-        random = api(method, _fill(path, RANDOM))
+        foreign = api(method, _fill(path, theirs), json=BODIES.get(path))
+        random = api(method, _fill(path, RANDOM), json=BODIES.get(path))
         assert foreign.status_code == random.status_code == 404, (method, path, foreign.text)
         assert _neutral(foreign, theirs) == _neutral(random, RANDOM), (method, path)
 

@@ -1,0 +1,46 @@
+"""Forks: what is asked for, checked before anything is written."""
+
+from typing import Any, NamedTuple
+
+from sqlalchemy.orm import Session
+
+from app.jobs.resolving import check_student
+from app.jobs.service import hold_inputs, plan
+from core.db import session_scope
+from core.jobs import forking
+from core.jobs.models import Job
+from core.jobs.repository import get_job
+from core.jobs.spec import JobSpec, spec_invalid
+from core.models.facts import ModelFacts
+from core.tenants.keys import Principal
+
+
+class Draft(NamedTuple):
+    """A fork whose spec is good; `inputs` says what its references mean, if they were resolved anew."""
+
+    parent_id: str
+    first: int
+    spec: JobSpec
+    inputs: dict[str, Any] | None
+
+
+def draft(principal: Principal, job_id: str, order: forking.Fork) -> Draft:
+    """Returns the checked fork of a job. Raises NotFound, Gone, or SpecInvalid with every problem and its field."""
+    with session_scope() as session:
+        parent = get_job(session, principal.tenant_id, job_id)
+    first = forking.find_ordinal(parent, order.from_stage)
+    spec = forking.fork_spec(parent, first, order.overrides)
+    if forking.INPUT_FIELDS & order.overrides.keys():
+        return Draft(parent.id, first, spec, plan(principal, spec).inputs)
+    problems = check_student(spec, ModelFacts(**parent.inputs["teacher_facts"]))
+    if problems:
+        raise spec_invalid(problems)
+    return Draft(parent.id, first, spec, None)
+
+
+def fork(session: Session, tenant_id: str, made: Draft) -> Job:
+    """Returns the new job. Raises Conflict when a stage that it takes over is not done."""
+    if made.inputs is not None:
+        hold_inputs(session, tenant_id, made.inputs)
+    parent = get_job(session, tenant_id, made.parent_id, lock=True)
+    return forking.continue_job(session, parent, made.spec, made.first, made.inputs)
