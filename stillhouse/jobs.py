@@ -13,7 +13,7 @@ import httpx
 
 from stillhouse.download import Downloader, OnBytes, plan
 from stillhouse.errors import ClientError, InvalidInput, ServerError, Unreachable, WaitTimeout
-from stillhouse.results import Artifact, Event, Job, Series, Validation
+from stillhouse.results import Artifact, Event, Job, Series, Usage, Validation
 from stillhouse.specs import Spec, load_spec
 from stillhouse.transport import Transport, pause_s
 
@@ -33,9 +33,7 @@ class Jobs:
 
         A fresh Idempotency-Key goes with it, so that a repeated call after a lost answer makes no second job.
         """
-        headers = {"Idempotency-Key": idempotency_key or str(uuid.uuid4())}
-        made = self._transport.json("POST", "/v1/jobs", **_json_body(load_spec(spec), headers), repeatable=True)
-        return Job.model_validate(made)
+        return self._make("/v1/jobs", load_spec(spec), idempotency_key)
 
     def validate(self, spec: Spec) -> Validation:
         """Returns the spec with every default filled in, and what is worth knowing of it; nothing is created."""
@@ -46,9 +44,47 @@ class Jobs:
         """Returns a job with its stages."""
         return Job.model_validate(self._transport.json("GET", f"/v1/jobs/{job_id}"))
 
-    def cancel(self, job_id: str) -> Job:
-        """Returns the job, which now ends as soon as its stage can stop."""
-        return Job.model_validate(self._transport.json("POST", f"/v1/jobs/{job_id}/cancel"))
+    def cancel(self, job_id: str, *, after_checkpoint: bool = False) -> Job:
+        """Returns the job, which now ends as soon as its stage can stop, or has first written a checkpoint."""
+        mode = {"mode": "after_checkpoint"} if after_checkpoint else {}
+        return Job.model_validate(self._transport.json("POST", f"/v1/jobs/{job_id}/cancel", params=mode))
+
+    def pause(self, job_id: str) -> Job:
+        """Returns the job, which now stops at a checkpoint and leaves its worker to others until it is resumed."""
+        return Job.model_validate(self._transport.json("POST", f"/v1/jobs/{job_id}/pause", repeatable=True))
+
+    def resume(self, job_id: str) -> Job:
+        """Returns the job, queued to go on from its checkpoint."""
+        return Job.model_validate(self._transport.json("POST", f"/v1/jobs/{job_id}/resume", repeatable=True))
+
+    def retry(self, job_id: str, *, idempotency_key: str | None = None) -> Job:
+        """Returns a new job that goes on where a failed or cancelled one stopped; the old one stays as it is."""
+        return self._make(f"/v1/jobs/{job_id}/retry", None, idempotency_key)
+
+    def fork(
+        self,
+        job_id: str,
+        from_stage: int | str,
+        overrides: Spec | None = None,
+        *,
+        idempotency_key: str | None = None,
+    ) -> Job:
+        """Returns a new job that takes over the stages of another one before `from_stage` and runs the others.
+
+        Args:
+            job_id: The other job, in any state; the stages that are taken over must be done.
+            from_stage: The first stage that runs: its ordinal, or its kind.
+            overrides: What is to be other than in its spec, as a JSON merge patch (a dictionary or a file): null
+                removes a field, `stages` replaces the stages from `from_stage` on.
+            idempotency_key: Comes with `submit`'s meaning and default.
+        """
+        changes = {} if overrides is None else load_spec(overrides, with_fields="fields of a spec")
+        body = {"from_stage": from_stage, "overrides": changes}
+        return self._make(f"/v1/jobs/{job_id}/fork", body, idempotency_key)
+
+    def usage(self, job_id: str) -> Usage:
+        """Returns for how many seconds workers have held the job."""
+        return Usage.model_validate(self._transport.json("GET", f"/v1/jobs/{job_id}/usage"))
 
     def delete(self, job_id: str) -> None:
         """Deletes a job that has ended, with what it made."""
@@ -145,6 +181,11 @@ class Jobs:
         labels = [f"{key}:{value}" for key, value in (metadata or {}).items()]
         query = {"state": state, "name": name, "metadata": labels or None}
         return map(Job.model_validate, self._transport.pages("/v1/jobs", query, limit))
+
+    def _make(self, path: str, body: Any, idempotency_key: str | None) -> Job:
+        headers = {"Idempotency-Key": idempotency_key or str(uuid.uuid4())}
+        options = {"headers": headers} if body is None else _json_body(body, headers)
+        return Job.model_validate(self._transport.json("POST", path, **options, repeatable=True))
 
     def _follow(self, job_id: str, after: int) -> Iterator[Event]:
         """Yields events from the live stream, reconnecting where it broke, until the job has ended."""

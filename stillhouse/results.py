@@ -106,8 +106,15 @@ class Stage(Result):
     eta_s: float | None
     settings: dict[str, Any]
     summary: dict[str, Any] | None
+    cache_key: str | None = None
+    reused: dict[str, Any] | None = None
     started_at: datetime | None
     finished_at: datetime | None
+
+    @property
+    def status(self) -> str:
+        """The state, and for a cached stage the job whose result it took over."""
+        return f"{self.state}, from {self.reused['job_id']}" if self.reused else self.state
 
 
 class Job(Result):
@@ -117,6 +124,10 @@ class Job(Result):
     name: str
     state: str
     metadata: dict[str, str]
+    parent_id: str | None = None
+    content_sha256: str | None = None
+    envelope_sha256: str | None = None
+    retries: int = 0
     error: dict[str, Any] | None
     created_at: datetime
     started_at: datetime | None
@@ -147,6 +158,13 @@ class Job(Result):
         message = str(self.error.get("message", "")).rstrip(".")
         remedy = f" {self.error['suggestion']}" if self.error.get("suggestion") else ""
         return JobFailed(f"Job {self.id} failed{where}: {self.error.get('reason')}: {message}.{remedy}", self)
+
+
+class Usage(Result):
+    """For how many seconds workers have held a job."""
+
+    seconds: float
+    seconds_by_queue: dict[str, float]
 
 
 class Event(Result):

@@ -10,8 +10,11 @@ from stillhouse.errors import InvalidInput
 Spec = dict[str, Any] | str | Path
 
 
-def load_spec(spec: Spec) -> dict[str, Any]:
-    """Returns the spec as a dictionary, read from YAML or JSON if it is a path. Raises InvalidInput."""
+def load_spec(spec: Spec, *, with_fields: str = "teacher, student and data") -> dict[str, Any]:
+    """Returns the spec (or a part of one) as a dictionary, read from YAML or JSON if it is a path.
+
+    Raises InvalidInput.
+    """
     if isinstance(spec, dict):
         return spec
     try:
@@ -23,7 +26,7 @@ def load_spec(spec: Spec) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise InvalidInput(f"{spec} is neither valid YAML nor JSON: {error}") from error
     if not isinstance(data, dict):
-        raise InvalidInput(f"{spec} must hold a mapping with teacher, student and data.")
+        raise InvalidInput(f"{spec} must hold a mapping with {with_fields}.")
     return data
 
 
@@ -39,6 +42,16 @@ def with_changes(spec: dict[str, Any], changes: list[str]) -> dict[str, Any]:
             raise InvalidInput(f"The value in '{change}' is not valid YAML.") from error
         spec = _changed(spec, path.split("."), value, change)
     return spec
+
+
+def with_overrides(spec: dict[str, Any], ordinal: int, overrides: dict[str, Any], changes: list[str]) -> dict[str, Any]:
+    """Returns the overrides of a fork with `key.path=value` changes; `stages.0` is the stage that the fork begins with.
+
+    The server replaces a list as a whole, so that a change of one stage sends all from there on. Raises InvalidInput.
+    """
+    if any(change.startswith("stages.") for change in changes):
+        overrides = {"stages": spec["stages"][ordinal:]} | overrides
+    return with_changes(overrides, changes)
 
 
 def _changed(node: Any, keys: list[str], value: Any, change: str) -> Any:

@@ -11,7 +11,7 @@ from stillhouse.commands.progress import byte_bar, open_view
 from stillhouse.commands.session import connect, find_job, parse_pairs
 from stillhouse.errors import InvalidInput
 from stillhouse.results import Job
-from stillhouse.specs import load_spec, with_changes
+from stillhouse.specs import load_spec, with_changes, with_overrides
 
 app = typer.Typer(no_args_is_help=True, help="Submit, watch, stop and download jobs.")
 JobRef = Annotated[str, typer.Argument(metavar="JOB", help="The job's id, or its name (then the newest of that name).")]
@@ -19,6 +19,8 @@ SpecFile = Annotated[Path, typer.Argument(metavar="SPEC", help="A YAML or JSON f
 Changes = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change the spec: stages.0.epochs=2; repeatable.")
 ]
+Watch = Annotated[bool, typer.Option("--watch", help="Follow the job until it ends; exit code 1 if it fails.")]
+Key = Annotated[str | None, typer.Option(help="A repeated call with the same key returns the first one's job.")]
 
 
 @app.command()
@@ -43,13 +45,16 @@ def validate(spec: SpecFile, changes: Changes = None, as_json: Json = False) -> 
 @app.command()
 def submit(
     spec: SpecFile,
-    watch: Annotated[
-        bool, typer.Option("--watch", help="Follow the job until it ends; exit code 1 if it fails.")
-    ] = False,
+    watch: Watch = False,
     changes: Changes = None,
-    idempotency_key: Annotated[
-        str | None, typer.Option(help="A repeated submit with the same key returns the first one's job.")
+    cache: Annotated[
+        str | None,
+        typer.Option(
+            metavar="use|refresh|off",
+            help="Take over results of identical stages; or run all and offer the results; or neither. Default: use.",
+        ),
     ] = None,
+    idempotency_key: Key = None,
     as_json: Json = False,
 ) -> None:
     """Submit a job. Push the models and data sets that it names first: submit uploads nothing.
@@ -57,15 +62,9 @@ def submit(
     stillhouse jobs submit job.yaml --watch
     stillhouse jobs submit job.yaml --set name=try-2 --set student.keep='[0, 5]'
     """
+    wanted = with_changes(load_spec(spec), (changes or []) + ([f"cache={cache}"] if cache else []))
     with connect() as client:
-        job = client.jobs.submit(with_changes(load_spec(spec), changes or []), idempotency_key=idempotency_key)
-        if watch:
-            _watch(client, job.id, as_json)
-        elif as_json:
-            print_json(job)
-        else:
-            typer.echo(job.id)
-            say(f"{job.name} is {job.state}. Follow it with: stillhouse jobs watch {job.id}")
+        _tell_made(client, client.jobs.submit(wanted, idempotency_key=idempotency_key), watch, as_json)
 
 
 @app.command("list")
@@ -100,11 +99,10 @@ def show(job: JobRef, as_json: Json = False) -> None:
     if as_json:
         print_json(found)
         return
-    print_fields(
-        {name: getattr(found, name) for name in ("name", "id", "state", "created_at", "started_at", "finished_at")}
-        | (found.error or {})
-    )
-    rows = [(stage.ordinal, stage.kind, stage.state, f"{stage.progress:.0%}") for stage in found.stages]
+    names = ["name", "id", "parent_id", "state", "created_at", "started_at", "finished_at"]
+    names += ["content_sha256", "envelope_sha256"]
+    print_fields({name: getattr(found, name) for name in names} | (found.error or {}))
+    rows = [(stage.ordinal, stage.kind, stage.status, f"{stage.progress:.0%}") for stage in found.stages]
     print_table(("#", "STAGE", "STATE", "DONE"), rows, "")
     files = [(a.name, len(a.files), size(a.size_bytes)) for a in artifacts]
     if files:
@@ -160,11 +158,100 @@ def events(
 
 
 @app.command()
-def cancel(job: JobRef, as_json: Json = False) -> None:
-    """Cancel a job. A running stage stops at its next step; what earlier stages published stays."""
+def cancel(
+    job: JobRef,
+    after_checkpoint: Annotated[
+        bool,
+        typer.Option("--after-checkpoint", help="Let the stage write a checkpoint first; a retry goes on from it."),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Cancel a job. Its stage is stopped at once; what it made is no longer offered, but `retry` takes it over."""
     with connect() as client:
-        found = client.jobs.cancel(find_job(client, job).id)
-    print_json(found) if as_json else say(f"{found.name} ({found.id}) is {found.state}")
+        found = client.jobs.cancel(find_job(client, job).id, after_checkpoint=after_checkpoint)
+    _tell_state(found, as_json)
+
+
+@app.command()
+def pause(job: JobRef, as_json: Json = False) -> None:
+    """Pause a job: its stage writes a checkpoint, and its worker takes other jobs until you resume it."""
+    with connect() as client:
+        found = client.jobs.pause(find_job(client, job).id)
+    _tell_state(found, as_json)
+
+
+@app.command()
+def resume(job: JobRef, as_json: Json = False) -> None:
+    """Let a paused job go on from its checkpoint."""
+    with connect() as client:
+        found = client.jobs.resume(find_job(client, job).id)
+    _tell_state(found, as_json)
+
+
+@app.command()
+def retry(job: JobRef, watch: Watch = False, idempotency_key: Key = None, as_json: Json = False) -> None:
+    """Go on with a failed or cancelled job, as a new job: it takes over the stages that were done.
+
+    The first of the others goes on from its checkpoint, if it has written one. To change something, use `fork`.
+
+    stillhouse jobs retry support-tickets --watch
+    """
+    with connect() as client:
+        made = client.jobs.retry(find_job(client, job).id, idempotency_key=idempotency_key)
+        _tell_made(client, made, watch, as_json)
+
+
+@app.command()
+def fork(
+    job: JobRef,
+    from_stage: Annotated[
+        str, typer.Option(metavar="STAGE", help="The first stage that runs: its number, or its kind such as distill.")
+    ],
+    changes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Change the spec; repeatable. stages.0 is the stage of --from-stage, stages.1 the one after it.",
+        ),
+    ] = None,
+    overrides: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="YAML or JSON with the fields that change; `stages` in it replaces the stages from --from-stage on.",
+        ),
+    ] = None,
+    watch: Watch = False,
+    idempotency_key: Key = None,
+    as_json: Json = False,
+) -> None:
+    """Make a new job out of another one: take over its stages before STAGE, and run the others, with changes.
+
+    The other job may still run, or have ended in any way; it stays as it is. Its teacher, data and task can be changed
+    only with --from-stage 0. To add stages to a job, give the number after its last stage, and --overrides.
+
+    stillhouse jobs fork support-tickets --from-stage distill --set stages.0.epochs=3 --watch
+    stillhouse jobs fork support-tickets --from-stage 0 --set data=tickets-2 --set name=try-2
+    stillhouse jobs fork support-tickets --from-stage export --overrides more-formats.yaml
+    """
+    given = load_spec(overrides, with_fields="fields of a spec") if overrides else {}
+    with connect() as client:
+        parent = find_job(client, job)
+        first = next((stage.ordinal for stage in parent.stages if from_stage in (str(stage.ordinal), stage.kind)), 0)
+        patch = with_overrides(parent.spec, first, given, changes or [])
+        place = int(from_stage) if from_stage.isdecimal() else from_stage
+        made = client.jobs.fork(parent.id, place, patch, idempotency_key=idempotency_key)
+        _tell_made(client, made, watch, as_json)
+
+
+@app.command()
+def usage(job: JobRef, as_json: Json = False) -> None:
+    """Show for how many seconds workers have held a job, by queue and in all."""
+    with connect() as client:
+        found = client.jobs.usage(find_job(client, job).id)
+    seconds = found.seconds_by_queue | {"in all": found.seconds}
+    print_json(found) if as_json else print_fields({queue: f"{value:.1f} s" for queue, value in seconds.items()})
 
 
 @app.command()
@@ -200,6 +287,21 @@ def download(
         print_json({"folder": str(folder), "files": [str(path) for path in paths]})
     else:
         say(f"{len(paths)} files, {size(total)}, checked, in {', '.join(str(folder / name) for name in names)}")
+
+
+def _tell_made(client: Client, job: Job, watch: bool, as_json: bool) -> None:
+    """Prints the id of a new job, or follows it to its end."""
+    if watch:
+        _watch(client, job.id, as_json)
+    elif as_json:
+        print_json(job)
+    else:
+        typer.echo(job.id)
+        say(f"{job.name} is {job.state}. Follow it with: stillhouse jobs watch {job.id}")
+
+
+def _tell_state(job: Job, as_json: bool) -> None:
+    print_json(job) if as_json else say(f"{job.name} ({job.id}) is {job.state}")
 
 
 def _watch(client: Client, job_id: str, as_json: bool) -> None:

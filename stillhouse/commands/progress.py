@@ -20,6 +20,7 @@ LOSS = "loss/total"
 LOSS_PAUSE_S = 2.0
 LINE_PAUSE_S = 10.0
 MARKS = {"succeeded": "✓", "cached": "✓", "failed": "✗", "cancelled": "–"}
+SPOKEN = {"running", "succeeded"}  # states that a bar shows by itself
 
 
 class View(Protocol):
@@ -104,7 +105,7 @@ class Bars:
                 task,
                 completed=stage.progress,
                 mark=MARKS.get(stage.state, " "),
-                note=describe(stage, self._losses.find(job, stage)),
+                note=describe(stage, self._losses.find(job, stage)) if stage.state in SPOKEN else stage.status,
             )
             if stage.state in MARKS:
                 self._progress.stop_task(task)
@@ -145,7 +146,7 @@ class Lines:
                 self._states[stage.ordinal] = stage.state
                 self._said_at = now
                 note = describe(stage, self._losses.find(job, stage))
-                say(f"  {stage.kind}: {stage.state} {stage.progress:.0%}  {note}".rstrip())
+                say(f"  {stage.kind}: {stage.status} {stage.progress:.0%}  {note}".rstrip())
 
     def tell(self, event: Event) -> None:
         """Prints a warning; an error is told at the end."""
@@ -161,8 +162,6 @@ def describe(stage: Stage, loss: float | None) -> str:
             parts.append(f"step {stage.step}/{stage.total_steps}")
         if stage.eta_s is not None:
             parts.append(f"{stage.eta_s:.0f} s left")
-    elif stage.state in {"cached", "pending", "cancelled", "failed"}:
-        parts.append(stage.state)
     return "  ".join(parts)
 
 
