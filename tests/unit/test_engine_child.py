@@ -100,7 +100,7 @@ def test_inputs_stay_untouched_and_no_scratch_is_left(run_through: tuple[Bench, 
     job, stages = run_through
     assert contents(job.inputs / "data") == contents(bench.inputs / "data")
     for finished in stages:
-        assert sorted(path.name for path in finished.outputs.parent.iterdir()) == ["checkpoints", "log", "order.json", "out"]
+        assert sorted(path.name for path in finished.outputs.parent.iterdir()) == ["log", "order.json", "out"]
 
 
 def test_same_order_twice_gives_the_same_bytes(run_through: tuple[Bench, list[Finished]]) -> None:
