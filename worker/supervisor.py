@@ -170,7 +170,7 @@ def _stop(taken: Claim, staging: Staging) -> bool:
     error = {
         "reason": "budget_exhausted",
         "message": "the job's max_seconds are used up",
-        "suggestion": "retry it with a larger max_seconds; it goes on from its last checkpoint",
+        "suggestion": "fork it at this stage with a larger max_seconds; it goes on from its last checkpoint",
         "retryable": False,
     }
     _fail(taken, staging, error)

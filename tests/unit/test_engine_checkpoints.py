@@ -93,7 +93,7 @@ def test_a_full_disk_costs_the_checkpoint_and_not_the_stage(
 
 def test_every_generator_goes_on_where_it_was() -> None:
     def draw() -> list[Any]:
-        return [random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), torch.rand(3).tolist()]  # noqa: NPY002, S311
+        return [random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), torch.rand(3).tolist()]
 
     draw()
     saved = checkpoints.random_tensors()
