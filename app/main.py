@@ -1,5 +1,7 @@
 """The API process."""
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from importlib.metadata import version
 
 from fastapi import FastAPI
@@ -10,6 +12,7 @@ from app import error_handlers, openapi
 from app.datasets.endpoints import router as datasets
 from app.jobs.endpoints import router as jobs
 from app.jobs.output_endpoints import router as job_outputs
+from app.jobs.watching import Watcher
 from app.keys.endpoints import router as keys
 from app.methods.endpoints import router as methods
 from app.middleware import Gate, HttpMetrics
@@ -20,6 +23,13 @@ from app.operations.endpoints import router as operations
 ROUTERS = (jobs, job_outputs, datasets, models, methods, keys, operations)
 
 
+@asynccontextmanager
+async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    """Ends what runs beside the requests when the app does."""
+    yield
+    await app.state.watcher.close()
+
+
 def create_app() -> FastAPI:
     """Returns the app; its documentation pages need no internet."""
     app: FastAPI = FastAPIOffline(
@@ -28,10 +38,12 @@ def create_app() -> FastAPI:
         description=openapi.DESCRIPTION,
         openapi_tags=openapi.TAGS,
         redirect_slashes=False,
+        lifespan=lifespan,
     )
     for router in ROUTERS:
         app.include_router(router)
     app.state.routes = [route for router in ROUTERS for route in router.routes]
+    app.state.watcher = Watcher()
     registry = CollectorRegistry()
     registry.register(JobsCollector())
     ProcessCollector(registry=registry)

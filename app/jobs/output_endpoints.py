@@ -11,6 +11,7 @@ from app.jobs import service
 from app.jobs.endpoints import JobId
 from app.jobs.schemas import ArtifactList, EventPage, EventView, SeriesList
 from app.jobs.streaming import event_stream, wants_stream
+from app.jobs.watching import Place
 from core.jobs import repository
 from core.models.repository import files_of
 from core.storage import Blob
@@ -28,6 +29,7 @@ STREAM: dict[int | str, dict[str, Any]] = {
 
 @router.get("/events", operation_id="list_events", response_model=EventPage, responses=STREAM)
 def events(
+    request: Request,
     job_id: JobId,
     session: DbSession,
     principal: Reader,
@@ -42,7 +44,8 @@ def events(
     """
     job = repository.get_job(session, principal.tenant_id, job_id)
     if wants_stream(accept):
-        return event_stream(principal.tenant_id, job.id, max(after, _seq(last_event_id)))
+        place = Place(principal.tenant_id, job.id, max(after, _seq(last_event_id)))
+        return event_stream(request.app.state.watcher, place)
     found = repository.list_events(session, principal.tenant_id, job.id, after=after, limit=limit)
     views = [EventView.model_validate(event, from_attributes=True) for event in found.items]
     return {"data": views, "next_cursor": found.next_cursor}

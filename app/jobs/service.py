@@ -1,4 +1,4 @@
-"""Jobs: accept, describe, follow."""
+"""Jobs: accept and describe."""
 
 import math
 from collections.abc import Callable
@@ -12,11 +12,10 @@ from app.jobs.sampling import Point, downsample
 from app.jobs.schemas import ArtifactView, JobSummary, JobView, Series, StageView
 from core.datasets.repository import find_dataset
 from core.db import session_scope
-from core.errors import Conflict, Gone, NotFound
+from core.errors import Conflict, NotFound
 from core.jobs import repository
-from core.jobs.models import Artifact, Event, Job, StageRun
+from core.jobs.models import Artifact, Job, StageRun
 from core.jobs.spec import JobSpec
-from core.jobs.state import TERMINAL
 from core.models.models import Manifest
 from core.models.repository import files_of, find_model, get_manifest
 from core.settings import get_settings
@@ -118,31 +117,6 @@ def etag_of(job: Job) -> str:
 def parse_metadata(pairs: list[str]) -> dict[str, str]:
     """Returns the filter of `key:value` pairs; what has no colon matches nothing that can be stored."""
     return {key: value for key, _, value in (pair.partition(":") for pair in pairs)}
-
-
-class EventBatch(NamedTuple):
-    """Some events, and the state that the job had before they were read."""
-
-    events: list[Event]
-    state: str
-
-
-def read_events(tenant_id: str, job_id: str, after: int, limit: int) -> EventBatch:
-    """Returns the next events, in a session of its own.
-
-    The state is read first: when it is terminal, the last event of the job is among those that are left.
-    """
-    with session_scope() as session:
-        try:
-            state = repository.get_job(session, tenant_id, job_id).state
-        except Gone:
-            return EventBatch([], "deleted")
-        return EventBatch(repository.list_events(session, tenant_id, job_id, after=after, limit=limit).items, state)
-
-
-def has_ended(state: str) -> bool:
-    """Tells whether no event can follow."""
-    return state in TERMINAL or state == "deleted"
 
 
 def list_series(session: Session, job: Job, filters: dict[str, Any], max_points: int) -> list[Series]:

@@ -1,53 +1,39 @@
 """A job's events as server-sent events."""
 
 import json
-import time
 from collections.abc import AsyncIterator
 
-import anyio
-from starlette.concurrency import run_in_threadpool
 from starlette.responses import StreamingResponse
 
 from app.jobs.schemas import EventView
-from app.jobs.service import has_ended, read_events
-from core.jobs.models import Event
+from app.jobs.watching import NOTHING, Place, Watcher, look
 
-POLL_S = 0.5
 HEARTBEAT_S = 15.0
-BATCH = 200
 
 
-def event_stream(tenant_id: str, job_id: str, after: int) -> StreamingResponse:
-    """Returns the stream of a job's events after `after`; it ends with `event: done` once the job has ended."""
+def event_stream(watcher: Watcher, place: Place) -> StreamingResponse:
+    """Returns the stream of a job's events after a place; it ends with `event: done` once the job has ended."""
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-    return StreamingResponse(_follow(tenant_id, job_id, after), media_type="text/event-stream", headers=headers)
+    return StreamingResponse(_follow(watcher, place), media_type="text/event-stream", headers=headers)
 
 
-async def _follow(tenant_id: str, job_id: str, after: int) -> AsyncIterator[str]:
+async def _follow(watcher: Watcher, place: Place) -> AsyncIterator[str]:
     yield ": stillhouse events\n\n"
-    spoken = time.monotonic()
+    news = await look(place)
     while True:
-        batch = await run_in_threadpool(read_events, tenant_id, job_id, after, BATCH)
-        for event in batch.events:
-            after = event.seq
-            yield _frame(event)
-        if len(batch.events) == BATCH:
-            continue
-        if has_ended(batch.state):
-            yield f"event: done\nid: {after}\ndata: {json.dumps({'state': batch.state})}\n\n"
+        if news.events:
+            yield "".join(_frame(event) for event in news.events)
+            place = place._replace(after=news.events[-1].seq)
+        if news.ends:
+            yield f"event: done\nid: {place.after}\ndata: {json.dumps({'state': news.state})}\n\n"
             return
-        now = time.monotonic()
-        if batch.events:
-            spoken = now
-        elif now - spoken >= HEARTBEAT_S:
-            spoken = now
+        news = await (look(place) if news.more else watcher.wait(place, HEARTBEAT_S))
+        if news is NOTHING:
             yield ": heartbeat\n\n"
-        await anyio.sleep(POLL_S)
 
 
-def _frame(event: Event) -> str:
-    data = EventView.model_validate(event, from_attributes=True).model_dump_json()
-    return f"id: {event.seq}\ndata: {data}\n\n"
+def _frame(event: EventView) -> str:
+    return f"id: {event.seq}\ndata: {event.model_dump_json()}\n\n"
 
 
 def wants_stream(accept: str | None) -> bool:
