@@ -1,5 +1,43 @@
-"""The stack of the end-to-end tests, for the long runs."""
+"""The stack of the end-to-end tests, for the long runs, and a table of what they saw."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
 
 from tests.e2e.conftest import pico_files, stack
 
 __all__ = ["pico_files", "stack"]
+OUT = Path(__file__).parents[2] / "bench" / "out" / "chaos.json"
+rows: list[dict[str, Any]] = []
+
+
+@pytest.fixture
+def record() -> Callable[..., None]:
+    """Adds a row to the table: what was done, how often, what was seen, and what should be."""
+
+    def add(what: str, trials: int, seen: str, goal: str) -> None:
+        rows.append({"what": what, "trials": trials, "seen": seen, "goal": goal})
+
+    return add
+
+
+@pytest.fixture
+def scaled() -> Callable[[int], int]:
+    """Scales the number of trials by STILLHOUSE_CHAOS_SCALE."""
+    scale = float(os.environ.get("STILLHOUSE_CHAOS_SCALE", "1"))
+    return lambda count: max(1, round(count * scale))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Prints the table and writes it as JSON."""
+    if not rows:
+        return
+    terminalreporter.section("chaos")
+    for row in rows:
+        terminalreporter.write_line(f"{row['what']}: {row['trials']} trials; {row['seen']} (goal: {row['goal']})")
+    OUT.parent.mkdir(parents=True, exist_ok=True)
+    OUT.write_text(json.dumps(rows, indent=1))
