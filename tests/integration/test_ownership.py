@@ -1,6 +1,7 @@
 """Claims, fences and the reconciler, on a real Postgres."""
 
 from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import pytest
 from sqlalchemy import select, text, update
@@ -138,6 +139,44 @@ def test_cancel_of_a_running_job_reaches_its_worker(tenant: tuple[str, str], que
     with session_scope() as session:
         ownership.hand_back(session, claim, "stopped")
     assert state_of(tenant[0], job_id) == "cancelled"
+
+
+def test_either_the_end_or_the_cancellation_wins(tenant: tuple[str, str], queue: str) -> None:
+    outcomes = []
+    with ThreadPoolExecutor(2) as pool:
+        for job_id in make_jobs(tenant[0], queue, 200):
+            claim = take(queue)
+            for ordinal in range(3):
+                commit(claim, ordinal)
+            start = Barrier(2)
+
+            def finish(claim: ownership.Claim = claim, start: Barrier = start) -> bool:
+                start.wait()
+                return commit(claim, 3)
+
+            def cancel(job_id: str = job_id, start: Barrier = start) -> bool:
+                start.wait()
+                try:
+                    with session_scope() as session:
+                        repository.cancel_job(session, tenant[0], job_id)
+                except Conflict:
+                    return False
+                return True
+
+            ended, cancelled = (done.result() for done in [pool.submit(finish), pool.submit(cancel)])
+            assert ended
+            assert state_of(tenant[0], job_id) == ("cancelled" if cancelled else "succeeded")
+            with session_scope() as session:
+                assert len(repository.list_artifacts(session, tenant[0], job_id)) == (0 if cancelled else 1)
+            outcomes.append(cancelled)
+    assert set(outcomes) == {True, False}
+
+
+def commit(claim: ownership.Claim, ordinal: int) -> bool:
+    files = [ownership.ManifestFile(path="f", sha256="1" * 64, size_bytes=1)]
+    with session_scope() as session:
+        ownership.start_stage(session, claim, ordinal)
+        return ownership.commit_stage(session, claim, ordinal, {"student": files}, {}, LOG)
 
 
 def test_cancel_is_settled_when_the_worker_is_lost(tenant: tuple[str, str], queue: str) -> None:

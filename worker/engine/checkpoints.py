@@ -37,8 +37,11 @@ class Pacer:
 def write(path: Path, tensors: Mapping[str, Tensor], state: dict[str, Any]) -> None:
     """Writes a checkpoint; the name appears only once the file is whole."""
     part = path.with_suffix(".part")
-    save_file(_apart(tensors), part, metadata={"state": json.dumps(state, sort_keys=True)})
-    part.rename(path)
+    try:
+        save_file(_apart(tensors), part, metadata={"state": json.dumps(state, sort_keys=True)})
+        part.rename(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

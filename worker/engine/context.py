@@ -1,5 +1,6 @@
 """What a stage knows and holds: its order, models, data, and the line to the supervisor."""
 
+import errno
 import logging
 import os
 import random
@@ -23,7 +24,7 @@ from core.methods import Stage, list_methods
 from worker.engine import checkpoints
 from worker.engine.data import Examples, read_examples
 from worker.engine.devices import choose_device
-from worker.engine.failures import StopRequested
+from worker.engine.failures import StopRequested, is_storage_full
 from worker.engine.loading import load_model, load_tokenizer
 from worker.engine.reporting import Reporter
 
@@ -123,13 +124,18 @@ class StageContext:
         folder = self.order.outputs_dir.parent / "checkpoints"
         folder.mkdir(exist_ok=True)
         size_bytes = sum(tensor.nbytes for tensor in tensors.values())
-        if shutil.disk_usage(folder).free < 1.2 * size_bytes + checkpoints.FREE_RESERVE_BYTES:
+        identity = {"job_id": self.order.job_id, "ordinal": self.order.ordinal, "step": step}
+        try:
+            if shutil.disk_usage(folder).free < 1.2 * size_bytes + checkpoints.FREE_RESERVE_BYTES:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            checkpoints.write(folder / f"{step}.safetensors", tensors, state | identity)
+        except Exception as error:  # the library has an error type of its own
+            if not is_storage_full(error):
+                raise
             if not self._skipped_checkpoint:
                 self.warn("checkpoint_skipped", "The disk has no room for a checkpoint.", size_bytes=size_bytes)
             self._skipped_checkpoint = True
         else:
-            identity = {"job_id": self.order.job_id, "ordinal": self.order.ordinal, "step": step}
-            checkpoints.write(folder / f"{step}.safetensors", tensors, state | identity)
             self.reporter.checkpoint(step, f"{step}.safetensors")
         self._pacer.note(time.monotonic() - began)
 

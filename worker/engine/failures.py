@@ -32,7 +32,7 @@ def explain(error: BaseException) -> dict[str, Any]:
                 "Lower batch_size or max_length.",
                 False,
             )
-        if _is_storage_full(cause):
+        if is_storage_full(cause):
             return _report(
                 "storage_full",
                 "The disk is full.",
@@ -62,7 +62,8 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return any(word in str(error).lower() for word in OUT_OF_MEMORY_WORDS)
 
 
-def _is_storage_full(error: BaseException) -> bool:
+def is_storage_full(error: BaseException) -> bool:
+    """Tells whether the error says that the disk is full."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
     return any(word in str(error).lower() for word in STORAGE_FULL_WORDS)
