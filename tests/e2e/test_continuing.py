@@ -1,5 +1,6 @@
 """Jobs that are paused, moved, damaged or repeated end with the bytes of one that was left alone."""
 
+import os
 import signal
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from core.jobs import repository
 from core.jobs.models import Artifact, Checkpoint, Job, StageRun
 from core.models.models import Manifest
 from core.storage import get_store
+from tests.chaos.crashing import Crasher, Point
 from tests.e2e.stack import Stack, children_of, until
 
 STAGES = [
@@ -18,6 +20,13 @@ STAGES = [
     {"kind": "distill", "epochs": 40, "batch_size": 8, "dropout": 0.1},
 ]
 EAGER = {"STILLHOUSE_CHECKPOINT_S": "0"}
+KILLS = [
+    (Point("worker.engine.training:Trainer._update", call=20), True),
+    (Point("core.jobs.checkpoints:record_checkpoint"), False),
+    (Point("core.jobs.ownership:commit_stage"), False),
+    (Point("worker.engine.checkpoints:save_file"), True),
+    (Point("core.storage:ArtifactStore.take_folder"), False),
+]
 known: list[str] = []  # no tenant, name or time is in it, so one clean run serves all the tests
 
 
@@ -97,6 +106,23 @@ def test_a_terminated_worker_leaves_a_checkpoint_to_the_next(stack: Stack, clean
     stack.start_worker(**EAGER)
     assert ended_as(stack, job_id, clean).count("stage.succeeded") == 2
     assert "going on from step" in stack.http.get(f"/v1/jobs/{job_id}/stages/0/log").text
+
+
+def test_kills_at_durable_steps_change_nothing(stack: Stack, clean: str, tmp_path: Path) -> None:
+    stack.worker.send_signal(signal.SIGTERM)
+    assert stack.worker.wait(60) == 0
+    crasher = Crasher(tmp_path / "crash")
+    settings = EAGER | {"PYTHONPATH": f"{crasher.folder}:{os.environ.get('PYTHONPATH', '')}"}
+    worker = stack.start_worker(**settings)
+    job_id = ""
+    for point, is_child in KILLS:
+        crasher.arm(point)
+        job_id = job_id or stack.submit(stages=STAGES, cache="off")
+        until(crasher.has_struck)
+        if not is_child:
+            assert worker.wait(30) == -signal.SIGKILL
+            worker = stack.start_worker(**settings)
+    assert ended_as(stack, job_id, clean).count("stage.succeeded") == 2
 
 
 def test_damaged_bytes_are_found_and_made_again(stack: Stack, clean: str) -> None:
