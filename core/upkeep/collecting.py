@@ -47,6 +47,7 @@ def collect_when_due() -> Collected | None:
             return None
     collected = collect()
     if collected is not None:
+        log.info("collected in %.1f s: %s", time.monotonic() - started, collected)
         note.write_text(f"{time.monotonic() - started:.3f}\n")
     return collected
 
@@ -128,7 +129,8 @@ def drop_manifests(session: Session) -> int:
 
 def list_dead(store: ArtifactStore, before: float) -> list[str]:
     """Returns blobs older than `before` that no row refers to; they are deleted once no transaction is open here."""
-    with db.get_engine().connect() as connection, closing(stream_blobs(connection)) as blobs:
+    engine = db.get_engine().execution_options(isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection, closing(stream_blobs(connection)) as blobs:
         unreferenced = without(store.list_blobs(), blobs)
         return list(islice((sha256 for sha256 in unreferenced if store.is_older(sha256, before)), MAX_BLOBS))
 

@@ -40,10 +40,11 @@ def may_delete(session: Session) -> bool:
 
 @contextmanager
 def _connection() -> Iterator[Connection]:
-    """Yields a connection without a transaction, whose locks end with it."""
+    """Yields a connection without a transaction, and gives its locks back."""
     with db.get_engine().connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         try:
             yield connection
         finally:
-            with suppress(*db.DatabaseAway):
-                connection.execute(select(func.pg_advisory_unlock_all()))
+            if not connection.invalidated:  # else the locks ended with it
+                with suppress(*db.DatabaseAway):
+                    connection.execute(select(func.pg_advisory_unlock_all()))

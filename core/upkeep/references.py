@@ -69,6 +69,7 @@ def snapshot() -> Iterator[Connection]:
     """Yields a connection that sees the database as of one moment and can't write."""
     options = {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}
     with db.get_engine().connect().execution_options(**options) as connection, connection.begin():
+        connection.execute(text("set local idle_in_transaction_session_timeout = 0"))  # a large file takes its time
         yield connection
 
 
