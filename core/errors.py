@@ -128,6 +128,12 @@ class BlobDamaged(StillhouseError):
         self.sha256 = sha256
 
 
+class BackupUnusable(StillhouseError):
+    """The backup is damaged, or not of this version. Use another one."""
+
+    code = "backup_unusable"
+
+
 class Unavailable(StillhouseError):
     """A service that Stillhouse needs does not answer now. Try again in a few seconds."""
 

@@ -23,6 +23,13 @@ def upgrade(revision: str = "head") -> None:
     command.upgrade(get_config(), revision)
 
 
+def has(revision: str) -> bool:
+    """Tells whether there is a revision of that name."""
+    from alembic.script import ScriptDirectory
+
+    return revision in {script.revision for script in ScriptDirectory.from_config(get_config()).walk_revisions()}
+
+
 def head() -> str:
     """Returns the newest revision."""
     from alembic.script import ScriptDirectory
