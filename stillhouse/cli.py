@@ -13,7 +13,7 @@ from typing import Annotated
 import httpx
 import typer
 
-from stillhouse.commands import datasets, jobs, keys, methods, models, predict, up
+from stillhouse.commands import datasets, jobs, keys, methods, models, predict, up, upkeep
 from stillhouse.commands.output import print_error, say
 from stillhouse.errors import ClientError
 
@@ -41,6 +41,9 @@ app.add_typer(keys.app, name="keys")
 app.command()(up.up)
 app.command()(predict.predict)
 app.command()(methods.methods)
+app.command()(upkeep.fsck)
+app.command()(upkeep.backup)
+app.command()(upkeep.restore)
 
 
 def _keep_examples(group: typer.Typer) -> None:

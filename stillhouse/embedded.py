@@ -75,11 +75,16 @@ class EmbeddedPostgres:
         """SQLAlchemy URL of the database."""
         return f"postgresql+psycopg://postgres@/stillhouse?host={quote(str(self.sockets), safe='/')}"
 
-    def start(self) -> str:
-        """Returns the URL of the running database, whatever a former life left behind. Raises LocalError."""
+    def locate(self) -> str:
+        """Returns the URL at which the database answers while it runs; does not start it. Raises LocalError."""
         make_folder(self.asked_folder, 0o711)
         self.folder = place_for(self.asked_folder, self.owner)
         self.sockets = socket_folder(self.folder / "sockets", self.owner, SOCKET_LOCK)
+        return self.url
+
+    def start(self) -> str:
+        """Returns the URL of the running database, whatever a former life left behind. Raises LocalError."""
+        self.locate()
         self.stop_former()
         self._initialise()
         try:

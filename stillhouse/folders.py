@@ -1,11 +1,13 @@
 """Where a local stack keeps its things, by one rule: never change a folder that we did not make."""
 
+import fcntl
 import hashlib
 import os
 import shutil
 import stat
 import tempfile
 from pathlib import Path
+from typing import IO
 
 from stillhouse.processes import LocalError, Owner
 
@@ -35,6 +37,17 @@ def make_folder(folder: Path, mode: int) -> Path:
     if not folder.is_dir():
         raise LocalError(f"{folder} is a file, not a folder. Name another with --data-dir.")
     return folder
+
+
+def take_lock(data_dir: Path) -> IO[str] | None:
+    """Returns the lock on a data folder, held until it is closed; None while another process holds it."""
+    lock = (data_dir / "lock").open("a+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        return None
+    return lock
 
 
 def can_enter(folder: Path, owner: Owner) -> bool:

@@ -1,6 +1,5 @@
 """`stillhouse up`: database, broker, API and workers on one machine, as one tree of processes that ends as one."""
 
-import fcntl
 import json
 import os
 import shutil
@@ -17,7 +16,7 @@ import httpx
 
 from stillhouse.connection import find_stack
 from stillhouse.embedded import EmbeddedPostgres, EmbeddedRedis
-from stillhouse.folders import make_folder
+from stillhouse.folders import make_folder, take_lock
 from stillhouse.processes import LocalError, port_is_free, tail
 from stillhouse.services import Program, Say, Service
 
@@ -137,18 +136,14 @@ class Stack:
                 process.kill()
 
     def _take_lock(self) -> None:
-        lock = (self.data_dir / "lock").open("a+")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        self._lock = take_lock(self.data_dir)
+        if self._lock is None:
             running = find_stack(self.data_dir)
             where = f" at {running['url']} (process {running['pid']})" if running else ""
-            lock.close()
             raise AlreadyRunning(
                 f"A Stillhouse already runs on {self.data_dir}{where}. "
                 "Use it, stop it, or start another one with its own --data-dir."
-            ) from None
-        self._lock = lock
+            )
 
     def _settings(self) -> dict[str, str]:
         """Returns the settings for us and our children; a variable that the user set wins, and spares the server."""
