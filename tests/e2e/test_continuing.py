@@ -109,8 +109,7 @@ def test_a_terminated_worker_leaves_a_checkpoint_to_the_next(stack: Stack, clean
 
 
 def test_kills_at_durable_steps_change_nothing(stack: Stack, clean: str, tmp_path: Path) -> None:
-    stack.worker.send_signal(signal.SIGTERM)
-    assert stack.worker.wait(60) == 0
+    stack.worker.kill()
     crasher = Crasher(tmp_path / "crash")
     settings = EAGER | {"PYTHONPATH": f"{crasher.folder}:{os.environ.get('PYTHONPATH', '')}"}
     worker = stack.start_worker(**settings)
