@@ -9,7 +9,7 @@ from sqlalchemy.orm import Session
 from starlette.convertors import StringConvertor, register_url_convertor
 from starlette.requests import Request
 
-from core.db import session_scope
+from core.db import get_autocommit_engine, session_scope
 from core.errors import Forbidden, NotFound, Unauthenticated
 from core.tenants.keys import Principal, Scope, authenticate
 
@@ -40,8 +40,8 @@ def require(scope: Scope) -> Callable[..., Principal]:
     ) -> Principal:
         if credentials is None:
             raise Unauthenticated()
-        with session_scope() as session:
-            found = authenticate(session, credentials.credentials)
+        with get_autocommit_engine().connect() as connection:
+            found = authenticate(connection, credentials.credentials)
         if scope not in found.scopes:
             raise Forbidden(f"This API key lacks the scope '{scope}'; it has: {', '.join(sorted(found.scopes))}.")
         return found

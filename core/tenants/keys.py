@@ -9,7 +9,7 @@ import secrets
 from datetime import datetime, timedelta
 from typing import Literal, NamedTuple, get_args
 
-from sqlalchemy import func, select, update
+from sqlalchemy import Connection, bindparam, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from core.errors import Invalid, NotFound, Unauthenticated
@@ -19,6 +19,22 @@ from core.tenants.models import ApiKey, Tenant
 Scope = Literal["read", "write", "keys"]
 LAST_USED_STEP = timedelta(minutes=1)  # one write a minute tells enough
 SCOPES: tuple[str, ...] = get_args(Scope)
+IS_STALE = or_(ApiKey.last_used_at.is_(None), ApiKey.last_used_at < func.now() - LAST_USED_STEP)
+FIND = (  # every request asks this, so it is put together once
+    select(
+        ApiKey.id,
+        ApiKey.tenant_id,
+        ApiKey.secret_sha256,
+        ApiKey.scopes,
+        ApiKey.expires_at,
+        ApiKey.revoked_at,
+        Tenant.name,
+        (ApiKey.expires_at <= func.now()).label("expired"),
+        IS_STALE.label("stale"),
+    )
+    .join(Tenant, Tenant.id == ApiKey.tenant_id)
+    .where(ApiKey.id == bindparam("key_id"))
+)
 
 
 class Principal(NamedTuple):
@@ -61,30 +77,28 @@ def create_key(
     return key, f"sk_{key.id.removeprefix('key_')}_{secret}"
 
 
-def authenticate(session: Session, text: str) -> Principal:
+def authenticate(session: Session | Connection, text: str) -> Principal:
     """Returns who the key's text stands for. Raises Unauthenticated, saying why."""
     parts = text.split("_")
     if len(parts) != 3 or parts[0] != "sk":
         raise Unauthenticated("This is no Stillhouse API key; it should look like sk_<id>_<secret>.")
-    row = session.execute(
-        select(
-            ApiKey,
-            Tenant.name,
-            (ApiKey.expires_at <= func.now()).label("expired"),
-            (func.coalesce(ApiKey.last_used_at, ApiKey.created_at) < func.now() - LAST_USED_STEP).label("stale"),
-        )
-        .join(Tenant, Tenant.id == ApiKey.tenant_id)
-        .where(ApiKey.id == f"key_{parts[1]}")
-    ).one_or_none()
-    if row is None or not hmac.compare_digest(row.ApiKey.secret_sha256, _hash(parts[2])):
+    row = session.execute(FIND, {"key_id": f"key_{parts[1]}"}).one_or_none()
+    if row is None or not hmac.compare_digest(row.secret_sha256, _hash(parts[2])):
         raise Unauthenticated("This API key is unknown.")
-    if row.ApiKey.revoked_at is not None:
+    if row.revoked_at is not None:
         raise Unauthenticated("This API key was revoked; ask for a new one.")
     if row.expired:
-        raise Unauthenticated(f"This API key expired at {row.ApiKey.expires_at:%Y-%m-%d %H:%M} UTC; ask for a new one.")
-    if row.stale or row.ApiKey.last_used_at is None:
-        row.ApiKey.last_used_at = func.now()
-    return Principal(row.ApiKey.tenant_id, row.name, row.ApiKey.id, frozenset(row.ApiKey.scopes))
+        raise Unauthenticated(f"This API key expired at {row.expires_at:%Y-%m-%d %H:%M} UTC; ask for a new one.")
+    if row.stale:
+        _touch(session, row.id)
+    return Principal(row.tenant_id, row.name, row.id, frozenset(row.scopes))
+
+
+def _touch(session: Session | Connection, key_id: str) -> None:
+    """Notes that a key is in use, unless another request is at it: a thousand at once must not wait in line."""
+    free = select(ApiKey.id).where(ApiKey.id == key_id, IS_STALE).with_for_update(skip_locked=True)
+    touch = update(ApiKey).where(ApiKey.id == free.scalar_subquery()).values(last_used_at=func.now())
+    session.execute(touch, execution_options={"synchronize_session": False})
 
 
 def list_keys(session: Session, tenant_id: str) -> list[ApiKey]:
