@@ -10,7 +10,7 @@ from app.files import etag_matches
 from app.jobs import continuing, service
 from app.jobs.examples import FORK_BODY, SPEC_BODY
 from app.jobs.schemas import CancelMode, JobPage, JobView, UsageView, ValidatedSpec
-from core.db import session_scope
+from core.db import get_autocommit_engine, session_scope
 from core.jobs import forking, repository
 from core.jobs.content import digest
 from core.jobs.spec import parse_spec
@@ -87,7 +87,6 @@ def validate_job(body: Body, principal: Writer) -> Any:
 
 @router.get("", operation_id="list_jobs", response_model=JobPage)
 def list_jobs(
-    session: DbSession,
     principal: Reader,
     state: Annotated[JobState | None, Query(description="Only jobs in this state.")] = None,
     name: Annotated[str | None, Query(max_length=120, description="Only jobs of this name.")] = None,
@@ -100,9 +99,10 @@ def list_jobs(
 ) -> Any:
     """Lists your jobs, newest first."""
     labels = service.parse_metadata(metadata)
-    found = repository.list_jobs(
-        session, principal.tenant_id, state=state, name=name, labels=labels, after=after, limit=limit
-    )
+    with session_scope() as session:
+        found = repository.list_jobs(
+            session, principal.tenant_id, state=state, name=name, labels=labels, after=after, limit=limit
+        )
     return {"data": [service.summary(job) for job in found.items], "next_cursor": found.next_cursor}
 
 
@@ -112,16 +112,19 @@ def list_jobs(
     response_model=JobView,
     responses={304: {"description": "Unchanged: If-None-Match holds the current ETag."}, **errors(404, 410)},
 )
-def get_job(
-    job_id: JobId, session: DbSession, principal: Reader, response: Response, if_none_match: IfNoneMatch = None
-) -> Any:
+def get_job(job_id: JobId, principal: Reader, response: Response, if_none_match: IfNoneMatch = None) -> Any:
     """Shows a job with its stages, their progress and times."""
-    job = repository.get_job(session, principal.tenant_id, job_id)
-    headers = {"ETag": service.etag_of(job), "Cache-Control": "private, no-cache"}
-    if etag_matches(if_none_match, headers["ETag"]):
-        return Response(status_code=304, headers=headers)
-    response.headers.update(headers)
-    return service.view(session, job)
+    caching = {"Cache-Control": "private, no-cache"}
+    if if_none_match is not None:
+        with get_autocommit_engine().connect() as connection:
+            version = repository.find_version(connection, principal.tenant_id, job_id)
+        etag = service.etag_of(job_id, version)
+        if version is not None and etag_matches(if_none_match, etag):
+            return Response(status_code=304, headers={"ETag": etag, **caching})
+    with session_scope() as session:
+        job = repository.get_job(session, principal.tenant_id, job_id)
+        response.headers.update({"ETag": service.etag_of(job.id, job.version), **caching})
+        return service.view(session, job)
 
 
 @router.get("/{job_id}/usage", operation_id="get_job_usage", response_model=UsageView, responses=errors(404, 410))

@@ -3,9 +3,9 @@
 from datetime import timedelta
 from typing import Any, NamedTuple
 
-from sqlalchemy import Select, cast, delete, func, select, update
+from sqlalchemy import Connection, Select, bindparam, cast, delete, func, select, update
 from sqlalchemy.dialects.postgresql import JSONB, JSONPATH, insert
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, defer
 
 from core.errors import Conflict, Gone, IdempotencyMismatch, NotFound
 from core.ids import new_id
@@ -14,6 +14,11 @@ from core.jobs.spec import JobSpec
 from core.jobs.state import TERMINAL, can_change
 from core.models.models import Manifest
 from core.settings import get_settings
+
+# Who polls a job asks this again and again, so it is put together once, and reads nothing of the spec.
+VERSION = select(Job.version).where(
+    Job.tenant_id == bindparam("tenant_id"), Job.id == bindparam("job_id"), Job.deleted_at.is_(None)
+)
 
 
 class Page(NamedTuple):
@@ -48,6 +53,8 @@ def create_job(
         fence=0,
         lost_attempts=0,
     )
+    data = {"parent_id": parent_id} if parent_id else {}
+    first = next_event(job, "job.queued", f"job accepted with {len(spec.stages)} stages", data=data)
     session.add(job)
     session.flush()
     session.add_all(
@@ -60,10 +67,8 @@ def create_job(
         )
         for ordinal, stage in enumerate(spec.stages)
     )
-    data = {"parent_id": parent_id} if parent_id else {}
-    add_event(session, job, "job.queued", f"job accepted with {len(spec.stages)} stages", data=data)
+    session.add(first)
     session.flush()
-    session.refresh(job)
     return job
 
 
@@ -73,6 +78,8 @@ def _hold_teacher(session: Session, teacher: dict[str, Any]) -> None:
     if wanted is None:
         return
     old = func.now() - timedelta(seconds=get_settings().collect_after_s / 2)  # many jobs at once share a teacher
+    if session.scalar(select(Manifest.created_at >= old).where(Manifest.id == wanted)):
+        return
     touch = update(Manifest).where(Manifest.id == wanted, Manifest.created_at < old).values(created_at=func.now())
     session.execute(touch, execution_options={"synchronize_session": False})
     if session.scalar(select(Manifest.id).where(Manifest.id == wanted)) is None:
@@ -136,6 +143,11 @@ def get_job(session: Session, tenant_id: str, job_id: str, *, lock: bool = False
     return job
 
 
+def find_version(session: Session | Connection, tenant_id: str, job_id: str) -> int | None:
+    """Returns the `version` of a job of the tenant, or None; it rises with whatever the job's view shows."""
+    return session.scalar(VERSION, {"tenant_id": tenant_id, "job_id": job_id})
+
+
 def list_jobs(
     session: Session,
     tenant_id: str,
@@ -146,8 +158,9 @@ def list_jobs(
     after: str | None = None,
     limit: int = 20,
 ) -> Page:
-    """Returns a page of the tenant's jobs, newest first."""
-    query = select(Job).where(Job.tenant_id == tenant_id, Job.deleted_at.is_(None))
+    """Returns a page of the tenant's jobs, newest first, without their specs."""
+    bulky = (defer(Job.spec, raiseload=True), defer(Job.inputs, raiseload=True))
+    query = select(Job).options(*bulky).where(Job.tenant_id == tenant_id, Job.deleted_at.is_(None))
     if state:
         query = query.where(Job.state == state)
     if name:
@@ -323,19 +336,22 @@ def add_event(
     level: str = "info",
     data: dict[str, Any] | None = None,
 ) -> None:
-    """Adds the next event of a locked (or new) job."""
+    """Adds the next event of a locked job."""
+    session.add(next_event(job, type, message, level, data))
+
+
+def next_event(job: Job, type: str, message: str, level: str = "info", data: dict[str, Any] | None = None) -> Event:
+    """Returns the next event of a locked or new job, which counts it."""
     job.event_seq += 1
     job.version += 1
-    session.add(
-        Event(
-            job_id=job.id,
-            seq=job.event_seq,
-            tenant_id=job.tenant_id,
-            type=type,
-            level=level,
-            message=message[:2000],
-            data=data or {},
-        )
+    return Event(
+        job_id=job.id,
+        seq=job.event_seq,
+        tenant_id=job.tenant_id,
+        type=type,
+        level=level,
+        message=message[:2000],
+        data=data or {},
     )
 
 
