@@ -5,7 +5,8 @@ First the rows are read in one short session (`find_sources`); then, without one
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 from sqlalchemy.orm import Session
@@ -57,10 +58,11 @@ def find_sources(session: Session, principal: Principal, spec: JobSpec) -> Sourc
     """Returns what the spec's references name in the database."""
     problems: Problems = []
     teacher = _find_teacher(session, principal, spec.teacher.model, problems)
+    find = cache(partial(find_dataset, session, principal.tenant_id))  # most jobs take all splits of one data set
     splits = {}
     for role in SPLITS:
         ref = getattr(spec.data, role)
-        found = _find_split(session, principal.tenant_id, role, ref, problems) if ref else None
+        found = _find_split(session, principal.tenant_id, find, role, ref, problems) if ref else None
         if found:
             splits[role] = found
     return Sources(teacher, splits, problems)
@@ -96,10 +98,17 @@ def _find_output(session: Session, tenant_id: str, ref: str, problems: Problems)
     return Teacher({"manifest_id": manifest.id, "job_id": job_id}, files=files_of(manifest))
 
 
-def _find_split(session: Session, tenant_id: str, role: str, ref: str, problems: Problems) -> dict[str, Any] | None:
+def _find_split(
+    session: Session,
+    tenant_id: str,
+    find: Callable[[str], Dataset | None],
+    role: str,
+    ref: str,
+    problems: Problems,
+) -> dict[str, Any] | None:
     name, _, split = ref.partition("/")
     field = f"data.{role}"
-    dataset: Dataset | None = find_dataset(session, tenant_id, name)
+    dataset = find(name)
     if dataset is None:
         hint = suggest(name, list_dataset_names(session, tenant_id))
         _add(problems, field, f"there is no data set '{name}' in your tenant; {hint}")
