@@ -18,7 +18,14 @@ def write_model(folder: Path, num_layers: int = 3) -> Path:
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-    vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *sorted({w for t in WORDS.values() for w in t.split()} | set(FILLER))]
+    vocab = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *sorted({w for t in WORDS.values() for w in t.split()} | set(FILLER)),
+    ]
     raw = Tokenizer(models.WordPiece({word: i for i, word in enumerate(vocab)}, unk_token="[UNK]"))
     raw.normalizer = normalizers.BertNormalizer()
     raw.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -29,6 +36,7 @@ def write_model(folder: Path, num_layers: int = 3) -> Path:
         pad_token="[PAD]",
         cls_token="[CLS]",
         sep_token="[SEP]",
+        mask_token="[MASK]",
         model_max_length=64,
     )
     torch.manual_seed(0)

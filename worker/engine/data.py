@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -80,6 +80,16 @@ class Encoded:
         starts = np.arange(0, len(order), batch_size)
         for start in rng.permutation(starts)[first:]:
             yield self.batch(order[start : start + batch_size], device)
+
+    def masked(self, mask_id: int, probability: float, seed: Sequence[int]) -> "Encoded":
+        """Returns the split with each token but the first and last of a text masked with this probability."""
+        rng = np.random.default_rng(seed)
+        column = []
+        for ids in self.columns["input_ids"]:
+            hit = rng.random(len(ids)) < probability
+            hit[[0, -1]] = False
+            column.append(np.where(hit, np.int32(mask_id), ids))
+        return replace(self, columns=self.columns | {"input_ids": column})
 
     def by_length(self, batch_size: int, device: torch.device) -> Iterator[Batch]:
         """Yields every row once, the longest first, so that the largest batch fails first if memory is short."""

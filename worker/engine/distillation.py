@@ -1,24 +1,17 @@
 """Distillation from the teacher's answers."""
 
-import logging
 from typing import TYPE_CHECKING, Any
 
 from worker.engine.context import StageContext
-from worker.engine.inference import predict_logits
 from worker.engine.students import load_student
 from worker.engine.training import Trainer, make_terms
 
 if TYPE_CHECKING:
     from worker.methods.stages.distill import Distill
 
-log = logging.getLogger(__name__)
-
 
 def distill(ctx: StageContext, settings: "Distill") -> dict[str, Any]:
-    """Trains the student on the labels and the teacher's answers; returns the stage's summary.
-
-    The teacher answers once for the whole train split, so no epoch runs it again.
-    """
+    """Trains the student on the labels and the teacher's answers; returns the stage's summary."""
     teacher = ctx.load_model("teacher").to(ctx.device)
     if teacher.has_new_head:
         ctx.warn(
@@ -27,10 +20,7 @@ def distill(ctx: StageContext, settings: "Distill") -> dict[str, Any]:
         )
     tokenizer = ctx.load_tokenizer("student" if ctx.has_input("student") else "teacher")
     trainer = Trainer(ctx, load_student(ctx), tokenizer, settings, make_terms(ctx, settings.losses))
-    if trainer.teacher_NC is None:
-        ctx.progress(0, trainer.num_steps)
-        trainer.teacher_NC = predict_logits(teacher, trainer.train_data, ctx.check_stop)
-        log.info("the teacher answered %d texts", len(trainer.train_data))
+    trainer.teacher, trainer.mask_probability = teacher, settings.mask_probability
     teacher_scores = trainer.score_validation(teacher) if trainer.validation_data else None
     summary = trainer.run()
     trainer.save("student")

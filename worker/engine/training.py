@@ -49,7 +49,12 @@ def make_terms(ctx: StageContext, losses: Sequence[Loss]) -> list[Term]:
 class Trainer:
     """A model in training, with its data and settings.
 
-    Without teacher logits the student's own, detached, stand in for them: no such loss reads them.
+    A teacher answers the whole split at once, so that no step runs it. After the first epoch a share of the tokens is
+    masked, anew in every epoch, for teacher and student alike: the student then hears the teacher on more inputs than
+    there are texts. Without a teacher the student's own logits, detached, stand in for its: no such loss reads them.
+
+    Paper: Tang et al. 2019, "Distilling Task-Specific Knowledge from BERT into Simple Neural Networks", section 3.2
+    (masking), with the noise of each epoch in place of a fixed, larger split.
     """
 
     ctx: StageContext
@@ -59,7 +64,10 @@ class Trainer:
     terms: list[Term]
     train_data: Encoded = field(init=False)
     validation_data: Encoded | None = field(init=False)
-    teacher_NC: Tensor | None = None
+    teacher: PreTrainedModel | None = None
+    mask_probability: float = 0.0
+    _teacher_NC: Tensor | None = None
+    _answered_epoch: int = -1
     _window: list[dict[str, float]] = field(default_factory=list)
     _best: dict[str, Any] = field(default_factory=dict)
     _best_state: dict[str, Tensor] | None = None
@@ -114,8 +122,9 @@ class Trainer:
             self._validate_if_due()
             epoch, first = divmod(self._step, self.steps_per_epoch)
             seed, batch_size = [self.ctx.seed, epoch], self.settings.batch_size
+            data = self._prepare(epoch)
             self.model.train()
-            for batch in self.train_data.shuffled(batch_size, seed, first, self.ctx.device):
+            for batch in data.shuffled(batch_size, seed, first, self.ctx.device):
                 if self._step == self.num_steps:
                     break
                 numbers = self._update(batch)
@@ -126,13 +135,28 @@ class Trainer:
                 self.ctx.progress(self._step, self.num_steps)
         self._validate_if_due()
 
+    def _prepare(self, epoch: int) -> Encoded:
+        """Returns the epoch's inputs, a pure function of seed and epoch, with the teacher's answers to them at hand."""
+        data = self.train_data
+        if self.teacher is None:
+            return data
+        mask_id = self.tokenizer.mask_token_id
+        is_masked = epoch > 0 and self.mask_probability > 0 and mask_id is not None
+        if is_masked:
+            data = data.masked(mask_id, self.mask_probability, [self.ctx.seed, epoch, 1])
+        if self._teacher_NC is None or (is_masked and self._answered_epoch != epoch):
+            self._teacher_NC = predict_logits(self.teacher, data, self.ctx.check_stop)
+            self._answered_epoch = epoch
+            log.info("the teacher answered %d texts for epoch %d", len(data), epoch + 1)
+        return data
+
     def _save_checkpoint(self) -> None:
         tensors = {
             **checkpoints.add_prefix("model", self.model.state_dict()),
             **checkpoints.add_prefix("best", self._best_state or {}),
             **checkpoints.add_prefix("optimizer", checkpoints.optimizer_tensors(self.optimizer)),
             **checkpoints.add_prefix("random", checkpoints.random_tensors()),
-            **({} if self.teacher_NC is None else {"teacher": self.teacher_NC}),
+            **({} if self._teacher_NC is None else {"teacher": self._teacher_NC}),
         }
         state = {
             "groups": self.optimizer.state_dict()["param_groups"],
@@ -140,6 +164,7 @@ class Trainer:
             "window": self._window,
             "best": self._best,
             "validated_step": self._validated_step,
+            "answered_epoch": self._answered_epoch,
         }
         self.ctx.save_checkpoint(self._step, tensors, state)
 
@@ -151,7 +176,7 @@ class Trainer:
         self.model.load_state_dict(checkpoints.select(tensors, "model"))
         checkpoints.restore_optimizer(self.optimizer, checkpoints.select(tensors, "optimizer"), state["groups"])
         self.schedule.load_state_dict(state["schedule"])
-        self.teacher_NC = tensors.get("teacher")
+        self._teacher_NC, self._answered_epoch = tensors.get("teacher"), state["answered_epoch"]
         self._best_state = checkpoints.select(tensors, "best") or None
         self._best, self._window = state["best"], state["window"]
         self._step, self._validated_step = state["step"], state["validated_step"]
@@ -177,7 +202,7 @@ class Trainer:
             logits_BC = self.model(**batch.inputs).logits
         logits_BC = logits_BC.float()
         teacher_BC = (
-            logits_BC.detach() if self.teacher_NC is None else self.teacher_NC[batch.rows_B].to(logits_BC.device)
+            logits_BC.detach() if self._teacher_NC is None else self._teacher_NC[batch.rows_B].to(logits_BC.device)
         )
         values = {term.name: term.loss(logits_BC, teacher_BC, batch.labels_B).mean() for term in self.terms}
         total = torch.stack([term.weight * values[term.name] for term in self.terms]).sum()

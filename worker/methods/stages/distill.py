@@ -14,9 +14,11 @@ if TYPE_CHECKING:
 class Distill(Stage):
     """Trains the student on the labels and on the teacher's soft answers: L = CE + λ·T²·KL(teacher‖student).
 
-    The teacher answers once for the whole split, in inference mode; the student's epochs read its logits from memory.
+    The teacher answers the whole split at once, in inference mode, and again for every epoch with masked tokens; the
+    student's steps read its logits from memory.
 
-    Paper: Hinton, Vinyals, Dean 2015, "Distilling the Knowledge in a Neural Network".
+    Paper: Hinton, Vinyals, Dean 2015, "Distilling the Knowledge in a Neural Network"; masking: Tang et al. 2019,
+    "Distilling Task-Specific Knowledge from BERT into Simple Neural Networks", section 3.2.
     """
 
     kind: Literal["distill"] = "distill"
@@ -34,6 +36,13 @@ class Distill(Stage):
     warmup_ratio: float = Field(0.1, ge=0, lt=1, description="Share of the steps over which the rate rises.")
     weight_decay: float = Field(0.01, ge=0, le=1, description="AdamW weight decay, not on biases and norms.")
     dropout: float | None = Field(0.0, ge=0, lt=1, description="Dropout while training; null keeps the model's own.")
+    mask_probability: float = Field(
+        0.1,
+        ge=0,
+        lt=1,
+        description="Share of the tokens that are masked, anew in every epoch after the first, for teacher and student "
+        "alike; 0 lets the teacher answer once. A tokenizer without a mask token masks nothing.",
+    )
     max_length: int = Field(128, ge=4, le=8192, description="Longest input in tokens; longer ones are cut.")
 
     def reads(self) -> set[str]:
