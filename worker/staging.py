@@ -18,11 +18,10 @@ from sqlalchemy import select
 from core.db import session_scope
 from core.errors import BlobDamaged, StageFailed
 from core.jobs.checkpoints import list_checkpoints, record_checkpoint, reject_checkpoint
-from core.jobs.models import Artifact, Metric, StageRun
-from core.jobs.ownership import Claim, owned
+from core.jobs.models import Metric, StageRun
+from core.jobs.ownership import Claim, list_done, owned
 from core.jobs.spec import load_spec
 from core.models.hub import fetch
-from core.models.models import Manifest
 from core.models.repository import files_of, get_manifest, put_manifest
 from core.settings import get_settings
 from core.storage import Blob, ManifestFile, get_store
@@ -85,12 +84,12 @@ class Staging:
         with session_scope() as session:
             job = owned(session, self.claim)
             stage = session.get_one(StageRun, (job.id, self.ordinal))
-            made = session.execute(
-                select(Artifact, Manifest)
-                .join(Manifest, Manifest.id == Artifact.manifest_id)
-                .where(Artifact.job_id == job.id, Artifact.ordinal < self.ordinal)
-            ).tuples()
-            roles = {"teacher": teacher} | {artifact.name: files_of(manifest) for artifact, manifest in made}
+            made: dict[str, str] = {}
+            for earlier in list_done(session, job.id, self.ordinal):
+                made |= earlier.outputs
+            roles = {"teacher": teacher} | {
+                role: files_of(get_manifest(session, job.tenant_id, manifest_id)) for role, manifest_id in made.items()
+            }
             points = session.execute(
                 select(Metric, StageRun.kind)
                 .join(StageRun, (StageRun.job_id == Metric.job_id) & (StageRun.ordinal == Metric.ordinal))

@@ -221,7 +221,9 @@ def finish_stage(session: Session, job: Job, stage: StageRun, message: str) -> b
         session.execute(
             insert(Artifact)
             .values(job_id=job.id, tenant_id=job.tenant_id, name=role, **values)
-            .on_conflict_do_update(index_elements=["job_id", "name"], set_=values)
+            .on_conflict_do_update(
+                index_elements=["job_id", "name"], set_=values, where=Artifact.ordinal <= stage.ordinal
+            )  # a stage that runs again does not replace what a later one made of it
         )
     stage.eta_s = 0.0
     stage.step = stage.total_steps = max(stage.total_steps, 1)
@@ -240,16 +242,27 @@ def finish_stage(session: Session, job: Job, stage: StageRun, message: str) -> b
 
 
 def redo_stage(session: Session, claim: Claim, role: str, before: int, why: str) -> bool:
-    """Makes the stage that made a role pending again, for its bytes are damaged; returns whether there is one."""
+    """Makes the stage pending again that made a role, as a later one reads it; returns whether there is one.
+
+    Its bytes are damaged. What later stages made of them when they were sound stays.
+    """
     job = owned(session, claim)
-    artifact = session.get(Artifact, (job.id, role))
-    if artifact is None or artifact.ordinal >= before:
+    makers = [stage for stage in list_done(session, job.id, before) if role in stage.outputs]
+    if not makers:
         return False
-    stage = session.get_one(StageRun, (job.id, artifact.ordinal))
+    stage = makers[-1]
     stage.state, stage.outputs, stage.reused, stage.cache_key = "pending", {}, None, None
-    session.delete(artifact)
+    artifact = session.get(Artifact, (job.id, role))
+    if artifact is not None and artifact.ordinal == stage.ordinal:
+        session.delete(artifact)
     add_event(session, job, "stage.redone", why, "warning", _where(stage) | {"role": role})
     return True
+
+
+def list_done(session: Session, job_id: str, before: int) -> list[StageRun]:
+    """Returns the stages before an ordinal that are done, in order: a stage reads the newest of each role they made."""
+    query = select(StageRun).where(StageRun.job_id == job_id, StageRun.ordinal < before, StageRun.state.in_(DONE))
+    return list(session.scalars(query.order_by(StageRun.ordinal)))
 
 
 def fail_stage(session: Session, claim: Claim, ordinal: int, error: dict[str, Any], stage_log: Blob | None) -> None:
