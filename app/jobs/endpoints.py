@@ -118,8 +118,7 @@ def get_job(job_id: JobId, principal: Reader, response: Response, if_none_match:
     if if_none_match is not None:
         with get_autocommit_engine().connect() as connection:
             version = repository.find_version(connection, principal.tenant_id, job_id)
-        etag = service.etag_of(job_id, version)
-        if version is not None and etag_matches(if_none_match, etag):
+        if version is not None and etag_matches(if_none_match, etag := service.etag_of(job_id, version)):
             return Response(status_code=304, headers={"ETag": etag, **caching})
     with session_scope() as session:
         job = repository.get_job(session, principal.tenant_id, job_id)

@@ -109,7 +109,7 @@ def _stage_view(stage: StageRun) -> StageView:
     return StageView.model_validate(fields | {"progress": round(share, 6), "log_url": log_url})
 
 
-def etag_of(job_id: str, version: int | None) -> str:
+def etag_of(job_id: str, version: int) -> str:
     """Returns the ETag of a job's view; `version` rises with whatever the view shows."""
     return f'"{job_id}-{version}"'
 
