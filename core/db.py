@@ -37,6 +37,12 @@ class Base(DeclarativeBase):
     }
 
 
+OPTIONS = (
+    "-c idle_in_transaction_session_timeout=30000"
+    " -c plan_cache_mode=force_custom_plan"  # a list of `paused` jobs needs another plan than one of `succeeded`
+)
+
+
 @cache
 def get_engine() -> Engine:
     """Returns this process's engine, with pre-ping so that a restarted Postgres costs one retry."""
@@ -46,7 +52,7 @@ def get_engine() -> Engine:
         pool_size=20,  # opened when needed and kept: to open one costs as much as twenty queries
         max_overflow=0,
         pool_timeout=5,
-        connect_args={"connect_timeout": 5, "options": "-c idle_in_transaction_session_timeout=30000"},
+        connect_args={"connect_timeout": 5, "options": OPTIONS},
     )
 
 

@@ -24,10 +24,12 @@ class Job(Base):
         CheckConstraint(
             "state not in ('running','cancelling','pausing') or lease_until is not null", name="owned_has_lease"
         ),
-        Index("ix_jobs_tenant_id_id", "tenant_id", "id"),
+        Index("ix_jobs_shown", "tenant_id", "id", postgresql_where=text("deleted_at is null")),
+        Index("ix_jobs_state", "tenant_id", "state", "id", postgresql_where=text("deleted_at is null")),
+        Index("ix_jobs_name", "tenant_id", "name", "id", postgresql_where=text("deleted_at is null")),
         Index("ix_jobs_queued", "queue", "id", postgresql_where=text("state = 'queued'")),
+        Index("ix_jobs_oldest_queued", "id", postgresql_where=text("state = 'queued'")),
         Index("ix_jobs_lease", "lease_until", postgresql_where=text("state in ('running','cancelling','pausing')")),
-        Index("ix_jobs_metadata", "labels", postgresql_using="gin"),
         Index("ix_jobs_parent_id", "parent_id", postgresql_where=text("parent_id is not null")),
     )
 
@@ -59,6 +61,17 @@ class Job(Base):
     started_at: Mapped[datetime | None]
     finished_at: Mapped[datetime | None]
     deleted_at: Mapped[datetime | None]
+
+
+class JobLabel(Base):
+    """A key and value of a job's metadata, in the order in which lists by it are read: such a list reads no other."""
+
+    __tablename__ = "job_labels"
+
+    tenant_id: Mapped[str] = mapped_column(ForeignKey(Tenant.id), primary_key=True)
+    key: Mapped[str] = mapped_column(primary_key=True)
+    value: Mapped[str] = mapped_column(primary_key=True)
+    job_id: Mapped[str] = mapped_column(ForeignKey(Job.id, ondelete="CASCADE"), primary_key=True, index=True)
 
 
 class StageRun(Base):

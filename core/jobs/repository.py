@@ -3,15 +3,15 @@
 from datetime import timedelta
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, Select, bindparam, cast, delete, func, select, update
+from sqlalchemy import Connection, Select, and_, bindparam, cast, delete, func, select, update
 from sqlalchemy.dialects.postgresql import JSONB, JSONPATH, insert
-from sqlalchemy.orm import Session, defer
+from sqlalchemy.orm import Session, aliased, defer
 
 from core.errors import Conflict, Gone, IdempotencyMismatch, NotFound
 from core.ids import new_id
-from core.jobs.models import Artifact, Checkpoint, Event, IdempotencyKey, Job, Metric, StageRun, Usage
+from core.jobs.models import Artifact, Checkpoint, Event, IdempotencyKey, Job, JobLabel, Metric, StageRun, Usage
 from core.jobs.spec import JobSpec
-from core.jobs.state import TERMINAL, can_change
+from core.jobs.state import TERMINAL, UNFINISHED, can_change
 from core.models.models import Manifest
 from core.settings import get_settings
 
@@ -57,6 +57,9 @@ def create_job(
     first = next_event(job, "job.queued", f"job accepted with {len(spec.stages)} stages", data=data)
     session.add(job)
     session.flush()
+    session.add_all(
+        JobLabel(tenant_id=tenant_id, key=key, value=value, job_id=job.id) for key, value in spec.metadata.items()
+    )
     session.add_all(
         StageRun(
             job_id=job.id,
@@ -165,8 +168,10 @@ def list_jobs(
         query = query.where(Job.state == state)
     if name:
         query = query.where(Job.name == name)
-    if labels:
-        query = query.where(Job.labels.contains(labels))
+    for key, value in (labels or {}).items():
+        label = aliased(JobLabel)
+        wanted = (label.tenant_id == tenant_id, label.key == key, label.value == value, label.job_id == Job.id)
+        query = query.join(label, and_(*wanted))
     if after:
         query = query.where(Job.id < after)
     return _page(session, query.order_by(Job.id.desc()), limit, lambda job: job.id)
@@ -175,7 +180,8 @@ def list_jobs(
 def find_unfinished_user(session: Session, tenant_id: str, path: str, object_id: str) -> str | None:
     """Returns the id of a job that has not ended and whose `inputs` hold `object_id` at a JSON path, or None."""
     holds = func.jsonb_path_exists(Job.inputs, cast(f"{path} ? (@ == $id)", JSONPATH), cast({"id": object_id}, JSONB))
-    return session.scalar(select(Job.id).where(Job.tenant_id == tenant_id, Job.state.not_in(TERMINAL), holds).limit(1))
+    unfinished = (Job.tenant_id == tenant_id, Job.state.in_(UNFINISHED), Job.deleted_at.is_(None))
+    return session.scalar(select(Job.id).where(*unfinished, holds).limit(1))
 
 
 def list_stages(session: Session, tenant_id: str, job_id: str) -> list[StageRun]:
@@ -301,7 +307,7 @@ def delete_job(session: Session, tenant_id: str, job_id: str) -> None:
     job = get_job(session, tenant_id, job_id, lock=True)
     if job.state not in TERMINAL:
         raise Conflict(f"The job is {job.state}; cancel it first.")
-    for table in (Artifact, Checkpoint, Metric, Event, StageRun):
+    for table in (Artifact, Checkpoint, Metric, Event, StageRun, JobLabel):
         session.execute(delete(table).where(table.tenant_id == tenant_id, table.job_id == job_id))
     job.name, job.labels, job.spec, job.error = "", {}, {}, None
     job.inputs = {"teacher": {}, "data": {}, "labels": []}

@@ -23,6 +23,7 @@ TRANSITIONS: dict[str, frozenset[str]] = {
     "cancelled": frozenset(),
 }
 TERMINAL = frozenset(state for state, after in TRANSITIONS.items() if not after)
+UNFINISHED = frozenset(JOB_STATES) - TERMINAL
 DONE: tuple[StageState, ...] = ("succeeded", "cached")
 OWNED = frozenset({"running", "cancelling", "pausing"})
 
