@@ -6,7 +6,7 @@ Every action is safe to repeat; many reconcilers at once are harmless.
 import logging
 from datetime import timedelta
 
-from sqlalchemy import delete, func, or_, select
+from sqlalchemy import delete, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from core.db import session_scope
@@ -54,8 +54,8 @@ def take_back_expired(session: Session) -> int:
 def due_hints(session: Session) -> list[str]:
     """Returns the queue of each queued job that nobody was told of lately, and notes that they now are."""
     stale = func.now() - timedelta(seconds=get_settings().hint_after_s)
-    jobs = session.scalars(
-        select(Job)
+    due = (
+        select(Job.id)
         .where(
             Job.state == "queued",
             Job.desired == "run",
@@ -65,10 +65,10 @@ def due_hints(session: Session) -> list[str]:
         .order_by(Job.id)
         .limit(MAX_HINTS)
         .with_for_update(skip_locked=True)
-    ).all()
-    for job in jobs:
-        job.hinted_at = func.now()
-    return [job.queue for job in jobs]
+        .cte("due")
+    )
+    note = update(Job).where(Job.id.in_(select(due.c.id))).values(hinted_at=func.now()).returning(Job.queue)
+    return list(session.scalars(note, execution_options={"synchronize_session": False}))
 
 
 def forget_old_keys(session: Session) -> None:
