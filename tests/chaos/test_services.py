@@ -160,6 +160,7 @@ def test_api_dies_while_jobs_are_submitted(local: Local, record: Record, scaled:
     def blow() -> int:
         num_blows = 0
         while not over.wait(3):
+            until(lambda: local.answers() or over.is_set())
             local.kill("app.main:app")
             num_blows += 1
         return num_blows
