@@ -10,14 +10,14 @@ from sqlalchemy.orm import Session
 from app.jobs.resolving import Plan, find_sources, resolve
 from app.jobs.sampling import Point, downsample
 from app.jobs.schemas import ArtifactView, JobSummary, JobView, Series, StageView
-from core.datasets.repository import find_dataset
+from core.datasets.repository import hold_dataset
 from core.db import session_scope
 from core.errors import Conflict, NotFound
 from core.jobs import repository
 from core.jobs.models import Artifact, Job, StageRun
 from core.jobs.spec import JobSpec
 from core.models.models import Manifest
-from core.models.repository import files_of, find_model, get_manifest
+from core.models.repository import files_of, get_manifest, hold_model
 from core.settings import get_settings
 from core.storage import Blob
 from core.tenants.keys import Principal
@@ -66,10 +66,10 @@ def create(session: Session, tenant_id: str, spec: JobSpec, made: Plan) -> Job:
 def hold_inputs(session: Session, tenant_id: str, inputs: dict[str, Any]) -> None:
     """Locks what the job uses against deletion until the job is committed."""
     for dataset_id in sorted({split["dataset_id"] for split in inputs["data"].values()}):
-        if find_dataset(session, tenant_id, dataset_id, lock=True) is None:
+        if not hold_dataset(session, tenant_id, dataset_id):
             raise Conflict("A data set of this spec was deleted meanwhile; submit the job again.", param="data")
     model_id = inputs["teacher"].get("model_id")
-    if model_id and find_model(session, tenant_id, model_id, lock=True) is None:
+    if model_id and not hold_model(session, tenant_id, model_id):
         raise Conflict("The teacher was deleted meanwhile; submit the job again.", param="teacher.model")
 
 

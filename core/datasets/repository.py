@@ -27,11 +27,17 @@ def create_dataset(
     return session.get_one(Dataset, dataset_id)
 
 
-def find_dataset(session: Session, tenant_id: str, ref: str, *, lock: bool = False) -> Dataset | None:
-    """Returns the tenant's data set of that name or id, or None; `lock` keeps it from being deleted meanwhile."""
+def find_dataset(session: Session, tenant_id: str, ref: str) -> Dataset | None:
+    """Returns the tenant's data set of that name or id, or None."""
     query = select(Dataset).where(Dataset.tenant_id == tenant_id, or_(Dataset.name == ref, Dataset.id == ref))
-    rows = session.scalars(query.with_for_update(read=True) if lock else query).all()
+    rows = session.scalars(query).all()
     return next((row for row in rows if row.name == ref), rows[0] if rows else None)
+
+
+def hold_dataset(session: Session, tenant_id: str, dataset_id: str) -> bool:
+    """Tells whether the tenant has the data set, and keeps it from being deleted until the transaction ends."""
+    query = select(Dataset.id).where(Dataset.tenant_id == tenant_id, Dataset.id == dataset_id)
+    return session.scalar(query.with_for_update(read=True)) is not None
 
 
 def get_dataset(session: Session, tenant_id: str, ref: str) -> Dataset:

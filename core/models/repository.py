@@ -61,11 +61,17 @@ def create_model(
     return session.get_one(Model, model_id)
 
 
-def find_model(session: Session, tenant_id: str, ref: str, *, lock: bool = False) -> Model | None:
-    """Returns the tenant's model of that name or id, or None; `lock` keeps it from being deleted meanwhile."""
+def find_model(session: Session, tenant_id: str, ref: str) -> Model | None:
+    """Returns the tenant's model of that name or id, or None."""
     query = select(Model).where(Model.tenant_id == tenant_id, or_(Model.name == ref, Model.id == ref))
-    rows = session.scalars(query.with_for_update(read=True) if lock else query).all()
+    rows = session.scalars(query).all()
     return next((row for row in rows if row.name == ref), rows[0] if rows else None)
+
+
+def hold_model(session: Session, tenant_id: str, model_id: str) -> bool:
+    """Tells whether the tenant has the model, and keeps it from being deleted until the transaction ends."""
+    query = select(Model.id).where(Model.tenant_id == tenant_id, Model.id == model_id)
+    return session.scalar(query.with_for_update(read=True)) is not None
 
 
 def get_model(session: Session, tenant_id: str, ref: str) -> Model:
