@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
+from typing import Any
 
 from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
@@ -24,10 +25,11 @@ ROUTERS = (jobs, job_outputs, datasets, models, methods, keys, operations)
 
 
 @asynccontextmanager
-async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    """Ends what runs beside the requests when the app does."""
-    yield
-    await app.state.watcher.close()
+async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Any]]:
+    """Keeps what runs beside the requests in this event loop, which is not the only one that the app may run in."""
+    watcher = Watcher()
+    yield {"watcher": watcher}
+    await watcher.close()
 
 
 def create_app() -> FastAPI:
@@ -43,7 +45,6 @@ def create_app() -> FastAPI:
     for router in ROUTERS:
         app.include_router(router)
     app.state.routes = [route for router in ROUTERS for route in router.routes]
-    app.state.watcher = Watcher()
     registry = CollectorRegistry()
     registry.register(JobsCollector())
     ProcessCollector(registry=registry)
