@@ -39,8 +39,8 @@ format: setup ## Formats the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: setup ## Measures Banking77 against a plain script; writes bench/out/
-	$(BIN)/python bench/banking77.py
+bench: setup ## Measures Banking77 against a plain script, and the API under load; writes bench/out/
+	$(BIN)/python bench/banking77.py; quality=$$?; $(BIN)/python bench/load.py && exit $$quality
 
 chaos: setup ## Runs the long tests that kill processes
 	$(BIN)/python -m pytest tests/chaos -m chaos

@@ -35,6 +35,22 @@ def test_up_down_up(empty_database) -> None:
     command.check(migrations.get_config())
 
 
+def test_metadata_of_jobs_that_are_there_becomes_rows(empty_database) -> None:
+    migrations.upgrade("0003")
+    with empty_database.begin() as connection:
+        connection.execute(text("insert into tenants (id, name) values ('t', 't')"))
+        connection.execute(
+            text(
+                "insert into jobs (id, tenant_id, name, labels, spec, spec_sha256, inputs, queue) "
+                """values ('j', 't', '', '{"team": "nlp", "n": "1"}', '{}', '', '{}', 'cpu')"""
+            )
+        )
+    migrations.upgrade()
+    with empty_database.begin() as connection:
+        found = connection.execute(text("select tenant_id, key, value, job_id from job_labels order by key")).all()
+    assert found == [("t", "n", "1", "j"), ("t", "team", "nlp", "j")]
+
+
 def test_every_row_belongs_to_a_tenant() -> None:
     ownerless = {"tenants"}
     for name, table in db.Base.metadata.tables.items():
