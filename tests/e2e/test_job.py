@@ -76,17 +76,6 @@ def test_two_workers_run_twenty_jobs_once_each_while_the_api_restarts(stack: Sta
     assert len(owners) == 2
 
 
-def test_same_spec_gives_the_same_bytes_even_after_kills(stack: Stack) -> None:
-    worker = stack.start_worker()
-    stages = [{"kind": "finetune", "epochs": 60, "batch_size": 8}, {"kind": "distill", "epochs": 1}]
-    clean, killed = (stack.submit(stages=stages, cache="off") for _ in range(2))
-    assert stack.wait(clean)["state"] == "succeeded"
-    os.kill(running_child(stack, killed, worker.pid), signal.SIGKILL)
-    assert stack.wait(killed)["state"] == "succeeded"
-    assert "job.requeued" in [event["type"] for event in stack.events(killed)]
-    assert stack.hashes(killed) == stack.hashes(clean)
-
-
 def test_killed_worker_is_replaced_and_leaves_no_process(stack: Stack) -> None:
     worker = stack.start_worker()
     job_id = stack.submit(stages=[{"kind": "finetune", "epochs": 60, "batch_size": 8}])

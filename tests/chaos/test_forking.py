@@ -2,8 +2,11 @@
 
 from typing import Any
 
+import pytest
+
 from tests.e2e.stack import Stack, until
 
+pytestmark = pytest.mark.chaos
 STAGES = [
     {"kind": "finetune", "epochs": 40, "batch_size": 8},
     {"kind": "distill", "epochs": 40, "batch_size": 8, "dropout": 0.1},
