@@ -197,11 +197,8 @@ class ArtifactStore:
         path.chmod(0o444)
         os.utime(path)
         path.rename(target)
-        folder = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        for folder in (target.parent, target.parent.parent):  # the folder itself may be new
+            _sync(folder)
 
     def materialize(self, files: Iterable[ManifestFile], folder: Path) -> None:
         """Lays a manifest's files out below `folder`, as hard links where the file system allows it.
@@ -283,6 +280,15 @@ class ArtifactStore:
             path = self.path_of(victim.name.partition("-")[0])
             with contextlib.suppress(FileNotFoundError):
                 victim.unlink() if path.exists() else victim.rename(path)
+
+
+def _sync(folder: Path) -> None:
+    """Makes the names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def is_sound(path: Path) -> bool:

@@ -44,8 +44,9 @@ class Lease:
             except LeaseLost:
                 self.lost.set()
                 return
-            except DatabaseAway as error:
-                log.warning("heartbeat of %s not confirmed: %s", self.claim.job_id, type(error).__name__)
+            except Exception as error:  # whatever it is, only a confirmed heartbeat keeps the claim
+                away = isinstance(error, DatabaseAway)
+                log.warning("heartbeat of %s not confirmed: %r", self.claim.job_id, error, exc_info=not away)
                 if time.monotonic() - self._confirmed > settings.lease_s:
                     self.lost.set()
                     return

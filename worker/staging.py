@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sqlalchemy import select
+from sqlalchemy.orm import Session
 
 from core.db import session_scope
 from core.errors import BlobDamaged, StageFailed
@@ -26,6 +27,7 @@ from core.models.repository import files_of, get_manifest, put_manifest
 from core.settings import get_settings
 from core.storage import Blob, ManifestFile, get_store
 from worker.fingerprint import stage_key
+from worker.transactions import transact
 
 log = logging.getLogger(__name__)
 MAX_LOG_BYTES = 16 * 1024 * 1024
@@ -67,13 +69,17 @@ class Staging:
         self.order_path = self.folder / "order.json"
         self.log_path = self.folder / "stage.log"
         self.is_mixed = False
+        self.checkpoint_step: int | None = None
 
     def __enter__(self) -> "Staging":
+        return self
+
+    def make(self) -> None:
+        """Makes the folder, empty."""
         shutil.rmtree(self.folder, ignore_errors=True)
         self.inputs.mkdir(parents=True)
         self.outputs.mkdir()
         self.log_path.touch()
-        return self
 
     def __exit__(self, *_: object) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -81,22 +87,24 @@ class Staging:
     def find_inputs(self) -> "Inputs":
         """Returns what the stage is given: the newest manifest of every role, the data, the history, and its order."""
         teacher = ensure_teacher(self.claim)
-        with session_scope() as session:
-            job = owned(session, self.claim)
-            stage = session.get_one(StageRun, (job.id, self.ordinal))
-            made: dict[str, str] = {}
-            for earlier in list_done(session, job.id, self.ordinal):
-                made |= earlier.outputs
-            roles = {"teacher": teacher} | {
-                role: files_of(get_manifest(session, job.tenant_id, manifest_id)) for role, manifest_id in made.items()
-            }
-            points = session.execute(
-                select(Metric, StageRun.kind)
-                .join(StageRun, (StageRun.job_id == Metric.job_id) & (StageRun.ordinal == Metric.ordinal))
-                .where(Metric.job_id == job.id, Metric.ordinal < self.ordinal)
-                .order_by(Metric.ordinal, Metric.name, Metric.step)
-            ).tuples()
-            history = "".join(_history_line(metric, kind) for metric, kind in points)
+        return transact(lambda session: self._find_inputs(session, teacher))
+
+    def _find_inputs(self, session: Session, teacher: list[ManifestFile]) -> "Inputs":
+        job = owned(session, self.claim)
+        stage = session.get_one(StageRun, (job.id, self.ordinal))
+        made: dict[str, str] = {}
+        for earlier in list_done(session, job.id, self.ordinal):
+            made |= earlier.outputs
+        roles = {"teacher": teacher} | {
+            role: files_of(get_manifest(session, job.tenant_id, manifest_id)) for role, manifest_id in made.items()
+        }
+        points = session.execute(
+            select(Metric, StageRun.kind)
+            .join(StageRun, (StageRun.job_id == Metric.job_id) & (StageRun.ordinal == Metric.ordinal))
+            .where(Metric.job_id == job.id, Metric.ordinal < self.ordinal)
+            .order_by(Metric.ordinal, Metric.name, Metric.step)
+        ).tuples()
+        history = "".join(_history_line(metric, kind) for metric, kind in points)
         splits = [
             ManifestFile(path=f"{split}.jsonl", sha256=blob["sha256"], size_bytes=blob["size_bytes"])
             for split, blob in job.inputs["data"].items()
@@ -139,25 +147,26 @@ class Staging:
 
     def _lay_checkpoint(self, stage_key: str) -> str | None:
         """Lays out the newest checkpoint whose bytes are sound, dropping those that are not; returns its path."""
-        with session_scope() as session:
-            rows = list_checkpoints(session, self.claim, self.ordinal)
-        for row in rows:
+        for row in transact(lambda session: list_checkpoints(session, self.claim, self.ordinal)):
             file = ManifestFile(path="checkpoint.safetensors", sha256=row.sha256, size_bytes=row.size_bytes)
             try:
                 get_store().materialize([file], self.inputs)
             except BlobDamaged:
-                log.warning("checkpoint %d of %s is damaged", row.step, self.claim.job_id)
-                with session_scope() as session:
-                    reject_checkpoint(session, self.claim, self.ordinal, row.step)
+                self.reject_checkpoint(row.step, "damaged", "its stored bytes are not those that were written")
             else:
-                self.is_mixed = row.stage_key != stage_key
+                self.is_mixed, self.checkpoint_step = row.stage_key != stage_key, row.step
                 return str(self.inputs / file.path)
         return None
+
+    def reject_checkpoint(self, step: int, kind: str, why: str) -> None:
+        """Forgets a checkpoint from which the stage cannot go on."""
+        log.warning("checkpoint %d of %s is %s: %s", step, self.claim.job_id, kind, why)
+        transact(lambda session: reject_checkpoint(session, self.claim, self.ordinal, step, kind, why))
 
     def take_checkpoint(self, step: int, name: str, stage_key: str) -> None:
         """Stores a checkpoint that the child wrote, and lets go of those that it replaces."""
         blob = get_store().take_file(self.folder / "checkpoints" / Path(name).name)
-        with session_scope() as session:
+        with session_scope() as session:  # not waited for: the child that wrote it must be watched
             dropped = record_checkpoint(session, self.claim, self.ordinal, step, blob, stage_key)
         discard(dropped)
 
@@ -188,11 +197,15 @@ def discard(shas: list[str]) -> None:
 
 def ensure_teacher(claim: Claim) -> list[ManifestFile]:
     """Returns the files of the teacher as posted, fetched from the hub if this job's first stage needs them."""
-    with session_scope() as session:
+
+    def find(session: Session) -> tuple[dict[str, Any], list[ManifestFile]]:
         teacher = owned(session, claim).inputs["teacher"]
-        if "manifest_id" in teacher:
-            return files_of(get_manifest(session, claim.tenant_id, teacher["manifest_id"]))
-    hub = teacher["hub"]
+        known = teacher.get("manifest_id")
+        return teacher.get("hub", {}), files_of(get_manifest(session, claim.tenant_id, known)) if known else []
+
+    hub, files = transact(find)
+    if files:
+        return files
     try:
         files = fetch(hub["repo"], hub["commit"], get_store())
     except Exception as error:
@@ -200,10 +213,13 @@ def ensure_teacher(claim: Claim) -> list[ManifestFile]:
         raise StageFailed(
             "teacher_unavailable", message, suggestion="check the hub and submit the job again", retryable=True
         ) from error
-    with session_scope() as session:
+
+    def note(session: Session) -> None:
         job = owned(session, claim)
         manifest = put_manifest(session, job.tenant_id, files)
         job.inputs = job.inputs | {"teacher": {"manifest_id": manifest.id, "hub": hub}}
+
+    transact(note)
     return files
 
 

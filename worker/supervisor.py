@@ -6,8 +6,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -33,10 +32,9 @@ from core.settings import get_settings
 from core.storage import get_store
 from worker.lease import Lease
 from worker.staging import InputDamaged, Staging, discard
+from worker.transactions import transact
 from worker.watch import Watch, deadline_of
 
-RETRY_PAUSE_S = 1.0
-T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
@@ -89,14 +87,14 @@ class Supervisor:
         """Runs one stage, or takes over an identical one's result; returns whether the job goes on here."""
         with Staging(taken, ordinal) as staging:
             try:
+                staging.make()
                 inputs = staging.find_inputs()
                 key = inputs.key()
                 if inputs.cache == "use" and (ended := _reuse(taken, ordinal, key)) is not None:
                     return not ended and _goes_on(taken)
                 staging.lay_inputs(inputs, key)
-                with session_scope() as session:
-                    offered = inputs.cache != "off" and not staging.is_mixed
-                    start_stage(session, taken, ordinal, key if offered else None)
+                offered = key if inputs.cache != "off" and not staging.is_mixed else None
+                transact(lambda session: start_stage(session, taken, ordinal, offered))
                 watch = Watch(taken, lease, staging, self.draining, key)
                 return _settle(taken, staging, watch.run())
             except InputDamaged as error:
@@ -111,7 +109,8 @@ class Supervisor:
 
 def _reuse(taken: Claim, ordinal: int, key: str) -> bool | None:
     """Takes over an identical stage's result; returns whether that ended the job, or None when there is none."""
-    with session_scope() as session:
+
+    def take(session: Session) -> bool | None:
         source = find_reusable(session, taken.tenant_id, key)
         if source is None:
             return None
@@ -121,17 +120,18 @@ def _reuse(taken: Claim, ordinal: int, key: str) -> bool | None:
             return None
         return reuse_stage(session, taken, ordinal, source)
 
+    return transact(take)
+
 
 def _next_stage(taken: Claim) -> int | None:
     """Returns the first stage that has not succeeded, or None when all have."""
-    with session_scope() as session:
+
+    def find(session: Session) -> int | None:
         job = owned(session, taken)
-        return session.scalar(
-            select(StageRun.ordinal)
-            .where(StageRun.job_id == job.id, StageRun.state.not_in(DONE))
-            .order_by(StageRun.ordinal)
-            .limit(1)
-        )
+        left = select(StageRun.ordinal).where(StageRun.job_id == job.id, StageRun.state.not_in(DONE))
+        return session.scalar(left.order_by(StageRun.ordinal).limit(1))
+
+    return transact(find)
 
 
 def _settle(taken: Claim, staging: Staging, outcome: dict[str, Any]) -> bool:
@@ -145,6 +145,9 @@ def _settle(taken: Claim, staging: Staging, outcome: dict[str, Any]) -> bool:
             return False
         case "stopped":
             return _stop(taken, staging)
+        case "unfit" if staging.checkpoint_step is not None:
+            staging.reject_checkpoint(staging.checkpoint_step, "unfit", outcome["message"])
+            return True
         case _:
             why = f"the stage's process ended without a word (exit code {outcome['exit_code']})"
             return _hand_back(taken, why, lost=True)
@@ -158,7 +161,7 @@ def _commit(taken: Claim, staging: Staging, summary: dict[str, Any]) -> bool:
         ended = commit_stage(session, taken, staging.ordinal, outputs, summary, stage_log)
         return ended, drop_checkpoints(session, taken, staging.ordinal)
 
-    ended, dropped = _persist(write)
+    ended, dropped = transact(write)
     discard(dropped)
     return ended
 
@@ -181,7 +184,7 @@ def _redo(taken: Claim, staging: Staging, damage: InputDamaged) -> bool:
     """Has the stage run again that made a damaged input; what was uploaded cannot be made again."""
     log.error("%s of %s is damaged", damage.role, taken.job_id)
     why = f"the stored bytes of {damage.role} are damaged; the stage that made them runs again"
-    if _persist(lambda session: redo_stage(session, taken, damage.role, staging.ordinal, why)):
+    if transact(lambda session: redo_stage(session, taken, damage.role, staging.ordinal, why)):
         return True
     error = {
         "reason": "dataset_invalid" if damage.role == "data" else "teacher_unavailable",
@@ -195,13 +198,12 @@ def _redo(taken: Claim, staging: Staging, damage: InputDamaged) -> bool:
 
 def _goes_on(taken: Claim) -> bool:
     """Tells whether the job's user still wants it to run; if not, the job is handed back."""
-    with session_scope() as session:
-        wanted = owned(session, taken).desired == "run"
+    wanted = transact(lambda session: owned(session, taken).desired == "run")
     return wanted or _hand_back(taken, "stopped between two stages")
 
 
 def _hand_back(taken: Claim, why: str, *, lost: bool = False) -> bool:
-    _persist(lambda session: hand_back(session, taken, why, lost=lost))
+    transact(lambda session: hand_back(session, taken, why, lost=lost))
     return False
 
 
@@ -210,20 +212,7 @@ def _fail(taken: Claim, staging: Staging, error: dict[str, Any]) -> None:
         stage_log = staging.take_log()
     except (OSError, StillhouseError):
         stage_log = None
-    _persist(lambda session: fail_stage(session, taken, staging.ordinal, error, stage_log))
-
-
-def _persist(write: Callable[[Session], T]) -> T:
-    """Returns what a fenced write returns, tried again and again while the database is away, for a lease's time."""
-    deadline = time.monotonic() + get_settings().lease_s
-    while True:
-        try:
-            with session_scope() as session:
-                return write(session)
-        except DatabaseAway:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(RETRY_PAUSE_S)
+    transact(lambda session: fail_stage(session, taken, staging.ordinal, error, stage_log))
 
 
 def _error_of(error: Exception) -> dict[str, Any]:

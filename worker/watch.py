@@ -8,6 +8,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from sqlalchemy.orm import Session
+
 from core.db import DatabaseAway, session_scope
 from core.errors import LeaseLost, StorageFull
 from core.jobs.ownership import Claim, Point, book_usage, desired_of, owned, record_progress, used_seconds
@@ -15,6 +17,7 @@ from core.settings import get_settings
 from worker.child import Child
 from worker.lease import Lease
 from worker.staging import Staging
+from worker.transactions import transact
 
 FLUSH_S = 1.0
 log = logging.getLogger(__name__)
@@ -74,7 +77,7 @@ class Watch:
                 self.events.append(message["event"])
             case "checkpoint":
                 self._take_checkpoint(int(message["step"]), str(message["name"]))
-            case "result" | "error" | "stopped":
+            case "result" | "error" | "stopped" | "unfit":
                 self.outcome = message
 
     def _take_checkpoint(self, step: int, name: str) -> None:
@@ -128,8 +131,11 @@ class Watch:
 
 def deadline_of(taken: Claim) -> float:
     """Returns the monotonic time at which the job's seconds are used up."""
-    with session_scope() as session:
+
+    def find(session: Session) -> float:
         job = owned(session, taken)
         book_usage(session, job)
         limit = job.spec.get("max_seconds")
         return math.inf if limit is None else time.monotonic() + limit - used_seconds(session, job.id)
+
+    return transact(find)

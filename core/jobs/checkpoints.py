@@ -47,16 +47,21 @@ def drop_checkpoints(session: Session, claim: Claim, ordinal: int) -> list[str]:
     return _drop(session, list_checkpoints(session, claim, ordinal))
 
 
-def reject_checkpoint(session: Session, claim: Claim, ordinal: int, step: int) -> None:
-    """Forgets a checkpoint whose bytes are missing or damaged."""
+def reject_checkpoint(session: Session, claim: Claim, ordinal: int, step: int, kind: str, why: str) -> None:
+    """Forgets a checkpoint that is `damaged`, or `unfit` for the engine that read it; its stage is yet to start."""
     job = owned(session, claim)
     stage = session.get_one(StageRun, (job.id, ordinal))
-    session.execute(
-        delete(Checkpoint).where(Checkpoint.job_id == job.id, Checkpoint.ordinal == ordinal, Checkpoint.step == step)
+    found = session.scalar(
+        delete(Checkpoint)
+        .where(Checkpoint.job_id == job.id, Checkpoint.ordinal == ordinal, Checkpoint.step == step)
+        .returning(Checkpoint.step)
     )
+    if found is None:  # an earlier try was committed, and only its answer was lost
+        return
+    stage.state, stage.eta_s, stage.cache_key = "pending", None, None
     data = {"stage": stage.kind, "ordinal": ordinal, "step": step}
-    message = f"the checkpoint of step {step} is damaged and was dropped"
-    add_event(session, job, "checkpoint.damaged", message, "warning", data)
+    message = f"the checkpoint of step {step} is {kind} and was dropped: {why}"
+    add_event(session, job, f"checkpoint.{kind}", message, "warning", data)
 
 
 def _drop(session: Session, rows: list[Checkpoint]) -> list[str]:

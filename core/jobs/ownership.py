@@ -142,6 +142,8 @@ def start_stage(session: Session, claim: Claim, ordinal: int, cache_key: str | N
     """Marks a stage as running; with a key, its result is one that other jobs of the tenant may take over."""
     job = owned(session, claim)
     stage = session.get_one(StageRun, (job.id, ordinal))
+    if stage.state == "running":  # an earlier try was committed, and only its answer was lost
+        return
     stage.state = "running"
     stage.attempt += 1
     stage.cache_key = cache_key

@@ -36,7 +36,10 @@ def reuse_stage(session: Session, claim: Claim, ordinal: int, source: StageRun) 
     job = owned(session, claim)
     if settle_cancelled(session, job):
         return True
-    return take_over(session, job, session.get_one(StageRun, (job.id, ordinal)), source)
+    stage = session.get_one(StageRun, (job.id, ordinal))
+    if stage.state in DONE:  # an earlier try was committed, and only its answer was lost
+        return False
+    return take_over(session, job, stage, source)
 
 
 def take_over(session: Session, job: Job, stage: StageRun, source: StageRun) -> bool:

@@ -5,6 +5,8 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save
 from sqlalchemy import select
 
 from core.db import session_scope
@@ -68,6 +70,15 @@ def checkpoints_of(job_id: str, ordinal: int) -> list[str]:
         return list(session.scalars(query.order_by(Checkpoint.step.desc())))
 
 
+def plant_checkpoint(job_id: str, ordinal: int) -> None:
+    """Adds a sound checkpoint, newer than all, that some other engine wrote."""
+    blob = get_store().put_bytes(save({"weights": torch.zeros(3)}, {"state": '{"step": 1}'}))
+    with session_scope() as session:
+        tenant_id = session.get_one(Job, job_id).tenant_id
+        row = {"job_id": job_id, "tenant_id": tenant_id, "ordinal": ordinal, "step": 10**6, "stage_key": ""}
+        session.add(Checkpoint(sha256=blob.sha256, size_bytes=blob.size_bytes, **row))
+
+
 def flip_a_byte(sha256: str) -> None:
     path: Path = get_store().path_of(sha256)
     data = bytearray(path.read_bytes())
@@ -124,11 +135,12 @@ def test_kills_at_durable_steps_change_nothing(stack: Stack, clean: str, tmp_pat
     assert ended_as(stack, job_id, clean).count("stage.succeeded") == 2
 
 
-def test_damaged_bytes_are_found_and_made_again(stack: Stack, clean: str) -> None:
+def test_damaged_and_foreign_bytes_are_found_and_made_again(stack: Stack, clean: str) -> None:
     job_id = stack.submit(stages=STAGES, cache="off")
     pause_in(stack, job_id, 0)
     newest, *_ = checkpoints_of(job_id, 0)
     flip_a_byte(newest)
+    plant_checkpoint(job_id, 0)
     order(stack, job_id, "resume")
     pause_in(stack, job_id, 1)
     with session_scope() as session:
@@ -137,7 +149,8 @@ def test_damaged_bytes_are_found_and_made_again(stack: Stack, clean: str) -> Non
     flip_a_byte(next(file["sha256"] for file in files if file["path"] == "model.safetensors"))
     order(stack, job_id, "resume")
     types = ended_as(stack, job_id, clean)
-    assert types.count("checkpoint.damaged") == types.count("stage.redone") == 1
+    assert [types.count(f"checkpoint.{kind}") for kind in ("unfit", "damaged")] == [1, 1]
+    assert types.count("stage.redone") == 1
 
 
 def test_the_same_stage_runs_once(stack: Stack) -> None:

@@ -110,3 +110,13 @@ def test_tensors_that_share_memory_are_kept_apart(tmp_path: Path) -> None:
     assert torch.equal(tensors["b"], tied.T)
     assert torch.equal(tensors["c"], tied[1])
     assert state == {"step": 1, "lr": 0.1 + 0.2}
+
+
+def test_a_checkpoint_of_another_engine_is_told_as_unfit(clean, tmp_path: Path) -> None:
+    bench = clean[0].before[0].copy(tmp_path / "bench")
+    path = tmp_path / "1.safetensors"
+    checkpoints.write(path, {"model.other": torch.zeros(2)}, {"step": 1})
+    finished = bench.run(make_spec(STAGES), 0, "unfit", checkpoint=str(path))
+    assert finished.last["type"] == "unfit"
+    assert "other" in finished.last["message"]
+    assert finished.returncode == 0

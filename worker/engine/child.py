@@ -20,7 +20,7 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from worker.engine.failures import StopRequested, explain
+from worker.engine.failures import CheckpointUnfit, StopRequested, explain
 from worker.engine.reporting import Reporter
 
 if TYPE_CHECKING:
@@ -70,6 +70,9 @@ def run(path: Path, reporter: Reporter, stop: threading.Event) -> dict[str, Any]
     except StopRequested:
         log.info("stopped by order")
         return {"type": "stopped"}
+    except CheckpointUnfit as error:
+        log.exception("the checkpoint does not fit")
+        return {"type": "unfit", "message": str(error)[:2000]}
     except BaseException as error:  # whatever it is, the supervisor must hear of it
         log.exception("the stage failed")
         return explain(error)

@@ -20,12 +20,16 @@ class StopRequested(Exception):
     """The supervisor ordered the stage to stop."""
 
 
+class CheckpointUnfit(Exception):
+    """The stage cannot go on from the checkpoint that it was given, as when an older engine wrote it."""
+
+
 def explain(error: BaseException) -> dict[str, Any]:
     """Returns the error report: reason, message, suggestion, and whether a retry can help."""
     for cause in _chain(error):
         if isinstance(cause, StageFailed):
             return _report(cause.reason, cause.message, cause.suggestion, cause.can_retry)
-        if _is_out_of_memory(cause):
+        if is_out_of_memory(cause):
             return _report(
                 "out_of_memory",
                 "The stage needed more memory than it may use.",
@@ -54,7 +58,8 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tells whether the error says that the memory was used up."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:

@@ -16,7 +16,7 @@ from worker.engine import checkpoints
 from worker.engine.context import StageContext
 from worker.engine.data import Batch, Encoded, Examples, encode
 from worker.engine.devices import autocast
-from worker.engine.failures import StopRequested
+from worker.engine.failures import CheckpointUnfit, StopRequested, is_out_of_memory
 from worker.engine.inference import predict_logits
 from worker.engine.loading import input_names, limit_length, save_model
 from worker.engine.optimization import MAX_GRADIENT_NORM, TrainingSettings, make_optimizer, make_schedule, set_dropout
@@ -169,10 +169,16 @@ class Trainer:
         self.ctx.save_checkpoint(self._step, tensors, state)
 
     def _restore(self) -> None:
-        found = self.ctx.find_checkpoint()
-        if found is None:
-            return
-        tensors, state = found
+        try:
+            found = self.ctx.find_checkpoint()
+            if found is not None:
+                self._go_on_from(*found)
+        except Exception as error:  # names, shapes or types: whatever another engine wrote otherwise
+            if is_out_of_memory(error):
+                raise
+            raise CheckpointUnfit(f"{type(error).__name__}: {error}") from error
+
+    def _go_on_from(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         self.model.load_state_dict(checkpoints.select(tensors, "model"))
         checkpoints.restore_optimizer(self.optimizer, checkpoints.select(tensors, "optimizer"), state["groups"])
         self.schedule.load_state_dict(state["schedule"])
