@@ -1,21 +1,20 @@
 """Stages run through the real child process, on a pico model, without a supervisor."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from core.jobs.spec import load_spec
 from tests import pico
+from worker.child import ForkServer, Stage
 
 LABELS = sorted(pico.WORDS)
-ROOT = Path(__file__).parents[1]
 FAST = {"epochs": 6, "learning_rate": 2e-3, "head_learning_rate": 1e-2, "batch_size": 16}
 
 
@@ -54,11 +53,18 @@ class Finished:
         return [point for report in self.of("metrics") for point in report["points"]]
 
 
+@cache
+def get_server() -> ForkServer:
+    """Returns the server of this test run; it ends with the run."""
+    return ForkServer(1, Path(tempfile.gettempdir()) / "stillhouse-tests-cache")
+
+
 @dataclass
 class Bench:
     """The folders of one job, as the supervisor lays them out."""
 
     root: Path
+    server: ForkServer = field(default_factory=get_server)
 
     @property
     def inputs(self) -> Path:
@@ -71,7 +77,7 @@ class Bench:
 
     def copy(self, root: Path) -> "Bench":
         shutil.copytree(self.root, root)
-        return Bench(root)
+        return Bench(root, self.server)
 
     def write_order(self, spec: dict[str, Any], ordinal: int, name: str, **changes: Any) -> Path:
         outputs = self.root / name / "out"
@@ -94,29 +100,18 @@ class Bench:
         return path
 
     @contextmanager
-    def start(self, order: Path) -> Iterator[tuple[subprocess.Popen, Any]]:
-        """Yields the child and the reading end of its reports."""
-        reading, writing = os.pipe()
-        with (
-            (order.parent / "log").open("wb") as log,
-            subprocess.Popen(
-                [sys.executable, "-m", "worker.engine.child", str(order), "--report-fd", str(writing)],
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                pass_fds=[writing],
-                cwd=ROOT,
-            ) as child,
-            os.fdopen(reading, "rb") as pipe,
-        ):
-            os.close(writing)
-            yield child, pipe
+    def start(self, order: Path) -> Iterator[Stage]:
+        """Yields the running stage."""
+        stage = self.server.fork(order, order.parent / "log")
+        with stage.stdin, stage.exit_code, stage.reports:
+            yield stage
 
     def run(self, spec: dict[str, Any], ordinal: int = 0, name: str = "", **changes: Any) -> Finished:
         order = self.write_order(spec, ordinal, name or f"stage-{ordinal}", **changes)
-        with self.start(order) as (child, pipe):
-            reports = [json.loads(line) for line in pipe]
-        return Finished(child.returncode, reports, (order.parent / "log").read_text(), order.parent / "out")
+        with self.start(order) as stage:
+            reports = [json.loads(line) for line in stage.reports]
+            code = int(stage.exit_code.read())
+        return Finished(code, reports, (order.parent / "log").read_text(), order.parent / "out")
 
     def adopt(self, finished: Finished, ordinal: int, kind: str) -> None:
         """Makes a stage's outputs the inputs of the next one, read-only."""

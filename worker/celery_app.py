@@ -7,6 +7,7 @@ from celery.signals import setup_logging, worker_init, worker_shutdown, worker_s
 
 import worker.tasks
 from core.queue import get_celery
+from worker.child import get_fork_server
 
 app = get_celery()
 
@@ -31,5 +32,6 @@ def drain(**_: Any) -> None:
 
 @worker_shutdown.connect
 def finish(**_: Any) -> None:
-    """Waits until the job is handed back."""
+    """Waits until the job is handed back, and ends what forks the stages."""
     worker.tasks.supervisor.wait_idle()
+    get_fork_server().close()

@@ -1,19 +1,24 @@
-"""The child process of one stage, seen from the supervisor: a fresh interpreter that knows no password.
+"""The process of one stage, seen from the supervisor, and the server that forks it: neither knows a password.
 
-It reports on a pipe of its own, line by line in JSON; orders go to its standard input; whatever it prints goes to the
-stage's log.
+The stage reports on a pipe of its own, line by line in JSON; orders go to its standard input; whatever it prints goes
+to its log.
 """
 
 import contextlib
 import json
 import os
 import queue
+import select
 import signal
+import socket
 import subprocess
 import sys
 import threading
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
+
+from core.settings import get_settings
 
 KEPT_VARIABLES = (
     "PATH",
@@ -25,41 +30,113 @@ KEPT_VARIABLES = (
     "PYTHONPATH",
     "VIRTUAL_ENV",
 )
-OFFLINE = {
-    "HF_HUB_OFFLINE": "1",
-    "TRANSFORMERS_OFFLINE": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-}
 MAX_LINE_BYTES = 4 * 1024 * 1024
+START_TIMEOUT_S = 300
+
+
+class Stage(NamedTuple):
+    """A forked stage: its process id, which is also its group's and session's, and our ends of its pipes."""
+
+    pid: int
+    stdin: BinaryIO
+    reports: BinaryIO
+    exit_code: BinaryIO
+
+
+class ForkServer:
+    """The process that has the libraries imported and forks the stages; started when first needed, or anew."""
+
+    def __init__(self, num_threads: int, home: Path) -> None:
+        self._num_threads = num_threads
+        self._home = home
+        self._lock = threading.Lock()
+        self._socket: socket.socket | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Starts the server if none is running; it takes some seconds until it can fork."""
+        with self._lock:
+            self._ensure()
+
+    def fork(self, order_path: Path, log_path: Path) -> Stage:
+        """Returns a new process that runs the order. Raises ConnectionError when the server fails."""
+        pipes = [os.pipe() for _ in range(3)]
+        (stdin_r, stdin_w), (reports_r, reports_w), (exit_r, exit_w) = pipes
+        try:
+            with log_path.open("ab") as stage_log, self._lock:
+                pid = self._ask(order_path, [stdin_r, stage_log.fileno(), reports_w, exit_w])
+        except BaseException:
+            for fd in (stdin_w, reports_r, exit_r):
+                os.close(fd)
+            raise
+        finally:
+            for fd in (stdin_r, reports_w, exit_w):
+                os.close(fd)
+        return Stage(pid, os.fdopen(stdin_w, "wb", 0), os.fdopen(reports_r, "rb"), os.fdopen(exit_r, "rb", 0))
+
+    def close(self) -> None:
+        """Ends the server with every stage of it."""
+        with self._lock:
+            self._end()
+
+    def _ask(self, order_path: Path, fds: list[int]) -> int:
+        server = self._ensure()
+        try:
+            socket.send_fds(server, [os.fsencode(order_path)], fds)
+            answer = server.recv(32)
+        except OSError:
+            answer = b""
+        if not answer:
+            self._end()
+            raise ConnectionError("the process that forks stages ended or hung; the worker's log says why")
+        return int(answer)
+
+    def _ensure(self) -> socket.socket:
+        if self._process is not None and self._process.poll() is not None:
+            self._end()
+        if self._socket is None:
+            self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            self._socket.settimeout(START_TIMEOUT_S)
+            arguments = ["--fd", str(theirs.fileno()), "--num-threads", str(self._num_threads)]
+            with theirs:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-P", "-m", "worker.engine.forkserver", *arguments],
+                    stdin=subprocess.DEVNULL,
+                    pass_fds=[theirs.fileno()],
+                    env=_environment(self._home),
+                )
+        return self._socket
+
+    def _end(self) -> None:
+        if self._socket is not None:
+            self._socket.close()
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+        self._socket = self._process = None
+
+
+@cache
+def get_fork_server() -> ForkServer:
+    """Returns this process's server."""
+    settings = get_settings()
+    home = settings.staging_dir.absolute() / "cache"
+    return ForkServer(settings.num_threads or len(os.sched_getaffinity(0)), home)
 
 
 class Child:
     """One running stage."""
 
     def __init__(self, order_path: Path, log_path: Path) -> None:
-        read_fd, write_fd = os.pipe()
-        try:
-            with log_path.open("ab") as stage_log:
-                self._process = subprocess.Popen(
-                    [sys.executable, "-m", "worker.engine.child", str(order_path), "--report-fd", str(write_fd)],
-                    stdin=subprocess.PIPE,
-                    stdout=stage_log,
-                    stderr=subprocess.STDOUT,
-                    pass_fds=[write_fd],
-                    start_new_session=True,
-                    cwd=order_path.parent,
-                    env=_environment(order_path.parent),
-                )
-        finally:
-            os.close(write_fd)
+        self._stage = get_fork_server().fork(order_path, log_path)
+        self._code: int | None = None
         self._messages: queue.Queue[dict[str, Any] | None] = queue.Queue()
-        threading.Thread(target=self._read, args=(read_fd,), daemon=True).start()
+        threading.Thread(target=self._read, daemon=True).start()
 
     @property
     def pid(self) -> int:
         """Returns the process id, which is also its group's and session's."""
-        return self._process.pid
+        return self._stage.pid
 
     def receive(self, timeout_s: float) -> dict[str, Any] | None:
         """Returns the next report; None when the child closed its pipe. Raises queue.Empty after the time-out."""
@@ -67,11 +144,8 @@ class Child:
 
     def order(self, name: str) -> None:
         """Sends an order such as `stop`; a child that is gone takes none."""
-        stdin = self._process.stdin
         with contextlib.suppress(OSError, ValueError):
-            if stdin is not None:
-                stdin.write(json.dumps({"order": name}).encode() + b"\n")
-                stdin.flush()
+            self._stage.stdin.write(json.dumps({"order": name}).encode() + b"\n")
 
     def dump_stacks(self) -> None:
         """Makes the child write the stacks of its threads into the stage's log."""
@@ -80,24 +154,23 @@ class Child:
 
     def kill(self) -> None:
         """Kills the child with all that it started."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGKILL)
+        if self._code is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
 
     def wait(self, timeout_s: float = 10.0) -> int:
         """Returns the exit code, after killing a child that does not end in time; nothing of its group survives."""
-        try:
-            code = self._process.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            self.kill()
-            code = self._process.wait()
-        self.kill()
-        if self._process.stdin is not None:
-            with contextlib.suppress(OSError):
-                self._process.stdin.close()
-        return code
+        if self._code is None:
+            ended, _, _ = select.select([self._stage.exit_code], [], [], timeout_s)
+            if not ended:
+                self.kill()
+            self._code = int(self._stage.exit_code.read() or -signal.SIGKILL)  # its server was killed, and it with it
+            self._stage.exit_code.close()
+            self._stage.stdin.close()
+        return self._code
 
-    def _read(self, read_fd: int) -> None:
-        with os.fdopen(read_fd, "rb") as pipe:
+    def _read(self) -> None:
+        with self._stage.reports as pipe:
             while line := pipe.readline(MAX_LINE_BYTES):
                 with contextlib.suppress(ValueError):
                     message = json.loads(line)
@@ -106,7 +179,8 @@ class Child:
         self._messages.put(None)
 
 
-def _environment(folder: Path) -> dict[str, str]:
+def _environment(home: Path) -> dict[str, str]:
     """Returns a clean environment: the few variables that a computation needs, and no secret."""
+    home.mkdir(parents=True, exist_ok=True)
     kept = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
-    return kept | OFFLINE | {"HOME": str(folder), "PYTHONUNBUFFERED": "1", "MPLCONFIGDIR": str(folder)}
+    return kept | {"HOME": str(home), "MPLCONFIGDIR": str(home), "PYTHONUNBUFFERED": "1"}

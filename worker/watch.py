@@ -43,7 +43,11 @@ class Watch:
     def run(self) -> dict[str, Any]:
         """Returns the child's last word: a result, an error, stopped, or died with its exit code."""
         self.deadline = deadline_of(self.taken)
-        child = Child(self.staging.order_path, self.staging.log_path)
+        try:
+            child = Child(self.staging.order_path, self.staging.log_path)
+        except ConnectionError:
+            log.exception("no process for %s", self.taken.job_id)
+            return {"type": "died", "exit_code": None}
         heard = flushed = time.monotonic()
         try:
             while True:

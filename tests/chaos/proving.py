@@ -1,6 +1,7 @@
 """What must hold of a job that was disturbed: the bytes, the events and the machine are as if it had not been."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -70,10 +71,7 @@ def processes_of(job_id: str) -> list[int]:
     """Returns the stage processes of a job, wherever they came from."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            command = (folder / "cmdline").read_bytes()
-        except OSError:
-            continue
-        if b"worker.engine.child" in command and job_id.encode() in command and os.path.exists(folder / "fd"):
-            found.append(int(folder.name))
+        with suppress(OSError):
+            if job_id in os.readlink(folder / "cwd"):
+                found.append(int(folder.name))
     return found

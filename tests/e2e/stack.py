@@ -131,7 +131,12 @@ class Stack:
 
 
 def children_of(pid: int) -> list[int]:
-    """Returns the stage processes that a worker started."""
+    """Returns the stage processes of a worker, which the process forks that has the libraries imported."""
+    servers = _children(pid)
+    return [stage for server in servers for stage in _children(server)]
+
+
+def _children(pid: int) -> list[int]:
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -139,6 +144,6 @@ def children_of(pid: int) -> list[int]:
             command = (folder / "cmdline").read_bytes().split(b"\0")
         except (OSError, IndexError):
             continue
-        if parent == pid and b"worker.engine.child" in command:
+        if parent == pid and b"worker.engine.forkserver" in command:
             found.append(int(folder.name))
     return found

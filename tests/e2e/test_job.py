@@ -142,4 +142,4 @@ def test_full_disk_fails_as_storage_full(stack: Stack, small_disk: Path) -> None
     assert job["state"] == "failed"
     assert job["error"]["reason"] == "storage_full"
     assert "free" in job["error"]["suggestion"].lower()
-    assert list(small_disk.iterdir()) == []
+    assert list(small_disk.glob("job_*")) == []

@@ -181,6 +181,11 @@ def runs(folder: Path, word: str) -> bool:
     return any(word in command_line(pid) for pid in children(folder))
 
 
+def runs_stage(folder: Path) -> bool:
+    """Tells whether a process works in a stage's folder."""
+    return any("/staging/job_" in os.readlink(f"/proc/{pid}/cwd") for pid in children(folder))
+
+
 def answers(url: str) -> bool:
     try:
         return httpx.get(f"{url}/readyz", timeout=10).status_code == 200
@@ -229,6 +234,6 @@ def test_a_kill_in_the_middle_of_a_stage_leaves_nothing(up: Up, folder: Path) ->
         "stages: [{kind: finetune, epochs: 1000}, {kind: distill}]}"
     )
     assert up.cli("jobs", "submit", str(spec)).returncode == 0
-    assert wait_until(partial(runs, up.folder, "worker.engine.child"), 30)
+    assert wait_until(partial(runs_stage, up.folder), 30)
     up.end(signal.SIGKILL)
     assert wait_until(partial(is_gone, up.folder), 20), [command_line(pid) for pid in children(up.folder)]

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import signal
 from pathlib import Path
 
@@ -212,12 +213,11 @@ def test_a_label_that_the_order_lacks_names_the_line(bench: Bench, tmp_path: Pat
 
 def test_an_order_to_stop_stops_at_the_next_step(bench: Bench) -> None:
     order = bench.write_order(make_spec([{"kind": "finetune", **FAST, "epochs": 1000}]), 0, "stop")
-    with bench.start(order) as (child, pipe):
-        first = pipe.readline()
-        child.stdin.write(b'nonsense\n{"order": "dance"}\n{"order": "stop"}\n')
-        child.stdin.flush()
-        reports = [json.loads(line) for line in (first, *pipe)]
-    assert child.returncode == 0
+    with bench.start(order) as stage:
+        first = stage.reports.readline()
+        stage.stdin.write(b'nonsense\n{"order": "dance"}\n{"order": "stop"}\n')
+        reports = [json.loads(line) for line in (first, *stage.reports)]
+        assert stage.exit_code.read() == b"0"
     assert reports[-1] == {"type": "stopped"}
     assert [report["type"] for report in reports].count("stopped") == 1
     assert sorted(path.name for path in order.parent.iterdir()) == ["checkpoints", "log", "order.json", "out"]
@@ -225,16 +225,17 @@ def test_an_order_to_stop_stops_at_the_next_step(bench: Bench) -> None:
 
 def test_a_child_whose_reader_is_gone_leaves(bench: Bench) -> None:
     order = bench.write_order(make_spec([{"kind": "finetune", **FAST, "epochs": 1000}]), 0, "orphan")
-    with bench.start(order) as (child, pipe):
-        pipe.close()
-        assert child.wait(60) == 1
+    with bench.start(order) as stage:
+        stage.reports.close()
+        assert stage.exit_code.read() == b"1"
 
 
 def test_sigusr1_writes_the_stacks_to_the_log(bench: Bench) -> None:
     order = bench.write_order(make_spec([{"kind": "finetune", **FAST, "epochs": 1000}]), 0, "stacks")
-    with bench.start(order) as (child, pipe):
-        pipe.readline()
-        child.send_signal(signal.SIGUSR1)
-        pipe.readline()
-        child.kill()
+    with bench.start(order) as stage:
+        stage.reports.readline()
+        os.kill(stage.pid, signal.SIGUSR1)
+        stage.reports.readline()
+        os.kill(stage.pid, signal.SIGKILL)
+        assert stage.exit_code.read() == b"-9"
     assert "most recent call first" in (order.parent / "log").read_text()

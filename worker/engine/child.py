@@ -1,18 +1,16 @@
-"""The process of one stage: `python -m worker.engine.child order.json --report-fd N`.
+"""What the process of one stage does, from its order to its last report.
 
 It has no database and no network. Orders come as JSON lines on stdin, reports leave on the file descriptor, and what is
 logged (with the stack trace of a failure) goes to stderr, which is the stage's log; SIGUSR1 writes the stacks of all
 threads there.
 """
 
-import argparse
 import ctypes
 import faulthandler
 import json
 import logging
 import os
 import resource
-import select
 import signal
 import sys
 import tempfile
@@ -30,19 +28,13 @@ PR_SET_PDEATHSIG = 1
 log = logging.getLogger("worker.engine.child")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the stage of the order; the exit status is 0 for a result or an ordered stop, 1 for a failure."""
-    parser = argparse.ArgumentParser(prog="worker.engine.child")
-    parser.add_argument("order", type=Path)
-    parser.add_argument("--report-fd", type=int, required=True)
-    args = parser.parse_args(argv)
-    die_with_parent(args.report_fd)
+def run_stage(order: Path, report_fd: int) -> int:
+    """Runs the stage of the order; returns the exit status, 0 for a result or an ordered stop, 1 for a failure."""
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     logging.getLogger("worker").setLevel(logging.INFO)
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    reporter, stop = Reporter(args.report_fd), threading.Event()
+    reporter, stop = Reporter(report_fd), threading.Event()
     threading.Thread(target=listen, args=(sys.stdin.fileno(), stop), daemon=True).start()
-    last = run(args.order, reporter, stop)
+    last = run(order, reporter, stop)
     try:
         reporter.close(last)
     except BrokenPipeError:
@@ -55,7 +47,9 @@ def run(path: Path, reporter: Reporter, stop: threading.Event) -> dict[str, Any]
     """Returns the last report of the stage: result, stopped or error."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        prepare(data["num_threads"] or len(os.sched_getaffinity(0)))
+        from worker.engine.devices import configure_torch
+
+        configure_torch(data["num_threads"] or len(os.sched_getaffinity(0)))
         from worker.engine.context import Order, StageContext
 
         order = Order.parse(data)
@@ -72,20 +66,18 @@ def run(path: Path, reporter: Reporter, stop: threading.Event) -> dict[str, Any]
         return {"type": "stopped"}
     except CheckpointUnfit as error:
         log.exception("the checkpoint does not fit")
-        return {"type": "unfit", "message": str(error)[:2000]}
+        return {"type": "unfit", "message": str(error)[:300]}
     except BaseException as error:  # whatever it is, the supervisor must hear of it
         log.exception("the stage failed")
         return explain(error)
     return {"type": "result", "summary": summary}
 
 
-def die_with_parent(report_fd: int) -> None:
+def die_with_parent(parent: int) -> None:
     """Has the kernel kill this process when its parent dies, and leaves at once when the parent died before that."""
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    poll = select.poll()
-    poll.register(report_fd, 0)
-    if any(event & (select.POLLERR | select.POLLNVAL) for _, event in poll.poll(0)):
-        os._exit(1)  # the reading end of the reports is gone, and its owner with it
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def listen(fd: int, stop: threading.Event) -> None:
@@ -105,17 +97,18 @@ def listen(fd: int, stop: threading.Event) -> None:
                 log.warning("unknown order %r", order)
 
 
-def prepare(num_threads: int) -> None:
-    """Sets the environment that the numeric libraries read when they are first imported, then the torch switches.
+def set_environment(num_threads: int) -> None:
+    """Sets what the numeric libraries read in the environment when they are first imported.
 
     OpenMP's threads sleep at barriers instead of spinning: beside another busy process on the same cores, a training
-    step is then several times faster.
+    step is then several times faster. BLAS below numpy computes nothing here, and its threads would not survive a fork.
     """
     threads = str(num_threads)
     os.environ.update(
         OMP_NUM_THREADS=threads,
         OMP_WAIT_POLICY="PASSIVE",
         MKL_NUM_THREADS=threads,
+        OPENBLAS_NUM_THREADS="1",
         RAYON_NUM_THREADS=threads,
         TOKENIZERS_PARALLELISM="true",
         HF_HUB_OFFLINE="1",
@@ -123,10 +116,8 @@ def prepare(num_threads: int) -> None:
         HF_HUB_DISABLE_TELEMETRY="1",
         CUBLAS_WORKSPACE_CONFIG=":4096:8",
         MPLBACKEND="svg",
+        PYTORCH_NVML_BASED_CUDA_CHECK="1",  # CUDA's own check would have to be made after the fork
     )
-    from worker.engine.devices import configure_torch
-
-    configure_torch(num_threads)
 
 
 def limit_memory(order: "Order") -> None:
@@ -136,7 +127,3 @@ def limit_memory(order: "Order") -> None:
     if order.max_memory_bytes:
         kind = resource.RLIMIT_AS if choose_device().type == "cpu" else resource.RLIMIT_DATA
         resource.setrlimit(kind, (order.max_memory_bytes, order.max_memory_bytes))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
