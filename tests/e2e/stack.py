@@ -47,9 +47,9 @@ class Stack:
             base_url=f"http://127.0.0.1:{self.port}", headers={"Authorization": f"Bearer {key}"}, timeout=30
         )
 
-    def start_api(self) -> subprocess.Popen[bytes]:
+    def start_api(self, **settings: str) -> subprocess.Popen[bytes]:
         command = ["uvicorn", "app.main:app", "--host", "127.0.0.1", "--port", str(self.port), "--log-level", "warning"]
-        process = self._start("api", [sys.executable, "-m", *command], {})
+        process = self._start("api", [sys.executable, "-m", *command], settings)
         until(lambda: self.answers())
         return process
 

@@ -16,8 +16,8 @@ def predict_logits(
 ) -> Tensor:
     """Returns the logits of every example, in the order of the split, in float32 on the processor.
 
-    The model answers in evaluation and inference mode, on the device where it lies, in batches sorted by length, and in
-    the precision of its weights: these are the logits that its user gets, whatever precision it was trained in.
+    The model answers in evaluation and inference mode, on the device where it lies, in batches sorted by length, and
+    outside of `autocast` in the precision of its weights: these are the logits that its user gets.
 
     Args:
         model: The classifier; its training flag is left as it was.

@@ -145,7 +145,8 @@ class Trainer:
         if is_masked:
             data = data.masked(mask_id, self.mask_probability, [self.ctx.seed, epoch, 1])
         if self._teacher_NC is None or (is_masked and self._answered_epoch != epoch):
-            self._teacher_NC = predict_logits(self.teacher, data, self.ctx.check_stop)
+            with autocast(self.ctx.device):  # a hint to train by, not an answer to a user
+                self._teacher_NC = predict_logits(self.teacher, data, self.ctx.check_stop)
             self._answered_epoch = epoch
             log.info("the teacher answered %d texts for epoch %d", len(data), epoch + 1)
         return data
