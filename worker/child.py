@@ -44,7 +44,7 @@ class Stage(NamedTuple):
 
 
 class ForkServer:
-    """The process that has the libraries imported and forks the stages; started when first needed, or anew."""
+    """The process that has the libraries imported and forks the stages; started with the first one, or anew."""
 
     def __init__(self, num_threads: int, home: Path) -> None:
         self._num_threads = num_threads
@@ -52,11 +52,6 @@ class ForkServer:
         self._lock = threading.Lock()
         self._socket: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        """Starts the server if none is running; it takes some seconds until it can fork."""
-        with self._lock:
-            self._ensure()
 
     def fork(self, order_path: Path, log_path: Path) -> Stage:
         """Returns a new process that runs the order. Raises ConnectionError when the server fails."""

@@ -8,7 +8,6 @@ from core.db import DatabaseAway
 from core.queue import TASK_RUN, get_celery
 from core.settings import get_settings
 from core.upkeep.collecting import collect_when_due
-from worker.child import get_fork_server
 from worker.reconciler import tick
 from worker.supervisor import Supervisor
 
@@ -23,9 +22,8 @@ def run(queue: str) -> None:  # noqa: ARG001 - the message says where to look, t
 
 
 def start_loops() -> None:
-    """Starts what forks the stages, and polling, reconciling and collecting, each in a thread of its own."""
+    """Starts polling, reconciling and collecting, each in a thread of its own."""
     settings = get_settings()
-    get_fork_server().start()
     _start("poll", supervisor.run_available, settings.poll_s)
     _start("reconcile", tick, settings.reconcile_s)
     _start("collect", collect_when_due, settings.collect_every_s)
