@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.conftest import pico_files, stack
+from tests.e2e.conftest import api, own_api, pico_files, stack
 
-__all__ = ["pico_files", "stack"]
+__all__ = ["api", "own_api", "pico_files", "stack"]
 OUT = Path(__file__).parents[2] / "bench" / "out" / "chaos.json"
 rows: list[dict[str, Any]] = []
 

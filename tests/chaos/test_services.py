@@ -200,13 +200,12 @@ def test_every_hint_ten_times(stack: Stack, record: Record, scaled: Scaled) -> N
     record("each hint ten times", len(jobs), f"{len(jobs)} claims for {sent + len(jobs)} hints", "one claim a job")
 
 
-def test_broker_absent_from_the_start(stack: Stack, record: Record, scaled: Scaled) -> None:
+def test_broker_absent_from_the_start(own_api: Stack, record: Record, scaled: Scaled) -> None:
     absent = {"STILLHOUSE_REDIS_URL": "redis://127.0.0.1:1/0"}
-    for process in stack.processes:
-        process.kill()
-        process.wait()
-    stack.start_api(**absent)
-    stack.start_worker(**absent)
-    jobs = [stack.submit(stages=STAGES, cache="off") for _ in range(scaled(50))]
-    assert_done_once(stack, jobs)
+    own_api.processes[0].kill()
+    own_api.processes[0].wait()
+    own_api.start_api(**absent)
+    own_api.start_worker(**absent)
+    jobs = [own_api.submit(stages=STAGES, cache="off") for _ in range(scaled(50))]
+    assert_done_once(own_api, jobs)
     record("broker absent from the start", len(jobs), "all done, each once", "all, once")

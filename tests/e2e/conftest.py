@@ -16,8 +16,34 @@ def pico_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str
     return pico.write_model(folder / "model"), pico.write_data(folder / "data")
 
 
+@pytest.fixture(scope="session")
+def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """The port of an API that no test disturbs."""
+    stack = Stack(tmp_path_factory.mktemp("api"), "nobody")
+    try:
+        stack.start_api()
+        yield stack.port
+    finally:
+        stack.stop()
+
+
 @pytest.fixture
-def stack(tmp_path: Path, tenant: tuple[str, str], pico_files: tuple[Path, dict[str, Path]]) -> Iterator[Stack]:
+def stack(
+    api: int, tmp_path: Path, tenant: tuple[str, str], pico_files: tuple[Path, dict[str, Path]]
+) -> Iterator[Stack]:
+    """A tenant with a model and data, and whatever workers the test starts."""
+    stack = Stack(tmp_path, tenant[1], api)
+    try:
+        stack.push_model(pico_files[0], "pico")
+        stack.push_data(pico_files[1], "toy")
+        yield stack
+    finally:
+        stack.stop()
+
+
+@pytest.fixture
+def own_api(tmp_path: Path, tenant: tuple[str, str], pico_files: tuple[Path, dict[str, Path]]) -> Iterator[Stack]:
+    """The same with an API of its own, the first of its processes."""
     stack = Stack(tmp_path, tenant[1])
     try:
         stack.start_api()

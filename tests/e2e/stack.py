@@ -39,9 +39,10 @@ def until(condition: Callable[[], Any], seconds: float = 120, every_s: float = 0
 class Stack:
     """One API and any number of workers; everything ends with it."""
 
-    def __init__(self, folder: Path, key: str) -> None:
+    def __init__(self, folder: Path, key: str, port: int | None = None) -> None:
+        """With a port, the API is somebody else's, who started it there."""
         self.folder = folder
-        self.port = free_port()
+        self.port = port or free_port()
         self.processes: list[subprocess.Popen[bytes]] = []
         self.http = httpx.Client(
             base_url=f"http://127.0.0.1:{self.port}", headers={"Authorization": f"Bearer {key}"}, timeout=30
