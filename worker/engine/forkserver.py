@@ -130,9 +130,11 @@ class Server:
         except BaseException:
             log.exception("the stage's process failed")
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)  # nothing of the server may run again here
+            try:
+                sys.stdout.flush()
+                sys.stderr.flush()
+            finally:
+                os._exit(code)  # nothing of the server may run again here
 
 
 def _kill_group(pid: int) -> None:
