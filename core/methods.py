@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, model_validator
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, model_validator
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from core.models.facts import ModelFacts as ModelFacts
@@ -106,6 +106,27 @@ class Loss(Method):
     def build(self, ctx: Any) -> Any:
         """Returns a callable `(student_logits_BC, teacher_logits_BC, labels_B) -> loss_B` (torch)."""
         raise NotImplementedError
+
+
+class Divergence(Loss):
+    """A distance of softmax(z/T) of the student from softmax(u/T) of the teacher; it has no kind of its own.
+
+    Paper: Hinton, Vinyals, Dean 2015, "Distilling the Knowledge in a Neural Network", section 2 (T² keeps the size of
+    the gradient when T changes).
+    """
+
+    weight: float = Field(1.0, ge=0, description="Weight λ of this term in the sum.")
+    temperature: float = Field(4.0, gt=0, le=1000, description="Temperature T that softens both distributions.")
+    t2_scaling: bool = Field(True, description="Multiply by T², so that the weight means the same at every T.")
+
+    def measure(self) -> Any:
+        """Returns a callable `(student_logits_BC, teacher_logits_BC) -> distance_B` (torch) at this temperature."""
+        raise NotImplementedError
+
+    def build(self, ctx: Any) -> Any:  # noqa: ARG002
+        """Returns the scaled distance as the loss of each example; the labels are not used."""
+        scale, distance = self.temperature**2 if self.t2_scaling else 1.0, self.measure()
+        return lambda student_BC, teacher_BC, _: scale * distance(student_BC, teacher_BC)
 
 
 class Exporter(Method):

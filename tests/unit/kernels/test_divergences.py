@@ -1,11 +1,26 @@
+import math
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.spatial.distance import jensenshannon
 from scipy.special import rel_entr, softmax
 from torch.distributions import Categorical, kl_divergence
 
-from worker.kernels.divergences import cross_entropy, forward_kl
+from worker.kernels.divergences import (
+    adaptive_kl,
+    cross_entropy,
+    forward_kl,
+    jensen_shannon,
+    reverse_kl,
+    skew_forward_kl,
+    skew_reverse_kl,
+    soft_cross_entropy,
+    total_variation,
+)
 
 TEMPERATURES = (0.5, 1.0, 4.0, 20.0)
 
@@ -59,6 +74,81 @@ def test_cross_entropy_is_the_log_score(logits, label_smoothing: float) -> None:
     torch.testing.assert_close(found_B.detach(), -(target_BC * log_q_BC).sum(-1))
     found_B.sum().backward()
     torch.testing.assert_close(z_BC.grad, F.softmax(z_BC.detach(), -1) - target_BC)
+
+
+def gradient(loss: Callable[[torch.Tensor], torch.Tensor], z_BC: torch.Tensor) -> torch.Tensor:
+    z_BC = z_BC.clone().requires_grad_()
+    loss(z_BC).sum().backward()
+    return z_BC.grad
+
+
+def centred(q_BC: torch.Tensor, g_BC: torch.Tensor) -> torch.Tensor:
+    """The gradient by the logits of q of a sum of functions whose derivative by q is g."""
+    return q_BC * (g_BC - (q_BC * g_BC).sum(-1, keepdim=True))
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_gradients_are_the_closed_forms(logits, temperature: float) -> None:
+    z_BC, u_BC = logits
+    p_BC, q_BC = (F.softmax(x / temperature, -1) for x in (u_BC, z_BC))
+    ratio_BC, beta, alpha = (q_BC / p_BC).log(), 0.3, 0.2
+    m_BC, forward_BC, reverse_BC = (
+        share * p_BC + (1 - share) * q_BC for share in (beta, alpha, 1 - alpha)
+    )  # the mixtures of JSD, skew forward and skew reverse KL
+    log_share_BC = (q_BC / reverse_BC).log()
+    expected = {
+        reverse_kl: ratio_BC,
+        total_variation: 0.5 * (q_BC - p_BC).sign(),
+        partial(jensen_shannon, beta=beta): (1 - beta) * (q_BC / m_BC).log(),
+        partial(skew_forward_kl, alpha=alpha): -(1 - alpha) * p_BC / forward_BC,
+        partial(skew_reverse_kl, alpha=alpha): log_share_BC + 1 - alpha * q_BC / reverse_BC,
+        partial(skew_reverse_kl, alpha=alpha, detach_mixture=True): log_share_BC + 1,
+    }
+    for loss, g_BC in expected.items():
+        found_BC = gradient(lambda z, loss=loss: loss(z, u_BC, temperature=temperature), z_BC)
+        torch.testing.assert_close(found_BC, centred(q_BC, g_BC) / temperature)
+
+
+def test_soft_cross_entropy_has_the_gradient_of_forward_kl(logits) -> None:
+    z_BC, u_BC = logits
+    torch.testing.assert_close(
+        *(gradient(lambda z, loss=loss: loss(z, u_BC, 2.0), z_BC) for loss in (soft_cross_entropy, forward_kl))
+    )
+
+
+def test_jensen_shannon_is_scipys_and_tends_to_both_kls(logits) -> None:
+    z_BC, u_BC = logits
+    p_BC, q_BC = (softmax(x.numpy(), axis=-1) for x in (u_BC, z_BC))
+    np.testing.assert_allclose(jensen_shannon(z_BC, u_BC), jensenshannon(p_BC, q_BC, axis=-1) ** 2)
+    assert (jensen_shannon(z_BC, u_BC) <= math.log(2)).all()
+    for beta, limit in ((1e-6, forward_kl), (1 - 1e-6, reverse_kl)):
+        found_B = jensen_shannon(z_BC, u_BC, beta) / (beta * (1 - beta))
+        torch.testing.assert_close(found_B, limit(z_BC, u_BC), rtol=1e-3, atol=1e-4)
+
+
+def test_total_variation_is_at_most_one_and_obeys_pinsker(logits) -> None:
+    z_BC, u_BC = logits
+    distance_B = total_variation(10 * z_BC, u_BC)
+    assert (distance_B <= 1).all()
+    assert (distance_B.square() <= forward_kl(10 * z_BC, u_BC) / 2).all()
+
+
+def test_adaptive_kl_weighs_both_gradients_alike(logits) -> None:
+    z_BC, u_BC = logits
+    forward_B, reverse_B, found_B = (loss(z_BC, u_BC) for loss in (forward_kl, reverse_kl, adaptive_kl))
+    tail_B1 = ((found_B - forward_B) / (reverse_B - forward_B))[:, None]
+    assert ((tail_B1 > 0) & (tail_B1 < 1)).all()
+    forward_BC, reverse_BC, found_BC = (
+        gradient(lambda z, loss=loss: loss(z, u_BC), z_BC) for loss in (forward_kl, reverse_kl, adaptive_kl)
+    )
+    torch.testing.assert_close(found_BC, (1 - tail_B1) * forward_BC + tail_B1 * reverse_BC)
+
+
+def test_rows_may_have_any_dimensions_before_the_classes(logits) -> None:
+    z_BC, u_BC = logits
+    z_BTC, u_BTC = z_BC.view(2, 3, 11), u_BC.view(2, 3, 11)
+    for loss in (forward_kl, reverse_kl, jensen_shannon, adaptive_kl, total_variation):
+        torch.testing.assert_close(loss(z_BTC, u_BTC), loss(z_BC, u_BC).view(2, 3))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

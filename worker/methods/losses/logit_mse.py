@@ -1,0 +1,28 @@
+"""Mean squared error of the logits."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from core.methods import Loss
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class LogitMSE(Loss):
+    """The mean of (z - u)² over the classes: the limit of the forward KL at a high temperature, but for a factor.
+
+    Paper: Ba, Caruana 2014, "Do Deep Nets Really Need to be Deep?", section 2.2.
+    """
+
+    kind: Literal["logit_mse"] = "logit_mse"
+    weight: float = Field(1.0, ge=0, description="Weight λ of this term in the sum.")
+    centred: bool = Field(True, description="Compare logits without their mean, which no probability depends on.")
+
+    def build(self, ctx: Any) -> "Callable[[Tensor, Tensor, Tensor], Tensor]":
+        """Returns the loss of each example; the labels are not used."""
+        from worker.kernels.divergences import logit_mse
+
+        return lambda student_BC, teacher_BC, labels_B: logit_mse(student_BC, teacher_BC, self.centred)

@@ -1,0 +1,31 @@
+"""Reverse KL to a mixture of teacher and student."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from core.methods import Divergence
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class SkewReverseKL(Divergence):
+    """T² · KL(q ‖ (1-α)p + αq): a reverse KL that stays bounded where the teacher gives next to nothing.
+
+    Paper: Ko, Kim, Chen, Yun 2024, "DistiLLM: Towards Streamlined Distillation for Large Language Models", section 3.1;
+    `detach_mixture` is that of Ko et al. 2025, "DistiLLM-2: A Contrastive Approach Boosts the Distillation of LLMs".
+    """
+
+    kind: Literal["skew_reverse_kl"] = "skew_reverse_kl"
+    alpha: float = Field(0.1, gt=0, lt=1, description="Share α of the student in the mixture.")
+    detach_mixture: bool = Field(False, description="Take the mixture as a constant: no gradient through it.")
+
+    def measure(self) -> "Callable[[Tensor, Tensor], Tensor]":
+        """Returns the distance at this temperature."""
+        from worker.kernels.divergences import skew_reverse_kl
+
+        return lambda student_BC, teacher_BC: skew_reverse_kl(
+            student_BC, teacher_BC, self.alpha, self.temperature, self.detach_mixture
+        )

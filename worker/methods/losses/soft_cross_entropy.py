@@ -1,0 +1,24 @@
+"""Cross entropy with the teacher's soft answers."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal
+
+from core.methods import Divergence
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class SoftCrossEntropy(Divergence):
+    """-T² · Σ softmax(u/T) log softmax(z/T): the forward KL plus the teacher's entropy, with the same gradient.
+
+    Paper: Hinton, Vinyals, Dean 2015, "Distilling the Knowledge in a Neural Network", section 2.
+    """
+
+    kind: Literal["soft_cross_entropy"] = "soft_cross_entropy"
+
+    def measure(self) -> "Callable[[Tensor, Tensor], Tensor]":
+        """Returns the distance at this temperature."""
+        from worker.kernels.divergences import soft_cross_entropy
+
+        return lambda student_BC, teacher_BC: soft_cross_entropy(student_BC, teacher_BC, self.temperature)
