@@ -198,7 +198,7 @@ class ArtifactStore:
         os.utime(path)
         path.rename(target)
         for folder in (target.parent, target.parent.parent):  # the folder itself may be new
-            _sync(folder)
+            sync_folder(folder)
 
     def materialize(self, files: Iterable[ManifestFile], folder: Path) -> None:
         """Lays a manifest's files out below `folder`, as hard links where the file system allows it.
@@ -282,7 +282,7 @@ class ArtifactStore:
                 victim.unlink() if path.exists() else victim.rename(path)
 
 
-def _sync(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Makes the names in a folder durable."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

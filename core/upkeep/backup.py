@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from sqlalchemy import Connection, MetaData, Table, select, text
 
 from core.errors import BackupUnusable, BlobDamaged, Conflict, NotFound
-from core.storage import ArtifactStore, Blob, read_chunks
+from core.storage import ArtifactStore, Blob, read_chunks, sync_folder
 from core.upkeep.checking import Progress
 from core.upkeep.lock import keeping
 from core.upkeep.references import count_list, driver_of, list_lines, read_list, snapshot, stream_blobs, without
@@ -210,15 +210,6 @@ def write_file(path: Path, chunks: Iterable[bytes]) -> BackupFile:
         os.fsync(file.fileno())
     sync_folder(path.parent)
     return BackupFile(name=path.name, sha256=digest.hexdigest(), size_bytes=size_bytes, num_rows=num_rows)
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes the names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

@@ -63,8 +63,7 @@ def local(tmp_path_factory: pytest.TempPathFactory, pico_files: Any) -> Iterator
         parent.chmod(0o755)
     stack = Local(folder / "data")
     try:
-        stack.push_model(pico_files[0], "pico")
-        stack.push_data(pico_files[1], "toy")
+        stack.push_pico(*pico_files)
         yield stack
     finally:
         stack.end()

@@ -1,12 +1,12 @@
 """A stack with a pico model and data in it."""
 
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests import pico
+from tests.disks import mounted
 from tests.e2e.stack import Stack
 
 
@@ -34,8 +34,7 @@ def stack(
     """A tenant with a model and data, and whatever workers the test starts."""
     stack = Stack(tmp_path, tenant[1], api)
     try:
-        stack.push_model(pico_files[0], "pico")
-        stack.push_data(pico_files[1], "toy")
+        stack.push_pico(*pico_files)
         yield stack
     finally:
         stack.stop()
@@ -47,8 +46,7 @@ def own_api(tmp_path: Path, tenant: tuple[str, str], pico_files: tuple[Path, dic
     stack = Stack(tmp_path, tenant[1])
     try:
         stack.start_api()
-        stack.push_model(pico_files[0], "pico")
-        stack.push_data(pico_files[1], "toy")
+        stack.push_pico(*pico_files)
         yield stack
     finally:
         stack.stop()
@@ -57,10 +55,5 @@ def own_api(tmp_path: Path, tenant: tuple[str, str], pico_files: tuple[Path, dic
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system with room for a model but not for what its training writes."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=160k", "tmpfs", str(folder)]
-    if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("a full disk needs the right to mount a small one")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with mounted(tmp_path / "disk", "size=160k") as folder:
+        yield folder

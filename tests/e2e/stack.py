@@ -81,6 +81,11 @@ class Stack:
                 process.wait()
         self.http.close()
 
+    def push_pico(self, model: Path, splits: dict[str, Path]) -> None:
+        """Pushes what the specs of `submit` name."""
+        self.push_model(model, "pico")
+        self.push_data(splits, "toy")
+
     def push_model(self, folder: Path, name: str) -> None:
         files = [("files", (path.name, path.read_bytes())) for path in sorted(folder.iterdir())]
         answer = self.http.post("/v1/models", data={"name": name}, files=files)

@@ -1,6 +1,5 @@
 """What a worker makes of a full disk, a database that blinks, and its own faults."""
 
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from core.jobs.spec import load_spec
 from core.models.repository import put_manifest
 from core.settings import get_settings
 from core.storage import get_store
+from tests.disks import mounted
 from worker import lease, staging, transactions
 from worker.supervisor import Supervisor
 
@@ -40,13 +40,8 @@ def claim(tenant: tuple[str, str]) -> ownership.Claim:
 @pytest.fixture
 def no_room(tmp_path: Path) -> Iterator[Path]:
     """A file system on which not even a folder can be made."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "nr_inodes=1", "tmpfs", str(folder)]
-    if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("a full disk needs the right to mount a small one")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with mounted(tmp_path / "disk", "nr_inodes=1") as folder:
+        yield folder
 
 
 def count(claim: ownership.Claim, type: str) -> int | None:
