@@ -1,7 +1,12 @@
-"""One database and one broker for the whole run: embedded ones, or those of the two URL variables."""
+"""A database server and a broker for the whole run: embedded ones, or those of the two URL variables.
+
+The tests run in several processes at once (pytest-xdist), each with a database, a broker's database and folders of its
+own.
+"""
 
 import os
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -33,7 +38,14 @@ def _make_database(server_url: str) -> str:
     return url.set(database=name).render_as_string(hide_password=False)
 
 
-def pytest_configure() -> None:
+def _choose_redis(server_url: str) -> str:
+    """Returns the URL of this process's database on the server."""
+    url, _, number = server_url.rpartition("/")
+    process = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    return f"{url}/{int(number) + process}"
+
+
+def pytest_configure(config: pytest.Config) -> None:
     """Sets the environment before any module reads the settings."""
     scratch = Path(_scratch.name)
     scratch.chmod(0o755)
@@ -49,12 +61,22 @@ def pytest_configure() -> None:
         redis = EmbeddedRedis(scratch / "redis")
         os.environ["STILLHOUSE_REDIS_URL"] = redis.start()
         _stop.append(redis.stop)
+    if config.getoption("dist", "no") != "no" and not hasattr(config, "workerinput"):
+        return  # the processes that run the tests inherit the servers
+    os.environ["STILLHOUSE_REDIS_URL"] = _choose_redis(os.environ["STILLHOUSE_REDIS_URL"])
     os.environ["STILLHOUSE_DATABASE_URL"] = _make_database(os.environ["STILLHOUSE_DATABASE_URL"])
     os.environ["STILLHOUSE_STORAGE_DIR"] = str(scratch / "blobs")
     os.environ["STILLHOUSE_STAGING_DIR"] = str(scratch / "staging")
     import migrations
 
     migrations.upgrade()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Refuses two tests of one name: of those, pytest-xdist runs one only, and says nothing."""
+    twice = [name for name, count in Counter(item.nodeid for item in items).items() if count > 1]
+    if twice:
+        raise pytest.UsageError(f"several tests are called {', '.join(twice)}")
 
 
 def pytest_unconfigure() -> None:
