@@ -43,7 +43,7 @@ bench: setup ## Measures Banking77 against a plain script, and the API under loa
 	$(BIN)/python bench/banking77.py; quality=$$?; $(BIN)/python bench/load.py && exit $$quality
 
 chaos: setup ## Runs the long tests that kill processes
-	$(BIN)/python -m pytest tests/chaos -m chaos
+	$(BIN)/python -m pytest tests/chaos -m chaos -n 2 --maxschedchunk 1
 
 migrate: setup ## Brings the database of STILLHOUSE_DATABASE_URL to the newest schema
 	$(BIN)/python -c 'import migrations; migrations.upgrade()'
