@@ -1,10 +1,12 @@
 """The API process."""
 
+import gc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 from typing import Any
 
+from anyio.to_thread import run_sync
 from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 from prometheus_client import CollectorRegistry, ProcessCollector
@@ -20,6 +22,7 @@ from app.middleware import Gate, HttpMetrics
 from app.models.endpoints import router as models
 from app.operations.collector import JobsCollector
 from app.operations.endpoints import router as operations
+from core.queue import prepare
 
 ROUTERS = (jobs, job_outputs, datasets, models, methods, keys, operations)
 
@@ -28,6 +31,9 @@ ROUTERS = (jobs, job_outputs, datasets, models, methods, keys, operations)
 async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Any]]:
     """Keeps what runs beside the requests in this event loop, which is not the only one that the app may run in."""
     watcher = Watcher()
+    await run_sync(prepare)
+    gc.collect()
+    gc.freeze()  # what the imports made lives as long as the process; to walk it again and again costs every request
     yield {"watcher": watcher}
     await watcher.close()
 

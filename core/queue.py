@@ -54,6 +54,11 @@ def get_celery() -> "Celery":
     return app
 
 
+def prepare() -> None:
+    """Imports what a hint needs, the client of the broker too, without asking the broker for anything."""
+    get_celery().connection_for_write().transport  # noqa: B018 (it is made when it is asked for)
+
+
 def hint(queue: str) -> bool:
     """Tells an idle worker of `queue` to look at the table; best effort, returns whether the broker took it."""
     try:
