@@ -73,7 +73,7 @@ def make_dataset(store: ArtifactStore, tenant_id: str, content: bytes) -> dict[s
 def make_job(tenant_id: str, teacher: dict[str, str], split: dict[str, object]) -> str:
     inputs = {"teacher": teacher, "data": {"train": split}, "labels": []}
     with db.session_scope() as session:
-        job = repository.create_job(session, tenant_id, load_spec(SPEC), inputs)
+        job, _ = repository.create_job(session, tenant_id, load_spec(SPEC), inputs)
         job.queue = job.id
         return job.id
 

@@ -5,10 +5,10 @@ from typing import Any, NamedTuple
 from sqlalchemy.orm import Session
 
 from app.jobs.resolving import check_student
-from app.jobs.service import hold_inputs, plan
+from app.jobs.schemas import JobView
+from app.jobs.service import hold_inputs, plan, view
 from core.db import session_scope
 from core.jobs import forking
-from core.jobs.models import Job
 from core.jobs.repository import get_job
 from core.jobs.spec import JobSpec, spec_invalid
 from core.models.facts import ModelFacts
@@ -38,9 +38,9 @@ def draft(principal: Principal, job_id: str, order: forking.Fork) -> Draft:
     return Draft(parent.id, first, spec, None)
 
 
-def fork(session: Session, tenant_id: str, made: Draft) -> Job:
+def fork(session: Session, tenant_id: str, made: Draft) -> JobView:
     """Returns the new job. Raises Conflict when a stage that it takes over is not done."""
     if made.inputs is not None:
         hold_inputs(session, tenant_id, made.inputs)
     parent = get_job(session, tenant_id, made.parent_id, lock=True)
-    return forking.continue_job(session, parent, made.spec, made.first, made.inputs)
+    return view(session, forking.continue_job(session, parent, made.spec, made.first, made.inputs))

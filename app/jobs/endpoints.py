@@ -204,7 +204,11 @@ def retry_job(job_id: JobId, principal: Writer, response: Response, idempotency_
     tenant_id, fingerprint = principal.tenant_id, digest({"retry": job_id})
     with session_scope() as session:
         accepted = service.accept(
-            session, tenant_id, idempotency_key, fingerprint, lambda: forking.retry_job(session, tenant_id, job_id)
+            session,
+            tenant_id,
+            idempotency_key,
+            fingerprint,
+            lambda: service.view(session, forking.retry_job(session, tenant_id, job_id)),
         )
     return _answer(accepted, response)
 

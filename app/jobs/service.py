@@ -45,22 +45,24 @@ def find_replay(session: Session, tenant_id: str, key: str | None, fingerprint: 
     return Accepted(view(session, job), True) if job else None
 
 
-def accept(session: Session, tenant_id: str, key: str | None, fingerprint: str, make: Callable[[], Job]) -> Accepted:
+def accept(
+    session: Session, tenant_id: str, key: str | None, fingerprint: str, make: Callable[[], JobView]
+) -> Accepted:
     """Returns the job that `make` makes, or the one that a request with the same key has made meanwhile."""
     if key is not None:
         job = repository.find_idempotent(session, tenant_id, key, fingerprint, get_settings().idempotency_ttl_s)
         if job is not None:
             return Accepted(view(session, job), True)
-    job = make()
+    made = make()
     if key is not None:
-        repository.bind_idempotent(session, tenant_id, key, job.id)
-    return Accepted(view(session, job), False)
+        repository.bind_idempotent(session, tenant_id, key, made.id)
+    return Accepted(made, False)
 
 
-def create(session: Session, tenant_id: str, spec: JobSpec, made: Plan) -> Job:
+def create(session: Session, tenant_id: str, spec: JobSpec, made: Plan) -> JobView:
     """Returns the new job."""
     hold_inputs(session, tenant_id, made.inputs)
-    return repository.create_job(session, tenant_id, spec, made.inputs)
+    return _view(*repository.create_job(session, tenant_id, spec, made.inputs))
 
 
 def hold_inputs(session: Session, tenant_id: str, inputs: dict[str, Any]) -> None:
@@ -80,7 +82,11 @@ def summary(job: Job) -> JobSummary:
 
 def view(session: Session, job: Job) -> JobView:
     """Returns a job with its stages."""
-    stages = [_stage_view(stage) for stage in repository.list_stages(session, job.tenant_id, job.id)]
+    return _view(job, repository.list_stages(session, job.tenant_id, job.id))
+
+
+def _view(job: Job, rows: list[StageRun]) -> JobView:
+    stages = [_stage_view(row) for row in rows]
     progress = sum(stage.progress for stage in stages) / max(len(stages), 1)
     extra = {name: getattr(job, name) for name in ("spec", "inputs", "retries", "envelope_sha256")}
     extra |= {"progress": round(progress, 6), "stages": stages}

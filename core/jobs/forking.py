@@ -84,9 +84,8 @@ def continue_job(session: Session, parent: Job, spec: JobSpec, first: int, input
                 f"fork from stage {source.ordinal} or an earlier one, or wait until it is done.",
                 param="from_stage",
             )
-    job = create_job(session, parent.tenant_id, spec, inputs or parent.inputs, parent.id)
+    job, stages = create_job(session, parent.tenant_id, spec, inputs or parent.inputs, parent.id)
     job.queue = spec.stages[first].queue
-    stages = list_stages(session, job.tenant_id, job.id)
     for stage, source in zip(stages, sources[:first], strict=False):
         take_over(session, job, stage, source)
     if first < len(sources) and _goes_on_alike(job, spec, parent, first):

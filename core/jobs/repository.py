@@ -30,8 +30,8 @@ class Page(NamedTuple):
 
 def create_job(
     session: Session, tenant_id: str, spec: JobSpec, inputs: dict[str, Any], parent_id: str | None = None
-) -> Job:
-    """Returns the new queued job, with its stages and first event, in the caller's transaction.
+) -> tuple[Job, list[StageRun]]:
+    """Returns the new queued job and its stages; with its first event, they are in the caller's transaction.
 
     Raises Conflict when the teacher's files are there no more, as another job whose output it was may be deleted.
     """
@@ -60,7 +60,7 @@ def create_job(
     session.add_all(
         JobLabel(tenant_id=tenant_id, key=key, value=value, job_id=job.id) for key, value in spec.metadata.items()
     )
-    session.add_all(
+    stages = [
         StageRun(
             job_id=job.id,
             ordinal=ordinal,
@@ -69,10 +69,10 @@ def create_job(
             settings=stage.model_dump(mode="json"),
         )
         for ordinal, stage in enumerate(spec.stages)
-    )
-    session.add(first)
+    ]
+    session.add_all([*stages, first])
     session.flush()
-    return job
+    return job, stages
 
 
 def _hold_teacher(session: Session, teacher: dict[str, Any]) -> None:

@@ -94,7 +94,7 @@ class JobMachine(RuleBasedStateMachine):
     def submit(self, retries: int) -> None:
         with session_scope() as session:
             inputs = {"teacher": {}, "data": {}, "labels": []}
-            job = repository.create_job(session, self.tenant, load_spec(SPEC | {"retries": retries}), inputs)
+            job, _ = repository.create_job(session, self.tenant, load_spec(SPEC | {"retries": retries}), inputs)
             job.queue = self.queue
             self.jobs[job.id] = Expected(retries)
 

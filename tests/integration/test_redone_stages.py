@@ -29,7 +29,7 @@ def claim(tenant: tuple[str, str]) -> ownership.Claim:
     with session_scope() as session:
         teacher = put_manifest(session, tenant[0], files("uploaded"))
         inputs = {"teacher": {"manifest_id": teacher.id}, "data": {}, "labels": []}
-        repository.create_job(session, tenant[0], load_spec(SPEC), inputs).queue = queue
+        repository.create_job(session, tenant[0], load_spec(SPEC), inputs)[0].queue = queue
     with session_scope() as session:
         taken = ownership.claim(session, "w", [queue])
     assert taken is not None
