@@ -21,7 +21,7 @@ USER stillhouse
 EXPOSE 8500
 HEALTHCHECK --interval=10s --timeout=3s --start-period=20s \
     CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8500/healthz', timeout=2)"]
-CMD ["uvicorn", "app.main:app", "--host", "0.0.0.0", "--port", "8500", "--timeout-graceful-shutdown", "5"]
+CMD ["uvicorn", "app.main:app", "--host", "0.0.0.0", "--port", "8500", "--timeout-keep-alive", "75", "--timeout-graceful-shutdown", "5"]
 
 FROM base AS worker
 # Build with --build-arg TORCH_INDEX_ARGS="--extra-index-url …" to choose another build of torch, such as one without CUDA.

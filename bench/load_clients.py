@@ -17,8 +17,8 @@ CONTEXT = ssl.create_default_context()  # made once: a thousand clients would ma
 
 
 def client(order: dict[str, Any]) -> httpx.AsyncClient:
-    """Returns a client with connections of its own; one idle for 2 s is closed, before the server does it."""
-    limits = httpx.Limits(keepalive_expiry=2.0)
+    """Returns a client with connections of its own; one idle for 60 s is closed, before the server does it."""
+    limits = httpx.Limits(keepalive_expiry=60.0)
     headers = {"Authorization": f"Bearer {order['key']}"}
     transport = httpx.AsyncHTTPTransport(verify=CONTEXT, limits=limits, trust_env=False)
     return httpx.AsyncClient(base_url=order["url"], headers=headers, transport=transport, timeout=60, trust_env=False)

@@ -114,6 +114,7 @@ class Server:
         port, self.name = free_port(), app.split(":")[0]
         self.url = f"http://127.0.0.1:{port}"
         command = [sys.executable, "-m", "uvicorn", app, "--port", str(port), "--no-access-log"]
+        command += ["--timeout-keep-alive", "75"]  # as the stack starts it
         settings = {"PYTHONPATH": f"{ROOT}:{ROOT / 'bench'}", "PGAPPNAME": self.name}
         with (folder / f"{self.name}.log").open("wb") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | settings)

@@ -205,6 +205,7 @@ class Stack:
 
     def _start_programs(self, port: int) -> None:
         api = ["uvicorn", "app.main:app", "--host", self.options.host, "--port", str(port)]
+        api += ["--timeout-keep-alive", "75"]  # longer than clients wait between two polls
         self._add("api", [*api, "--no-access-log", "--timeout-graceful-shutdown", "3"], API_STOP)
         queues = os.environ.get("STILLHOUSE_QUEUES", "cpu")
         for number in range(1, self.options.num_workers + 1):
