@@ -168,13 +168,27 @@ def list_jobs(
         query = query.where(Job.state == state)
     if name:
         query = query.where(Job.name == name)
-    for key, value in (labels or {}).items():
-        label = aliased(JobLabel)
-        wanted = (label.tenant_id == tenant_id, label.key == key, label.value == value, label.job_id == Job.id)
-        query = query.join(label, and_(*wanted))
     if after:
         query = query.where(Job.id < after)
+    if labels:
+        labelled = _find_labelled(tenant_id, labels)
+        if not (state or name):  # the page is known from the labels alone: the planner shall not look anywhere else
+            labelled = labelled.where(JobLabel.job_id < after) if after else labelled
+            labelled = labelled.order_by(JobLabel.job_id.desc()).limit(limit + 1)
+        query = query.where(Job.id.in_(labelled))
     return _page(session, query.order_by(Job.id.desc()), limit, lambda job: job.id)
+
+
+def _find_labelled(tenant_id: str, labels: dict[str, str]) -> Select[str]:
+    """Returns the query for the ids of the jobs that have all of these labels."""
+    (key, value), *others = labels.items()
+    first = (JobLabel.tenant_id == tenant_id, JobLabel.key == key, JobLabel.value == value)
+    query = select(JobLabel.job_id).where(*first)
+    for key, value in others:
+        label = aliased(JobLabel)
+        wanted = (label.tenant_id == tenant_id, label.key == key, label.value == value)
+        query = query.join(label, and_(label.job_id == JobLabel.job_id, *wanted))
+    return query
 
 
 def find_unfinished_user(session: Session, tenant_id: str, path: str, object_id: str) -> str | None:
