@@ -104,7 +104,10 @@ class Loss(Method):
     weight: float
 
     def build(self, ctx: Any) -> Any:
-        """Returns a callable `(student_logits_BC, teacher_logits_BC, labels_B) -> loss_B` (torch)."""
+        """Returns a callable `(student_logits_NC, signal, labels_N) -> loss_N` (torch).
+
+        `signal` is a `worker.kernels.signals.Signal`: what the teacher says of the same rows.
+        """
         raise NotImplementedError
 
 
@@ -120,13 +123,13 @@ class Divergence(Loss):
     t2_scaling: bool = Field(True, description="Multiply by T², so that the weight means the same at every T.")
 
     def measure(self) -> Any:
-        """Returns a callable `(student_logits_BC, teacher_logits_BC) -> distance_B` (torch) at this temperature."""
+        """Returns a callable `(log_p_NC, log_q_NC) -> distance_N` (torch), of teacher and student."""
         raise NotImplementedError
 
     def build(self, ctx: Any) -> Any:  # noqa: ARG002
-        """Returns the scaled distance as the loss of each example; the labels are not used."""
+        """Returns the scaled distance as the loss of each row; the labels are not used."""
         scale, distance = self.temperature**2 if self.t2_scaling else 1.0, self.measure()
-        return lambda student_BC, teacher_BC, _: scale * distance(student_BC, teacher_BC)
+        return lambda student_NC, signal, _: scale * distance(*signal.compare(student_NC, self.temperature))
 
 
 class Exporter(Method):

@@ -12,10 +12,17 @@ from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
 from core.methods import list_methods
+from worker.kernels.signals import DenseSignal
 
 LOSSES = list_methods("losses")
 every_loss = pytest.mark.parametrize("kind", sorted(LOSSES))
 Oracle = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
+
+
+def built(kind: str, **switches: Any) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Returns the loss of a kind for a teacher who gives all logits."""
+    loss = LOSSES[kind](**switches).build(None)
+    return lambda z, u, y: loss(z, DenseSignal(u), y)
 
 
 def distributions(loss: Any, z: Tensor, u: Tensor) -> tuple[Categorical, Categorical]:
@@ -110,7 +117,7 @@ def draw(size: float = 2.0, dtype: torch.dtype = torch.float64) -> tuple[Tensor,
 @every_loss
 def test_it_is_one_value_an_example_and_not_negative(kind: str) -> None:
     for size in (0.0, 0.1, 2.0, 100.0):
-        loss_B = LOSSES[kind]().build(None)(*draw(size))
+        loss_B = built(kind)(*draw(size))
         assert loss_B.shape == (5,)
         assert (loss_B >= -1e-12).all()
 
@@ -119,7 +126,7 @@ def test_it_is_one_value_an_example_and_not_negative(kind: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_it_and_its_gradient_are_finite_at_extreme_logits(kind: str, dtype: torch.dtype) -> None:
     z_BC, u_BC, labels_B = draw(1e4, dtype)
-    loss_B = LOSSES[kind]().build(None)(z_BC, u_BC, labels_B)
+    loss_B = built(kind)(z_BC, u_BC, labels_B)
     loss_B.sum().backward()
     assert loss_B.isfinite().all()
     assert z_BC.grad.isfinite().all()
@@ -128,7 +135,7 @@ def test_it_and_its_gradient_are_finite_at_extreme_logits(kind: str, dtype: torc
 @pytest.mark.parametrize("kind", sorted(set(LOSSES) - WEIGHTS_WITHOUT_GRADIENT))
 def test_its_gradient_is_that_of_its_values(kind: str) -> None:
     z_BC, u_BC, labels_B = draw()
-    loss = LOSSES[kind]().build(None)
+    loss = built(kind)
     assert torch.autograd.gradcheck(lambda z: loss(z, u_BC, labels_B), (z_BC,))
 
 
@@ -136,14 +143,14 @@ def test_its_gradient_is_that_of_its_values(kind: str) -> None:
 def test_it_gives_the_teacher_no_gradient(kind: str) -> None:
     z_BC, u_BC, labels_B = draw()
     u_BC.requires_grad_()
-    LOSSES[kind]().build(None)(z_BC, u_BC, labels_B).sum().backward()
+    built(kind)(z_BC, u_BC, labels_B).sum().backward()
     assert u_BC.grad is None
 
 
 @every_loss
 def test_an_example_does_not_see_the_others(kind: str) -> None:
     inputs = [tensor.detach() for tensor in draw()]
-    loss, order = LOSSES[kind]().build(None), torch.tensor([3, 0, 4, 1, 2])
+    loss, order = built(kind), torch.tensor([3, 0, 4, 1, 2])
     torch.testing.assert_close(loss(*(tensor[order] for tensor in inputs)), loss(*inputs)[order])
     torch.testing.assert_close(loss(*(tensor[:1] for tensor in inputs)), loss(*inputs)[:1])
 
@@ -153,20 +160,20 @@ def test_it_equals_its_oracle(kind: str) -> None:
     assert kind in ORACLES, f"name an independent oracle for '{kind}'"
     inputs = [tensor.detach() for tensor in draw()]
     method = LOSSES[kind]()
-    torch.testing.assert_close(method.build(None)(*inputs), ORACLES[kind](method, *inputs))
+    torch.testing.assert_close(built(kind)(*inputs), ORACLES[kind](method, *inputs))
 
 
 @pytest.mark.parametrize(("kind", "switches"), SWITCHES)
 def test_switches_reach_the_computation(kind: str, switches: dict[str, Any]) -> None:
     inputs = [tensor.detach() for tensor in draw()]
     method = LOSSES[kind](**switches)
-    torch.testing.assert_close(method.build(None)(*inputs), ORACLES[kind](method, *inputs))
+    torch.testing.assert_close(built(kind, **switches)(*inputs), ORACLES[kind](method, *inputs))
 
 
 @every_loss
 def test_it_does_not_see_a_shift_or_the_order_of_the_classes(kind: str) -> None:
     z_BC, u_BC, labels_B = (tensor.detach() for tensor in draw())
-    loss, order = LOSSES[kind]().build(None), torch.tensor([6, 2, 0, 5, 1, 3, 4])
+    loss, order = built(kind), torch.tensor([6, 2, 0, 5, 1, 3, 4])
     found_B = loss(z_BC, u_BC, labels_B)
     torch.testing.assert_close(loss(z_BC + 7, u_BC - 5, labels_B), found_B)
     torch.testing.assert_close(loss(z_BC[:, order], u_BC[:, order], order.argsort()[labels_B]), found_B)
@@ -175,7 +182,7 @@ def test_it_does_not_see_a_shift_or_the_order_of_the_classes(kind: str) -> None:
 @pytest.mark.parametrize("kind", sorted(set(LOSSES) - NOT_ZERO_AT_EQUALITY))
 def test_it_and_its_gradient_vanish_at_equality_alone(kind: str) -> None:
     z_BC, u_BC, labels_B = draw()
-    loss = LOSSES[kind]().build(None)
+    loss = built(kind)
     assert (loss(z_BC, u_BC, labels_B) > 1e-3).all()
     loss_B = loss(z_BC, z_BC.detach(), labels_B)
     loss_B.sum().backward()

@@ -162,6 +162,21 @@ def test_a_teacher_that_is_no_better_is_told(bench: Bench) -> None:
     assert events["teacher_no_better"]["data"]["student_accuracy"] > 0.9
 
 
+def test_a_step_in_parts_is_the_same_step(bench: Bench) -> None:
+    losses = [{"kind": "cross_entropy"}, {"kind": "forward_kl", "weight": 1e-7}]
+    stage = {"kind": "distill", **FAST, "epochs": 1, "losses": losses}
+    whole, parts = (
+        bench.run(make_spec([stage | size]), name=f"parts-{len(size)}") for size in ({}, {"micro_batch_size": 5})
+    )
+    for name in ("loss/total", "loss/forward_kl", "share/gradient/cross_entropy"):
+        series = [finished.series(name) for finished in (whole, parts)]
+        assert len(series[0]) == 12
+        assert dict(series[0]) == pytest.approx(dict(series[1]), rel=0.03)  # in bfloat16 the shapes round otherwise
+    events = [report["event"] for report in parts.of("event") if report["event"]["type"] == "loss_share"]
+    assert sorted(event["data"]["term"] for event in events) == ["cross_entropy", "forward_kl"]
+    assert all("weight" in event["message"] for event in events)
+
+
 def test_a_student_can_be_finetuned_without_validation(bench: Bench, tmp_path: Path) -> None:
     job = bench.copy(tmp_path / "job")
     (job.inputs / "data" / "validation.jsonl").unlink()

@@ -35,6 +35,13 @@ class Batch(NamedTuple):
     labels_B: Tensor
     rows_B: Tensor
 
+    def parts(self, size: int) -> Iterator["Batch"]:
+        """Yields the batch in parts of at most so many examples."""
+        for start in range(0, len(self.rows_B), size):
+            rows = slice(start, start + size)
+            inputs = {name: ids_BT[rows] for name, ids_BT in self.inputs.items()}
+            yield Batch(inputs, self.labels_B[rows], self.rows_B[rows])
+
 
 @dataclass(frozen=True)
 class Encoded:

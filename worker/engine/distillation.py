@@ -3,8 +3,9 @@
 from typing import TYPE_CHECKING, Any
 
 from worker.engine.context import StageContext
+from worker.engine.objective import Objective, make_terms
 from worker.engine.students import load_student
-from worker.engine.training import Trainer, make_terms
+from worker.engine.training import Trainer
 
 if TYPE_CHECKING:
     from worker.methods.stages.distill import Distill
@@ -19,7 +20,8 @@ def distill(ctx: StageContext, settings: "Distill") -> dict[str, Any]:
             "The teacher has no head for these classes: its answers are random. Put a finetune stage before distill.",
         )
     tokenizer = ctx.load_tokenizer("student" if ctx.has_input("student") else "teacher")
-    trainer = Trainer(ctx, load_student(ctx), tokenizer, settings, make_terms(ctx, settings.losses))
+    objective = Objective(make_terms(ctx, settings.losses), is_sum=settings.reduction == "sum")
+    trainer = Trainer(ctx, load_student(ctx), tokenizer, settings, objective)
     trainer.teacher, trainer.mask_probability = teacher, settings.mask_probability
     teacher_scores = trainer.score_validation(teacher) if trainer.validation_data else None
     summary = trainer.run()

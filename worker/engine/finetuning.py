@@ -3,9 +3,10 @@
 from typing import TYPE_CHECKING, Any
 
 from worker.engine.context import StageContext
+from worker.engine.objective import Objective, Term
 from worker.engine.optimization import open_pooler
 from worker.engine.students import load_student
-from worker.engine.training import Term, Trainer
+from worker.engine.training import Trainer
 from worker.kernels.divergences import cross_entropy
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ def finetune(ctx: StageContext, settings: "Finetune") -> dict[str, Any]:
     if settings.open_pooler and model.has_new_head:
         open_pooler(model)
     term = Term("cross_entropy", 1.0, lambda logits_BC, _, labels_B: cross_entropy(logits_BC, labels_B))
-    trainer = Trainer(ctx, model, tokenizer, settings, [term])
+    trainer = Trainer(ctx, model, tokenizer, settings, Objective([term]))
     summary = trainer.run()
     trainer.save(settings.of)
     return summary

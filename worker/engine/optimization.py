@@ -32,6 +32,10 @@ class TrainingSettings(Protocol):
         """Examples in one optimiser step."""
 
     @property
+    def micro_batch_size(self) -> int | None:
+        """Examples computed at once; None for all of a step."""
+
+    @property
     def warmup_ratio(self) -> float:
         """Share of the steps over which the rate rises."""
 

@@ -2,7 +2,6 @@
 
 import logging
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +10,6 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from core.errors import StageFailed
-from core.methods import Loss
 from worker.engine import checkpoints
 from worker.engine.context import StageContext
 from worker.engine.data import Batch, Encoded, Examples, encode
@@ -19,30 +17,13 @@ from worker.engine.devices import autocast
 from worker.engine.failures import CheckpointUnfit, StopRequested, is_out_of_memory
 from worker.engine.inference import predict_logits
 from worker.engine.loading import input_names, limit_length, save_model
+from worker.engine.objective import Objective, ShareWatch, add_numbers, warn_of_share
 from worker.engine.optimization import MAX_GRADIENT_NORM, TrainingSettings, make_optimizer, make_schedule, set_dropout
 from worker.engine.scores import accuracy, macro_f1
+from worker.kernels.signals import DenseSignal
 
 LOGGED_POINTS = 200
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Term:
-    """One weighted loss of the objective."""
-
-    name: str
-    weight: float
-    loss: Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-def make_terms(ctx: StageContext, losses: Sequence[Loss]) -> list[Term]:
-    """Returns the terms, named after their kind; a second one of a kind is `<kind>_2`."""
-    kinds = [loss.kind for loss in losses]
-    names = [
-        kind if kinds[: i + 1].count(kind) == 1 else f"{kind}_{kinds[: i + 1].count(kind)}"
-        for i, kind in enumerate(kinds)
-    ]
-    return [Term(name, loss.weight, loss.build(ctx)) for name, loss in zip(names, losses, strict=True)]
 
 
 @dataclass
@@ -51,7 +32,7 @@ class Trainer:
 
     A teacher answers the whole split at once, so that no step runs it. After the first epoch a share of the tokens is
     masked, anew in every epoch, for teacher and student alike: the student then hears the teacher on more inputs than
-    there are texts. Without a teacher the student's own logits, detached, stand in for its: no such loss reads them.
+    there are texts.
 
     Paper: Tang et al. 2019, "Distilling Task-Specific Knowledge from BERT into Simple Neural Networks", section 3.2
     (masking), with the noise of each epoch in place of a fixed, larger split.
@@ -61,13 +42,14 @@ class Trainer:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     settings: TrainingSettings
-    terms: list[Term]
+    objective: Objective
     train_data: Encoded = field(init=False)
     validation_data: Encoded | None = field(init=False)
     teacher: PreTrainedModel | None = None
     mask_probability: float = 0.0
     _teacher_NC: Tensor | None = None
     _answered_epoch: int = -1
+    watch: ShareWatch = field(init=False)
     _window: list[dict[str, float]] = field(default_factory=list)
     _best: dict[str, Any] = field(default_factory=dict)
     _best_state: dict[str, Tensor] | None = None
@@ -88,6 +70,7 @@ class Trainer:
         self.num_steps = max(1, round(self.settings.epochs * self.steps_per_epoch))
         self.schedule = make_schedule(self.optimizer, self.num_steps, self.settings.warmup_ratio)
         self.log_every = max(1, self.num_steps // LOGGED_POINTS)
+        self.watch = ShareWatch(self.num_steps // self.log_every)
         self._restore()
 
     def run(self) -> dict[str, Any]:
@@ -163,6 +146,7 @@ class Trainer:
             "groups": self.optimizer.state_dict()["param_groups"],
             "schedule": self.schedule.state_dict(),
             "window": self._window,
+            "watched": self.watch.counts,
             "best": self._best,
             "validated_step": self._validated_step,
             "answered_epoch": self._answered_epoch,
@@ -186,6 +170,7 @@ class Trainer:
         self._teacher_NC, self._answered_epoch = tensors.get("teacher"), state["answered_epoch"]
         self._best_state = checkpoints.select(tensors, "best") or None
         self._best, self._window = state["best"], state["window"]
+        self.watch.counts = state["watched"]
         self._step, self._validated_step = state["step"], state["validated_step"]
         checkpoints.restore_random(checkpoints.select(tensors, "random"))
         log.info("going on from step %d of %d", self._step, self.num_steps)
@@ -205,18 +190,18 @@ class Trainer:
             self.ctx.warn("texts_cut", message, num_cut=cut, num_examples=total, max_length=limit)
 
     def _update(self, batch: Batch) -> dict[str, float]:
-        with autocast(self.ctx.device):
-            logits_BC = self.model(**batch.inputs).logits
-        logits_BC = logits_BC.float()
-        teacher_BC = (
-            logits_BC.detach() if self._teacher_NC is None else self._teacher_NC[batch.rows_B].to(logits_BC.device)
-        )
-        values = {term.name: term.loss(logits_BC, teacher_BC, batch.labels_B).mean() for term in self.terms}
-        total = torch.stack([term.weight * values[term.name] for term in self.terms]).sum()
-        numbers = {"total": total.item(), **{name: value.item() for name, value in values.items()}}
-        self._check_finite("loss", numbers["total"])
+        """Makes one step of the optimiser; its parts add up to what the whole batch would be at once."""
+        num_rows = len(batch.rows_B)
+        numbers: dict[str, float] = {}
         self.optimizer.zero_grad(set_to_none=True)
-        total.backward()
+        for part in batch.parts(self.settings.micro_batch_size or num_rows):
+            with autocast(self.ctx.device):
+                logits_BC = self.model(**part.inputs).logits
+            signal = None if self._teacher_NC is None else DenseSignal(self._teacher_NC[part.rows_B])
+            gradient_BC, added = self.objective(logits_BC, signal, part.labels_B, num_rows)
+            logits_BC.backward(gradient_BC.to(logits_BC.dtype))
+            numbers = add_numbers(numbers, added)
+        self._check_finite("loss", numbers["total"])
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRADIENT_NORM)
         self._check_finite("gradient", norm.item())
         self.optimizer.step()
@@ -239,11 +224,14 @@ class Trainer:
             return
         means = {name: sum(n[name] for n in self._window) / len(self._window) for name in numbers}
         self._window.clear()
+        shares = self.objective.shares(means)
         for name, value in means.items():
-            self.ctx.reporter.metric(f"loss/{name}", step, value)
-        for term in self.terms:
-            share = term.weight * means[term.name] / means["total"] if means["total"] else 0.0
-            self.ctx.reporter.metric(f"share/{term.name}", step, share)
+            if not name.startswith("gradient/"):
+                self.ctx.reporter.metric(f"loss/{name}", step, value)
+        for name, share in shares.items():
+            self.ctx.reporter.metric(f"share/{name}", step, share)
+        for name, share in self.watch.see(shares).items():
+            warn_of_share(self.ctx, name, share)
         self.ctx.reporter.metric("learning_rate", step, float(self.schedule.get_last_lr()[0]))
 
     def _validate_if_due(self) -> None:

@@ -1,8 +1,8 @@
 """Distances between distributions over classes, one value a row.
 
-Logits have the classes last and any dimensions before them, here `B`. z are the student's, u the teacher's, who gets no
-gradient; p = softmax(u/T) and q = softmax(z/T). Everything is computed in float32 at least, in nats, and without the
-factor that keeps the size of the gradient when T changes (T² for the KL family).
+A distribution is given by its logarithm, with the classes last and any dimensions before them, here `B`: p is the
+teacher's, q the student's. `worker.kernels.signals` makes the pair from logits, at a temperature. Everything is in nats
+and without the factor that keeps the size of the gradient when T changes (T² for the KL family).
 """
 
 import math
@@ -17,18 +17,6 @@ def widen(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def log_probabilities(student_BC: Tensor, teacher_BC: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Returns log p of the teacher, without gradient, and log q of the student."""
-    log_p_BC = F.log_softmax(widen(teacher_BC.detach()) / temperature, dim=-1)
-    log_q_BC = F.log_softmax(widen(student_BC) / temperature, dim=-1)
-    return log_p_BC, log_q_BC
-
-
-def kl(log_p_BC: Tensor, log_q_BC: Tensor) -> Tensor:
-    """Returns KL(p ‖ q) of two distributions given by their finite logarithms."""
-    return (log_p_BC.exp() * (log_p_BC - log_q_BC)).sum(dim=-1)
-
-
 def cross_entropy(logits_BC: Tensor, labels_B: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Returns -log softmax(z)_y of each row.
 
@@ -40,80 +28,66 @@ def cross_entropy(logits_BC: Tensor, labels_B: Tensor, label_smoothing: float = 
     return F.cross_entropy(widen(logits_BC), labels_B, reduction="none", label_smoothing=label_smoothing)
 
 
-def forward_kl(student_BC: Tensor, teacher_BC: Tensor, temperature: float = 1.0) -> Tensor:
-    """Returns KL(p ‖ q), with the gradient (q - p)/T by z.
+def forward_kl(log_p_BC: Tensor, log_q_BC: Tensor) -> Tensor:
+    """Returns KL(p ‖ q), with the gradient (q - p)/T by the student's logits.
 
     Paper: Hinton, Vinyals, Dean 2015, "Distilling the Knowledge in a Neural Network", section 2.
     """
-    return kl(*log_probabilities(student_BC, teacher_BC, temperature))
+    return (log_p_BC.exp() * (log_p_BC - log_q_BC)).sum(dim=-1)
 
 
-def soft_cross_entropy(student_BC: Tensor, teacher_BC: Tensor, temperature: float = 1.0) -> Tensor:
+def soft_cross_entropy(log_p_BC: Tensor, log_q_BC: Tensor) -> Tensor:
     """Returns -Σ p log q, which is the forward KL plus the teacher's entropy, and has its gradient.
 
     Paper: Hinton, Vinyals, Dean 2015, "Distilling the Knowledge in a Neural Network", section 2.
     """
-    log_p_BC, log_q_BC = log_probabilities(student_BC, teacher_BC, temperature)
     return -(log_p_BC.exp() * log_q_BC).sum(dim=-1)
 
 
-def reverse_kl(student_BC: Tensor, teacher_BC: Tensor, temperature: float = 1.0) -> Tensor:
-    """Returns KL(q ‖ p), with the gradient q (log q - log p - KL(q ‖ p))/T by z.
+def reverse_kl(log_p_BC: Tensor, log_q_BC: Tensor) -> Tensor:
+    """Returns KL(q ‖ p), with the gradient q (log q - log p - KL(q ‖ p))/T by the student's logits.
 
     Paper: Gu, Dong, Wei, Huang 2024, "MiniLLM: Knowledge Distillation of Large Language Models", section 2.1.
     """
-    log_p_BC, log_q_BC = log_probabilities(student_BC, teacher_BC, temperature)
-    return kl(log_q_BC, log_p_BC)
+    return forward_kl(log_q_BC, log_p_BC)
 
 
-def jensen_shannon(student_BC: Tensor, teacher_BC: Tensor, beta: float = 0.5, temperature: float = 1.0) -> Tensor:
-    """Returns β KL(p ‖ m) + (1-β) KL(q ‖ m) with m = βp + (1-β)q.
+def jensen_shannon(log_p_BC: Tensor, log_q_BC: Tensor, beta: float = 0.5) -> Tensor:
+    """Returns β KL(p ‖ m) + (1-β) KL(q ‖ m) with m = βp + (1-β)q, for β strictly between 0 and 1.
 
     It goes to nothing as β goes to 0 or 1: divided by β(1-β) it goes to the forward KL at 0 and the reverse KL at 1.
 
     Paper: Agarwal et al. 2024, "On-Policy Distillation of Language Models", section 2, equation 1.
-
-    Args:
-        student_BC: Logits z.
-        teacher_BC: Logits u.
-        beta: Weight of the teacher in the mixture, strictly between 0 and 1.
-        temperature: T > 0.
     """
-    log_p_BC, log_q_BC = log_probabilities(student_BC, teacher_BC, temperature)
     log_m_BC = _log_mixture(log_p_BC, log_q_BC, beta)
-    return beta * kl(log_p_BC, log_m_BC) + (1 - beta) * kl(log_q_BC, log_m_BC)
+    return beta * forward_kl(log_p_BC, log_m_BC) + (1 - beta) * forward_kl(log_q_BC, log_m_BC)
 
 
-def skew_forward_kl(student_BC: Tensor, teacher_BC: Tensor, alpha: float = 0.1, temperature: float = 1.0) -> Tensor:
+def skew_forward_kl(log_p_BC: Tensor, log_q_BC: Tensor, alpha: float = 0.1) -> Tensor:
     """Returns KL(p ‖ αp + (1-α)q).
 
     Paper: Ko, Kim, Chen, Yun 2024, "DistiLLM: Towards Streamlined Distillation for Large Language Models", section 3.1.
     """
-    log_p_BC, log_q_BC = log_probabilities(student_BC, teacher_BC, temperature)
-    return kl(log_p_BC, _log_mixture(log_p_BC, log_q_BC, alpha))
+    return forward_kl(log_p_BC, _log_mixture(log_p_BC, log_q_BC, alpha))
 
 
-def skew_reverse_kl(
-    student_BC: Tensor, teacher_BC: Tensor, alpha: float = 0.1, temperature: float = 1.0, detach_mixture: bool = False
-) -> Tensor:
+def skew_reverse_kl(log_p_BC: Tensor, log_q_BC: Tensor, alpha: float = 0.1, detach_mixture: bool = False) -> Tensor:
     """Returns KL(q ‖ (1-α)p + αq).
 
     Paper: Ko, Kim, Chen, Yun 2024, "DistiLLM: Towards Streamlined Distillation for Large Language Models", section 3.1;
     the detached mixture is that of "DistiLLM-2", Ko et al. 2025.
 
     Args:
-        student_BC: Logits z.
-        teacher_BC: Logits u.
+        log_p_BC: The teacher's distribution.
+        log_q_BC: The student's.
         alpha: Share of the student in the mixture.
-        temperature: T > 0.
         detach_mixture: Take the mixture as a constant: no gradient through it.
     """
-    log_p_BC, log_q_BC = log_probabilities(student_BC, teacher_BC, temperature)
     log_m_BC = _log_mixture(log_q_BC, log_p_BC, alpha)
-    return kl(log_q_BC, log_m_BC.detach() if detach_mixture else log_m_BC)
+    return forward_kl(log_q_BC, log_m_BC.detach() if detach_mixture else log_m_BC)
 
 
-def adaptive_kl(student_BC: Tensor, teacher_BC: Tensor, head: float = 0.5, temperature: float = 1.0) -> Tensor:
+def adaptive_kl(log_p_BC: Tensor, log_q_BC: Tensor, head: float = 0.5) -> Tensor:
     """Returns a mean of forward and reverse KL, weighted by where teacher and student differ most.
 
     The forward KL weighs what of Σ|p - q| lies in the head, the teacher's likeliest classes that make up `head` of its
@@ -121,28 +95,20 @@ def adaptive_kl(student_BC: Tensor, teacher_BC: Tensor, head: float = 0.5, tempe
 
     Paper: Wu et al. 2024, "Rethinking Kullback-Leibler Divergence in Knowledge Distillation for Large Language Models",
     section 4.
-
-    Args:
-        student_BC: Logits z.
-        teacher_BC: Logits u.
-        head: Probability mass of the head, strictly between 0 and 1.
-        temperature: T > 0.
     """
-    log_p_BC, log_q_BC = log_probabilities(student_BC, teacher_BC, temperature)
     p_BC, order_BC = log_p_BC.exp().sort(dim=-1)
     gap_BC = (p_BC - log_q_BC.detach().exp().gather(-1, order_BC)).abs()
     in_tail_BC = p_BC.cumsum(dim=-1) <= 1 - head
     gap_B = gap_BC.sum(dim=-1)
     tail_B = (gap_BC * in_tail_BC).sum(dim=-1) / gap_B.clamp_min(torch.finfo(gap_B.dtype).tiny)
-    return (1 - tail_B) * kl(log_p_BC, log_q_BC) + tail_B * kl(log_q_BC, log_p_BC)
+    return (1 - tail_B) * forward_kl(log_p_BC, log_q_BC) + tail_B * reverse_kl(log_p_BC, log_q_BC)
 
 
-def total_variation(student_BC: Tensor, teacher_BC: Tensor, temperature: float = 1.0) -> Tensor:
+def total_variation(log_p_BC: Tensor, log_q_BC: Tensor) -> Tensor:
     """Returns ½ Σ|p - q|, between 0 and 1; its gradient keeps its size with the factor T.
 
     Paper: Wen, Li, Du, Mou 2023, "f-Divergence Minimization for Sequence-Level Knowledge Distillation", section 3.
     """
-    log_p_BC, log_q_BC = log_probabilities(student_BC, teacher_BC, temperature)
     return 0.5 * (log_p_BC.exp() - log_q_BC.exp()).abs().sum(dim=-1)
 
 

@@ -1,6 +1,7 @@
 """Forward and reverse KL, weighted by where teacher and student differ."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
@@ -22,7 +23,7 @@ class AdaptiveKL(Divergence):
     head: float = Field(0.5, gt=0, lt=1, description="Probability of the likeliest classes that count as the head.")
 
     def measure(self) -> "Callable[[Tensor, Tensor], Tensor]":
-        """Returns the distance at this temperature."""
+        """Returns the distance of p and q."""
         from worker.kernels.divergences import adaptive_kl
 
-        return lambda student_BC, teacher_BC: adaptive_kl(student_BC, teacher_BC, self.head, self.temperature)
+        return partial(adaptive_kl, head=self.head)

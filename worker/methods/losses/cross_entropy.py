@@ -10,6 +10,8 @@ from core.methods import Loss
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from worker.kernels.signals import Signal
+
 
 class CrossEntropy(Loss):
     """The usual loss on the labels, always at temperature 1: -log softmax(z)_y."""
@@ -18,8 +20,8 @@ class CrossEntropy(Loss):
     weight: float = Field(1.0, ge=0, description="Weight of this term in the sum.")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="Share of probability spread over all classes.")
 
-    def build(self, ctx: Any) -> "Callable[[Tensor, Tensor, Tensor], Tensor]":
-        """Returns the loss of each example; the teacher's logits are not used."""
+    def build(self, ctx: Any) -> "Callable[[Tensor, Signal | None, Tensor], Tensor]":
+        """Returns the loss of each row; the teacher is not heard."""
         from worker.kernels.divergences import cross_entropy
 
-        return lambda student_BC, teacher_BC, labels_B: cross_entropy(student_BC, labels_B, self.label_smoothing)
+        return lambda student_NC, _, labels_N: cross_entropy(student_NC, labels_N, self.label_smoothing)

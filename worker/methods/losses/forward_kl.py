@@ -20,7 +20,7 @@ class ForwardKL(Divergence):
     kind: Literal["forward_kl"] = "forward_kl"
 
     def measure(self) -> "Callable[[Tensor, Tensor], Tensor]":
-        """Returns the distance at this temperature."""
+        """Returns the distance of p and q."""
         from worker.kernels.divergences import forward_kl
 
-        return lambda student_BC, teacher_BC: forward_kl(student_BC, teacher_BC, self.temperature)
+        return forward_kl

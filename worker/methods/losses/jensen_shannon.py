@@ -25,10 +25,8 @@ class JensenShannon(Divergence):
     normalised: bool = Field(False, description="Divide by β(1-β).")
 
     def measure(self) -> "Callable[[Tensor, Tensor], Tensor]":
-        """Returns the distance at this temperature."""
+        """Returns the distance of p and q."""
         from worker.kernels.divergences import jensen_shannon
 
-        return lambda student_BC, teacher_BC: (
-            jensen_shannon(student_BC, teacher_BC, self.beta, self.temperature)
-            / (self.beta * (1 - self.beta) if self.normalised else 1)
-        )
+        divisor = self.beta * (1 - self.beta) if self.normalised else 1
+        return lambda log_p, log_q: jensen_shannon(log_p, log_q, self.beta) / divisor

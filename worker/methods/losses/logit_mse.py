@@ -10,6 +10,8 @@ from core.methods import Loss
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from worker.kernels.signals import DenseSignal
+
 
 class LogitMSE(Loss):
     """The mean of (z - u)² over the classes: the limit of the forward KL at a high temperature, but for a factor.
@@ -21,8 +23,8 @@ class LogitMSE(Loss):
     weight: float = Field(1.0, ge=0, description="Weight λ of this term in the sum.")
     centred: bool = Field(True, description="Compare logits without their mean, which no probability depends on.")
 
-    def build(self, ctx: Any) -> "Callable[[Tensor, Tensor, Tensor], Tensor]":
-        """Returns the loss of each example; the labels are not used."""
+    def build(self, ctx: Any) -> "Callable[[Tensor, DenseSignal, Tensor], Tensor]":
+        """Returns the loss of each row; the labels are not used."""
         from worker.kernels.divergences import logit_mse
 
-        return lambda student_BC, teacher_BC, labels_B: logit_mse(student_BC, teacher_BC, self.centred)
+        return lambda student_NC, signal, _: logit_mse(student_NC, signal.logits_NC, self.centred)

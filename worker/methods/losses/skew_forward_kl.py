@@ -1,6 +1,7 @@
 """Forward KL to a mixture of teacher and student."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
@@ -21,7 +22,7 @@ class SkewForwardKL(Divergence):
     alpha: float = Field(0.1, gt=0, lt=1, description="Share α of the teacher in the mixture.")
 
     def measure(self) -> "Callable[[Tensor, Tensor], Tensor]":
-        """Returns the distance at this temperature."""
+        """Returns the distance of p and q."""
         from worker.kernels.divergences import skew_forward_kl
 
-        return lambda student_BC, teacher_BC: skew_forward_kl(student_BC, teacher_BC, self.alpha, self.temperature)
+        return partial(skew_forward_kl, alpha=self.alpha)

@@ -1,6 +1,7 @@
 """Reverse KL to a mixture of teacher and student."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
@@ -23,9 +24,7 @@ class SkewReverseKL(Divergence):
     detach_mixture: bool = Field(False, description="Take the mixture as a constant: no gradient through it.")
 
     def measure(self) -> "Callable[[Tensor, Tensor], Tensor]":
-        """Returns the distance at this temperature."""
+        """Returns the distance of p and q."""
         from worker.kernels.divergences import skew_reverse_kl
 
-        return lambda student_BC, teacher_BC: skew_reverse_kl(
-            student_BC, teacher_BC, self.alpha, self.temperature, self.detach_mixture
-        )
+        return partial(skew_reverse_kl, alpha=self.alpha, detach_mixture=self.detach_mixture)

@@ -18,7 +18,7 @@ class SoftCrossEntropy(Divergence):
     kind: Literal["soft_cross_entropy"] = "soft_cross_entropy"
 
     def measure(self) -> "Callable[[Tensor, Tensor], Tensor]":
-        """Returns the distance at this temperature."""
+        """Returns the distance of p and q."""
         from worker.kernels.divergences import soft_cross_entropy
 
-        return lambda student_BC, teacher_BC: soft_cross_entropy(student_BC, teacher_BC, self.temperature)
+        return soft_cross_entropy

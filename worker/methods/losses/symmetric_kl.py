@@ -22,10 +22,9 @@ class SymmetricKL(Divergence):
     reverse_weight: float = Field(0.5, ge=0, description="Weight b of KL(student ‖ teacher).")
 
     def measure(self) -> "Callable[[Tensor, Tensor], Tensor]":
-        """Returns the distance at this temperature."""
+        """Returns the distance of p and q."""
         from worker.kernels.divergences import forward_kl, reverse_kl
 
-        return lambda student_BC, teacher_BC: (
-            self.forward_weight * forward_kl(student_BC, teacher_BC, self.temperature)
-            + self.reverse_weight * reverse_kl(student_BC, teacher_BC, self.temperature)
+        return lambda log_p, log_q: (
+            self.forward_weight * forward_kl(log_p, log_q) + self.reverse_weight * reverse_kl(log_p, log_q)
         )

@@ -20,6 +20,9 @@ class Finetune(Stage):
     learning_rate: float = Field(2e-4, gt=0, le=1, description="Peak learning rate of the encoder.")
     head_learning_rate: float = Field(2e-3, gt=0, le=1, description="Peak learning rate of the classification head.")
     batch_size: int = Field(32, ge=1, le=4096, description="Examples in one optimiser step.")
+    micro_batch_size: int | None = Field(
+        None, ge=1, description="Examples computed at once, null for all of a step: less memory, the same step."
+    )
     warmup_ratio: float = Field(0.1, ge=0, lt=1, description="Share of the steps over which the rate rises.")
     weight_decay: float = Field(0.01, ge=0, le=1, description="AdamW weight decay, not on biases and norms.")
     dropout: float | None = Field(None, ge=0, lt=1, description="Dropout while training; null keeps the model's own.")

@@ -1,0 +1,126 @@
+"""The head and its loss in chunks are the head and its loss at once."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from core.methods import list_methods
+from worker.engine.objective import Objective, Term
+from worker.kernels.heads import Head, HeadSignal, backward_through_head
+from worker.kernels.signals import DenseSignal, SparseSignal
+
+N, D, C = 11, 6, 17
+LOSSES = list_methods("losses")
+
+
+def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def make_head(seed: int, *, bias: bool = True, dtype: torch.dtype = torch.float64, size: float = 1.0) -> Head:
+    parts = draw(N, D, seed=seed), size * draw(C, D, seed=seed + 1), draw(C, seed=seed + 2) if bias else None
+    return Head(*(None if x is None else x.to(dtype).requires_grad_() for x in parts))
+
+
+def labels() -> Tensor:
+    return torch.randint(C, (N,), generator=torch.Generator().manual_seed(9))
+
+
+def gradients(head: Head) -> list[Tensor]:
+    return [x.grad for x in head if x is not None]
+
+
+def objective(*kinds: str) -> Objective:
+    return Objective([Term(kind, 0.5 + i, LOSSES[kind]().build(None)) for i, kind in enumerate(kinds)])
+
+
+@pytest.mark.parametrize("chunk", [1, 4, N, 100, None])
+@pytest.mark.parametrize("bias", [True, False])
+def test_chunks_are_autograd_through_all_logits(chunk: int | None, bias: bool) -> None:
+    """The oracle is torch's own: its losses, its gradient, all logits at once."""
+    head, teacher, labels_N = make_head(1, bias=bias), make_head(4, bias=bias), labels()
+    numbers = backward_through_head(
+        head, objective("cross_entropy", "forward_kl"), HeadSignal(teacher), labels_N, N, chunk
+    )
+    found = gradients(head)
+    head = make_head(1, bias=bias)
+    logits_NC = F.linear(*head)
+    soft_NC = F.softmax(F.linear(*teacher).detach() / 4, -1)
+    expected = 0.5 * F.cross_entropy(logits_NC, labels_N) + 1.5 * 16 * F.kl_div(
+        F.log_softmax(logits_NC / 4, -1), soft_NC, reduction="batchmean"
+    )
+    expected.backward()
+    assert numbers["total"] == pytest.approx(expected.item())
+    for one, other in zip(found, gradients(head), strict=True):
+        torch.testing.assert_close(one, other)
+    assert all(x is None or x.grad is None for x in teacher)
+
+
+@pytest.mark.parametrize("kind", sorted(LOSSES))
+def test_chunks_change_no_loss(kind: str) -> None:
+    seen = []
+    for chunk in (3, None):
+        head = make_head(1)
+        signal = DenseSignal(F.linear(*make_head(4)).detach())
+        seen.append((backward_through_head(head, objective(kind), signal, labels(), N, chunk), gradients(head)))
+    assert seen[0][0] == pytest.approx(seen[1][0])
+    for one, other in zip(seen[0][1], seen[1][1], strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_sparse_signals_go_along_with_their_rows() -> None:
+    seen = []
+    for chunk in (2, None):
+        head = make_head(1)
+        signal = SparseSignal.from_logits(F.linear(*make_head(4)), 5, 4.0)
+        backward_through_head(head, objective("forward_kl"), signal, labels(), N, chunk)
+        seen.append(gradients(head))
+    for one, other in zip(*seen, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_the_gradient_goes_on_into_what_made_the_hidden_states() -> None:
+    inner, weight_CD = draw(D, D).requires_grad_(), draw(C, D, seed=2).requires_grad_()
+    features_ND = draw(N, D, seed=3)
+    backward_through_head(Head(features_ND @ inner, weight_CD), objective("cross_entropy"), None, labels(), N, 4)
+    found = [inner.grad.clone(), weight_CD.grad.clone()]
+    inner.grad = weight_CD.grad = None
+    (0.5 * F.cross_entropy(features_ND @ inner @ weight_CD.T, labels())).backward()
+    torch.testing.assert_close(found, [inner.grad, weight_CD.grad])
+
+
+def test_no_rows_are_a_zero_with_a_gradient() -> None:
+    head = Head(torch.empty(0, D, requires_grad=True), draw(C, D, dtype=torch.float32).requires_grad_())
+    signal = DenseSignal(torch.empty(0, C))
+    empty_N = torch.empty(0, dtype=torch.int64)
+    numbers = backward_through_head(head, objective("cross_entropy", "forward_kl"), signal, empty_N, 0)
+    assert set(numbers.values()) == {0.0}
+    torch.testing.assert_close(head.weight_CD.grad, torch.zeros(C, D))
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jensen_shannon"])
+def test_a_model_in_bfloat16_loses_no_gradient(kind: str) -> None:
+    """Logits of spread 10, a student near its teacher: rounded logits turn a tenth of the gradient into noise."""
+    loss = LOSSES[kind](temperature=1.0).build(None)
+    wide = 200, 64, 500
+    hidden_ND, weight_CD = draw(wide[0], wide[1], seed=1), draw(wide[2], wide[1], seed=2) * 10 / wide[1] ** 0.5
+    hidden_ND, weight_CD = (x.bfloat16().requires_grad_() for x in (hidden_ND, weight_CD))
+    logits_NC = hidden_ND.detach().double() @ weight_CD.detach().double().T
+    signal = DenseSignal(logits_NC + 0.05 * draw(*logits_NC.shape, seed=3))
+    seen = {}
+
+    def note(student_NC, heard, labels_N, num_rows):
+        gradient_NC, numbers = Objective([Term(kind, 1.0, loss)])(student_NC, heard, labels_N, num_rows)
+        seen[student_NC.dtype] = gradient_NC
+        return gradient_NC, numbers
+
+    labels_N = torch.zeros(wide[0], dtype=torch.int64)
+    note(logits_NC, signal, labels_N, wide[0])
+    backward_through_head(Head(hidden_ND, weight_CD), note, signal, labels_N, wide[0], wide[0])
+    exact_NC = seen[torch.float64]
+    error = (seen[torch.float32].double() - exact_NC).norm() / exact_NC.norm()
+    assert error < 0.01
+    note(logits_NC.bfloat16(), signal, labels_N, wide[0])
+    rounded_NC = seen[torch.bfloat16].double()
+    assert (rounded_NC - exact_NC).norm() / exact_NC.norm() > 0.1

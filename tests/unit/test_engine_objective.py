@@ -1,0 +1,88 @@
+"""One denominator for a step, whatever the parts it is computed in, and what is told of its terms."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from core.methods import list_methods
+from worker.engine.objective import Objective, ShareWatch, Term, add_numbers
+from worker.kernels.signals import DenseSignal
+
+LOSSES = list_methods("losses")
+N, C = 8, 5
+
+
+def draw(seed: int) -> Tensor:
+    return 2 * torch.randn(N, C, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def make(*, is_sum: bool = False) -> Objective:
+    terms = [Term("cross_entropy", 0.5, LOSSES["cross_entropy"]().build(None))]
+    terms.append(Term("forward_kl", 2.0, LOSSES["forward_kl"](temperature=3.0).build(None)))
+    return Objective(terms, is_sum=is_sum)
+
+
+def expected(z_NC: Tensor, u_NC: Tensor, labels_N: Tensor, reduction: str) -> Tensor:
+    """The founding formula in torch's own losses: a·CE + λ·T²·KL."""
+    kl = F.kl_div(F.log_softmax(z_NC / 3, -1), F.softmax(u_NC / 3, -1), reduction="sum")
+    divisor = N if reduction == "mean" else 1
+    return 0.5 * F.cross_entropy(z_NC, labels_N, reduction=reduction) + 2.0 * 9 * kl / divisor
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("cuts", [[0, 8], [0, 1, 8], [0, 3, 3, 4, 8], list(range(9))])
+def test_every_partition_of_a_step_has_the_gradient_of_the_whole(cuts: list[int], reduction: str) -> None:
+    z_NC, u_NC, labels_N = draw(0).requires_grad_(), draw(1), torch.arange(N) % C
+    objective, numbers, gradients = make(is_sum=reduction == "sum"), {}, []
+    for rows in (slice(*cut) for cut in pairwise(cuts)):
+        gradient, added = objective(z_NC[rows], DenseSignal(u_NC[rows]), labels_N[rows], N)
+        gradients.append(gradient)
+        numbers = add_numbers(numbers, added)
+    total = expected(z_NC, u_NC, labels_N, reduction)
+    total.backward()
+    torch.testing.assert_close(torch.cat(gradients), z_NC.grad)
+    assert numbers["total"] == pytest.approx(total.item())
+
+
+def test_the_shares_are_those_of_the_values_and_of_the_gradients() -> None:
+    z_NC, u_NC, labels_N = draw(0), draw(1), torch.arange(N) % C
+    objective = make()
+    _, numbers = objective(z_NC, DenseSignal(u_NC), labels_N, N)
+    shares = objective.shares(numbers)
+    assert shares["cross_entropy"] == pytest.approx(0.5 * F.cross_entropy(z_NC, labels_N).item() / numbers["total"])
+    assert shares["cross_entropy"] + shares["forward_kl"] == pytest.approx(1)
+    log_q_NC = F.softmax(z_NC, -1) - F.one_hot(labels_N, C)
+    norms = [
+        0.5 / N * log_q_NC.norm().item(),
+        2.0 * 3 / N * (F.softmax(z_NC / 3, -1) - F.softmax(u_NC / 3, -1)).norm().item(),
+    ]
+    assert shares["gradient/cross_entropy"] == pytest.approx(norms[0] / sum(norms))
+
+
+def test_a_part_without_rows_adds_nothing() -> None:
+    gradient, numbers = make()(draw(0)[:0], DenseSignal(draw(1)[:0]), torch.empty(0, dtype=torch.int64), 0)
+    assert gradient.shape == (0, C)
+    assert set(numbers.values()) == {0.0}
+
+
+def test_a_term_that_stays_tiny_is_told_once() -> None:
+    watch = ShareWatch(num_points=100)
+    shares = {"a": 0.5, "b": 0.5, "gradient/a": 0.995, "gradient/b": 0.005}
+    told = [watch.see(shares) for _ in range(100)]
+    assert [bool(found) for found in told] == [number == 9 for number in range(100)]
+    assert told[9] == {"a": 0.995, "b": 0.005}
+
+
+def test_a_term_that_is_tiny_now_and_then_is_not_told() -> None:
+    watch = ShareWatch(num_points=100)
+    for number in range(100):
+        large = 0.9 if number % 9 == 0 else 0.999
+        assert watch.see({"a": 0.5, "b": 0.5, "gradient/a": large, "gradient/b": 1 - large}) == {}
+
+
+def test_an_only_term_is_all_that_counts() -> None:
+    watch = ShareWatch(num_points=100)
+    assert not any(watch.see({"a": 1.0, "gradient/a": 1.0}) for _ in range(100))

@@ -1,0 +1,120 @@
+"""The objective: a weighted sum of losses over what teacher and labels say, with one denominator for a whole step."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from core.methods import Loss
+from worker.engine.context import StageContext
+from worker.kernels.divergences import widen
+from worker.kernels.signals import Signal
+
+LEAST_SHARE, MOST_SHARE = 0.01, 0.99
+MIN_POINTS = 5
+
+
+@dataclass(frozen=True)
+class Term:
+    """One weighted loss of the objective."""
+
+    name: str
+    weight: float
+    loss: Callable[[Tensor, Signal | None, Tensor], Tensor]
+
+
+def make_terms(ctx: StageContext, losses: Sequence[Loss]) -> list[Term]:
+    """Returns the terms, named after their kind; a second one of a kind is `<kind>_2`."""
+    kinds = [loss.kind for loss in losses]
+    names = [
+        kind if kinds[: i + 1].count(kind) == 1 else f"{kind}_{kinds[: i + 1].count(kind)}"
+        for i, kind in enumerate(kinds)
+    ]
+    return [Term(name, loss.weight, loss.build(ctx)) for name, loss in zip(names, losses, strict=True)]
+
+
+class Objective:
+    """L = Σ_j w_j · (Σ_i D_ij) / M over the rows i of one optimiser step.
+
+    M is the number of rows of the whole step, whatever the parts in which they are computed, or 1 for the plain sum.
+    """
+
+    def __init__(self, terms: Sequence[Term], *, is_sum: bool = False) -> None:
+        self.terms, self.is_sum = terms, is_sum
+
+    def __call__(
+        self, student_NC: Tensor, signal: Signal | None, labels_N: Tensor, num_rows: int
+    ) -> tuple[Tensor, dict[str, float]]:
+        """Returns the gradient of a part's share of L by the logits, and what the part adds to the step's numbers.
+
+        The numbers are `total`, each term's value without its weight, and under `gradient/<term>` the square of the
+        norm of its weighted gradient. A part without rows adds zeros.
+
+        Args:
+            student_NC: The student's logits of the part; they are not changed.
+            signal: What the teacher says of these rows; None if no term hears one.
+            labels_N: Their classes.
+            num_rows: Rows of the whole step.
+        """
+        divisor = 1 if self.is_sum else max(1, num_rows)
+        logits_NC = widen(student_NC.detach()).requires_grad_()
+        gradient_NC = torch.zeros_like(logits_NC, requires_grad=False)
+        numbers_J2 = []
+        for term in self.terms:
+            value = term.loss(logits_NC, signal, labels_N).sum() / divisor
+            [term_NC] = torch.autograd.grad(term.weight * value, logits_NC)
+            gradient_NC += term_NC
+            numbers_J2 += [value.detach(), term_NC.square().sum()]
+        values = iter(torch.stack(numbers_J2).tolist())  # one wait for the device
+        numbers = {name: next(values) for term in self.terms for name in (term.name, f"gradient/{term.name}")}
+        return gradient_NC, {"total": sum(term.weight * numbers[term.name] for term in self.terms), **numbers}
+
+    def shares(self, numbers: dict[str, float]) -> dict[str, float]:
+        """Returns each term's share of the loss and, under `gradient/<term>`, of the sum of the gradients' norms."""
+        values = {term.name: term.weight * numbers[term.name] for term in self.terms}
+        norms = {term.name: numbers[f"gradient/{term.name}"] ** 0.5 for term in self.terms}
+        return _normalised(values) | {f"gradient/{name}": share for name, share in _normalised(norms).items()}
+
+
+def _normalised(values: dict[str, float]) -> dict[str, float]:
+    whole = sum(values.values())
+    return {name: value / whole if whole else 0.0 for name, value in values.items()}
+
+
+@dataclass
+class ShareWatch:
+    """Notices a term whose share of the gradient, which is what trains, stays tiny or nearly all for a tenth of a run.
+
+    The loss itself would not tell: a term may be large and flat, as the soft cross entropy with its constant is.
+    """
+
+    num_points: int
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def see(self, shares: dict[str, float]) -> dict[str, float]:
+        """Counts one more point of the log; returns the terms to warn of, each once, with their shares.
+
+        Args:
+            shares: As of `Objective.shares`.
+        """
+        patience, found = max(MIN_POINTS, self.num_points // 10), {}
+        terms = {name: shares[f"gradient/{name}"] for name in shares if f"gradient/{name}" in shares}
+        for name, share in terms.items() if len(terms) > 1 else ():
+            is_extreme = not LEAST_SHARE <= share <= MOST_SHARE
+            self.counts[name] = self.counts.get(name, 0) + 1 if is_extreme else 0
+            if self.counts[name] == patience:
+                found[name] = share
+        return found
+
+
+def warn_of_share(ctx: StageContext, name: str, share: float) -> None:
+    """Adds the warning to the job's events."""
+    what = "hardly counts" if share < LEAST_SHARE else "is nearly all that counts"
+    message = f"The term {name} {what}: its share of the gradient is {share:.2%}; change the weights of the terms."
+    ctx.warn("loss_share", message, term=name, share=share)
+
+
+def add_numbers(total: dict[str, float], part: dict[str, float]) -> dict[str, float]:
+    """Returns the numbers of several parts together."""
+    return {name: total.get(name, 0.0) + value for name, value in part.items()}

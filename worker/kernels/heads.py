@@ -1,0 +1,91 @@
+"""The last layer and the loss together, so that the logits of all rows never exist at once."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from worker.kernels.divergences import widen
+from worker.kernels.signals import DenseSignal, Pair, Rows, Signal
+
+CHUNK_ELEMENTS = 2**24  # of logits, 64 MB: enough rows for the matrix product to run at full speed
+
+Objective = Callable[[Tensor, Signal | None, Tensor, int], tuple[Tensor, dict[str, float]]]
+
+
+class Head(NamedTuple):
+    """What a model's last layer turns into logits, and that layer."""
+
+    hidden_ND: Tensor
+    weight_CD: Tensor
+    bias_C: Tensor | None = None
+
+    def logits(self, rows: Rows = slice(None)) -> Tensor:
+        """Returns the logits of some rows, in float32 at least.
+
+        Rounded to bfloat16 they turn a tenth or more of a divergence's gradient into noise, once the student is close
+        to its teacher.
+        """
+        logits_NC = widen(self.hidden_ND[rows]) @ widen(self.weight_CD).T
+        return logits_NC if self.bias_C is None else logits_NC + widen(self.bias_C)
+
+
+@dataclass(frozen=True, slots=True)
+class HeadSignal:
+    """A teacher whose logits are made when they are asked for."""
+
+    head: Head
+
+    def take(self, rows: Rows) -> DenseSignal:
+        """Returns the logits of some of the rows."""
+        return DenseSignal(self.head.logits(rows).detach())
+
+    def compare(self, student_NC: Tensor, temperature: float) -> Pair:
+        """Returns log softmax(u/T) and log softmax(z/T) of all the rows."""
+        return self.take(slice(None)).compare(student_NC, temperature)
+
+
+def backward_through_head(
+    head: Head,
+    objective: Objective,
+    signal: Signal | None,
+    labels_N: Tensor,
+    num_rows: int,
+    chunk_rows: int | None = None,
+) -> dict[str, float]:
+    """Goes backwards from the objective through the student's head and what made its hidden states.
+
+    The loss comes last, so its gradient is known as soon as its logits are. They are made some rows at a time, and only
+    gradients of the size of the hidden states and of the layer are kept. The result does not depend on the chunks but
+    for rounding.
+
+    Args:
+        head: Of the student.
+        objective: Gives `(gradient_NC, numbers)` for `(logits_NC, signal, labels_N, num_rows)`, both sums over rows.
+        signal: What the teacher says of the rows.
+        labels_N: Their classes.
+        num_rows: Rows of the whole optimiser step.
+        chunk_rows: Rows at a time; None chooses them by the size of their logits.
+
+    Returns:
+        The objective's numbers.
+    """
+    chunk = chunk_rows or max(1, CHUNK_ELEMENTS // len(head.weight_CD))
+    frozen = Head(*(None if x is None else widen(x.detach()) for x in head))  # type: ignore[arg-type]
+    gradients = Head(*(None if x is None else torch.zeros_like(x) for x in frozen))  # type: ignore[arg-type]
+    sums: dict[str, float] = {}
+    for start in range(0, max(1, len(frozen.hidden_ND)), chunk):
+        rows = slice(start, start + chunk)
+        heard = None if signal is None else signal.take(rows)
+        by_logits_NC, numbers = objective(frozen.logits(rows), heard, labels_N[rows], num_rows)
+        torch.mm(by_logits_NC, frozen.weight_CD, out=gradients.hidden_ND[rows])
+        gradients.weight_CD.addmm_(by_logits_NC.T, frozen.hidden_ND[rows])
+        if gradients.bias_C is not None:
+            gradients.bias_C.add_(by_logits_NC.sum(dim=0))
+        sums = {name: sums.get(name, 0.0) + value for name, value in numbers.items()}
+    pairs = [(x, g) for x, g in zip(head, gradients, strict=True) if x is not None and g is not None]
+    trained = [(x, g.to(x.dtype)) for x, g in pairs if x.requires_grad]
+    torch.autograd.backward([x for x, _ in trained], [g for _, g in trained])
+    return sums

@@ -1,0 +1,150 @@
+"""What a teacher says of some rows, and the pair of distributions that a divergence compares.
+
+A row is an example of a classifier or a supervised position of a language model; there are `N`. A signal has no
+gradient. Everything is computed in float32 at least.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Protocol, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from worker.kernels.divergences import widen
+
+Rows = slice | Tensor
+Pair = tuple[Tensor, Tensor]
+
+
+class Signal(Protocol):
+    """What a teacher says of `N` rows."""
+
+    def take(self, rows: Rows) -> "Signal":
+        """Returns what it says of some of the rows."""
+
+    def compare(self, student_NC: Tensor, temperature: float) -> Pair:
+        """Returns log p of the teacher and log q of the student over the same classes.
+
+        Args:
+            student_NC: The student's logits z over all `C` classes.
+            temperature: T > 0, of both.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class DenseSignal:
+    """The teacher's logits u over all classes."""
+
+    logits_NC: Tensor
+
+    def take(self, rows: Rows) -> Self:
+        """Returns what it says of some of the rows."""
+        return type(self)(self.logits_NC[rows])
+
+    def compare(self, student_NC: Tensor, temperature: float) -> Pair:
+        """Returns log softmax(u/T) and log softmax(z/T)."""
+        teacher_NC = self.logits_NC.detach().to(student_NC.device)
+        return _log_softmax(teacher_NC, temperature), _log_softmax(student_NC, temperature)
+
+
+@dataclass(frozen=True, slots=True)
+class SparseSignal:
+    """The teacher's likeliest k classes, and one more class for all the others: both distributions are lumped so.
+
+    A divergence of lumped distributions is one itself: not negative, zero when they are equal, and at most that of the
+    whole ones. It has no gradient inside the tail.
+
+    Paper: Anshumann et al. 2025, "Sparse Logit Sampling: Accelerating Knowledge Distillation in LLMs", section 3, on
+    what goes wrong when the k are scaled to a sum of 1 instead.
+    """
+
+    classes_NK: Tensor
+    log_p_NK: Tensor
+    log_rest_N: Tensor
+    temperature: float = 1.0
+
+    @classmethod
+    def from_logits(cls, logits_NC: Tensor, num_kept: int, temperature: float = 1.0) -> Self:
+        """Returns the signal of a teacher's logits at a temperature, which `compare` then keeps to exactly."""
+        log_p_NC = _log_softmax(logits_NC.detach(), temperature)
+        log_p_NK, classes_NK = log_p_NC.topk(min(num_kept, logits_NC.shape[-1]), dim=-1)
+        return cls(classes_NK, log_p_NK, _log_rest(log_p_NC, classes_NK), temperature)
+
+    @classmethod
+    def from_log_probabilities(cls, classes_NK: Tensor, log_p_NK: Tensor) -> Self:
+        """Returns the signal of what a server tells of the likeliest classes; the others have what is left of 1."""
+        left_N = 1 - widen(log_p_NK).exp().sum(dim=-1)
+        return cls(classes_NK, widen(log_p_NK), left_N.clamp_min(torch.finfo(left_N.dtype).eps).log())
+
+    def take(self, rows: Rows) -> Self:
+        """Returns what it says of some of the rows."""
+        return type(self)(self.classes_NK[rows], self.log_p_NK[rows], self.log_rest_N[rows], self.temperature)
+
+    def compare(self, student_NC: Tensor, temperature: float) -> Pair:
+        """Returns both distributions over the k classes and the rest; without the rest where k is all of them.
+
+        At another temperature than the signal's it is an estimate, as if the rest were spread evenly.
+        """
+        num_classes, num_kept = student_NC.shape[-1], self.classes_NK.shape[-1]
+        classes_NK = self.classes_NK.to(student_NC.device)
+        log_q_NC = _log_softmax(student_NC, temperature)
+        log_q_NK = log_q_NC.gather(-1, classes_NK)
+        log_p_NK = self.log_p_NK.to(log_q_NK)
+        if num_kept == num_classes:
+            return F.log_softmax(log_p_NK * (self.temperature / temperature), dim=-1), log_q_NK
+        log_q_NL = torch.cat([log_q_NK, _log_rest(log_q_NC, classes_NK)[..., None]], dim=-1)
+        log_p_NL = torch.cat([log_p_NK, self.log_rest_N.to(log_q_NK)[..., None]], dim=-1)
+        if temperature != self.temperature:
+            spread = torch.zeros_like(log_p_NL[0])
+            spread[-1] = math.log(num_classes - num_kept)
+            log_p_NL = F.log_softmax((log_p_NL - spread) * (self.temperature / temperature) + spread, dim=-1)
+        return log_p_NL, log_q_NL
+
+
+@dataclass(frozen=True, slots=True)
+class SampledSignal:
+    """A target that stands for the teacher's in expectation: the likeliest k classes, and some draws from the others.
+
+    Only a loss that is linear in the target, as the forward KL but for the teacher's entropy, is right on average.
+
+    Paper: Anshumann et al. 2025, "Sparse Logit Sampling: Accelerating Knowledge Distillation in LLMs", section 4.
+    """
+
+    classes_NM: Tensor
+    log_target_NM: Tensor
+    temperature: float = 1.0
+
+    @classmethod
+    def from_logits(
+        cls, logits_NC: Tensor, num_kept: int, num_draws: int, generator: torch.Generator, temperature: float = 1.0
+    ) -> Self:
+        """Returns the signal of a teacher's logits: p of the `num_kept` likeliest, and the rest shared by the draws."""
+        log_p_NC = _log_softmax(logits_NC.detach(), temperature)
+        log_p_NK, classes_NK = log_p_NC.topk(num_kept, dim=-1)
+        p_rest_NC = log_p_NC.exp().scatter(-1, classes_NK, 0.0)
+        drawn_ND = torch.multinomial(p_rest_NC, num_draws, replacement=True, generator=generator)
+        log_share_N = p_rest_NC.sum(dim=-1).log() - math.log(num_draws)
+        log_target_NM = torch.cat([log_p_NK, log_share_N[..., None].expand(drawn_ND.shape)], dim=-1)
+        return cls(torch.cat([classes_NK, drawn_ND], dim=-1), log_target_NM, temperature)
+
+    def take(self, rows: Rows) -> Self:
+        """Returns what it says of some of the rows."""
+        return type(self)(self.classes_NM[rows], self.log_target_NM[rows], self.temperature)
+
+    def compare(self, student_NC: Tensor, temperature: float) -> Pair:
+        """Returns the target and log q of the same classes, which do not sum to 1. Raises ValueError at another T."""
+        if temperature != self.temperature:
+            raise ValueError(f"drawn at temperature {self.temperature:g}, so it says nothing about {temperature:g}")
+        log_q_NM = _log_softmax(student_NC, temperature).gather(-1, self.classes_NM.to(student_NC.device))
+        return self.log_target_NM.to(log_q_NM), log_q_NM
+
+
+def _log_softmax(logits_NC: Tensor, temperature: float) -> Tensor:
+    return F.log_softmax(widen(logits_NC) / temperature, dim=-1)
+
+
+def _log_rest(log_p_NC: Tensor, classes_NK: Tensor) -> Tensor:
+    """Returns the logarithm of what the other classes have: summed over them, as 1 - Σ loses all of a small one."""
+    return log_p_NC.scatter(-1, classes_NK, -torch.inf).logsumexp(dim=-1)
