@@ -153,6 +153,7 @@ def test_api_dies_while_jobs_are_submitted(local: Local, record: Record, scaled:
                 try:
                     answer = client.post("/v1/jobs", json=spec | {"stages": STAGES}, headers={"Idempotency-Key": key})
                 except httpx.TransportError:
+                    over.wait(0.1)
                     continue
                 if answer.status_code in {200, 202}:
                     return answer.json()["id"]
@@ -160,8 +161,7 @@ def test_api_dies_while_jobs_are_submitted(local: Local, record: Record, scaled:
 
     def blow() -> int:
         num_blows = 0
-        while not over.wait(3):
-            until(lambda: local.answers() or over.is_set())
+        while until(lambda: local.answers() or over.is_set()) and not over.wait(3):  # it waits longer after each death
             local.kill("app.main:app")
             num_blows += 1
         return num_blows
