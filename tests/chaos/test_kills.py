@@ -22,12 +22,6 @@ LEASE_S = float(FAST["STILLHOUSE_LEASE_S"])
 KILLS_A_JOB = 5
 
 
-def kill_children(pid: int) -> None:
-    for child in children_of(pid):
-        with suppress(ProcessLookupError):
-            os.kill(child, signal.SIGKILL)
-
-
 def steps_done(stack: Stack, job_id: str) -> int:
     """Counts the steps of all stages; a job that has ended has done more than any."""
     job = stack.job(job_id)
@@ -43,11 +37,15 @@ def test_child_killed_at_random_moments(stack: Stack, record: Record, scaled: Sc
     proving.clean_run(stack)
     dice, num_jobs, num_kills = random.Random(0), scaled(20), 0
     for _ in range(num_jobs):
-        job_id = proving.submit(stack)
-        for goal in sorted(dice.sample(range(150), KILLS_A_JOB)):
+        job_id, killed = proving.submit(stack), set()
+        for goal in sorted(dice.sample(range(250), KILLS_A_JOB)):
             until(lambda job_id=job_id, goal=goal: steps_done(stack, job_id) >= goal, 300, 0.02)
-            num_kills += len(children_of(worker.pid))
-            kill_children(worker.pid)
+            found = until(lambda job_id=job_id, k=killed: set(children_of(worker.pid)) - k or _ended(stack, job_id))
+            for child in found if isinstance(found, set) else ():
+                with suppress(ProcessLookupError):
+                    os.kill(child, signal.SIGKILL)
+                    killed.add(child)
+        num_kills += len(killed)
         proving.assert_as_clean(stack, job_id)
     record("kill -9 of the child at random", num_jobs, f"{num_kills} kills, 0 other hashes, 0 lost", "0, 0")
 
@@ -112,7 +110,7 @@ def test_paused_ten_times(stack: Stack, record: Record, scaled: Scaled) -> None:
 def test_cancel_in_every_stage(stack: Stack, record: Record, scaled: Scaled) -> None:
     worker = stack.start_worker()
     dice, visible, gone = random.Random(2), [], []
-    for number in range(scaled(50)):
+    for number in range(scaled(50 * len(proving.STAGES))):
         job_id = proving.submit(stack, seed=number)
         ordinal = number % len(proving.STAGES)
         until(lambda job_id=job_id, n=ordinal: stack.job(job_id)["stages"][n]["state"] != "pending", 300, 0.02)
