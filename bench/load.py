@@ -207,7 +207,8 @@ class Bench:
         )
 
     def submits(self) -> None:
-        """Fifty clients that submit a job a second each; then the same without a pause, for the record."""
+        """Fifty clients that submit a job a second each to a full queue; then without a pause, for the record."""
+        self.fill_queue()
         for server, path in ((self.bare, "/bare"), (self.api, "/v1/jobs")):  # the first statements are compiled
             self.ask("hammer", server, method="POST", paths=[path], body=self.spec, num_clients=50, every_s=0, count=2)
         for every_s, goal in ((1.0, 150), (0.0, None)):
@@ -248,9 +249,7 @@ class Bench:
         from core.jobs.ownership import claim
         from worker.reconciler import tick
 
-        count = self.sizes.num_queued
-        run_sql(QUEUE, {"first_ms": time.time_ns() // 1_000_000, "count": count, "pattern": self.jobs[0]})
-        run_sql("analyze jobs")
+        self.fill_queue()
 
         def claim_one() -> None:
             with session_scope() as session:
@@ -260,13 +259,18 @@ class Bench:
         ticks = timed(tick, 20)
         claims = timed(claim_one, self.sizes.num_claims)
         inserts = timed(lambda: insert_row(self.spec), self.sizes.num_claims)
-        name = f"{count:,} queued jobs: "
+        name = f"{self.sizes.num_queued:,} queued jobs: "
         self.note(
             name,
             {"claim ms": spread(claims), "tick ms": spread(ticks), "bare insert ms": spread(inserts)},
             Figure(f"{name}claim p99 ms", quantile(claims, 0.99), 25, quantile(inserts, 0.99)),
             Figure(f"{name}tick of the reconciler, max ms", max(ticks), 200),
         )
+
+    def fill_queue(self) -> None:
+        values = {"first_ms": time.time_ns() // 1_000_000, "count": self.sizes.num_queued, "pattern": self.jobs[0]}
+        run_sql(QUEUE, values)
+        run_sql("analyze jobs")
 
     def stop(self) -> None:
         self.api.stop()
