@@ -12,7 +12,6 @@ or the two disagree.
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -49,6 +48,12 @@ def ours(student: Head, teacher: Head, labels_N: torch.Tensor) -> float:
     return backward_through_head(student, Objective(terms), HeadSignal(teacher), labels_N, len(labels_N))["total"]
 
 
+def resident(field: str) -> int:
+    """Returns a figure of this process's memory in bytes: `VmRSS` now, or `VmHWM` at the worst moment (Linux)."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split(f"{field}:")[1].split()[0])
+
+
 def measure(which: str, num_tokens: int, width: int, num_classes: int) -> dict[str, float]:
     """Runs one of the two in this process; returns its seconds, its peak in bytes and figures of its gradients."""
     generator = torch.Generator().manual_seed(0)
@@ -64,12 +69,12 @@ def measure(which: str, num_tokens: int, width: int, num_classes: int) -> dict[s
         hidden_ND = (few if count == 8 else student).hidden_ND.requires_grad_()
         weight_CD = student.weight_CD.requires_grad_()
         weight_CD.grad = None
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        Path("/proc/self/clear_refs").write_text("5")  # forgets the highest mark
+        before = resident("VmRSS")
         began = time.perf_counter()
         loss = run(Head(hidden_ND, weight_CD), Head(teacher.hidden_ND[:count], teacher.weight_CD), labels_N[:count])
         seconds = time.perf_counter() - began
-    peak = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-    peak -= hidden_ND.grad.nbytes + weight_CD.grad.nbytes
+    peak = resident("VmHWM") - before - hidden_ND.grad.nbytes - weight_CD.grad.nbytes
     norms = [hidden_ND.grad.norm().item(), weight_CD.grad.norm().item()]
     return {"seconds": seconds, "peak_bytes": peak, "loss": loss, "by_hidden": norms[0], "by_weight": norms[1]}
 
