@@ -10,9 +10,18 @@ import pkgutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from core.models.facts import ModelFacts as ModelFacts
@@ -96,12 +105,30 @@ class Student(Method):
         raise NotImplementedError
 
 
+def _number_or_auto(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+    """One message, where a union would give one a type."""
+    try:
+        return check(value)
+    except ValidationError as error:
+        raise PydanticCustomError("weight", "a weight is a number of at least 0, or 'auto'") from error
+
+
+Weight = Annotated[
+    Annotated[float, Field(ge=0)] | Literal["auto"],
+    WrapValidator(_number_or_auto),
+    Field(
+        description="Weight of this term in the sum. `auto` gives it as large a gradient as the terms with a number "
+        "have on average, from the second step on."
+    ),
+]
+
+
 class Loss(Method):
     """One term of the training objective."""
 
     family: ClassVar[str] = "losses"
 
-    weight: float
+    weight: Weight
 
     def build(self, ctx: Any) -> Any:
         """Returns a callable `(student_logits_NC, signal, labels_N) -> loss_N` (torch).
@@ -118,7 +145,7 @@ class Divergence(Loss):
     the gradient when T changes).
     """
 
-    weight: float = Field(1.0, ge=0, description="Weight λ of this term in the sum.")
+    weight: Weight = 1.0
     temperature: float = Field(4.0, gt=0, le=1000, description="Temperature T that softens both distributions.")
     t2_scaling: bool = Field(True, description="Multiply by T², so that the weight means the same at every T.")
 

@@ -15,7 +15,8 @@ from tests.engine_bench import FAST, Bench, contents, make_spec
 from worker.child import ForkServer
 from worker.engine import checkpoints
 
-STAGES = [{"kind": "finetune", **FAST}, {"kind": "distill", **FAST, "dropout": 0.1}]
+LOSSES = [{"kind": "cross_entropy"}, {"kind": "forward_kl", "weight": "auto"}]
+STAGES = [{"kind": "finetune", **FAST}, {"kind": "distill", **FAST, "dropout": 0.1, "losses": LOSSES}]
 
 
 @pytest.fixture(scope="module")

@@ -62,6 +62,63 @@ def test_the_shares_are_those_of_the_values_and_of_the_gradients() -> None:
     assert shares["gradient/cross_entropy"] == pytest.approx(norms[0] / sum(norms))
 
 
+def auto(weight: float, *, balanced: str = "forward_kl") -> Objective:
+    """Two terms, of which one has no weight."""
+    switches = {"cross_entropy": {}, "forward_kl": {"temperature": 3.0}}
+    return Objective(
+        [
+            Term(kind, None if kind == balanced else weight, LOSSES[kind](**switches[kind]).build(None))
+            for kind in switches
+        ]
+    )
+
+
+@pytest.mark.parametrize("balanced", ["cross_entropy", "forward_kl"])
+def test_a_term_without_a_weight_gets_as_large_a_gradient_as_the_other(balanced: str) -> None:
+    z_NC, signal, labels_N = draw(0), DenseSignal(draw(1)), torch.arange(N) % C
+    objective = auto(0.3, balanced=balanced)
+    assert objective.weights()[balanced] == 1.0
+    for _ in range(3):
+        _, numbers = objective(z_NC, signal, labels_N, N)
+        objective.learn(numbers)
+    _, numbers = objective(z_NC, signal, labels_N, N)
+    assert numbers["gradient/cross_entropy"] == pytest.approx(numbers["gradient/forward_kl"])
+    assert objective.shares(numbers)["gradient/forward_kl"] == pytest.approx(0.5)
+
+
+def test_weights_do_not_change_within_a_step_and_go_on_from_what_was_known() -> None:
+    labels_N = torch.arange(N) % C
+    steps = [(draw(seed), DenseSignal(draw(seed + 50))) for seed in range(6)]
+    whole, parts, late = auto(1.0), auto(1.0), auto(1.0)
+    for number, (z_NC, signal) in enumerate(steps):
+        gradient_NC, numbers = whole(z_NC, signal, labels_N, N)
+        whole.learn(numbers)
+        halves, sums = [], {}
+        for rows in (slice(0, 3), slice(3, N)):
+            half, added = parts(z_NC[rows], signal.take(rows), labels_N[rows], N)
+            halves.append(half)
+            sums = add_numbers(sums, added)
+        parts.learn(sums)
+        torch.testing.assert_close(torch.cat(halves), gradient_NC)
+        if number == 2:
+            late.norms = dict(whole.norms)
+        if number > 2:
+            late.learn(late(z_NC, signal, labels_N, N)[1])
+    assert late.weights() == whole.weights()
+    assert whole.weights()["forward_kl"] == pytest.approx(parts.weights()["forward_kl"])
+
+
+def test_a_term_without_any_gradient_leaves_the_others_alone() -> None:
+    z_NC, labels_N = draw(0), torch.arange(N) % C
+    objective = auto(1.0)
+    for _ in range(3):
+        _, numbers = objective(z_NC, DenseSignal(z_NC), labels_N, N)
+        objective.learn(numbers)
+    gradient_NC, _ = objective(z_NC, DenseSignal(z_NC), labels_N, N)
+    expected_NC = (F.softmax(z_NC, -1) - F.one_hot(labels_N, C)) / N
+    torch.testing.assert_close(gradient_NC, expected_NC)
+
+
 def test_a_part_without_rows_adds_nothing() -> None:
     gradient, numbers = make()(draw(0)[:0], DenseSignal(draw(1)[:0]), torch.empty(0, dtype=torch.int64), 0)
     assert gradient.shape == (0, C)

@@ -46,6 +46,16 @@ def test_yaml_and_json_mean_the_same() -> None:
         ({"student": {"kind": "teacher_layers", "kep": [0]}}, "student.kep", "did you mean 'keep'?"),
         ({"stages": [{"kind": "finetune", "epochs": -1}]}, "stages.0.epochs", "greater than 0"),
         ({"stages": [{"kind": "distill", "losses": [{"kind": "kl"}]}]}, "stages.0.losses.0.kind", "forward_kl"),
+        (
+            {"stages": [{"kind": "distill", "losses": [{"kind": "forward_kl", "weight": "most"}]}]},
+            "stages.0.losses.0.weight",
+            "a number of at least 0, or 'auto'",
+        ),
+        (
+            {"stages": [{"kind": "distill", "losses": [{"kind": "forward_kl", "weight": "auto"}]}]},
+            "stages.0.losses",
+            "at least one a number",
+        ),
         ({"stages": [{"kind": "export"}]}, "stages.0", "needs a student"),
         ({"stages": []}, "stages", "at least 1"),
         ({"data": {"train": "tickets"}}, "data.train", "dataset/split"),

@@ -13,14 +13,16 @@ from worker.kernels.signals import Signal
 
 LEAST_SHARE, MOST_SHARE = 0.01, 0.99
 MIN_POINTS = 5
+NORM_MEMORY = 0.9
+MAX_BALANCE = 1e4
 
 
 @dataclass(frozen=True)
 class Term:
-    """One weighted loss of the objective."""
+    """One weighted loss of the objective; without a weight, one that is balanced with the others."""
 
     name: str
-    weight: float
+    weight: float | None
     loss: Callable[[Tensor, Signal | None, Tensor], Tensor]
 
 
@@ -31,17 +33,46 @@ def make_terms(ctx: StageContext, losses: Sequence[Loss]) -> list[Term]:
         kind if kinds[: i + 1].count(kind) == 1 else f"{kind}_{kinds[: i + 1].count(kind)}"
         for i, kind in enumerate(kinds)
     ]
-    return [Term(name, loss.weight, loss.build(ctx)) for name, loss in zip(names, losses, strict=True)]
+    return [
+        Term(name, None if loss.weight == "auto" else loss.weight, loss.build(ctx))
+        for name, loss in zip(names, losses, strict=True)
+    ]
 
 
 class Objective:
     """L = Σ_j w_j · (Σ_i D_ij) / M over the rows i of one optimiser step.
 
     M is the number of rows of the whole step, whatever the parts in which they are computed, or 1 for the plain sum.
+
+    A term without a weight gets one with which the norm of its gradient by the logits is the mean of those of the
+    weighted terms, both averaged over the steps so far. The weights of a step depend on the steps before it alone.
+
+    Attributes:
+        norms: Of each term's gradient without its weight, as far as it is known; a run that goes on needs them.
     """
 
     def __init__(self, terms: Sequence[Term], *, is_sum: bool = False) -> None:
         self.terms, self.is_sum = terms, is_sum
+        self.norms: dict[str, float] = {}
+
+    def weights(self) -> dict[str, float]:
+        """Returns each term's weight in the next step."""
+        fixed = {term.name: term.weight for term in self.terms if term.weight}
+        wanted = sum(weight * self.norms.get(name, 0.0) for name, weight in fixed.items()) / max(1, len(fixed))
+        return {term.name: self._weight(term, wanted) for term in self.terms}
+
+    def _weight(self, term: Term, wanted: float) -> float:
+        if term.weight is not None:
+            return term.weight
+        norm = self.norms.get(term.name, 0.0)
+        return min(max(wanted / norm, 1 / MAX_BALANCE), MAX_BALANCE) if norm else 1.0
+
+    def learn(self, numbers: dict[str, float]) -> None:
+        """Notes the norms of a whole step, of which `numbers` are the sums of the parts."""
+        for name, weight in self.weights().items():
+            if weight:
+                norm = numbers[f"gradient/{name}"] ** 0.5 / weight
+                self.norms[name] = norm + NORM_MEMORY * (self.norms.get(name, norm) - norm)
 
     def __call__(
         self, student_NC: Tensor, signal: Signal | None, labels_N: Tensor, num_rows: int
@@ -60,19 +91,19 @@ class Objective:
         divisor = 1 if self.is_sum else max(1, num_rows)
         logits_NC = widen(student_NC.detach()).requires_grad_()
         gradient_NC = torch.zeros_like(logits_NC, requires_grad=False)
-        numbers_J2 = []
+        numbers_J2, weights = [], self.weights()
         for term in self.terms:
             value = term.loss(logits_NC, signal, labels_N).sum() / divisor
-            [term_NC] = torch.autograd.grad(term.weight * value, logits_NC)
+            [term_NC] = torch.autograd.grad(weights[term.name] * value, logits_NC)
             gradient_NC += term_NC
             numbers_J2 += [value.detach(), term_NC.square().sum()]
         values = iter(torch.stack(numbers_J2).tolist())  # one wait for the device
         numbers = {name: next(values) for term in self.terms for name in (term.name, f"gradient/{term.name}")}
-        return gradient_NC, {"total": sum(term.weight * numbers[term.name] for term in self.terms), **numbers}
+        return gradient_NC, {"total": sum(weight * numbers[name] for name, weight in weights.items()), **numbers}
 
     def shares(self, numbers: dict[str, float]) -> dict[str, float]:
         """Returns each term's share of the loss and, under `gradient/<term>`, of the sum of the gradients' norms."""
-        values = {term.name: term.weight * numbers[term.name] for term in self.terms}
+        values = {name: weight * numbers[name] for name, weight in self.weights().items()}
         norms = {term.name: numbers[f"gradient/{term.name}"] ** 0.5 for term in self.terms}
         return _normalised(values) | {f"gradient/{name}": share for name, share in _normalised(norms).items()}
 

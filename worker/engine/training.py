@@ -147,6 +147,7 @@ class Trainer:
             "schedule": self.schedule.state_dict(),
             "window": self._window,
             "watched": self.watch.counts,
+            "norms": self.objective.norms,
             "best": self._best,
             "validated_step": self._validated_step,
             "answered_epoch": self._answered_epoch,
@@ -170,7 +171,7 @@ class Trainer:
         self._teacher_NC, self._answered_epoch = tensors.get("teacher"), state["answered_epoch"]
         self._best_state = checkpoints.select(tensors, "best") or None
         self._best, self._window = state["best"], state["window"]
-        self.watch.counts = state["watched"]
+        self.watch.counts, self.objective.norms = state["watched"], state["norms"]
         self._step, self._validated_step = state["step"], state["validated_step"]
         checkpoints.restore_random(checkpoints.select(tensors, "random"))
         log.info("going on from step %d of %d", self._step, self.num_steps)
@@ -204,6 +205,7 @@ class Trainer:
         self._check_finite("loss", numbers["total"])
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRADIENT_NORM)
         self._check_finite("gradient", norm.item())
+        self.objective.learn(numbers)
         self.optimizer.step()
         self.schedule.step()
         return numbers
@@ -228,6 +230,9 @@ class Trainer:
         for name, value in means.items():
             if not name.startswith("gradient/"):
                 self.ctx.reporter.metric(f"loss/{name}", step, value)
+        for term in self.objective.terms:
+            if term.weight is None:
+                self.ctx.reporter.metric(f"weight/{term.name}", step, self.objective.weights()[term.name])
         for name, share in shares.items():
             self.ctx.reporter.metric(f"share/{name}", step, share)
         for name, share in self.watch.see(shares).items():

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from core.methods import Loss
+from core.methods import Loss, Weight
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,7 +20,7 @@ class LogitMSE(Loss):
     """
 
     kind: Literal["logit_mse"] = "logit_mse"
-    weight: float = Field(1.0, ge=0, description="Weight λ of this term in the sum.")
+    weight: Weight = 1.0
     centred: bool = Field(True, description="Compare logits without their mean, which no probability depends on.")
 
     def build(self, ctx: Any) -> "Callable[[Tensor, DenseSignal, Tensor], Tensor]":

@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from core.methods import Loss, OneOf, Stage
+from core.methods import Loss, OneOf, Problem, Stage
 
 if TYPE_CHECKING:
+    from core.jobs.spec import JobSpec
     from worker.engine.context import StageContext
 
 
@@ -50,6 +51,12 @@ class Distill(Stage):
         "alike; 0 lets the teacher answer once. A tokenizer without a mask token masks nothing.",
     )
     max_length: int = Field(128, ge=4, le=8192, description="Longest input in tokens; longer ones are cut.")
+
+    def check(self, spec: "JobSpec") -> list[Problem]:
+        """Returns what is wrong with the weights: somebody must say how large the sum is."""
+        if any(loss.weight != "auto" and loss.weight > 0 for loss in self.losses):
+            return []
+        return [Problem("losses", "no term has a weight above 0; give at least one a number, as 'weight: 1.0'")]
 
     def reads(self) -> set[str]:
         """Returns the teacher's role."""
