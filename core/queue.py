@@ -89,4 +89,3 @@ def _send_all() -> None:
             get_celery().send_task(TASK_RUN, queue=queue, kwargs={"queue": queue}, retry=False, expires=3600)
         except Exception as error:  # the broker's client raises many types, and none may end the thread
             log.warning("hint not sent: %s", type(error).__name__)
-        _waiting.task_done()
