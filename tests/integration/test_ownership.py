@@ -27,7 +27,7 @@ def queue() -> str:
 def make_jobs(tenant_id: str, queue: str, count: int = 1) -> list[str]:
     with session_scope() as session:
         jobs = [
-            repository.create_job(session, tenant_id, load_spec(SPEC), {"teacher": {}, "data": {}, "labels": []})
+            repository.create_job(session, tenant_id, load_spec(SPEC), {"teacher": {}, "data": {}, "labels": []})[0]
             for _ in range(count)
         ]
         for job in jobs:
