@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from core.methods import list_methods
-from worker.engine.objective import Objective, ShareWatch, Term, add_numbers
+from worker.engine.objective import Objective, ShareWatch, Term
+from worker.kernels.heads import add_numbers
 from worker.kernels.signals import DenseSignal
 
 LOSSES = list_methods("losses")

@@ -144,8 +144,3 @@ def warn_of_share(ctx: StageContext, name: str, share: float) -> None:
     what = "hardly counts" if share < LEAST_SHARE else "is nearly all that counts"
     message = f"The term {name} {what}: its share of the gradient is {share:.2%}; change the weights of the terms."
     ctx.warn("loss_share", message, term=name, share=share)
-
-
-def add_numbers(total: dict[str, float], part: dict[str, float]) -> dict[str, float]:
-    """Returns the numbers of several parts together."""
-    return {name: total.get(name, 0.0) + value for name, value in part.items()}

@@ -17,9 +17,10 @@ from worker.engine.devices import autocast
 from worker.engine.failures import CheckpointUnfit, StopRequested, is_out_of_memory
 from worker.engine.inference import predict_logits
 from worker.engine.loading import input_names, limit_length, save_model
-from worker.engine.objective import Objective, ShareWatch, add_numbers, warn_of_share
+from worker.engine.objective import Objective, ShareWatch, warn_of_share
 from worker.engine.optimization import MAX_GRADIENT_NORM, TrainingSettings, make_optimizer, make_schedule, set_dropout
 from worker.engine.scores import accuracy, macro_f1
+from worker.kernels.heads import add_numbers
 from worker.kernels.signals import DenseSignal
 
 LOGGED_POINTS = 200

@@ -47,6 +47,11 @@ class HeadSignal:
         return self.take(slice(None)).compare(student_NC, temperature)
 
 
+def add_numbers(total: dict[str, float], part: dict[str, float]) -> dict[str, float]:
+    """Returns the numbers of several parts of a step together."""
+    return {name: total.get(name, 0.0) + value for name, value in part.items()}
+
+
 def backward_through_head(
     head: Head,
     objective: Objective,
@@ -84,7 +89,7 @@ def backward_through_head(
         gradients.weight_CD.addmm_(by_logits_NC.T, frozen.hidden_ND[rows])
         if gradients.bias_C is not None:
             gradients.bias_C.add_(by_logits_NC.sum(dim=0))
-        sums = {name: sums.get(name, 0.0) + value for name, value in numbers.items()}
+        sums = add_numbers(sums, numbers)
     pairs = [(x, g) for x, g in zip(head, gradients, strict=True) if x is not None and g is not None]
     trained = [(x, g.to(x.dtype)) for x, g in pairs if x.requires_grad]
     torch.autograd.backward([x for x, _ in trained], [g for _, g in trained])
