@@ -10,7 +10,7 @@ import pkgutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, LiteralString
 
 from pydantic import (
     BaseModel,
@@ -105,17 +105,21 @@ class Student(Method):
         raise NotImplementedError
 
 
-def _number_or_auto(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
-    """One message, where a union would give one a type."""
-    try:
-        return check(value)
-    except ValidationError as error:
-        raise PydanticCustomError("weight", "a weight is a number of at least 0, or 'auto'") from error
+def one_message(type: LiteralString, message: LiteralString) -> WrapValidator:
+    """Returns what gives a union one message, where pydantic would give one for each of its types."""
+
+    def validate(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return check(value)
+        except ValidationError as error:
+            raise PydanticCustomError(type, message) from error
+
+    return WrapValidator(validate)
 
 
 Weight = Annotated[
     Annotated[float, Field(ge=0)] | Literal["auto"],
-    WrapValidator(_number_or_auto),
+    one_message("weight", "a weight is a number of at least 0, or 'auto'"),
     Field(
         description="Weight of this term in the sum. `auto` gives it as large a gradient as the terms with a number "
         "have on average, from the second step on."
@@ -128,7 +132,7 @@ class Loss(Method):
 
     family: ClassVar[str] = "losses"
 
-    weight: Weight
+    weight: Weight = 1.0
 
     def build(self, ctx: Any) -> Any:
         """Returns a callable `(student_logits_NC, signal, labels_N) -> loss_N` (torch).
@@ -145,7 +149,6 @@ class Divergence(Loss):
     the gradient when T changes).
     """
 
-    weight: Weight = 1.0
     temperature: float = Field(4.0, gt=0, le=1000, description="Temperature T that softens both distributions.")
     t2_scaling: bool = Field(True, description="Multiply by T², so that the weight means the same at every T.")
 

@@ -2,8 +2,7 @@
 
 from typing import Annotated, Any
 
-from pydantic import Field, JsonValue, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
-from pydantic_core import PydanticCustomError
+from pydantic import Field, JsonValue
 from sqlalchemy import literal, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
@@ -14,7 +13,7 @@ from core.jobs.repository import create_job, get_job, list_stages
 from core.jobs.reuse import copy_metrics, take_over
 from core.jobs.spec import JobSpec, load_spec, parse_mapping, spec_invalid, validate
 from core.jobs.state import DONE
-from core.methods import Stage, StrictModel, suggest
+from core.methods import Stage, StrictModel, one_message, suggest
 
 INPUT_FIELDS = frozenset({"task", "teacher", "data"})
 RETRIED = frozenset({"failed", "cancelled"})
@@ -26,20 +25,12 @@ INSTEAD_OF_RETRY = {
 CHECKPOINT_COLUMNS = ("step", "tenant_id", "sha256", "size_bytes", "stage_key")
 
 
-def _ordinal_or_kind(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
-    """One message, where a union would give one a type."""
-    try:
-        return check(value)
-    except ValidationError as error:
-        raise PydanticCustomError("from_stage", "give a stage's ordinal, counted from 0, or its kind") from error
-
-
 class Fork(StrictModel):
     """Where a fork begins, and what is to be other than in the job that it comes from."""
 
     from_stage: Annotated[
         Annotated[int, Field(ge=0)] | Annotated[str, Field(max_length=64, pattern=r"^[a-z][a-z0-9_]*$")],
-        WrapValidator(_ordinal_or_kind),
+        one_message("from_stage", "give a stage's ordinal, counted from 0, or its kind"),
     ] = Field(
         description="The first stage that runs, by ordinal or kind; those before it are taken over and must be done. "
         "The ordinal after the last one adds stages."

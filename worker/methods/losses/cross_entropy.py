@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from core.methods import Loss, Weight
+from core.methods import Loss
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,7 +17,6 @@ class CrossEntropy(Loss):
     """The usual loss on the labels, always at temperature 1: -log softmax(z)_y."""
 
     kind: Literal["cross_entropy"] = "cross_entropy"
-    weight: Weight = 1.0
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="Share of probability spread over all classes.")
 
     def build(self, ctx: Any) -> "Callable[[Tensor, Signal | None, Tensor], Tensor]":

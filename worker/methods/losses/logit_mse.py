@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from core.methods import Loss, Weight
+from core.methods import Loss
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,7 +20,6 @@ class LogitMSE(Loss):
     """
 
     kind: Literal["logit_mse"] = "logit_mse"
-    weight: Weight = 1.0
     centred: bool = Field(True, description="Compare logits without their mean, which no probability depends on.")
 
     def build(self, ctx: Any) -> "Callable[[Tensor, DenseSignal, Tensor], Tensor]":

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from core.methods import Loss, Weight
+from core.methods import Loss
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,7 +20,6 @@ class TotalVariation(Loss):
     """
 
     kind: Literal["total_variation"] = "total_variation"
-    weight: Weight = 1.0
     temperature: float = Field(1.0, gt=0, le=1000, description="Temperature T that softens both distributions.")
     t_scaling: bool = Field(True, description="Multiply by T, so that the weight means the same at every T.")
 
