@@ -10,6 +10,7 @@ from scipy.spatial.distance import jensenshannon
 from scipy.special import rel_entr, softmax
 from torch.distributions import Categorical, kl_divergence
 
+from tests.gradients import gradient
 from worker.kernels.divergences import (
     adaptive_kl,
     cross_entropy,
@@ -80,12 +81,6 @@ def test_cross_entropy_is_the_log_score(logits, label_smoothing: float) -> None:
     torch.testing.assert_close(found_B.detach(), -(target_BC * log_q_BC).sum(-1))
     found_B.sum().backward()
     torch.testing.assert_close(z_BC.grad, F.softmax(z_BC.detach(), -1) - target_BC)
-
-
-def gradient(loss: Callable[[torch.Tensor], torch.Tensor], z_BC: torch.Tensor) -> torch.Tensor:
-    z_BC = z_BC.clone().requires_grad_()
-    loss(z_BC).sum().backward()
-    return z_BC.grad
 
 
 def centred(q_BC: torch.Tensor, g_BC: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from scipy.special import rel_entr, softmax
 from torch import Tensor
 
+from tests.gradients import gradient
 from worker.kernels.divergences import (
     adaptive_kl,
     forward_kl,
@@ -37,12 +38,6 @@ C = 13
 def draw(size: float = 2.0) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(2)
     return tuple(size * torch.randn(6, C, generator=generator, dtype=torch.float64) for _ in range(2))
-
-
-def gradient(loss: Callable[[Tensor], Tensor], z_NC: Tensor) -> Tensor:
-    z_NC = z_NC.clone().requires_grad_()
-    loss(z_NC).sum().backward()
-    return z_NC.grad
 
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
