@@ -92,6 +92,7 @@ class Bench:
             "num_threads": 1,
             "max_memory_bytes": 0,
             "job_id": "job_0",
+            "earlier": [],
             "checkpoint": None,
             "checkpoint_s": 60,
         }

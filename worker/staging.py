@@ -42,13 +42,17 @@ class InputDamaged(Exception):
 
 
 class Inputs(NamedTuple):
-    """What a stage is given: files by role, the splits, the metrics of earlier stages, what it is told."""
+    """What a stage is given: files by role, the splits, the metrics of earlier stages, what it is told.
+
+    `earlier` is how the stages before it came about; like the job's id it is told beside the order and not in the key.
+    """
 
     roles: dict[str, list[ManifestFile]]
     splits: list[ManifestFile]
     history: str
     order: dict[str, Any]
     cache: str
+    earlier: list[dict[str, Any]]
 
     def key(self) -> str:
         """Returns the key that only a stage with the same result has."""
@@ -92,9 +96,8 @@ class Staging:
     def _find_inputs(self, session: Session, teacher: list[ManifestFile]) -> "Inputs":
         job = owned(session, self.claim)
         stage = session.get_one(StageRun, (job.id, self.ordinal))
-        made: dict[str, str] = {}
-        for earlier in list_done(session, job.id, self.ordinal):
-            made |= earlier.outputs
+        done = list_done(session, job.id, self.ordinal)
+        made: dict[str, str] = {role: made_id for run in done for role, made_id in run.outputs.items()}
         roles = {"teacher": teacher} | {
             role: files_of(get_manifest(session, job.tenant_id, manifest_id)) for role, manifest_id in made.items()
         }
@@ -116,7 +119,7 @@ class Staging:
             "ordinal": self.ordinal,
             "labels": job.inputs["labels"],
         }
-        return Inputs(roles, splits, history, order, spec.cache)
+        return Inputs(roles, splits, history, order, spec.cache, [_account_of(run) for run in done])
 
     def lay_inputs(self, inputs: "Inputs", stage_key: str) -> None:
         """Lays the inputs out as files, the newest sound checkpoint among them, and writes the order.
@@ -136,6 +139,7 @@ class Staging:
         (self.inputs / "history.jsonl").write_text(inputs.history)
         order = inputs.order | {
             "job_id": self.claim.job_id,
+            "earlier": inputs.earlier,
             "inputs_dir": str(self.inputs),
             "outputs_dir": str(self.outputs),
             "checkpoint": self._lay_checkpoint(stage_key),
@@ -221,6 +225,12 @@ def ensure_teacher(claim: Claim) -> list[ManifestFile]:
 
     transact(note)
     return files
+
+
+def _account_of(run: StageRun) -> dict[str, Any]:
+    began, ended = run.started_at, run.finished_at
+    seconds = (ended - began).total_seconds() if began and ended else 0.0
+    return {"kind": run.kind, "state": run.state, "seconds": round(seconds, 3), "reused": run.reused}
 
 
 def _history_line(metric: Metric, kind: str) -> str:

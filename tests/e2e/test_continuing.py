@@ -167,14 +167,27 @@ def test_the_same_stage_runs_once(stack: Stack) -> None:
     series = [stack.http.get(f"/v1/jobs/{job_id}/metrics").json() for job_id in (first, second)]
     assert series[0] == series[1]
 
-    other = stack.submit(name="other", stages=[*stages[:2], {"kind": "export", "formats": [{"kind": "onnx"}]}])
+    onnx = {"kind": "export", "formats": [{"kind": "onnx"}]}
+    other = stack.submit(name="other", stages=[*stages[:2], onnx, stages[3]])
     seed = stack.submit(stages=stages[:1], seed=1)
     refreshed = stack.submit(stages=stages[:1], cache="refresh")
     states = {job_id: [s["state"] for s in stack.wait(job_id)["stages"]] for job_id in (other, seed, refreshed)}
-    assert states == {other: ["cached", "cached", "succeeded"], seed: ["succeeded"], refreshed: ["succeeded"]}
+    assert states == {other: ["cached"] * 2 + ["succeeded"] * 2, seed: ["succeeded"], refreshed: ["succeeded"]}
     with session_scope() as session:
         keys = {job_id: session.get_one(StageRun, (job_id, 0)).cache_key for job_id in (first, seed, refreshed)}
     assert keys[first] == keys[refreshed] != keys[seed]
+
+    report = stack.http.get(f"/v1/jobs/{other}/artifacts/report/report.json").json()
+    assert report["measured_by"] == other
+    assert [(stage["kind"], stage["state"]) for stage in report["stages"]] == [
+        ("finetune", "cached"),
+        ("distill", "cached"),
+        ("export", "succeeded"),
+    ]
+    assert report["stages"][0]["reused"] == {"job_id": first, "ordinal": 0}
+    assert report["stages"][2]["seconds"] > 0
+    page = stack.http.get(f"/v1/jobs/{other}/artifacts/report/report.html").text
+    assert f"stage 1 of {first}" in page
 
 
 def test_a_job_over_its_time_ends_with_a_checkpoint(stack: Stack) -> None:

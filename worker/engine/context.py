@@ -45,6 +45,7 @@ class Order:
     num_threads: int
     max_memory_bytes: int
     job_id: str
+    earlier: list[dict[str, Any]]
     checkpoint: Path | None
     checkpoint_s: float
 
@@ -62,6 +63,7 @@ class Order:
             num_threads=data["num_threads"],
             max_memory_bytes=data["max_memory_bytes"],
             job_id=data["job_id"],
+            earlier=data["earlier"],
             checkpoint=Path(data["checkpoint"]) if data["checkpoint"] else None,
             checkpoint_s=data["checkpoint_s"],
         )

@@ -31,8 +31,9 @@ def evaluate(ctx: StageContext, settings: "Evaluate") -> dict[str, Any]:
     """Measures every model, writes the report in three forms, and returns its main table.
 
     `report.json` holds, under `schema_version` 1: `job`, `task`, `labels`, `test` (split and size), `confidence`,
-    `models` (the main table, the teacher first), `per_class` (of the student), `spec`, `environment`, `training`
-    (series of earlier stages) and `notes`. Sizes are in bytes, latencies in milliseconds, throughput in texts a second,
+    `models` (the main table, the teacher first), `per_class` (of the student), `spec`, `environment`, `measured_by`
+    (the job's id), `stages` (the earlier ones, with state, seconds, and whose result a cached one took over),
+    `training` (their series) and `notes`. Sizes are in bytes, latencies in milliseconds, throughput in texts a second,
     and scores are shares of 1.
     """
     test = ctx.get_split("test")
@@ -63,6 +64,8 @@ def evaluate(ctx: StageContext, settings: "Evaluate") -> dict[str, Any]:
         "per_class": per_class(labels_N, answers["student"], ctx.labels),
         "spec": ctx.spec.model_dump(mode="json"),
         "environment": describe_environment(ctx),
+        "measured_by": ctx.order.job_id,
+        "stages": ctx.order.earlier,
         "training": read_history(ctx.order.inputs_dir / "history.jsonl"),
         "notes": NOTES,
     }
