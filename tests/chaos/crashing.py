@@ -77,21 +77,6 @@ CHILD = [
     Point("worker.engine.exporting:write_safetensors"),
 ]
 POINTS = SUPERVISOR + CHILD
-WRITES = [
-    Point("core.storage:BlobWriter.write", "before"),
-    Point("core.storage:BlobWriter.seal", "before"),
-    Point("core.storage:ArtifactStore.take_file", "before"),
-    Point("core.storage:ArtifactStore.take_folder", "before"),
-    Point("core.storage:ArtifactStore.publish", "before", 3),
-    Point("os:fsync", "before", 2),
-    Point("os:fsync", "before", 5),
-    Point("worker.staging:Staging.lay_inputs", "before"),
-    Point("worker.staging:Staging.take_log", "before"),
-    Point("worker.engine.checkpoints:save_file", "before"),
-    Point("worker.engine.checkpoints:save_file", "after", 2),
-    Point("worker.engine.training:Trainer.save", "before"),
-    Point("worker.engine.exporting:write_safetensors", "before"),
-]
 
 
 class Crasher:
@@ -103,11 +88,11 @@ class Crasher:
         self.folder = folder
         (folder / "points.json").write_text(json.dumps(sorted({point.point for point in POINTS})))
 
-    def arm(self, point: Point, *, disk_full: bool = False) -> None:
-        """Lets the next process that reaches the point die, or find the disk full there."""
+    def arm(self, point: Point) -> None:
+        """Lets the next process that reaches the point die."""
         (self.folder / "spent.json").unlink(missing_ok=True)
         part = self.folder / "armed.part"
-        part.write_text(json.dumps(point._asdict() | {"disk_full": disk_full}))
+        part.write_text(json.dumps(point._asdict()))
         part.rename(self.folder / "armed.json")
 
     def has_struck(self) -> bool:

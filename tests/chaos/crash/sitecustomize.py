@@ -1,12 +1,10 @@
 """Put on PYTHONPATH, it lets a process die at a named call: `kill -9`, once, without a hook in the code that dies.
 
 `points.json` beside this file lists `module:qualified name` of the functions to watch. `armed.json` holds
-`{"point": "module:name", "when": "before" | "after", "call": n, "disk_full": false}`. The process that reaches it
-renames the file and is gone, or finds the disk full. Only the standard library is used: this runs before anything else
-in every Python process.
+`{"point": "module:name", "when": "before" | "after", "call": n}`. The process that reaches it renames the file and is
+gone. Only the standard library is used: this runs before anything else in every Python process.
 """
 
-import errno
 import functools
 import importlib.abc
 import importlib.machinery
@@ -44,8 +42,6 @@ def reach(point, when):
             os.rename(ARMED, SPENT)
         except FileNotFoundError:
             return  # another process was faster
-        if plan.get("disk_full"):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         os.kill(os.getpid(), signal.SIGKILL)
 
 
