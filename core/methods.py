@@ -10,7 +10,7 @@ import pkgutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, LiteralString
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, LiteralString, Self
 
 from pydantic import (
     BaseModel,
@@ -82,12 +82,26 @@ class Method(StrictModel):
 
 
 class Task(Method):
-    """What the model is to do, and which columns of the data say so."""
+    """What the model is to do, and which columns of the data say so; `forms` names the exporters for its models."""
 
     family: ClassVar[str] = "tasks"
+    forms: ClassVar[tuple[str, ...]] = ("safetensors",)
 
     def columns(self) -> dict[str, str]:
         """Returns the columns the data must have, by their role (`text`, `label`)."""
+        raise NotImplementedError
+
+    def default_stages(self) -> list[dict[str, Any]]:
+        """Returns the stages of a spec that names none."""
+        return [
+            {"kind": "finetune", "of": "teacher"},
+            {"kind": "distill"},
+            {"kind": "export", "formats": [{"kind": kind} for kind in self.forms]},
+            {"kind": "evaluate"},
+        ]
+
+    def build(self, ctx: Any) -> Any:
+        """Returns what a stage does for this task (torch), a `worker.engine.tasks.TaskRun`."""
         raise NotImplementedError
 
 
@@ -131,6 +145,7 @@ class Loss(Method):
     """One term of the training objective."""
 
     family: ClassVar[str] = "losses"
+    needs_logits: ClassVar[bool] = False  # of the teacher, where distributions are not enough
 
     weight: Weight = 1.0
 
@@ -142,6 +157,27 @@ class Loss(Method):
         raise NotImplementedError
 
 
+class Course(StrictModel):
+    """A value that moves linearly from the first step of a stage to its last."""
+
+    start: float = Field(gt=0, le=1000, description="At the first step.")
+    end: float = Field(gt=0, le=1000, description="At the last step.")
+
+    def at(self, share: float) -> float:
+        """Returns the value at a share of the way, from 0 to 1."""
+        return self.start + share * (self.end - self.start)
+
+
+Temperature = Annotated[
+    Annotated[float, Field(gt=0, le=1000)] | Course,
+    one_message("temperature", "a temperature is a number above 0 and at most 1000, or {start: …, end: …} of such"),
+    Field(
+        description="Temperature T that softens both distributions, or `{start, end}` for one that moves linearly over "
+        "the steps."
+    ),
+]
+
+
 class Divergence(Loss):
     """A distance of softmax(z/T) of the student from softmax(u/T) of the teacher; it has no kind of its own.
 
@@ -149,17 +185,58 @@ class Divergence(Loss):
     the gradient when T changes).
     """
 
-    temperature: float = Field(4.0, gt=0, le=1000, description="Temperature T that softens both distributions.")
-    t2_scaling: bool = Field(True, description="Multiply by T², so that the weight means the same at every T.")
+    scaling_power: ClassVar[int] = 2
+
+    temperature: Temperature = 4.0
+    temperature_scaling: bool = Field(
+        True, description="Multiply by T² (total variation: by T), so that the weight means the same at every T."
+    )
 
     def measure(self) -> Any:
         """Returns a callable `(log_p_NC, log_q_NC) -> distance_N` (torch), of teacher and student."""
         raise NotImplementedError
 
-    def build(self, ctx: Any) -> Any:  # noqa: ARG002
+    def build(self, ctx: Any) -> Any:
         """Returns the scaled distance as the loss of each row; the labels are not used."""
-        scale, distance = self.temperature**2 if self.t2_scaling else 1.0, self.measure()
-        return lambda student_NC, signal, _: scale * distance(*signal.compare(student_NC, self.temperature))
+        wanted, distance = self.temperature, self.measure()
+        power = self.scaling_power if self.temperature_scaling else 0
+
+        def loss(student_NC: Any, signal: Any, _: Any) -> Any:
+            temperature = wanted.at(ctx.share_done) if isinstance(wanted, Course) else wanted
+            return temperature**power * distance(*signal.compare(student_NC, temperature))
+
+        return loss
+
+
+class FeatureLoss(Loss):
+    """A distance between what layers of teacher and student compute; it has no kind of its own."""
+
+    needs_projections: ClassVar[bool] = False  # queries, keys and values, not only states
+    denominator: ClassVar[Literal["tokens", "examples"]] = "tokens"
+
+    layers: Annotated[
+        Literal["uniform", "skip", "last"] | list[Annotated[list[int], Field(min_length=2, max_length=2)]],
+        one_message("layers", "layers is 'uniform', 'skip', 'last', or a list of [student's, teacher's] from 0"),
+    ] = Field(
+        "uniform",
+        description="Which layers are compared: `uniform` each of the student with the last of its share of the "
+        "teacher's, `skip` these without the last, `last` the last ones, or pairs `[student's, teacher's]` from 0.",
+    )
+
+    @model_validator(mode="after")
+    def _has_number(self) -> Self:
+        if self.weight == "auto":
+            raise PydanticCustomError("weight", "only a loss on logits can have the weight 'auto'; give a number", {})
+        if not self.layers:
+            raise PydanticCustomError("layers", "layers is empty; name at least one pair of layers", {})
+        return self
+
+    def build(self, ctx: Any) -> Any:
+        """Returns a callable `(student's layer, teacher's, seen) -> sum over tokens or examples` (torch).
+
+        The layers are `worker.engine.features.Layer`, and `seen` says where tokens are.
+        """
+        raise NotImplementedError
 
 
 class Exporter(Method):

@@ -18,7 +18,7 @@ LABELS = sorted(pico.WORDS)
 FAST = {"epochs": 6, "learning_rate": 2e-3, "head_learning_rate": 1e-2, "batch_size": 16}
 
 
-def make_spec(stages: list[dict[str, Any]]) -> dict[str, Any]:
+def make_spec(stages: list[dict[str, Any]], **changes: Any) -> dict[str, Any]:
     spec = {
         "name": "pico",
         "teacher": {"model": "pico"},
@@ -27,7 +27,7 @@ def make_spec(stages: list[dict[str, Any]]) -> dict[str, Any]:
         "stages": stages,
         "seed": 7,
     }
-    return load_spec(spec).model_dump(mode="json")
+    return load_spec(spec | changes).model_dump(mode="json")
 
 
 @dataclass
@@ -73,6 +73,11 @@ class Bench:
     def lay(self) -> "Bench":
         pico.write_data(self.inputs / "data")
         pico.write_model(self.inputs / "teacher")
+        return self
+
+    def lay_language(self) -> "Bench":
+        pico.write_walks(self.inputs / "data")
+        pico.write_language_model(self.inputs / "teacher")
         return self
 
     def copy(self, root: Path) -> "Bench":

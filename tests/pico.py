@@ -54,6 +54,25 @@ def write_model(folder: Path, num_layers: int = 3) -> Path:
     return folder
 
 
+def write_language_model(folder: Path, num_layers: int = 3) -> Path:
+    """Writes a GPT-2 folder over the words of the data set and returns it."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    words = ["<end>", "<unk>", *sorted({w for t in WORDS.values() for w in t.split()} | set(FILLER))]
+    raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", eos_token="<end>")
+    torch.manual_seed(0)
+    sizes = {"n_embd": 32, "n_layer": num_layers, "n_head": 2, "n_positions": 64}
+    config = GPT2Config(vocab_size=len(words), bos_token_id=0, eos_token_id=0, **sizes)
+    folder.mkdir(parents=True, exist_ok=True)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def write_data(folder: Path, seed: int = 0) -> dict[str, Path]:
     """Writes three splits of JSON Lines and returns their paths by name."""
     rng = random.Random(seed)
@@ -69,4 +88,22 @@ def write_data(folder: Path, seed: int = 0) -> dict[str, Path]:
         rng.shuffle(rows)
         paths[split] = folder / f"{split}.jsonl"
         paths[split].write_text("\n".join(rows) + "\n")
+    return paths
+
+
+def write_walks(folder: Path, seed: int = 0) -> dict[str, Path]:
+    """Writes three splits in which nearly every word says what the next one is, and returns their paths by name."""
+    rng = random.Random(seed)
+    words = sorted({w for t in WORDS.values() for w in t.split()} | set(FILLER))
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {}
+    for split, num_rows in (("train", 180), ("validation", 45), ("test", 60)):
+        paths[split] = folder / f"{split}.jsonl"
+        with paths[split].open("w") as file:
+            for _ in range(num_rows):
+                place, text = rng.randrange(len(words)), []
+                for _ in range(rng.randint(5, 12)):
+                    place = (place + (1 if rng.random() < 0.9 else rng.randrange(len(words)))) % len(words)
+                    text.append(words[place])
+                file.write(json.dumps({"text": " ".join(text)}) + "\n")
     return paths

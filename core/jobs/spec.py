@@ -19,12 +19,6 @@ MODEL_REF = re.compile(
 MAX_DEPTH = 64
 MAX_YAML_EVENTS = 20_000
 M = TypeVar("M", bound=StrictModel)
-DEFAULT_STAGES: tuple[dict[str, Any], ...] = (
-    {"kind": "finetune", "of": "teacher"},
-    {"kind": "distill"},
-    {"kind": "export"},
-    {"kind": "evaluate"},
-)
 
 
 class TeacherSpec(StrictModel):
@@ -90,11 +84,12 @@ class JobSpec(StrictModel):
     student: Annotated[Student, OneOf()] = Field(description="Where the student comes from.")
     data: DataSpec = Field(description="The splits; a bare data set name means its train, validation and test.")
     stages: list[Annotated[Stage, OneOf()]] = Field(
-        default=list(DEFAULT_STAGES),
+        default_factory=lambda spec: spec["task"].default_stages() if "task" in spec else [],
         validate_default=True,
         min_length=1,
         max_length=32,
-        description="What to do, in order.",
+        description="What to do, in order; left out, the teacher is fine-tuned and the student distilled, written in "
+        "every form that its task has, and measured.",
     )
     cache: Literal["use", "refresh", "off"] = Field(
         "use",

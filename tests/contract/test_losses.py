@@ -1,4 +1,4 @@
-"""What holds for every loss; a new one is tested by being there, once it names an oracle."""
+"""What holds for every loss on logits; a new one is tested by being there, once it names an oracle."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,10 +11,10 @@ from scipy.special import rel_entr
 from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
-from core.methods import list_methods
+from core.methods import FeatureLoss, list_methods
 from worker.kernels.signals import DenseSignal
 
-LOSSES = list_methods("losses")
+LOSSES = {kind: loss for kind, loss in list_methods("losses").items() if not issubclass(loss, FeatureLoss)}
 every_loss = pytest.mark.parametrize("kind", sorted(LOSSES))
 Oracle = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
 
@@ -33,7 +33,7 @@ def distributions(loss: Any, z: Tensor, u: Tensor) -> tuple[Categorical, Categor
 def scaled(distance: Callable[[Any, Categorical, Categorical], Tensor]) -> Oracle:
     """An oracle from a distance of the two distributions, times T²."""
     return lambda loss, z, u, y: (
-        (loss.temperature**2 if loss.t2_scaling else 1) * distance(loss, *distributions(loss, z, u))
+        (loss.temperature**2 if loss.temperature_scaling else 1) * distance(loss, *distributions(loss, z, u))
     )
 
 
@@ -79,7 +79,7 @@ ORACLES: dict[str, Oracle] = {
     "skew_reverse_kl": scaled(lambda loss, p, q: kl_divergence(q, mix(loss.alpha, q, p))),
     "adaptive_kl": scaled(adaptive_kl_of),
     "total_variation": lambda loss, z, u, y: (
-        (loss.temperature if loss.t_scaling else 1)
+        (loss.temperature if loss.temperature_scaling else 1)
         * torch.tensor(
             [cityblock(p, q) / 2 for p, q in zip(*(d.probs.numpy() for d in distributions(loss, z, u)), strict=True)],
             dtype=z.dtype,
@@ -90,7 +90,7 @@ ORACLES: dict[str, Oracle] = {
     ).mean(-1),
 }
 SWITCHES: list[tuple[str, dict[str, Any]]] = [
-    ("forward_kl", {"temperature": 2.5, "t2_scaling": False}),
+    ("forward_kl", {"temperature": 2.5, "temperature_scaling": False}),
     ("forward_kl", {"temperature": 2.5}),
     ("cross_entropy", {"label_smoothing": 0.2}),
     ("symmetric_kl", {"forward_weight": 0.3, "reverse_weight": 1.5}),
@@ -101,7 +101,7 @@ SWITCHES: list[tuple[str, dict[str, Any]]] = [
     ("skew_reverse_kl", {"alpha": 0.4, "detach_mixture": True}),
     ("adaptive_kl", {"head": 0.8, "temperature": 1.0}),
     ("total_variation", {"temperature": 3.0}),
-    ("total_variation", {"temperature": 3.0, "t_scaling": False}),
+    ("total_variation", {"temperature": 3.0, "temperature_scaling": False}),
     ("logit_mse", {"centred": False}),
 ]
 NOT_ZERO_AT_EQUALITY = {"cross_entropy", "soft_cross_entropy"}
@@ -188,3 +188,15 @@ def test_it_and_its_gradient_vanish_at_equality_alone(kind: str) -> None:
     loss_B.sum().backward()
     torch.testing.assert_close(loss_B, torch.zeros_like(loss_B))
     torch.testing.assert_close(z_BC.grad, torch.zeros_like(z_BC))
+
+
+def test_a_temperature_can_move_over_the_steps() -> None:
+    class Context:
+        share_done = 0.0
+
+    z_BC, u_BC, labels_B = draw()
+    moving = LOSSES["forward_kl"](temperature={"start": 8.0, "end": 2.0}).build(Context)
+    for share, temperature in ((0.0, 8.0), (0.5, 5.0), (1.0, 2.0)):
+        Context.share_done = share
+        expected = built("forward_kl", temperature=temperature)(z_BC, u_BC, labels_B)
+        torch.testing.assert_close(moving(z_BC, DenseSignal(u_BC), labels_B), expected)

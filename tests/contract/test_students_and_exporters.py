@@ -15,7 +15,7 @@ from core.errors import StageFailed
 from core.methods import list_methods
 from tests.engine_bench import LABELS, Bench, contents, make_spec
 from worker.engine.context import Order, StageContext
-from worker.engine.loading import load_model, load_tokenizer, save_model
+from worker.engine.loading import load_classifier, load_tokenizer, save_classifier
 from worker.engine.reporting import Reporter
 from worker.engine.students import load_student
 
@@ -27,8 +27,8 @@ TEXTS = ["my parcel is late", "please help with the password reset code now", "r
 def context(tmp_path: Path) -> Iterator[StageContext]:
     bench = Bench(tmp_path).lay()
     torch.manual_seed(0)
-    teacher = load_model(bench.inputs / "teacher", LABELS)
-    save_model(teacher, load_tokenizer(bench.inputs / "teacher"), LABELS, bench.inputs / "teacher")
+    teacher = load_classifier(bench.inputs / "teacher", LABELS)
+    save_classifier(teacher, load_tokenizer(bench.inputs / "teacher"), LABELS, bench.inputs / "teacher")
     spec = make_spec([{"kind": "distill"}, {"kind": "export"}])
     order = Order.parse(json.loads(bench.write_order(spec, 1, "stage").read_text()))
     with open("/dev/null", "wb") as nowhere:
@@ -42,7 +42,7 @@ def with_student(context: StageContext) -> StageContext:
     student = load_student(context)
     with torch.no_grad():  # a head that tells the texts apart, as a trained one does
         student.classifier.weight.mul_(50)
-    save_model(student, context.load_tokenizer("teacher"), LABELS, context.order.inputs_dir / "student")
+    save_classifier(student, context.load_tokenizer("teacher"), LABELS, context.order.inputs_dir / "student")
     return context
 
 
@@ -64,7 +64,7 @@ def test_a_student_loads_in_stock_transformers(kind: str, context: StageContext,
     assert kind in STUDENTS, f"name settings to test '{kind}' with"
     method = list_methods("students")[kind].model_validate({"kind": kind, **STUDENTS[kind]})
     student = method.build(context).eval()
-    save_model(student, context.load_tokenizer("teacher"), LABELS, tmp_path / "student")
+    save_classifier(student, context.load_tokenizer("teacher"), LABELS, tmp_path / "student")
     again, info = AutoModelForSequenceClassification.from_pretrained(tmp_path / "student", output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]

@@ -7,6 +7,7 @@ import signal
 import tarfile
 from pathlib import Path
 
+from tests import pico
 from tests.e2e.stack import Stack, children_of, until
 
 LONG = [{"kind": "finetune", "epochs": 1000, "batch_size": 4}]
@@ -50,6 +51,33 @@ def test_job_goes_from_post_to_a_downloaded_smaller_model(stack: Stack) -> None:
 
     names = {series["name"] for series in stack.http.get(f"/v1/jobs/{job_id}/metrics").json()["data"]}
     assert {"loss/total", "loss/cross_entropy", "loss/forward_kl", "share/forward_kl"} <= names
+
+
+def test_a_language_model_goes_the_same_way_and_answers_once(stack: Stack, tmp_path: Path) -> None:
+    stack.start_worker()
+    stack.push_model(pico.write_language_model(tmp_path / "model"), "pico-lm")
+    stack.push_data(pico.write_walks(tmp_path / "data"), "walks")
+    distill = {
+        "kind": "distill",
+        "epochs": 4,
+        "learning_rate": 5e-3,
+        "batch_size": 8,
+        "losses": [{"kind": "cross_entropy"}, {"kind": "reverse_kl", "temperature": 1}],
+    }
+    spec = {
+        "task": {"kind": "causal_lm", "block_tokens": 32},
+        "teacher": {"model": "pico-lm"},
+        "data": "walks",
+        "stages": [{"kind": "answer", "top_k": 8}, distill, {"kind": "evaluate", "latency_samples": 10}],
+    }
+    first = stack.submit(**spec)
+    assert stack.wait(first)["state"] == "succeeded", stack.job(first)
+    rows = stack.job(first)["stages"][2]["summary"]["models"]
+    assert [row["name"] for row in rows] == ["teacher", "student"]
+    assert rows[1]["perplexity"] < rows[0]["perplexity"]  # the teacher never saw such texts, the student has
+
+    second = stack.submit(**spec | {"stages": [spec["stages"][0], distill | {"epochs": 1}]})
+    assert [stage["state"] for stage in stack.wait(second)["stages"]] == ["cached", "succeeded"]
 
 
 def test_output_of_a_job_is_the_teacher_of_the_next(stack: Stack) -> None:

@@ -34,7 +34,7 @@ def _exact(data: Encoded) -> int:
 
 def test_an_epoch_holds_every_row_once_and_is_a_function_of_seed_and_epoch(data: Encoded) -> None:
     def rows(seed: int, epoch: int, first: int = 0) -> list[list[int]]:
-        return [batch.rows_B.tolist() for batch in data.shuffled(8, [seed, epoch], first, CPU)]
+        return [batch.rows.tolist() for batch in data.shuffled(8, [seed, epoch], first, CPU)]
 
     assert sorted(row for batch in rows(1, 0) for row in batch) == list(range(101))
     assert rows(1, 0) == rows(1, 0)
@@ -55,12 +55,12 @@ def test_batches_have_few_widths_and_little_padding(data: Encoded) -> None:
 
 def test_padding_is_masked_and_rows_keep_their_labels(data: Encoded) -> None:
     for batch in data.by_length(8, CPU):
-        for index, row in enumerate(batch.rows_B.tolist()):
+        for index, row in enumerate(batch.rows.tolist()):
             length = int(data.lengths[row])
             assert batch.inputs["attention_mask"][index].sum() == length
             assert (batch.inputs["input_ids"][index, length:] == 0).all()
             assert batch.inputs["input_ids"][index, :length].tolist() == data.columns["input_ids"][row].tolist()
-            assert batch.labels_B[index] == row % 3
+            assert batch.labels[index] == row % 3
 
 
 def test_by_length_starts_with_the_longest(data: Encoded) -> None:

@@ -19,7 +19,7 @@ from transformers import AutoModelForSequenceClassification as Classifier
 
 from core.errors import StageFailed
 from tests import pico
-from worker.engine.loading import is_head, limit_length, load_model, load_tokenizer, save_model
+from worker.engine.loading import is_head, limit_length, load_classifier, load_tokenizer, save_classifier
 from worker.engine.optimization import make_optimizer, make_schedule, open_pooler, set_dropout
 from worker.engine.students import keep_layers
 
@@ -93,12 +93,12 @@ def test_shared_layers_cannot_be_kept_apart() -> None:
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     folder = pico.write_model(tmp_path / "model")
-    save_model(load_model(folder, LABELS), load_tokenizer(folder), LABELS, folder)
+    save_classifier(load_classifier(folder, LABELS), load_tokenizer(folder), LABELS, folder)
     return folder
 
 
 def test_a_head_over_the_same_labels_is_put_in_their_order(saved: Path) -> None:
-    first, second = load_model(saved, LABELS), load_model(saved, ["c", "a", "b"])
+    first, second = load_classifier(saved, LABELS), load_classifier(saved, ["c", "a", "b"])
     assert not first.has_new_head
     assert not second.has_new_head
     torch.testing.assert_close(second.classifier.weight, first.classifier.weight[[2, 0, 1]])
@@ -107,16 +107,16 @@ def test_a_head_over_the_same_labels_is_put_in_their_order(saved: Path) -> None:
 
 @pytest.mark.parametrize("labels", [["a", "b", "x"], ["a", "b"], ["a", "b", "c", "d"]])
 def test_a_head_over_other_labels_is_new(saved: Path, labels: list[str]) -> None:
-    model = load_model(saved, labels)
+    model = load_classifier(saved, labels)
     assert model.has_new_head
     assert model.classifier.out_features == len(labels)
-    old = load_model(saved, LABELS).classifier.weight
+    old = load_classifier(saved, LABELS).classifier.weight
     assert not torch.equal(model.classifier.weight[:2], old[:2])
     assert list(model.config.label2id) == labels
 
 
 def test_a_folder_without_a_head_gets_one(tmp_path: Path) -> None:
-    assert load_model(pico.write_model(tmp_path / "model"), LABELS).has_new_head
+    assert load_classifier(pico.write_model(tmp_path / "model"), LABELS).has_new_head
 
 
 def test_weights_that_do_not_fit_are_told(saved: Path) -> None:
@@ -124,19 +124,19 @@ def test_weights_that_do_not_fit_are_told(saved: Path) -> None:
 
     weights = load_file(saved / "model.safetensors")
     save_file({f"x.{name}": tensor for name, tensor in weights.items()}, saved / "model.safetensors", {"format": "pt"})
-    with pytest.raises(StageFailed, match="tensors of the encoder are missing") as caught:
-        load_model(saved, LABELS)
+    with pytest.raises(StageFailed, match="tensors of the model are missing") as caught:
+        load_classifier(saved, LABELS)
     assert caught.value.reason == "teacher_unavailable"
     (saved / "model.safetensors").unlink()
     with pytest.raises(StageFailed, match="cannot be loaded") as caught:
-        load_model(saved, LABELS)
+        load_classifier(saved, LABELS)
     assert caught.value.reason == "teacher_unavailable"
 
 
 def test_the_longest_input_is_what_the_positions_allow(saved: Path) -> None:
     for asked, found in ((16, 16), (500, 64)):
         tokenizer = load_tokenizer(saved)
-        limit_length(load_model(saved, LABELS), tokenizer, asked)
+        limit_length(load_classifier(saved, LABELS), tokenizer, asked)
         assert tokenizer.model_max_length == found
     tokenizer = load_tokenizer(saved)
     tokenizer.model_max_length = 10**30
@@ -152,7 +152,7 @@ class Settings:
 def test_head_and_encoder_have_their_rates_and_norms_do_not_decay() -> None:
     model = make(CONFIGS[0])
     rates, names = {}, {id(parameter): name for name, parameter in model.named_parameters()}
-    for group in make_optimizer(model, Settings()).param_groups:
+    for group in make_optimizer(model, Settings(), is_head).param_groups:
         for parameter in group["params"]:
             name = names.pop(id(parameter))
             rates[name] = group["lr"]

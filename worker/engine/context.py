@@ -22,11 +22,11 @@ from core.errors import StageFailed
 from core.jobs.spec import JobSpec
 from core.methods import Stage, list_methods
 from worker.engine import checkpoints
-from worker.engine.data import Examples, read_examples
 from worker.engine.devices import choose_device
 from worker.engine.failures import StopRequested, is_storage_full
-from worker.engine.loading import load_model, load_tokenizer
+from worker.engine.loading import load_tokenizer
 from worker.engine.reporting import Reporter
+from worker.engine.tasks import TaskRun
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -76,8 +76,10 @@ class StageContext:
         self.order = order
         self.spec = order.spec
         self.labels = order.labels
+        self.task: TaskRun = order.spec.task.build(self)
         self.reporter = reporter
         self.device = choose_device()
+        self.share_done = 0.0  # of a training stage, 0 at its first step and 1 at its last
         self._stop = stop
         self._remembered: dict[str, Any] = {}
         self.scratch_dir = Path(tempfile.mkdtemp(prefix="scratch-", dir=order.outputs_dir.parent))
@@ -164,27 +166,24 @@ class StageContext:
         return folder
 
     def load_model(self, role: str, **options: Any) -> PreTrainedModel:
-        """Returns the role's classifier over this job's labels, in float32, on the processor."""
-        model = load_model(self.input(role), self.labels, **options)
-        if model.has_new_head:
-            log.info("the %s has no head for these %d classes and gets a new one", role, len(self.labels))
-        return model
+        """Returns the role's model for this job's task, in float32, on the processor."""
+        return self.task.load_model(self.input(role), **options)
 
     def load_tokenizer(self, role: str) -> PreTrainedTokenizerBase:
         """Returns the role's tokenizer."""
         return load_tokenizer(self.input(role))
 
-    def find_split(self, name: str) -> Examples | None:
-        """Returns a split's texts and labels, or None when the spec has none of that name."""
+    def find_split(self, name: str) -> Path | None:
+        """Returns the file of a split, JSON Lines, or None when the spec has none of that name."""
         path = self.order.inputs_dir / "data" / f"{name}.jsonl"
-        return read_examples(path, self.spec.task.columns(), self.labels) if path.is_file() else None
+        return path if path.is_file() else None
 
-    def get_split(self, name: str) -> Examples:
-        """Returns a split's texts and labels. Raises StageFailed when there is none."""
-        split = self.find_split(name)
-        if split is None:
+    def get_split(self, name: str) -> Path:
+        """Returns the file of a split. Raises StageFailed when there is none."""
+        path = self.find_split(name)
+        if path is None:
             raise StageFailed("dataset_invalid", f"The job has no {name} split.", suggestion=f"Set data.{name}.")
-        return split
+        return path
 
     def remember(self, key: str, make: Callable[[], T]) -> T:
         """Returns what `make` returned the first time it was asked for under this key."""

@@ -15,6 +15,7 @@ from core.errors import StageFailed
 
 LENGTH_MULTIPLE = 8
 TOKENIZE_CHUNK = 4096
+IGNORED = -100  # the label of a place where nothing is to be found
 
 
 class Examples(NamedTuple):
@@ -29,18 +30,37 @@ class Examples(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Padded inputs `{name: ids_BT}`, labels, and which rows of the split they are."""
+    """Inputs `{name: ids_BT}`, and the class that is to be found, of each example or of each token.
+
+    `labels` is labels_B or labels_BT; where it is not IGNORED is a row. `rows`, of the same shape and on the processor,
+    is the number that each row has in the whole split.
+    """
 
     inputs: dict[str, Tensor]
-    labels_B: Tensor
-    rows_B: Tensor
+    labels: Tensor
+    rows: Tensor
+
+    @property
+    def is_row(self) -> Tensor:
+        """Where a class is to be found."""
+        return self.labels != IGNORED
+
+    @property
+    def row_labels(self) -> Tensor:
+        """The classes of the rows."""
+        return self.labels[self.is_row]
+
+    @property
+    def row_numbers(self) -> Tensor:
+        """The numbers of the rows."""
+        return self.rows[self.is_row.to(self.rows.device)]
 
     def parts(self, size: int) -> Iterator["Batch"]:
         """Yields the batch in parts of at most so many examples."""
-        for start in range(0, len(self.rows_B), size):
-            rows = slice(start, start + size)
-            inputs = {name: ids_BT[rows] for name, ids_BT in self.inputs.items()}
-            yield Batch(inputs, self.labels_B[rows], self.rows_B[rows])
+        for start in range(0, len(self.rows), size):
+            some = slice(start, start + size)
+            inputs = {name: ids_BT[some] for name, ids_BT in self.inputs.items()}
+            yield Batch(inputs, self.labels[some], self.rows[some])
 
 
 @dataclass(frozen=True)

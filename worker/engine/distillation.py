@@ -2,8 +2,10 @@
 
 from typing import TYPE_CHECKING, Any
 
+from core.methods import FeatureLoss
 from worker.engine.context import StageContext
-from worker.engine.objective import Objective, make_terms
+from worker.engine.features import Features
+from worker.engine.objective import Objective, make_term, name_losses
 from worker.engine.students import load_student
 from worker.engine.training import Trainer
 
@@ -20,9 +22,18 @@ def distill(ctx: StageContext, settings: "Distill") -> dict[str, Any]:
             "The teacher has no head for these classes: its answers are random. Put a finetune stage before distill.",
         )
     tokenizer = ctx.load_tokenizer("student" if ctx.has_input("student") else "teacher")
-    objective = Objective(make_terms(ctx, settings.losses), is_sum=settings.reduction == "sum")
-    trainer = Trainer(ctx, load_student(ctx), tokenizer, settings, objective)
-    trainer.teacher, trainer.mask_probability = teacher, settings.mask_probability
+    losses, student = name_losses(settings.losses), load_student(ctx)
+    terms = [make_term(ctx, name, loss) for name, loss in losses.items() if not isinstance(loss, FeatureLoss)]
+    compared = [(name, loss) for name, loss in losses.items() if isinstance(loss, FeatureLoss)]
+    trainer = Trainer(
+        ctx,
+        student,
+        tokenizer,
+        settings,
+        Objective(terms, is_sum=settings.reduction == "sum"),
+        ctx.task.teach(teacher, tokenizer, settings),
+        Features(ctx, compared, student, teacher) if compared else None,
+    )
     teacher_scores = trainer.score_validation(teacher) if trainer.validation_data else None
     summary = trainer.run()
     trainer.save("student")
@@ -33,11 +44,11 @@ def distill(ctx: StageContext, settings: "Distill") -> dict[str, Any]:
 
 def compare(ctx: StageContext, teacher: dict[str, float], student: dict[str, float]) -> None:
     """Warns when the teacher is no better than its student: its answers then teach little."""
-    if teacher["accuracy"] <= student["accuracy"]:
+    name = ctx.task.headline
+    if ctx.task.rank(teacher)[0] <= ctx.task.rank(student)[0]:
         ctx.warn(
             "teacher_no_better",
-            f"The teacher's validation accuracy ({teacher['accuracy']:.4f}) is no better than the student's "
-            f"({student['accuracy']:.4f}); train the teacher longer, or choose a better one.",
-            teacher_accuracy=teacher["accuracy"],
-            student_accuracy=student["accuracy"],
+            f"The teacher's validation {name} ({teacher[name]:.4f}) is no better than the student's "
+            f"({student[name]:.4f}); train the teacher longer, or choose a better one.",
+            **{f"teacher_{name}": teacher[name], f"student_{name}": student[name]},
         )

@@ -16,9 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from core.errors import StageFailed
 from worker.engine.context import StageContext
-from worker.engine.data import Encoded, encode
-from worker.engine.inference import predict_logits
-from worker.engine.loading import input_names, load_model, save_labels, save_model, save_tokenizer
+from worker.engine.data import Encoded
+from worker.engine.loading import save_labels, save_tokenizer
 from worker.engine.runtimes import open_session, run_session
 
 if TYPE_CHECKING:
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
     from worker.methods.stages.export import Export
 
 OPSET = 17
-CHECKED_TEXTS = 1000
 CHECK_BATCH = 32
 EQUAL_LOGITS = 1e-5  # the same weights in the same library; only the attention kernel may differ
 MAX_ONNX_BYTES = 2**31 - 2**20  # a protobuf message ends there
@@ -36,11 +34,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Reference:
-    """The student with the texts on which its forms are compared, and its logits for them."""
+    """The student with the examples on which its forms are compared, and its logits for them.
+
+    `data` is what the task's `sample` gives: an `Encoded` where a form can be run that reads one, as the ONNX forms do.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    data: Encoded
+    data: Any
     logits_NC: NDArray[np.float32]
 
 
@@ -61,11 +62,10 @@ def export(ctx: StageContext, settings: "Export") -> dict[str, Any]:
 def write_safetensors(ctx: StageContext, folder: Path) -> dict[str, float]:
     """Writes the student for `from_pretrained`, loads it again, and returns the largest difference of a logit."""
     reference = get_reference(ctx)
-    save_model(reference.model, reference.tokenizer, ctx.labels, folder)
-    again = load_model(folder, ctx.labels, attn_implementation="eager")
-    return _measure(
-        reference, predict_logits(again, reference.data, ctx.check_stop).numpy(), "safetensors", EQUAL_LOGITS
-    )
+    ctx.task.save_model(reference.model, reference.tokenizer, folder)
+    again = ctx.task.load_model(folder, attn_implementation="eager").eval()
+    logits_NC = ctx.task.logits(again, reference.data, ctx.check_stop).numpy()
+    return _measure(reference, logits_NC, "safetensors", EQUAL_LOGITS)
 
 
 def write_onnx(ctx: StageContext, settings: "Onnx", folder: Path) -> dict[str, float]:
@@ -104,14 +104,13 @@ def write_onnx_int8(ctx: StageContext, settings: "OnnxInt8", folder: Path) -> di
 
 
 def get_reference(ctx: StageContext) -> Reference:
-    """Returns the student and its logits for texts of the validation split (else of the train split), made once."""
+    """Returns the student and its logits for some of the validation split (else of the train split), made once."""
 
     def make() -> Reference:
         model = ctx.load_model("student", attn_implementation="eager").eval()
         tokenizer = ctx.load_tokenizer("student")
-        examples = (ctx.find_split("validation") or ctx.get_split("train")).head(CHECKED_TEXTS)
-        data = encode(examples, tokenizer, input_names(model, tokenizer))
-        return Reference(model, tokenizer, data, predict_logits(model, data, ctx.check_stop, CHECK_BATCH).numpy())
+        data = ctx.task.sample(ctx.find_split("validation") or ctx.get_split("train"), model, tokenizer)
+        return Reference(model, tokenizer, data, ctx.task.logits(model, data, ctx.check_stop).numpy())
 
     return ctx.remember("reference", make)
 
@@ -130,7 +129,7 @@ def run_onnx(ctx: StageContext, data: Encoded, folder: Path) -> NDArray[np.float
     session = open_session(folder, ctx.num_threads)
     logits_NC: NDArray[np.float32] = np.empty((len(data), len(ctx.labels)), dtype=np.float32)
     for batch in data.by_length(CHECK_BATCH, torch.device("cpu")):
-        logits_NC[batch.rows_B.numpy()] = run_session(session, batch.inputs)
+        logits_NC[batch.rows.numpy()] = run_session(session, batch.inputs)
         ctx.check_stop()
     return logits_NC
 

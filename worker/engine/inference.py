@@ -33,7 +33,7 @@ def predict_logits(
     logits_NC = torch.empty(len(data), model.config.num_labels)
     with torch.inference_mode():
         for batch in data.by_length(batch_size, model.device):
-            logits_NC[batch.rows_B] = model(**batch.inputs).logits.float().cpu()
+            logits_NC[batch.rows] = model(**batch.inputs).logits.float().cpu()
             between()
     model.train(was_training)
     return logits_NC

@@ -2,12 +2,14 @@
 
 import inspect
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
@@ -25,7 +27,7 @@ transformers_logging.disable_progress_bar()
 transformers_logging.set_verbosity_error()  # its report of a missing head is ours to give
 
 
-def load_model(folder: Path, labels: list[str], **options: Any) -> PreTrainedModel:
+def load_classifier(folder: Path, labels: list[str], **options: Any) -> PreTrainedModel:
     """Returns the folder's sequence classifier over these labels, in float32.
 
     A head over the same labels in another order is put in this order; a head over other labels, or a missing one, is
@@ -34,39 +36,53 @@ def load_model(folder: Path, labels: list[str], **options: Any) -> PreTrainedMod
     Raises:
         StageFailed: `teacher_unavailable` when the folder cannot be loaded, or lacks weights of the encoder.
     """
-    try:
-        model, found, new_keys = _read(folder, labels, options)
-    except (OSError, ValueError) as error:
-        if isinstance(error, OSError) and error.errno:  # the system's own: no memory, no permission
-            raise
-        message = f"The model cannot be loaded: {str(error).splitlines()[0]}"
-        raise StageFailed("teacher_unavailable", message, suggestion=COMPLETE_FOLDER) from error
-    lost = sorted(key for key in new_keys if not is_head(model, key))
-    if lost:
-        message = (
-            f"The weights do not fit the config: {len(lost)} tensors of the encoder are missing, first '{lost[0]}'."
-        )
-        raise StageFailed("teacher_unavailable", message, suggestion=COMPLETE_FOLDER)
+    model, found, new_keys = _read(AutoModelForSequenceClassification, folder, options | {"num_labels": len(labels)})
+    _refuse_lost([key for key in new_keys if not is_head(model, key)])
     _settle_head(model, labels, found, new_keys)
     model.config.problem_type = "single_label_classification"
     return model
 
 
-def _read(folder: Path, labels: list[str], options: dict[str, Any]) -> tuple[PreTrainedModel, list[str], set[str]]:
+def load_language_model(folder: Path, **options: Any) -> PreTrainedModel:
+    """Returns the folder's causal language model, in float32.
+
+    Raises:
+        StageFailed: `teacher_unavailable` when the folder cannot be loaded, or lacks weights.
+    """
+    model, _, new_keys = _read(AutoModelForCausalLM, folder, options)
+    _refuse_lost(new_keys)
+    model.has_new_head = False
+    return model
+
+
+def _read(auto_class: Any, folder: Path, options: dict[str, Any]) -> tuple[PreTrainedModel, list[str], set[str]]:
     """Returns the model, the labels that its folder names, and the names of the tensors that its folder lacks."""
-    config = AutoConfig.from_pretrained(folder, **OFFLINE)
-    model, info = AutoModelForSequenceClassification.from_pretrained(
-        folder,
-        **OFFLINE,
-        **options,
-        use_safetensors=True,
-        dtype=torch.float32,
-        num_labels=len(labels),
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-    )
+    try:
+        config = AutoConfig.from_pretrained(folder, **OFFLINE)
+        model, info = auto_class.from_pretrained(
+            folder,
+            **OFFLINE,
+            **options,
+            use_safetensors=True,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno:  # the system's own: no memory, no permission
+            raise
+        message = f"The model cannot be loaded: {str(error).splitlines()[0]}"
+        raise StageFailed("teacher_unavailable", message, suggestion=COMPLETE_FOLDER) from error
     found = [config.id2label[index] for index in sorted(config.id2label)]
     return model, found, set(info["missing_keys"]) | {key[0] for key in info["mismatched_keys"]}
+
+
+def _refuse_lost(keys: Collection[str]) -> None:
+    if keys:
+        message = (
+            f"The weights do not fit the config: {len(keys)} tensors of the model are missing, first '{min(keys)}'."
+        )
+        raise StageFailed("teacher_unavailable", message, suggestion=COMPLETE_FOLDER)
 
 
 def _settle_head(model: PreTrainedModel, labels: list[str], found: list[str], new_keys: set[str]) -> None:
@@ -107,7 +123,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, labels: list[str], folder: Path) -> None:
+def save_classifier(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, labels: list[str], folder: Path
+) -> None:
     """Writes weights (safetensors), config, tokenizer and labels; the same model gives the same bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     model.config.pad_token_id = tokenizer.pad_token_id
@@ -116,10 +134,20 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, label
     save_labels(labels, folder)
 
 
-def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def save_language_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Writes weights (safetensors), config and tokenizer; the same model gives the same bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder, truncate=False)
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, *, truncate: bool = True) -> None:
     """Writes the tokenizer; a reader of its `tokenizer.json` alone cuts at the same length, and pads as it likes."""
     backend = tokenizer.backend_tokenizer
-    backend.enable_truncation(tokenizer.model_max_length)
+    if truncate:
+        backend.enable_truncation(tokenizer.model_max_length)
+    else:
+        backend.no_truncation()
     backend.no_padding()
     for name in TRANSIENT_SETTINGS:
         tokenizer.init_kwargs.pop(name, None)

@@ -1,13 +1,14 @@
 """What a model costs: bytes on disk, latency and throughput in its runtime."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from worker.engine.data import Encoded
 from worker.engine.runtimes import Forward
@@ -16,6 +17,15 @@ ROUNDS = 5
 WARM_UP_RUNS = 5
 THROUGHPUT_BATCH = 32
 CPU = torch.device("cpu")
+
+
+class Singles(Protocol):
+    """A split from which single examples can be taken."""
+
+    def __len__(self) -> int: ...
+
+    def single(self, row: int) -> dict[str, Tensor]:
+        """Returns the inputs of one example, a batch of one without padding."""
 
 
 class Answers(NamedTuple):
@@ -38,15 +48,15 @@ def answer_all(forward: Forward, data: Encoded, num_classes: int, between: Calla
         if index == 0:
             forward(batch.inputs)
         began = time.perf_counter()
-        logits_NC[batch.rows_B.numpy()] = forward(batch.inputs)
+        logits_NC[batch.rows.numpy()] = forward(batch.inputs)
         elapsed_s += time.perf_counter() - began
         between()
     return Answers(logits_NC, len(data) / elapsed_s)
 
 
 def time_singles(
-    models: list[tuple[Forward, Encoded]], num_samples: int, between: Callable[[], None]
-) -> list[tuple[float, float]]:
+    models: Sequence[tuple[Forward, Singles]], num_samples: int, between: Callable[[], None]
+) -> list[dict[str, float]]:
     """Returns each model's median and 95th percentile of the latency at batch size 1, in milliseconds.
 
     The texts are spread evenly over the split, each without padding. The models take turns in several rounds, each with
@@ -64,4 +74,7 @@ def time_singles(
                 forward(inputs)
                 found.append((time.perf_counter() - began) * 1e3)
             between()
-    return [(float(p50), float(p95)) for p50, p95 in (np.percentile(found, [50, 95]) for found in times_ms)]
+    return [
+        dict(zip(("latency_p50_ms", "latency_p95_ms"), np.percentile(found, [50, 95]).tolist(), strict=True))
+        for found in times_ms
+    ]

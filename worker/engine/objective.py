@@ -26,17 +26,17 @@ class Term:
     loss: Callable[[Tensor, Signal | None, Tensor], Tensor]
 
 
-def make_terms(ctx: StageContext, losses: Sequence[Loss]) -> list[Term]:
-    """Returns the terms, named after their kind; a second one of a kind is `<kind>_2`."""
+def name_losses(losses: Sequence[Loss]) -> dict[str, Loss]:
+    """Returns the losses by their names in logs: the kind, and `<kind>_2` for a second one of a kind."""
     kinds = [loss.kind for loss in losses]
-    names = [
-        kind if kinds[: i + 1].count(kind) == 1 else f"{kind}_{kinds[: i + 1].count(kind)}"
-        for i, kind in enumerate(kinds)
-    ]
-    return [
-        Term(name, None if loss.weight == "auto" else loss.weight, loss.build(ctx))
-        for name, loss in zip(names, losses, strict=True)
-    ]
+    counts = [kinds[: index + 1].count(kind) for index, kind in enumerate(kinds)]
+    names = [kind if count == 1 else f"{kind}_{count}" for kind, count in zip(kinds, counts, strict=True)]
+    return dict(zip(names, losses, strict=True))
+
+
+def make_term(ctx: StageContext, name: str, loss: Loss) -> Term:
+    """Returns a loss on logits as a term."""
+    return Term(name, None if loss.weight == "auto" else loss.weight, loss.build(ctx))
 
 
 class Objective:
@@ -97,19 +97,19 @@ class Objective:
             [term_NC] = torch.autograd.grad(weights[term.name] * value, logits_NC)
             gradient_NC += term_NC
             numbers_J2 += [value.detach(), term_NC.square().sum()]
-        values = iter(torch.stack(numbers_J2).tolist())  # one wait for the device
+        values = iter(torch.stack(numbers_J2).tolist() if numbers_J2 else ())  # one wait for the device
         numbers = {name: next(values) for term in self.terms for name in (term.name, f"gradient/{term.name}")}
         return gradient_NC, {"total": sum(weight * numbers[name] for name, weight in weights.items()), **numbers}
 
     def shares(self, numbers: dict[str, float]) -> dict[str, float]:
-        """Returns each term's share of the loss and, under `gradient/<term>`, of the sum of the gradients' norms."""
+        """Returns each term's share of the total and, under `gradient/<term>`, of the sum of the gradients' norms."""
         values = {name: weight * numbers[name] for name, weight in self.weights().items()}
         norms = {term.name: numbers[f"gradient/{term.name}"] ** 0.5 for term in self.terms}
-        return _normalised(values) | {f"gradient/{name}": share for name, share in _normalised(norms).items()}
+        by_gradient = _normalised(norms, sum(norms.values()))
+        return _normalised(values, numbers["total"]) | {f"gradient/{name}": s for name, s in by_gradient.items()}
 
 
-def _normalised(values: dict[str, float]) -> dict[str, float]:
-    whole = sum(values.values())
+def _normalised(values: dict[str, float], whole: float) -> dict[str, float]:
     return {name: value / whole if whole else 0.0 for name, value in values.items()}
 
 

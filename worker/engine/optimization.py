@@ -1,13 +1,12 @@
 """The optimiser and its learning rates."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
-
-from worker.engine.loading import is_head
 
 MAX_GRADIENT_NORM = 1.0
 
@@ -52,7 +51,9 @@ class TrainingSettings(Protocol):
         """Longest input in tokens."""
 
 
-def make_optimizer(model: PreTrainedModel, settings: TrainingSettings) -> AdamW:
+def make_optimizer(
+    model: PreTrainedModel, settings: TrainingSettings, is_head: Callable[[PreTrainedModel, str], bool]
+) -> AdamW:
     """Returns AdamW with a rate for the encoder and one for the head, and no decay on biases and norms."""
     groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():

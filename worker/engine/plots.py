@@ -2,12 +2,15 @@
 
 import io
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+if TYPE_CHECKING:
+    from worker.engine.evaluation import Quality
 
 matplotlib.use("svg")
 STYLE = {
@@ -22,8 +25,8 @@ STYLE = {
 }
 
 
-def plot_losses(training: list[dict[str, Any]]) -> str:
-    """Returns one panel a training stage: every loss over the steps, and the validation accuracy."""
+def plot_losses(training: list[dict[str, Any]], quality: "Quality") -> str:
+    """Returns one panel a training stage: every loss over the steps, and how good the model is on validation."""
     stages = sorted({(series["ordinal"], series["kind"]) for series in training if series["name"] == "loss/total"})
     if not stages:
         return ""
@@ -31,23 +34,23 @@ def plot_losses(training: list[dict[str, Any]]) -> str:
         figure = Figure(figsize=(5.2 * len(stages), 3.6), layout="constrained")
         panels = figure.subplots(1, len(stages), squeeze=False)[0]
         for panel, (ordinal, kind) in zip(panels, stages, strict=True):
-            _draw_stage(panel, [series for series in training if series["ordinal"] == ordinal])
+            _draw_stage(panel, [series for series in training if series["ordinal"] == ordinal], quality)
             panel.set_title(f"stage {ordinal}: {kind}")
         return to_svg(figure)
 
 
-def plot_quality(models: list[dict[str, Any]], field: str, title: str, unit: float) -> str:
-    """Returns accuracy with its interval against a cost, which is divided by `unit`, on a logarithmic axis."""
+def plot_quality(models: list[dict[str, Any]], quality: "Quality", field: str, title: str, unit: float) -> str:
+    """Returns the quality with its interval against a cost, which is divided by `unit`, on a logarithmic axis."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5.2, 3.6), layout="constrained")
         axes = figure.subplots()
         for index, model in enumerate(models):
-            low, high = model["accuracy_ci"]
-            below, above = max(0.0, model["accuracy"] - low), max(0.0, high - model["accuracy"])
+            value, (low, high) = model[quality.key], model[f"{quality.key}_ci"]
+            below, above = max(0.0, value - low), max(0.0, high - value)
             axes.errorbar(
                 model[field] / unit,
-                100 * model["accuracy"],
-                yerr=[[100 * below], [100 * above]],
+                quality.scale * value,
+                yerr=[[quality.scale * below], [quality.scale * above]],
                 fmt="os^DvP*X"[index % 8],
                 color=f"C{index % 10}",
                 capsize=3,
@@ -60,7 +63,7 @@ def plot_quality(models: list[dict[str, Any]], field: str, title: str, unit: flo
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel(title)
-        axes.set_ylabel("test accuracy, %")
+        axes.set_ylabel(f"test {quality.title}")
         axes.legend(frameon=False, fontsize=8)
         return to_svg(figure)
 
@@ -75,7 +78,7 @@ def to_svg(figure: Figure) -> str:
     return re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", text)
 
 
-def _draw_stage(panel: Axes, series: list[dict[str, Any]]) -> None:
+def _draw_stage(panel: Axes, series: list[dict[str, Any]], quality: "Quality") -> None:
     losses = [one for one in series if one["name"].startswith("loss/")]
     for one in losses if len(losses) > 2 else losses[:1]:  # with a single term, the total is that term
         steps, values = zip(*one["points"], strict=True)
@@ -84,11 +87,11 @@ def _draw_stage(panel: Axes, series: list[dict[str, Any]]) -> None:
     panel.set_ylabel("loss")
     handles, labels = panel.get_legend_handles_labels()
     for one in series:
-        if one["name"] == "validation/accuracy":
+        if one["name"] == f"validation/{quality.key}":
             other = panel.twinx()
             steps, values = zip(*one["points"], strict=True)
-            handles += other.plot(steps, [100 * value for value in values], "o--", color="black", linewidth=1)
-            labels.append("validation accuracy")
-            other.set_ylabel("accuracy, %")
+            handles += other.plot(steps, [quality.scale * value for value in values], "o--", color="black", linewidth=1)
+            labels.append(f"validation {quality.key}")
+            other.set_ylabel(quality.title)
             other.grid(False)
     panel.legend(handles, labels, frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)

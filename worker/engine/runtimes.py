@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from worker.engine.loading import input_names, load_model
+from worker.engine.loading import input_names, load_classifier
 
 Forward = Callable[[dict[str, Tensor]], NDArray[np.float32]]
 
@@ -57,7 +57,7 @@ def _open_onnx(folder: Path, num_threads: int) -> OpenModel:
 
 
 def _open_torch(folder: Path, labels: list[str], tokenizer: PreTrainedTokenizerBase) -> OpenModel:
-    model = load_model(folder, labels).eval()
+    model = load_classifier(folder, labels).eval()
 
     def forward(inputs: dict[str, Tensor]) -> NDArray[np.float32]:
         with torch.inference_mode():

@@ -3,6 +3,7 @@
 import logging
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,16 +13,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from core.errors import StageFailed
 from worker.engine import checkpoints
 from worker.engine.context import StageContext
-from worker.engine.data import Batch, Encoded, Examples, encode
+from worker.engine.data import Batch
 from worker.engine.devices import autocast
 from worker.engine.failures import CheckpointUnfit, StopRequested, is_out_of_memory
-from worker.engine.inference import predict_logits
-from worker.engine.loading import input_names, limit_length, save_model
+from worker.engine.features import Features
 from worker.engine.objective import Objective, ShareWatch, warn_of_share
 from worker.engine.optimization import MAX_GRADIENT_NORM, TrainingSettings, make_optimizer, make_schedule, set_dropout
-from worker.engine.scores import accuracy, macro_f1
-from worker.kernels.heads import add_numbers
-from worker.kernels.signals import DenseSignal
+from worker.engine.tasks import Split
+from worker.engine.teaching import Teaching
+from worker.kernels.heads import add_numbers, backward
 
 LOGGED_POINTS = 200
 log = logging.getLogger(__name__)
@@ -29,27 +29,17 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Trainer:
-    """A model in training, with its data and settings.
-
-    A teacher answers the whole split at once, so that no step runs it. After the first epoch a share of the tokens is
-    masked, anew in every epoch, for teacher and student alike: the student then hears the teacher on more inputs than
-    there are texts.
-
-    Paper: Tang et al. 2019, "Distilling Task-Specific Knowledge from BERT into Simple Neural Networks", section 3.2
-    (masking), with the noise of each epoch in place of a fixed, larger split.
-    """
+    """A model in training, with its data and settings, and the teacher that it hears, if any."""
 
     ctx: StageContext
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     settings: TrainingSettings
     objective: Objective
-    train_data: Encoded = field(init=False)
-    validation_data: Encoded | None = field(init=False)
-    teacher: PreTrainedModel | None = None
-    mask_probability: float = 0.0
-    _teacher_NC: Tensor | None = None
-    _answered_epoch: int = -1
+    teaching: Teaching | None = None
+    features: Features | None = None
+    train_data: Split = field(init=False)
+    validation_data: Split | None = field(init=False)
     watch: ShareWatch = field(init=False)
     _window: list[dict[str, float]] = field(default_factory=list)
     _best: dict[str, Any] = field(default_factory=dict)
@@ -58,15 +48,14 @@ class Trainer:
     _validated_step: int = 0
 
     def __post_init__(self) -> None:
-        limit_length(self.model, self.tokenizer, self.settings.max_length)
-        self.model.config.pad_token_id = self.tokenizer.pad_token_id
+        self.task = self.ctx.task
         self.train_data = self._encode(self.ctx.get_split("train"))
         validation = self.ctx.find_split("validation")
         self.validation_data = self._encode(validation) if validation else None
         self.model.to(self.ctx.device)
         if self.settings.dropout is not None:
             set_dropout(self.model, self.settings.dropout)
-        self.optimizer = make_optimizer(self.model, self.settings)
+        self.optimizer = make_optimizer(self.model, self.settings, self.task.is_head)
         self.steps_per_epoch = math.ceil(len(self.train_data) / self.settings.batch_size)
         self.num_steps = max(1, round(self.settings.epochs * self.steps_per_epoch))
         self.schedule = make_schedule(self.optimizer, self.num_steps, self.settings.warmup_ratio)
@@ -106,7 +95,7 @@ class Trainer:
             self._validate_if_due()
             epoch, first = divmod(self._step, self.steps_per_epoch)
             seed, batch_size = [self.ctx.seed, epoch], self.settings.batch_size
-            data = self._prepare(epoch)
+            data = self.teaching.prepare(epoch, self.train_data) if self.teaching else self.train_data
             self.model.train()
             for batch in data.shuffled(batch_size, seed, first, self.ctx.device):
                 if self._step == self.num_steps:
@@ -119,29 +108,14 @@ class Trainer:
                 self.ctx.progress(self._step, self.num_steps)
         self._validate_if_due()
 
-    def _prepare(self, epoch: int) -> Encoded:
-        """Returns the epoch's inputs, a pure function of seed and epoch, with the teacher's answers to them at hand."""
-        data = self.train_data
-        if self.teacher is None:
-            return data
-        mask_id = self.tokenizer.mask_token_id
-        is_masked = epoch > 0 and self.mask_probability > 0 and mask_id is not None
-        if is_masked:
-            data = data.masked(mask_id, self.mask_probability, [self.ctx.seed, epoch, 1])
-        if self._teacher_NC is None or (is_masked and self._answered_epoch != epoch):
-            with autocast(self.ctx.device):  # a hint to train by, not an answer to a user
-                self._teacher_NC = predict_logits(self.teacher, data, self.ctx.check_stop)
-            self._answered_epoch = epoch
-            log.info("the teacher answered %d texts for epoch %d", len(data), epoch + 1)
-        return data
-
     def _save_checkpoint(self) -> None:
+        heard, heard_state = self.teaching.save() if self.teaching else ({}, {})
         tensors = {
             **checkpoints.add_prefix("model", self.model.state_dict()),
             **checkpoints.add_prefix("best", self._best_state or {}),
             **checkpoints.add_prefix("optimizer", checkpoints.optimizer_tensors(self.optimizer)),
             **checkpoints.add_prefix("random", checkpoints.random_tensors()),
-            **({} if self._teacher_NC is None else {"teacher": self._teacher_NC}),
+            **checkpoints.add_prefix("teacher", heard),
         }
         state = {
             "groups": self.optimizer.state_dict()["param_groups"],
@@ -151,7 +125,7 @@ class Trainer:
             "norms": self.objective.norms,
             "best": self._best,
             "validated_step": self._validated_step,
-            "answered_epoch": self._answered_epoch,
+            "teacher": heard_state,
         }
         self.ctx.save_checkpoint(self._step, tensors, state)
 
@@ -169,7 +143,8 @@ class Trainer:
         self.model.load_state_dict(checkpoints.select(tensors, "model"))
         checkpoints.restore_optimizer(self.optimizer, checkpoints.select(tensors, "optimizer"), state["groups"])
         self.schedule.load_state_dict(state["schedule"])
-        self._teacher_NC, self._answered_epoch = tensors.get("teacher"), state["answered_epoch"]
+        if self.teaching:
+            self.teaching.restore(checkpoints.select(tensors, "teacher"), state["teacher"])
         self._best_state = checkpoints.select(tensors, "best") or None
         self._best, self._window = state["best"], state["window"]
         self.watch.counts, self.objective.norms = state["watched"], state["norms"]
@@ -179,10 +154,11 @@ class Trainer:
 
     def save(self, role: str) -> None:
         """Writes the model, its tokenizer and its labels as the stage's output in this role."""
-        save_model(self.model, self.tokenizer, self.ctx.labels, self.ctx.output(role))
+        self.task.save_model(self.model, self.tokenizer, self.ctx.output(role))
 
-    def _encode(self, examples: Examples) -> Encoded:
-        return encode(examples, self.tokenizer, input_names(self.model, self.tokenizer))
+    def _encode(self, path: Path) -> Split:
+        split: Split = self.task.encode(path, self.model, self.tokenizer, self.settings.max_length)
+        return split
 
     def _warn_of_cut_texts(self) -> None:
         cut, total = self.train_data.num_cut, len(self.train_data)
@@ -193,15 +169,18 @@ class Trainer:
 
     def _update(self, batch: Batch) -> dict[str, float]:
         """Makes one step of the optimiser; its parts add up to what the whole batch would be at once."""
-        num_rows = len(batch.rows_B)
+        num_rows = int(batch.is_row.sum())
+        self.ctx.share_done = self._step / max(1, self.num_steps - 1)
         numbers: dict[str, float] = {}
         self.optimizer.zero_grad(set_to_none=True)
-        for part in batch.parts(self.settings.micro_batch_size or num_rows):
+        for part in batch.parts(self.settings.micro_batch_size or len(batch.rows)):
             with autocast(self.ctx.device):
-                logits_BC = self.model(**part.inputs).logits
-            signal = None if self._teacher_NC is None else DenseSignal(self._teacher_NC[part.rows_B])
-            gradient_BC, added = self.objective(logits_BC, signal, part.labels_B, num_rows)
-            logits_BC.backward(gradient_BC.to(logits_BC.dtype))
+                answer = self.task.answer(self.model, part)
+            signal = self.teaching.answer(part) if self.teaching else None
+            beside, values = self.features.compare(part, batch) if self.features else (None, {})
+            others = () if beside is None else (beside,)
+            added = backward(answer, self.objective, signal, part.row_labels, num_rows, others) | values
+            added["total"] += sum(other.item() for other in others)
             numbers = add_numbers(numbers, added)
         self._check_finite("loss", numbers["total"])
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRADIENT_NORM)
@@ -227,7 +206,7 @@ class Trainer:
             return
         means = {name: sum(n[name] for n in self._window) / len(self._window) for name in numbers}
         self._window.clear()
-        shares = self.objective.shares(means)
+        shares = self.objective.shares(means) | (self.features.shares(means) if self.features else {})
         for name, value in means.items():
             if not name.startswith("gradient/"):
                 self.ctx.reporter.metric(f"loss/{name}", step, value)
@@ -252,19 +231,11 @@ class Trainer:
             self.ctx.reporter.metric(f"validation/{name}", step, value)
         log.info("epoch %d: %s", epoch, scores)
         best = self._best.get("scores")
-        if best is None or (scores["accuracy"], -scores["loss"]) > (best["accuracy"], -best["loss"]):
+        if best is None or self.task.rank(scores) > self.task.rank(best):
             self._best = {"epoch": epoch, "scores": scores}
             self._best_state = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
         self._validated_step = step
 
     def score_validation(self, model: PreTrainedModel) -> dict[str, float]:
-        """Returns accuracy, macro-F1 and cross entropy of a model on the validation split, which must exist."""
-        data = self.validation_data
-        assert data is not None  # noqa: S101
-        logits_NC = predict_logits(model, data, self.ctx.check_stop)
-        predicted_N, labels_N = logits_NC.argmax(-1).numpy(), data.labels_N.numpy()
-        return {
-            "accuracy": accuracy(labels_N, predicted_N),
-            "macro_f1": macro_f1(labels_N, predicted_N, len(self.ctx.labels)),
-            "loss": torch.nn.functional.cross_entropy(logits_NC, data.labels_N).item(),
-        }
+        """Returns how well a model does on the validation split, which must exist."""
+        return self.task.score(model, self.validation_data, self.ctx.check_stop)

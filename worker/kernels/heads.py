@@ -1,6 +1,6 @@
 """The last layer and the loss together, so that the logits of all rows never exist at once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -52,6 +52,31 @@ def add_numbers(total: dict[str, float], part: dict[str, float]) -> dict[str, fl
     return {name: total.get(name, 0.0) + value for name, value in part.items()}
 
 
+def backward(
+    answer: Head | Tensor,
+    objective: Objective,
+    signal: Signal | None,
+    labels_N: Tensor,
+    num_rows: int,
+    beside: Sequence[Tensor] = (),
+) -> dict[str, float]:
+    """Goes backwards from the objective through the student's logits, or what makes them; returns its numbers.
+
+    Args:
+        answer: Logits logits_NC of the rows, or the head that makes them.
+        objective: Gives `(gradient_NC, numbers)` for `(logits_NC, signal, labels_N, num_rows)`, both sums over rows.
+        signal: What the teacher says of the rows.
+        labels_N: Their classes.
+        num_rows: Rows of the whole optimiser step.
+        beside: Other losses of the same forward pass.
+    """
+    if isinstance(answer, Head):
+        return backward_through_head(answer, objective, signal, labels_N, num_rows, beside=beside)
+    gradient_NC, numbers = objective(answer, signal, labels_N, num_rows)
+    torch.autograd.backward([answer, *beside], [gradient_NC.to(answer.dtype), *map(torch.ones_like, beside)])
+    return numbers
+
+
 def backward_through_head(
     head: Head,
     objective: Objective,
@@ -59,6 +84,7 @@ def backward_through_head(
     labels_N: Tensor,
     num_rows: int,
     chunk_rows: int | None = None,
+    beside: Sequence[Tensor] = (),
 ) -> dict[str, float]:
     """Goes backwards from the objective through the student's head and what made its hidden states.
 
@@ -73,6 +99,7 @@ def backward_through_head(
         labels_N: Their classes.
         num_rows: Rows of the whole optimiser step.
         chunk_rows: Rows at a time; None chooses them by the size of their logits.
+        beside: Other losses of the same forward pass.
 
     Returns:
         The objective's numbers.
@@ -92,5 +119,6 @@ def backward_through_head(
         sums = add_numbers(sums, numbers)
     pairs = [(x, g) for x, g in zip(head, gradients, strict=True) if x is not None and g is not None]
     trained = [(x, g.to(x.dtype)) for x, g in pairs if x.requires_grad]
+    trained += [(loss, torch.ones_like(loss)) for loss in beside]
     torch.autograd.backward([x for x, _ in trained], [g for _, g in trained])
     return sums

@@ -5,13 +5,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from core.methods import list_methods
+from core.methods import FeatureLoss, list_methods
 from worker.engine.objective import Objective, Term
 from worker.kernels.heads import Head, HeadSignal, backward_through_head
 from worker.kernels.signals import DenseSignal, SparseSignal
 
 N, D, C = 11, 6, 17
-LOSSES = list_methods("losses")
+LOSSES = {kind: loss for kind, loss in list_methods("losses").items() if not issubclass(loss, FeatureLoss)}
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:

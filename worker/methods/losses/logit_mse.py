@@ -1,7 +1,7 @@
 """Mean squared error of the logits."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -18,6 +18,8 @@ class LogitMSE(Loss):
 
     Paper: Ba, Caruana 2014, "Do Deep Nets Really Need to be Deep?", section 2.2.
     """
+
+    needs_logits: ClassVar[bool] = True
 
     kind: Literal["logit_mse"] = "logit_mse"
     centred: bool = Field(True, description="Compare logits without their mean, which no probability depends on.")

@@ -1,31 +1,27 @@
 """Total variation distance."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import Field
-
-from core.methods import Loss
+from core.methods import Divergence, Temperature
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from worker.kernels.signals import Signal
 
-
-class TotalVariation(Loss):
+class TotalVariation(Divergence):
     """T · ½ Σ|softmax(u/T) - softmax(z/T)|: the most that the two can differ about any set of classes.
 
     Paper: Wen, Li, Du, Mou 2023, "f-Divergence Minimization for Sequence-Level Knowledge Distillation", section 3.
     """
 
-    kind: Literal["total_variation"] = "total_variation"
-    temperature: float = Field(1.0, gt=0, le=1000, description="Temperature T that softens both distributions.")
-    t_scaling: bool = Field(True, description="Multiply by T, so that the weight means the same at every T.")
+    scaling_power: ClassVar[int] = 1  # the distance falls as 1/T, where the KL family falls as 1/T²
 
-    def build(self, ctx: Any) -> "Callable[[Tensor, Signal, Tensor], Tensor]":
-        """Returns the loss of each row; the labels are not used."""
+    kind: Literal["total_variation"] = "total_variation"
+    temperature: Temperature = 1.0
+
+    def measure(self) -> "Callable[[Tensor, Tensor], Tensor]":
+        """Returns the distance of p and q."""
         from worker.kernels.divergences import total_variation
 
-        scale = self.temperature if self.t_scaling else 1.0
-        return lambda student_NC, signal, _: scale * total_variation(*signal.compare(student_NC, self.temperature))
+        return total_variation

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from core.methods import Loss, OneOf, Problem, Stage
+from core.methods import FeatureLoss, Loss, OneOf, Problem, Stage
 
 if TYPE_CHECKING:
     from core.jobs.spec import JobSpec
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 class Distill(Stage):
     """Trains the student on the labels and on the teacher's soft answers: L = CE + λ·T²·KL(teacher‖student).
 
-    The teacher answers the whole split at once, in inference mode, and again for every epoch with masked tokens; the
-    student's steps read its logits from memory.
+    A classifier's teacher answers the whole split at once, in inference mode, and again for every epoch with masked
+    tokens; a language model answers each batch as it comes, unless an earlier stage kept its answers.
 
     Paper: Hinton, Vinyals, Dean 2015, "Distilling the Knowledge in a Neural Network"; masking: Tang et al. 2019,
     "Distilling Task-Specific Knowledge from BERT into Simple Neural Networks", section 3.2.
@@ -57,6 +57,11 @@ class Distill(Stage):
         if any(loss.weight != "auto" and loss.weight > 0 for loss in self.losses):
             return []
         return [Problem("losses", "no term has a weight above 0; give at least one a number, as 'weight: 1.0'")]
+
+    @property
+    def feature_losses(self) -> list[FeatureLoss]:
+        """The terms on what layers compute."""
+        return [loss for loss in self.losses if isinstance(loss, FeatureLoss)]
 
     def reads(self) -> set[str]:
         """Returns the teacher's role."""

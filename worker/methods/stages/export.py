@@ -25,12 +25,16 @@ class Export(Stage):
     )
 
     def check(self, spec: "JobSpec") -> list[Problem]:
-        """Returns a problem when a form is named twice."""
-        kinds = [form.kind for form in self.formats]
+        """Returns problems for forms that are named twice, or that the task does not have."""
+        kinds, known = [form.kind for form in self.formats], spec.task.forms
         return [
             Problem(f"formats.{index}", f"'{kind}' is named twice; name each form once")
             for index, kind in enumerate(kinds)
             if kind in kinds[:index]
+        ] + [
+            Problem(f"formats.{index}", f"'{kind}' writes no {spec.task.kind} model; known: {', '.join(known)}")
+            for index, kind in enumerate(kinds)
+            if kind not in known
         ]
 
     def reads(self) -> set[str]:

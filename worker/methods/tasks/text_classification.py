@@ -1,14 +1,20 @@
 """Single-label text classification."""
 
-from typing import Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
 from core.methods import Task
 
+if TYPE_CHECKING:
+    from worker.engine.classification import Classification
+    from worker.engine.context import StageContext
+
 
 class TextClassification(Task):
     """Puts each text into one of the classes that the training split names."""
+
+    forms: ClassVar[tuple[str, ...]] = ("safetensors", "onnx", "onnx_int8")
 
     kind: Literal["text_classification"] = "text_classification"
     text: str = Field("text", description="Column that holds the text.")
@@ -17,3 +23,9 @@ class TextClassification(Task):
     def columns(self) -> dict[str, str]:
         """Returns the columns by role."""
         return {"text": self.text, "label": self.label}
+
+    def build(self, ctx: "StageContext") -> "Classification":
+        """Returns the classifying run."""
+        from worker.engine.classification import Classification
+
+        return Classification(ctx, self.columns())

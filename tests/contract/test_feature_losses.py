@@ -1,0 +1,213 @@
+"""What holds for every loss on layers: against what stock transformers says of them, and in a real stage."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy.special import rel_entr
+from torch import Tensor
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    DistilBertConfig,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from core.errors import SpecInvalid, StageFailed
+from core.methods import FeatureLoss, list_methods
+from tests.engine_bench import FAST, Bench, make_spec
+from worker.engine.data import Batch
+from worker.engine.features import Features, Watched, map_layers
+from worker.engine.students import keep_layers
+
+LOSSES = {kind: loss for kind, loss in list_methods("losses").items() if issubclass(loss, FeatureLoss)}
+every_loss = pytest.mark.parametrize("kind", sorted(LOSSES))
+SIZES = {"vocab_size": 60, "num_labels": 3}
+BERT = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_hidden_layers": 4}
+CONFIGS: list[PreTrainedConfig] = [
+    BertConfig(**SIZES, **BERT),
+    DistilBertConfig(**SIZES, dim=32, hidden_dim=48, n_heads=2, n_layers=4),
+    GPT2Config(**SIZES, n_embd=32, n_layer=4, n_head=2, pad_token_id=0),
+    LlamaConfig(**SIZES, **BERT, num_key_value_heads=1, pad_token_id=0),
+]
+
+
+class Task:
+    kind = "text_classification"
+
+
+class Spec:
+    task = Task()
+
+
+class Context:
+    spec = Spec()
+
+
+def make(config: PreTrainedConfig) -> tuple[PreTrainedModel, PreTrainedModel, Batch]:
+    """Teacher, a student of two of its layers with other weights, and a padded batch."""
+    torch.manual_seed(0)
+    teacher = AutoModelForSequenceClassification.from_config(config, attn_implementation="eager").eval()
+    teacher.has_new_head = False
+    student = keep_layers(teacher, [0, 2]).eval()
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    mask_BT = (torch.arange(6) < torch.tensor([6, 4, 1])[:, None]).long()
+    inputs = {"input_ids": torch.randint(4, 60, (3, 6)) * mask_BT, "attention_mask": mask_BT}
+    return student, teacher, Batch(inputs, torch.zeros(3, dtype=torch.long), torch.arange(3))
+
+
+def states(model: PreTrainedModel, batch: Batch) -> Any:
+    with torch.no_grad():
+        return model(**batch.inputs, output_hidden_states=True, output_attentions=True)
+
+
+def rows(x: Tensor, batch: Batch) -> Tensor:
+    return x[batch.inputs["attention_mask"].bool()]
+
+
+def attention_kl(s: Any, t: Any, batch: Batch) -> float:
+    total = 0.0
+    for row, length in enumerate(batch.inputs["attention_mask"].sum(-1).tolist()):
+        p, q = (found.attentions[-1][row, :, :length, :length].numpy() for found in (t, s))
+        total += rel_entr(p, q).sum() / p.shape[0]
+    return total
+
+
+ORACLES: dict[str, Callable[[Any, Any, Batch], float]] = {
+    "hidden_mse": lambda s, t, batch: (
+        F.mse_loss(*(rows(x.hidden_states[-1], batch) for x in (s, t))).item()
+        * batch.inputs["attention_mask"].sum().item()
+    ),
+    "hidden_cosine": lambda s, t, batch: (
+        (1 - F.cosine_similarity(*(rows(x.hidden_states[-1], batch) for x in (s, t)))).sum().item()
+    ),
+    "patient": lambda s, t, batch: (
+        (F.normalize(s.hidden_states[-1][:, 0], dim=-1) - F.normalize(t.hidden_states[-1][:, 0], dim=-1))
+        .square()
+        .sum()
+        .item()
+    ),
+    "attention_kl": attention_kl,
+}
+
+
+def compare(kind: str, student: PreTrainedModel, teacher: PreTrainedModel, batch: Batch, **settings: Any) -> float:
+    loss = LOSSES[kind].model_validate({"kind": kind, "layers": "last", **settings})
+    features = Features(Context(), [(kind, loss)], student, teacher)  # type: ignore[arg-type]
+    whole = 0.0
+    for part in batch.parts(2):  # in parts, so that the denominator must be that of the whole
+        for model in (student, teacher):
+            model(**part.inputs)
+        value, numbers = features.compare(part, batch)
+        assert value.item() == pytest.approx(numbers[kind] * loss.weight)
+        whole += numbers[kind]
+    return whole
+
+
+@pytest.mark.parametrize("kind", sorted(ORACLES))
+@pytest.mark.parametrize("config", CONFIGS[:2], ids=lambda config: config.model_type)
+def test_it_is_what_the_models_own_outputs_give(kind: str, config: PreTrainedConfig) -> None:
+    student, teacher, batch = make(config)
+    tokens = batch.inputs["attention_mask"].sum().item()
+    size = len(batch.rows) if LOSSES[kind].denominator == "examples" else tokens
+    expected = ORACLES[kind](states(student, batch), states(teacher, batch), batch) / size
+    assert compare(kind, student, teacher, batch) == pytest.approx(expected, rel=1e-4)
+
+
+@every_loss
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.model_type)
+def test_every_architecture_can_be_compared(kind: str, config: PreTrainedConfig) -> None:
+    student, teacher, batch = make(config)
+    assert compare(kind, student, teacher, batch, weight=0.5, layers="uniform") > 0
+    assert compare(kind, teacher, teacher, batch) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.model_type)
+def test_projections_are_those_that_the_attention_multiplies(config: PreTrainedConfig) -> None:
+    _, teacher, batch = make(config)
+    watched = Watched(teacher, with_projections=True)
+    found = states(teacher, batch)
+    layer = watched.take(0)
+    heads = config.num_attention_heads
+    query, key = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (layer.query_BTD, layer.key_BTD))
+    scores = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
+    pairs = torch.ones(6, 6, dtype=torch.bool)
+    if config.model_type in ("gpt2", "llama"):
+        pairs = pairs.tril()
+    if config.model_type == "llama":  # turned by their places: only a place's score with itself stays
+        return
+    attention = scores.masked_fill(~pairs, -1e9).softmax(-1)[0]
+    torch.testing.assert_close(attention, found.attentions[0][0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("layers", "pairs"),
+    [
+        ("uniform", [(0, 1), (1, 3), (2, 5)]),
+        ("skip", [(0, 1), (1, 3)]),
+        ("last", [(2, 5)]),
+        ([[0, 0], [2, 5]], [(0, 0), (2, 5)]),
+    ],
+)
+def test_layers_are_mapped(layers: Any, pairs: list[tuple[int, int]]) -> None:
+    assert map_layers(layers, 3, 6) == pairs
+
+
+def test_a_layer_that_is_not_there_is_told() -> None:
+    with pytest.raises(StageFailed, match=r"\[0, 6\].*the student has 3 layers and the teacher 6"):
+        map_layers([[0, 6]], 3, 6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "field"),
+    [
+        ({"layers": "first"}, "losses.1.layers"),
+        ({"layers": []}, "losses.1"),
+        ({"layers": [[0]]}, "losses.1.layers"),
+        ({"weight": "auto"}, "losses.1"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], field: str) -> None:
+    with pytest.raises(SpecInvalid) as caught:
+        make_spec([{"kind": "distill", "losses": [{"kind": "cross_entropy"}, {"kind": "hidden_mse", **settings}]}])
+    assert caught.value.details[0]["field"] == f"stages.0.{field}"
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    bench = Bench(tmp_path_factory.mktemp("bench")).lay()
+    finetuned = bench.run(make_spec([{"kind": "finetune", **FAST}]), 0, name="teacher")
+    bench.adopt(finetuned, 0, "finetune")
+    return bench
+
+
+def test_all_of_them_train_in_one_stage(bench: Bench) -> None:
+    losses = [{"kind": kind} for kind in ("cross_entropy", "forward_kl", *sorted(LOSSES))]
+    finished = bench.run(make_spec([{"kind": "distill", **FAST, "losses": losses}]), 0, name="all")
+    assert finished.last["type"] == "result", finished.log
+    for kind in LOSSES:
+        values = [value for _, value in finished.series(f"loss/{kind}")]
+        assert values[-1] < values[0], kind
+        assert all(0 <= share < 1 for _, share in finished.series(f"share/{kind}"))
+    totals = dict(finished.series("loss/total"))
+    for step, total in totals.items():
+        parts = sum(dict(finished.series(f"loss/{loss['kind']}"))[step] for loss in losses)
+        assert total == pytest.approx(parts, rel=1e-4)
+
+
+def test_layers_alone_can_be_learned_and_in_parts(bench: Bench, tmp_path: Path) -> None:
+    stage = {"kind": "distill", **FAST, "epochs": 1, "mask_probability": 0.0, "losses": [{"kind": "hidden_mse"}]}
+    whole = bench.run(make_spec([stage]), 0, name="whole")
+    parts = bench.run(make_spec([stage | {"micro_batch_size": 5}]), 0, name="parts")
+    assert whole.last["type"] == "result", whole.log
+    for (_, one), (_, other) in zip(whole.series("loss/total"), parts.series("loss/total"), strict=True):
+        assert one == pytest.approx(other, rel=2e-2)
+    assert whole.series("loss/total")[-1][1] < whole.series("loss/total")[0][1]

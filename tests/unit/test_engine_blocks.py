@@ -1,0 +1,93 @@
+"""Texts as one stream of tokens: what is predicted from what, and what is not."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from core.errors import StageFailed
+from tests import pico
+from worker.engine.blocks import Blocks, read_stream
+from worker.engine.data import IGNORED
+from worker.engine.loading import load_tokenizer
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
+    return load_tokenizer(pico.write_language_model(tmp_path_factory.mktemp("model")))
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_texts_are_closed_by_the_end_token_once(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    path = write(tmp_path / "train.jsonl", [{"text": "refund my money"}, {"text": "late <end>"}])
+    ids, is_learned = read_stream(path, {"text": "text"}, tokenizer)
+    assert tokenizer.convert_ids_to_tokens(ids) == ["refund", "my", "money", "<end>", "late", "<end>"]
+    assert is_learned.all()
+
+
+def test_prompts_are_read_and_not_learned(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    path = write(tmp_path / "train.jsonl", [{"q": "my parcel is", "a": "late"}, {"q": "refund", "a": "paid back"}])
+    ids, is_learned = read_stream(path, {"text": "a", "prompt": "q"}, tokenizer)
+    batch = Blocks(ids, is_learned, 64).batch(np.array([0]), CPU)
+    pairs = [
+        (tokenizer.convert_ids_to_tokens(int(seen)), tokenizer.convert_ids_to_tokens(int(label)))
+        for seen, label in zip(batch.inputs["input_ids"][0], batch.labels[0], strict=True)
+        if label != IGNORED
+    ]
+    assert pairs == [("is", "late"), ("late", "<end>"), ("refund", "paid"), ("paid", "back"), ("back", "<end>")]
+
+
+@pytest.mark.parametrize("num_tokens", [2, 9, 16, 17, 18, 100])
+def test_every_token_but_the_first_is_predicted_once_from_the_one_before(num_tokens: int) -> None:
+    ids = np.arange(1000, 1000 + num_tokens, dtype=np.int32)
+    split = Blocks(ids, np.ones(num_tokens, dtype=bool), 8)
+    labels, rows = [], []
+    for batch in split.in_order(CPU):
+        assert batch.inputs["input_ids"].shape == (1, 8)
+        is_row = batch.is_row
+        assert (batch.labels[is_row] == batch.inputs["input_ids"][is_row] + 1).all()
+        labels += batch.row_labels.tolist()
+        rows += batch.row_numbers.tolist()
+    assert labels == ids[1:].tolist()
+    assert rows == list(range(num_tokens - 1))
+    assert len(split) == -(-(num_tokens - 1) // 8)
+
+
+def test_an_epoch_holds_every_block_once_and_is_a_function_of_the_seed() -> None:
+    split = Blocks(np.arange(101, dtype=np.int32), np.ones(101, dtype=bool), 8)
+
+    def rows(seed: int, first: int = 0) -> list[list[int]]:
+        return [batch.row_numbers.tolist() for batch in split.shuffled(4, [seed], first, CPU)]
+
+    assert sorted(row for batch in rows(1) for row in batch) == list(range(100))
+    assert rows(1) == rows(1)
+    assert rows(1, 2) == rows(1)[2:]
+    assert rows(1) != rows(2)
+
+
+def test_only_the_same_stream_in_the_same_blocks_has_its_digest() -> None:
+    ids, learned = np.arange(50, dtype=np.int32), np.ones(50, dtype=bool)
+    masked = learned.copy()
+    masked[3] = False
+    digests = {Blocks(ids, learned, 8).digest(), Blocks(ids, learned, 16).digest(), Blocks(ids, masked, 8).digest()}
+    assert len(digests | {Blocks(ids[:-1], learned[:-1], 8).digest()}) == 4
+    assert Blocks(ids.copy(), learned.copy(), 8).digest() in digests
+
+
+@pytest.mark.parametrize("line", ["{", '{"other": "a"}', "[1]", '{"text": null}'])
+def test_a_row_that_does_not_fit_names_its_line(tmp_path: Path, tokenizer: PreTrainedTokenizerBase, line: str) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_text('{"text": "late"}\n' + line + "\n")
+    with pytest.raises(StageFailed, match=r"train\.jsonl, line 2") as caught:
+        read_stream(path, {"text": "text"}, tokenizer)
+    assert caught.value.reason == "dataset_invalid"

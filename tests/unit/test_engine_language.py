@@ -1,0 +1,183 @@
+"""Language models through the real child process: fine-tuned, heard online and kept, exported, measured."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from core.errors import SpecInvalid
+from tests import pico
+from tests.engine_bench import Bench, Finished, contents, make_spec
+from worker.engine.language import has_plain_head
+
+TASK = {"kind": "causal_lm", "block_tokens": 32}
+FAST = {"epochs": 8, "learning_rate": 5e-3, "batch_size": 8}
+KL = [{"kind": "forward_kl", "temperature": 1.0}]
+STAGES = [
+    {"kind": "finetune", **FAST},
+    {"kind": "answer", "top_k": 100},
+    {"kind": "distill", **FAST, "losses": KL},
+    {"kind": "export", "formats": [{"kind": "safetensors"}]},
+    {"kind": "evaluate", "latency_samples": 10},
+]
+
+
+def spec_of(stages: list[dict[str, Any]]) -> dict[str, Any]:
+    return make_spec(stages, task=TASK)
+
+
+def run_all(bench: Bench, stages: list[dict[str, Any]]) -> list[Finished]:
+    spec, done = spec_of(stages), []
+    for ordinal, stage in enumerate(spec["stages"]):
+        finished = bench.run(spec, ordinal, labels=[])
+        assert finished.last["type"] == "result", finished.log
+        bench.adopt(finished, ordinal, stage["kind"])
+        done.append(finished)
+    return done
+
+
+def without(bench: Bench, *roles: str) -> Bench:
+    for role in roles:
+        shutil.rmtree(bench.inputs / role)
+    return bench
+
+
+@pytest.fixture(scope="module")
+def run_through(tmp_path_factory: pytest.TempPathFactory) -> tuple[Bench, list[Finished]]:
+    bench = Bench(tmp_path_factory.mktemp("bench")).lay_language()
+    return bench, run_all(bench, STAGES)
+
+
+def test_a_job_goes_from_teacher_to_report(run_through: tuple[Bench, list[Finished]]) -> None:
+    _, (finetune, answer, distill, export, evaluate) = run_through
+    made = [sorted(path.name for path in stage.outputs.iterdir()) for stage in run_through[1]]
+    assert made == [["teacher"], ["answers"], ["student"], ["safetensors"], ["report"]]
+    assert answer.last["summary"]["kept_probability"] == pytest.approx(1, abs=1e-6)  # all of the few words there are
+    losses = [value for _, value in finetune.series("validation/loss")]
+    assert losses[-1] < 2 < losses[0]
+    assert distill.last["summary"]["validation"]["loss"] < 1.1 * distill.last["summary"]["teacher_validation"]["loss"]
+    assert export.last["summary"]["formats"]["safetensors"]["max_logit_difference"] < 1e-5
+    rows = {row["name"]: row for row in evaluate.last["summary"]["models"]}
+    assert list(rows) == ["teacher", "student", "safetensors"]
+    assert rows["teacher"]["kl_to_teacher"] == 0
+    assert rows["teacher"]["agreement"] == 1
+    assert 0 < rows["student"]["kl_to_teacher"] < 0.1
+    assert rows["student"]["agreement"] > 0.9
+    assert rows["safetensors"]["loss"] == pytest.approx(rows["student"]["loss"])
+    for row in rows.values():
+        low, high = row["perplexity_ci"]
+        assert low <= row["perplexity"] <= high
+        assert row["throughput_per_s"] > 0
+
+
+def test_the_report_is_one_file_and_names_no_classes(run_through: tuple[Bench, list[Finished]]) -> None:
+    folder = run_through[1][-1].outputs / "report"
+    report = json.loads((folder / "report.json").read_text())
+    assert report["labels"] == []
+    page = (folder / "report.html").read_text()
+    assert page.count("<svg") == 3
+    assert "perplexity" in page
+    assert "class by class" not in page
+    card = (folder / "MODEL_CARD.md").read_text()
+    assert "pipeline_tag: text-generation" in card
+
+
+def test_measured_loss_is_that_of_stock_transformers(run_through: tuple[Bench, list[Finished]]) -> None:
+    bench, stages = run_through
+    folder = stages[3].outputs / "safetensors"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    lines = (bench.inputs / "data" / "test.jsonl").read_text().splitlines()
+    texts = [json.loads(line)["text"] + " <end>" for line in lines]
+    ids_S = torch.tensor(tokenizer(" ".join(texts))["input_ids"])
+    total = 0.0
+    for start in range(0, len(ids_S) - 1, TASK["block_tokens"]):
+        block = ids_S[start : start + TASK["block_tokens"] + 1]
+        with torch.no_grad():
+            logits = model(input_ids=block[None, :-1]).logits[0]
+        total += torch.nn.functional.cross_entropy(logits, block[1:], reduction="sum").item()
+    rows = {row["name"]: row for row in stages[4].last["summary"]["models"]}
+    assert rows["safetensors"]["loss"] == pytest.approx(total / (len(ids_S) - 1), rel=1e-5)
+
+
+def test_kept_answers_teach_as_the_teacher_itself_does(
+    run_through: tuple[Bench, list[Finished]], tmp_path: Path
+) -> None:
+    """The kept ones hold every word here, so that the two differ by rounding alone."""
+    bench, stages = run_through
+    online = without(bench.copy(tmp_path / "online"), "answers", "student")
+    heard = online.run(spec_of(STAGES), 2, name="online", labels=[])
+    assert heard.last["type"] == "result", heard.log
+    kept = dict(stages[2].series("loss/forward_kl"))
+    for step, value in heard.series("loss/forward_kl"):
+        assert value == pytest.approx(kept[step], rel=0.02, abs=1e-3)
+
+
+def test_parts_of_a_step_add_up_to_the_whole(run_through: tuple[Bench, list[Finished]], tmp_path: Path) -> None:
+    bench = without(run_through[0].copy(tmp_path / "parts"), "student")
+    stages = [*STAGES[:2], STAGES[2] | {"micro_batch_size": 3}]
+    in_parts = bench.run(spec_of(stages), 2, name="parts", labels=[])
+    assert in_parts.last["type"] == "result", in_parts.log
+    whole = dict(run_through[1][2].series("loss/forward_kl"))
+    found = in_parts.series("loss/forward_kl")
+    assert [step for step, _ in found] == list(whole)
+    assert found[0][1] == pytest.approx(whole[found[0][0]], rel=1e-3)
+
+
+def test_answers_to_another_text_are_refused(run_through: tuple[Bench, list[Finished]], tmp_path: Path) -> None:
+    bench = run_through[0].copy(tmp_path / "other")
+    pico.write_walks(bench.inputs / "data", seed=1)
+    finished = bench.run(spec_of(STAGES), 2, name="other", labels=[])
+    assert finished.last["reason"] == "dataset_invalid"
+    assert "kept answers are to another text" in finished.last["message"]
+
+
+def test_the_same_order_gives_the_same_bytes(run_through: tuple[Bench, list[Finished]]) -> None:
+    bench, stages = run_through
+    again = bench.run(spec_of(STAGES), 1, name="again", labels=[])
+    assert contents(again.outputs) == contents(stages[1].outputs)
+
+
+@pytest.mark.parametrize(
+    ("stages", "field"),
+    [
+        ([{"kind": "distill", "losses": KL}, {"kind": "export"}], "stages.1.formats.1"),
+        ([{"kind": "answer", "temperature": 2.0}, {"kind": "distill", "losses": KL}], "stages.0.temperature"),
+        ([{"kind": "answer"}, {"kind": "distill", "losses": [*KL, {"kind": "logit_mse"}]}], "stages.0.kind"),
+        ([{"kind": "answer"}, {"kind": "finetune"}, {"kind": "distill", "losses": KL}], "stages.0.kind"),
+    ],
+)
+def test_stages_that_do_not_fit_the_task_are_refused(stages: list[dict[str, Any]], field: str) -> None:
+    with pytest.raises(SpecInvalid) as caught:
+        spec_of(stages)
+    assert caught.value.details[0]["field"] == field
+
+
+def test_default_stages_fit_the_task() -> None:
+    from core.jobs.spec import load_spec
+
+    spec = load_spec(
+        {"task": TASK, "teacher": {"model": "a"}, "student": {"kind": "teacher_layers", "keep": [0]}, "data": "toy"}
+    )
+    assert [form.kind for form in spec.stages[2].formats] == ["safetensors"]
+    assert spec.stages[1].losses[1].temperature == 1
+
+
+def test_a_head_that_does_more_than_multiply_is_seen() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=60, n_embd=32, n_layer=1, n_head=2))
+    assert has_plain_head(model)
+    plain = model.forward
+
+    def capped(*args: Any, **kwargs: Any) -> Any:
+        found = plain(*args, **kwargs)
+        found.logits = torch.tanh(found.logits) * 5
+        return found
+
+    model.forward = capped
+    assert not has_plain_head(model)

@@ -1,0 +1,127 @@
+"""Texts as one stream of tokens, in blocks of one length."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from core.errors import StageFailed
+from worker.engine.data import IGNORED, Batch
+
+TOKENIZE_CHUNK = 1024
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A split as one stream of tokens, in blocks: `is_learned` says of each token whether it is to be predicted."""
+
+    ids_S: NDArray[np.int32]
+    is_learned_S: NDArray[np.bool_]
+    max_length: int
+    num_cut: int = 0
+
+    def __len__(self) -> int:
+        return -(-self.num_places // self.max_length)
+
+    @property
+    def num_places(self) -> int:
+        """Tokens that another one follows."""
+        return len(self.ids_S) - 1
+
+    def batch(self, blocks: NDArray[np.int64], device: torch.device) -> Batch:
+        """Returns these blocks; the label of a token is the next one, and its row is its place in the stream.
+
+        The last block of the stream is filled up on the right, where causal attention does not look.
+        """
+        places_BT = blocks[:, None] * self.max_length + np.arange(self.max_length)
+        is_there_BT = places_BT < self.num_places
+        places_BT = np.where(is_there_BT, places_BT, 0)
+        is_row_BT = is_there_BT & self.is_learned_S[places_BT + 1]
+        ids_BT = torch.from_numpy(self.ids_S[places_BT].astype(np.int64))
+        labels_BT = torch.from_numpy(np.where(is_row_BT, self.ids_S[places_BT + 1], IGNORED).astype(np.int64))
+        return Batch({"input_ids": ids_BT.to(device)}, labels_BT.to(device), torch.from_numpy(places_BT))
+
+    def single(self, row: int) -> dict[str, Tensor]:
+        """Returns the inputs of one block, a batch of one."""
+        return self.batch(np.array([row]), CPU).inputs
+
+    def shuffled(self, batch_size: int, seed: Sequence[int], first: int, device: torch.device) -> Iterator[Batch]:
+        """Yields one epoch of batches from number `first` on; their order is a pure function of the seed."""
+        order = np.random.default_rng(seed).permutation(len(self))
+        for start in range(first * batch_size, len(order), batch_size):
+            yield self.batch(order[start : start + batch_size], device)
+
+    def in_order(self, device: torch.device) -> Iterator[Batch]:
+        """Yields every block once, one at a time."""
+        for block in range(len(self)):
+            yield self.batch(np.array([block]), device)
+
+    def digest(self) -> str:
+        """Returns what only the same stream in the same blocks has."""
+        parts = (self.ids_S.tobytes(), self.is_learned_S.tobytes(), str(self.max_length).encode())
+        return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
+
+    def head(self, num_blocks: int) -> "Blocks":
+        """Returns the first blocks."""
+        end = num_blocks * self.max_length + 1
+        return Blocks(self.ids_S[:end], self.is_learned_S[:end], self.max_length, self.num_cut)
+
+
+def read_stream(
+    path: Path, columns: dict[str, str], tokenizer: PreTrainedTokenizerBase
+) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+    """Returns the tokens of a split's texts, each with its prompt before it and the end token after it.
+
+    The second array says which of them are learned: all but the prompts. Raises StageFailed naming the line that does
+    not fit.
+    """
+    texts, prompts = _read_columns(path, columns)
+    ids: list[NDArray[np.int32]] = []
+    is_learned: list[NDArray[np.bool_]] = []
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    for start in range(0, len(texts), TOKENIZE_CHUNK):
+        some = slice(start, start + TOKENIZE_CHUNK)
+        read = _tokenize(tokenizer, prompts[some], whole=True) if prompts else [[]] * len(texts[some])
+        learned = _tokenize(tokenizer, texts[some], whole=not prompts)
+        for prompt, text in zip(read, learned, strict=True):
+            closed = text if text[-1:] == end else text + end
+            ids.append(np.array(prompt + closed, dtype=np.int32))
+            is_learned.append(np.arange(len(prompt) + len(closed)) >= len(prompt))
+    return np.concatenate(ids), np.concatenate(is_learned)
+
+
+def _read_columns(path: Path, columns: dict[str, str]) -> tuple[list[str], list[str]]:
+    found: dict[str, list[str]] = {role: [] for role in columns}
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                for role, name in columns.items():
+                    if not isinstance(row[name], str):
+                        raise TypeError(f"found {row[name]!r:.100} in '{name}', not a text")
+                    found[role].append(row[name])
+            except (ValueError, KeyError, TypeError) as error:
+                message = f"{path.name}, line {number}: {type(error).__name__} {error}"
+                raise StageFailed("dataset_invalid", message) from error
+    if not found["text"]:
+        raise StageFailed("dataset_invalid", f"{path.name} has no rows.")
+    return found["text"], found.get("prompt", [])
+
+
+def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, whole: bool) -> list[list[int]]:
+    """Tokenises texts; `whole` ones get the tokenizer's own tokens around them, but for an end token.
+
+    An end token comes once, after the text: `read_stream` sees to it.
+    """
+    found: list[list[int]] = tokenizer(texts, add_special_tokens=whole, truncation=False, verbose=False)["input_ids"]
+    return found

@@ -1,0 +1,175 @@
+"""Single-label text classification inside a stage."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from worker.engine.data import Batch, Encoded, Examples, encode, read_examples
+from worker.engine.evaluation import Card, Column, Measured, Quality, list_candidates
+from worker.engine.inference import predict_logits
+from worker.engine.loading import input_names, is_head, limit_length, load_classifier, save_classifier
+from worker.engine.measuring import answer_all, count_bytes, time_singles
+from worker.engine.rendering import percent, percent_range
+from worker.engine.runtimes import Forward, open_model
+from worker.engine.scores import accuracy, bootstrap, macro_f1, per_class
+from worker.engine.tasks import Scores
+from worker.engine.teaching import AnswersAhead, AnswersOnline, Masking, Teaching
+
+if TYPE_CHECKING:
+    from worker.engine.context import StageContext
+    from worker.methods.stages.distill import Distill
+    from worker.methods.stages.evaluate import Evaluate
+
+SAMPLED_TEXTS = 1000
+SAMPLE_BATCH = 32
+log = logging.getLogger(__name__)
+
+
+class Classification:
+    """A classifier over the job's labels."""
+
+    headline = "accuracy"
+
+    def __init__(self, ctx: "StageContext", columns: dict[str, str]) -> None:
+        self.ctx, self.columns, self.labels = ctx, columns, ctx.labels
+
+    def load_model(self, folder: Path, **options: Any) -> PreTrainedModel:
+        """Returns the folder's classifier over this job's labels."""
+        model = load_classifier(folder, self.labels, **options)
+        if model.has_new_head:
+            log.info("%s has no head for these %d classes and gets a new one", folder.name, len(self.labels))
+        return model
+
+    def save_model(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+        """Writes the classifier, its tokenizer and its labels."""
+        save_classifier(model, tokenizer, self.labels, folder)
+
+    def read(self, path: Path) -> Examples:
+        """Returns a split's texts and classes."""
+        return read_examples(path, self.columns, self.labels)
+
+    def encode(
+        self, path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int
+    ) -> Encoded:
+        """Returns the split tokenised, its texts cut at `max_length` and at what the model has positions for."""
+        limit_length(model, tokenizer, max_length)
+        model.config.pad_token_id = tokenizer.pad_token_id
+        return encode(self.read(path), tokenizer, input_names(model, tokenizer))
+
+    def is_head(self, model: PreTrainedModel, name: str) -> bool:
+        """Returns whether a parameter is outside the encoder."""
+        return is_head(model, name)
+
+    def answer(self, model: PreTrainedModel, batch: Batch) -> Tensor:
+        """Returns the logits of each text."""
+        logits_NC: Tensor = model(**batch.inputs).logits
+        return logits_NC
+
+    def score(self, model: PreTrainedModel, data: Encoded, between: Callable[[], None]) -> Scores:
+        """Returns accuracy, macro-F1 and cross entropy."""
+        logits_NC = predict_logits(model, data, between)
+        predicted_N, labels_N = logits_NC.argmax(-1).numpy(), data.labels_N.numpy()
+        return {
+            "accuracy": accuracy(labels_N, predicted_N),
+            "macro_f1": macro_f1(labels_N, predicted_N, len(self.labels)),
+            "loss": torch.nn.functional.cross_entropy(logits_NC, data.labels_N).item(),
+        }
+
+    def sample(self, path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Encoded:
+        """Returns the first texts of the split."""
+        return encode(self.read(path).head(SAMPLED_TEXTS), tokenizer, input_names(model, tokenizer))
+
+    def logits(self, model: PreTrainedModel, data: Encoded, between: Callable[[], None]) -> Tensor:
+        """Returns the logits of every text, in the order of the split."""
+        return predict_logits(model, data, between, SAMPLE_BATCH)
+
+    def rank(self, scores: Scores) -> tuple[float, ...]:
+        """Returns the accuracy, and among equals the smaller loss."""
+        return scores["accuracy"], -scores["loss"]
+
+    def teach(self, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: "Distill") -> Teaching:
+        """Returns the teacher's answers to the whole split, anew for every epoch with masked tokens.
+
+        Where layers are compared as well, the teacher runs on each batch anyway.
+        """
+        masking = Masking(tokenizer.mask_token_id, settings.mask_probability, self.ctx.seed)
+        return (AnswersOnline if settings.feature_losses else AnswersAhead)(self.ctx, teacher, masking)
+
+    def measure(self, settings: "Evaluate") -> Measured:
+        """Measures accuracy and macro-F1 with intervals, agreement with the teacher, and speed."""
+        ctx = self.ctx
+        test = self.read(ctx.get_split("test"))
+        labels_N = np.array(test.labels, dtype=np.int64)
+        names = list_candidates(ctx)
+        rows, answers, timed = [], {}, []
+        for index, name in enumerate(names):
+            ctx.progress(index, len(names) + 1)
+            row, answers[name], model = self._measure_one(settings, name, test)
+            row["agreement"] = float((answers[name] == answers["teacher"]).mean())
+            rows.append(row)
+            timed.append(model)
+        ctx.progress(len(names), len(names) + 1)
+        latencies = time_singles(timed, settings.latency_samples, ctx.check_stop)
+        ctx.progress(len(names) + 1, len(names) + 1)
+        return Measured(
+            num_examples=len(test.texts),
+            models=[row | latency for row, latency in zip(rows, latencies, strict=True)],
+            columns=COLUMNS,
+            quality=Quality("accuracy", "accuracy, %", 100),
+            card=Card("classifier_card.md.j2", "text-classification", _card_metrics),
+            notes=NOTES,
+            details={"per_class": per_class(labels_N, answers["student"], self.labels)},
+        )
+
+    def _measure_one(
+        self, settings: "Evaluate", name: str, test: Examples
+    ) -> tuple[dict[str, Any], NDArray[np.int64], tuple[Forward, Encoded]]:
+        """Returns one row of the main table without latency, the predicted classes, and what to time."""
+        ctx, folder, tokenizer = self.ctx, self.ctx.input(name), self.ctx.load_tokenizer(name)
+        model = open_model(folder, self.labels, tokenizer, ctx.num_threads)
+        data = encode(test, tokenizer, model.input_names)
+        found = answer_all(model.forward, data, len(self.labels), ctx.check_stop)
+        labels_N, predicted_N = data.labels_N.numpy(), found.logits_NC.argmax(-1)
+        intervals = bootstrap(labels_N, predicted_N, len(self.labels), settings.confidence, ctx.spec.seed)
+        row = {
+            "name": name,
+            "runtime": model.runtime,
+            "accuracy": accuracy(labels_N, predicted_N),
+            "accuracy_ci": list(intervals["accuracy"]),
+            "macro_f1": macro_f1(labels_N, predicted_N, len(self.labels)),
+            "macro_f1_ci": list(intervals["macro_f1"]),
+            "size_bytes": count_bytes(folder),
+            "num_parameters": model.num_parameters,
+            "throughput_per_s": found.throughput_per_s,
+        }
+        return row, predicted_N, (model.forward, data)
+
+
+COLUMNS = [
+    Column("accuracy, %", lambda row: percent(row["accuracy"])),
+    Column("interval", lambda row: percent_range(row["accuracy_ci"])),
+    Column("macro F1, %", lambda row: percent(row["macro_f1"])),
+    Column("interval", lambda row: percent_range(row["macro_f1_ci"])),
+    Column("agreement, %", lambda row: percent(row["agreement"])),
+    Column("texts/s", lambda row: f"{row['throughput_per_s']:.0f}"),
+]
+NOTES = (
+    "Intervals: percentile bootstrap over the test examples, 1,000 resamples, without the randomness of training.",
+    "Latency: one text at a time, without padding, the models in turn. Throughput: batches of 32 sorted by length. "
+    "A warm-up comes first; tokenising is not timed.",
+    "Agreement: share of test texts with the label that the teacher gives.",
+)
+
+
+def _card_metrics(student: dict[str, Any]) -> list[dict[str, Any]]:
+    return [
+        {"type": "accuracy", "value": round(student["accuracy"], 4), "name": "Accuracy"},
+        {"type": "f1", "value": round(student["macro_f1"], 4), "name": "Macro F1"},
+    ]

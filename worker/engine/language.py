@@ -1,0 +1,270 @@
+"""Causal language modelling inside a stage."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from core.errors import StageFailed
+from worker.engine.blocks import Blocks, read_stream
+from worker.engine.data import Batch
+from worker.engine.evaluation import Card, Column, Measured, Quality, Row, list_candidates
+from worker.engine.loading import load_language_model, save_language_model
+from worker.engine.measuring import count_bytes, time_singles
+from worker.engine.rendering import percent
+from worker.engine.runtimes import Forward
+from worker.engine.tasks import Scores
+from worker.engine.teaching import AnswersKept, AnswersOnline, Teaching
+from worker.kernels.divergences import forward_kl
+from worker.kernels.heads import CHUNK_ELEMENTS, Head
+
+if TYPE_CHECKING:
+    from worker.engine.context import StageContext
+    from worker.methods.stages.distill import Distill
+    from worker.methods.stages.evaluate import Evaluate
+    from worker.methods.tasks.causal_lm import CausalLM
+
+SAMPLED_ROWS = 1024
+CHECKED_TOKENS = 8
+SPEED_BLOCKS = 8
+NUM_RESAMPLES = 1000
+MAX_LOSS = 700.0  # whose exponential is still a number
+CPU = torch.device("cpu")
+
+
+class LanguageModelling:
+    """A causal language model."""
+
+    headline = "loss"
+
+    def __init__(self, ctx: "StageContext", task: "CausalLM") -> None:
+        self.ctx, self.task = ctx, task
+
+    def load_model(self, folder: Path, **options: Any) -> PreTrainedModel:
+        """Returns the folder's language model."""
+        return load_language_model(folder, **options)
+
+    def save_model(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+        """Writes the model and its tokenizer."""
+        save_language_model(model, tokenizer, folder)
+
+    def encode(
+        self,
+        path: Path,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,  # noqa: ARG002
+    ) -> Blocks:
+        """Returns the split in blocks of the task's length; no text is cut."""
+        longest = getattr(model.config, "max_position_embeddings", None) or self.task.block_tokens
+        ids, is_learned = read_stream(path, self.task.columns(), tokenizer)
+        split = Blocks(ids, is_learned, min(self.task.block_tokens, longest))
+        if not split.is_learned_S[1:].any():
+            raise StageFailed("dataset_invalid", f"{path.name} has no token to predict.")
+        return split
+
+    def is_head(self, model: PreTrainedModel, name: str) -> bool:  # noqa: ARG002 - trained as long as all else
+        """Returns no: the last layer is no newer than the others."""
+        return False
+
+    def answer(self, model: PreTrainedModel, batch: Batch) -> Head | Tensor:
+        """Returns what makes the logits of the tokens that are to be predicted."""
+        if not hasattr(model, "has_plain_head"):
+            model.has_plain_head = has_plain_head(model)
+        if not model.has_plain_head:
+            logits_NC: Tensor = model(**batch.inputs, use_cache=False).logits[batch.is_row]
+            return logits_NC
+        hidden_BTD = model.base_model(**batch.inputs, use_cache=False).last_hidden_state
+        layer = model.get_output_embeddings()
+        return Head(hidden_BTD[batch.is_row], layer.weight, layer.bias)
+
+    def score(self, model: PreTrainedModel, data: Blocks, between: Callable[[], None]) -> Scores:
+        """Returns the cross entropy of a token in nats, its exponential, and the share of tokens put first."""
+        was_training, sums_J = model.training, np.zeros(len(SUMS))
+        model.eval()
+        for batch in data.in_order(model.device):
+            sums_J += self._compare([model], batch)[0]
+            between()
+        model.train(was_training)
+        found = summarise(sums_J)
+        return {name: found[name] for name in ("loss", "perplexity", "accuracy")}
+
+    def _compare(self, models: Sequence[PreTrainedModel], batch: Batch) -> NDArray[np.float64]:
+        """Returns SUMS over the batch's rows for each model, the first of which is the teacher."""
+        sums_MJ = np.zeros((len(models), len(SUMS)))
+        labels_N = batch.row_labels
+        with torch.inference_mode():
+            answers = [self.answer(model, batch) for model in models]
+            chunk = max(1, CHUNK_ELEMENTS // models[0].config.vocab_size)
+            for start in range(0, len(labels_N), chunk):
+                rows = slice(start, start + chunk)
+                log_p_NC = _log_softmax(answers[0], rows)
+                for index, answer in enumerate(answers):
+                    log_q_NC = log_p_NC if index == 0 else _log_softmax(answer, rows)
+                    first_N = log_q_NC.argmax(-1)
+                    sums_MJ[index] += (
+                        len(first_N),
+                        F.nll_loss(log_q_NC, labels_N[rows], reduction="sum").item(),
+                        (first_N == labels_N[rows]).sum().item(),
+                        forward_kl(log_p_NC, log_q_NC).sum().item() if index else 0.0,
+                        (first_N == log_p_NC.argmax(-1)).sum().item(),
+                    )
+        return sums_MJ
+
+    def sample(self, path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Blocks:
+        """Returns the first blocks of the split."""
+        split = self.encode(path, model, tokenizer, 0)
+        return split.head(max(1, SAMPLED_ROWS // split.max_length))
+
+    def logits(self, model: PreTrainedModel, data: Blocks, between: Callable[[], None]) -> Tensor:
+        """Returns the logits of every token that is to be predicted, by the model's own way to them."""
+        found = []
+        for batch in data.in_order(model.device):
+            with torch.inference_mode():
+                found.append(model(**batch.inputs, use_cache=False).logits[batch.is_row].float().cpu())
+            between()
+        return torch.cat(found)
+
+    def rank(self, scores: Scores) -> tuple[float, ...]:
+        """Returns what rises as the loss falls."""
+        return (-scores["loss"],)
+
+    def teach(
+        self,
+        teacher: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,  # noqa: ARG002
+        settings: "Distill",
+    ) -> Teaching:
+        """Returns the answers that an earlier stage kept, or else the teacher, answering batch by batch."""
+        if self.ctx.has_input("answers") and not settings.feature_losses:
+            return AnswersKept(self.ctx.input("answers"))
+        return AnswersOnline(self.ctx, teacher)
+
+    def measure(self, settings: "Evaluate") -> Measured:
+        """Measures loss, perplexity and accuracy of the next token, the distance from the teacher, and speed."""
+        ctx, names = self.ctx, list_candidates(self.ctx)
+        models = {name: ctx.load_model(name).eval() for name in names}
+        test = self.encode(ctx.get_split("test"), models["teacher"], ctx.load_tokenizer("teacher"), 0)
+        total = len(test) + 1
+        sums_MBJ = np.zeros((len(names), len(test), len(SUMS)))
+        for index, batch in enumerate(test.in_order(CPU)):
+            ctx.progress(index, total)
+            sums_MBJ[:, index] = self._compare(list(models.values()), batch)
+        ctx.progress(len(test), total)
+        forwards = [as_forward(model) for model in models.values()]
+        speeds = [measure_speed(forward, test, ctx.check_stop) for forward in forwards]
+        latencies = time_singles([(forward, test) for forward in forwards], settings.latency_samples, ctx.check_stop)
+        ctx.progress(total, total)
+        rows = [
+            {"name": name, "runtime": "torch"}
+            | summarise(sums_BJ.sum(axis=0))
+            | {"perplexity_ci": bootstrap_perplexity(sums_BJ, settings.confidence, ctx.spec.seed)}
+            | {"size_bytes": count_bytes(ctx.input(name)), "num_parameters": model.num_parameters()}
+            | {"throughput_per_s": speed}
+            | latency
+            for (name, model), sums_BJ, speed, latency in zip(models.items(), sums_MBJ, speeds, latencies, strict=True)
+        ]
+        return Measured(
+            num_examples=len(test),
+            models=rows,
+            columns=COLUMNS,
+            quality=Quality("perplexity", "perplexity", 1.0),
+            card=Card("language_model_card.md.j2", "text-generation", _card_metrics),
+            notes=NOTES,
+            details={},
+        )
+
+
+SUMS = ("rows", "loss", "accuracy", "kl_to_teacher", "agreement")
+COLUMNS = [
+    Column("perplexity", lambda row: f"{row['perplexity']:.3f}"),
+    Column("interval", lambda row: "{:.3f} to {:.3f}".format(*row["perplexity_ci"])),
+    Column("loss, nats a token", lambda row: f"{row['loss']:.4f}"),
+    Column("accuracy, %", lambda row: percent(row["accuracy"])),
+    Column("KL to the teacher, nats", lambda row: f"{row['kl_to_teacher']:.4f}"),
+    Column("agreement, %", lambda row: percent(row["agreement"])),
+    Column("tokens/s", lambda row: f"{row['throughput_per_s']:.0f}"),
+]
+NOTES = (
+    "Perplexity, loss, accuracy and KL are of the next token, over all tokens of the test split but those of prompts.",
+    "Intervals: percentile bootstrap over the blocks of the test split, 1,000 resamples, without the randomness of "
+    "training.",
+    "Latency: one block read at once, the models in turn. Throughput: batches of 8 blocks. A warm-up comes first.",
+    "Agreement: share of tokens for which the model puts the same one first as the teacher.",
+)
+
+
+def has_plain_head(model: PreTrainedModel) -> bool:
+    """Returns whether the logits are the last layer's product with the last hidden states and nothing else.
+
+    Some models scale or cap their logits; theirs are then asked for, all of them at once.
+    """
+    layer, was_training = model.get_output_embeddings(), model.training
+    if not isinstance(layer, torch.nn.Linear):
+        return False
+    ids_BT = torch.arange(CHECKED_TOKENS, device=model.device)[None] % model.config.vocab_size
+    model.eval()
+    with torch.inference_mode(), torch.autocast(model.device.type, enabled=False):
+        hidden_BTD = model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state
+        logits_BTV = model(input_ids=ids_BT, use_cache=False).logits
+        fits = hidden_BTD.shape[-1] == layer.in_features
+        is_plain = fits and torch.allclose(layer(hidden_BTD), logits_BTV, rtol=1e-4, atol=1e-4)
+    model.train(was_training)
+    return is_plain
+
+
+def as_forward(model: PreTrainedModel) -> Forward:
+    """Returns the model as a function from inputs to logits."""
+
+    def forward(inputs: dict[str, Tensor]) -> NDArray[np.float32]:
+        with torch.inference_mode():
+            logits_BTV: NDArray[np.float32] = model(**inputs, use_cache=False).logits.numpy()
+            return logits_BTV
+
+    return forward
+
+
+def measure_speed(forward: Forward, data: Blocks, between: Callable[[], None]) -> float:
+    """Returns how many tokens a second are read in batches of eight blocks."""
+    inputs = data.batch(np.arange(SPEED_BLOCKS) % len(data), CPU).inputs
+    forward(inputs)
+    between()
+    began = time.perf_counter()
+    forward(inputs)
+    return inputs["input_ids"].numel() / (time.perf_counter() - began)
+
+
+def summarise(sums_J: NDArray[np.float64]) -> Row:
+    """Returns the means over rows of SUMS, and the perplexity."""
+    means = {name: float(value) for name, value in zip(SUMS[1:], sums_J[1:] / max(1.0, sums_J[0]), strict=True)}
+    return means | {"perplexity": math.exp(min(means["loss"], MAX_LOSS))}
+
+
+def bootstrap_perplexity(sums_BJ: NDArray[np.float64], confidence: float, seed: int) -> list[float]:
+    """Returns the perplexity's interval: percentiles over resamples of the blocks with replacement.
+
+    Source: Efron, Tibshirani 1993, "An Introduction to the Bootstrap", chapter 13.
+    """
+    rng, num_blocks = np.random.default_rng(seed), len(sums_BJ)
+    drawn = (sums_BJ[rng.integers(0, num_blocks, num_blocks)].sum(axis=0) for _ in range(NUM_RESAMPLES))
+    perplexities = [summarise(sums_J)["perplexity"] for sums_J in drawn]
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(perplexities, [tail, 1 - tail]).tolist()
+    return [low, high]
+
+
+def _log_softmax(answer: Head | Tensor, rows: slice) -> Tensor:
+    logits_NC = answer.logits(rows) if isinstance(answer, Head) else answer[rows].float()
+    return F.log_softmax(logits_NC, dim=-1)
+
+
+def _card_metrics(student: Row) -> list[dict[str, Any]]:
+    return [{"type": "perplexity", "value": round(student["perplexity"], 4), "name": "Perplexity"}]

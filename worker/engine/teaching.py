@@ -1,0 +1,153 @@
+"""Where the teacher's answers come from while the student trains."""
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from core.errors import StageFailed
+from worker.engine.blocks import Blocks
+from worker.engine.data import Batch, Encoded
+from worker.engine.devices import autocast
+from worker.engine.inference import predict_logits
+from worker.kernels.heads import Head, HeadSignal
+from worker.kernels.signals import DenseSignal, Signal, SparseSignal
+
+if TYPE_CHECKING:
+    from worker.engine.context import StageContext
+
+ANSWERS_FILE = "train.safetensors"
+log = logging.getLogger(__name__)
+
+
+class Teaching(Protocol):
+    """A teacher's answers to a training split."""
+
+    def prepare(self, epoch: int, data: Any) -> Any:
+        """Returns the split as teacher and student read it in this epoch, a pure function of seed and epoch."""
+
+    def answer(self, batch: Batch) -> Signal:
+        """Returns what the teacher says of the batch's rows."""
+
+    def save(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Returns what a run that goes on would else ask for again."""
+
+    def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Takes over what `save` returned."""
+
+
+class Masking(NamedTuple):
+    """After the first epoch a share of the tokens is masked, anew in every epoch, for teacher and student alike.
+
+    The student then hears the teacher on more inputs than there are texts. Without a mask's id nothing is masked.
+
+    Paper: Tang et al. 2019, "Distilling Task-Specific Knowledge from BERT into Simple Neural Networks", section 3.2,
+    with the noise of each epoch in place of a fixed, larger split.
+    """
+
+    mask_id: int | None = None
+    probability: float = 0.0
+    seed: int = 0
+
+    def is_due(self, epoch: int) -> bool:
+        """Returns whether this epoch's inputs differ from the split."""
+        return epoch > 0 and self.probability > 0 and self.mask_id is not None
+
+    def mask(self, data: Any, epoch: int) -> Any:
+        """Returns the split as this epoch reads it."""
+        return data.masked(self.mask_id, self.probability, [self.seed, epoch, 1]) if self.is_due(epoch) else data
+
+
+class AnswersAhead:
+    """A classifier that answers the whole split at once, so that no step runs it."""
+
+    def __init__(self, ctx: "StageContext", teacher: PreTrainedModel, masking: "Masking") -> None:
+        self._ctx, self._teacher, self._masking = ctx, teacher, masking
+        self._logits_NC: Tensor | None = None
+        self._epoch = -1
+
+    def prepare(self, epoch: int, data: Encoded) -> Encoded:
+        """Masks the split, and has the teacher answer it where it has not."""
+        data = self._masking.mask(data, epoch)
+        if self._logits_NC is None or (self._masking.is_due(epoch) and self._epoch != epoch):
+            with autocast(self._ctx.device):  # a hint to train by, not an answer to a user
+                self._logits_NC = predict_logits(self._teacher, data, self._ctx.check_stop)
+            self._epoch = epoch
+            log.info("the teacher answered %d texts for epoch %d", len(data), epoch + 1)
+        return data
+
+    def answer(self, batch: Batch) -> Signal:
+        """Returns the rows' logits."""
+        assert self._logits_NC is not None  # noqa: S101
+        return DenseSignal(self._logits_NC[batch.row_numbers])
+
+    def save(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Returns the answers of this epoch."""
+        return {} if self._logits_NC is None else {"logits": self._logits_NC}, {"epoch": self._epoch}
+
+    def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Takes over the answers."""
+        self._logits_NC, self._epoch = tensors.get("logits"), state["epoch"]
+
+
+class AnswersKept:
+    """Answers that an earlier stage kept, of the teacher's likeliest tokens."""
+
+    def __init__(self, folder: Path) -> None:
+        path = folder / ANSWERS_FILE
+        with safe_open(path, framework="pt") as file:
+            kept = file.metadata()
+        self._stream, self._temperature = kept["stream"], float(kept["temperature"])
+        self._tensors = load_file(path)  # mapped into memory, so that only what is asked for is read
+
+    def prepare(self, epoch: int, data: Blocks) -> Blocks:
+        """Checks that the answers are to this split. Raises StageFailed if not."""
+        if epoch == 0 and data.digest() != self._stream:
+            raise StageFailed(
+                "dataset_invalid",
+                "The kept answers are to another text, or to other blocks of it.",
+                suggestion="Run the answer stage of this job with the student's tokenizer.",
+            )
+        return data
+
+    def answer(self, batch: Batch) -> Signal:
+        """Returns what was kept of the rows."""
+        rows_N = batch.row_numbers
+        classes_NK, log_p_NK, log_rest_N = (self._tensors[name][rows_N] for name in ("classes", "log_p", "log_rest"))
+        return SparseSignal(classes_NK.long(), log_p_NK, log_rest_N, self._temperature)
+
+    def save(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Returns nothing."""
+        return {}, {}
+
+    def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Has nothing to take over."""
+
+
+class AnswersOnline:
+    """A teacher that answers each batch as it comes; its logits are made when they are asked for."""
+
+    def __init__(self, ctx: "StageContext", teacher: PreTrainedModel, masking: Masking | None = None) -> None:
+        self._ctx, self._teacher, self._masking = ctx, teacher.eval(), masking or Masking()
+
+    def prepare(self, epoch: int, data: Any) -> Any:
+        """Masks the split."""
+        return self._masking.mask(data, epoch)
+
+    def answer(self, batch: Batch) -> Signal:
+        """Runs the teacher on the batch."""
+        with torch.no_grad(), autocast(self._ctx.device):
+            answer = self._ctx.task.answer(self._teacher, batch)
+        return HeadSignal(answer) if isinstance(answer, Head) else DenseSignal(answer)
+
+    def save(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Returns nothing."""
+        return {}, {}
+
+    def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Has nothing to take over."""

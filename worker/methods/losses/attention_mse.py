@@ -1,0 +1,31 @@
+"""Mean squared error of attention scores."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from core.methods import FeatureLoss
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from worker.engine.features import Layer, Seen
+
+
+class AttentionMSE(FeatureLoss):
+    """The mean over heads and keys of the squared difference of the scores before the softmax.
+
+    Paper: Jiao et al. 2020, "TinyBERT: Distilling BERT for Natural Language Understanding", section 3.1, equation 7.
+    Deviation: scores are of queries and keys as projected, before a model turns them by their positions.
+    """
+
+    needs_projections: ClassVar[bool] = True
+
+    kind: Literal["attention_mse"] = "attention_mse"
+
+    def build(self, ctx: Any) -> "Callable[[Layer, Layer, Seen], Tensor]":
+        """Returns the distance of two layers."""
+        from worker.kernels.features import attention_mse
+
+        return lambda s, t, seen: attention_mse(
+            (s.query_BTD, s.key_BTD), (t.query_BTD, t.key_BTD), seen.pairs_BTT, s.heads
+        )

@@ -1,0 +1,26 @@
+"""Mean squared error of hidden states."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
+
+from core.methods import FeatureLoss
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from worker.engine.features import Layer, Seen
+
+
+class HiddenMSE(FeatureLoss):
+    """The mean over the width of (s - t)², of each token's states.
+
+    Paper: Jiao et al. 2020, "TinyBERT: Distilling BERT for Natural Language Understanding", section 3.1, equation 8.
+    """
+
+    kind: Literal["hidden_mse"] = "hidden_mse"
+
+    def build(self, ctx: Any) -> "Callable[[Layer, Layer, Seen], Tensor]":
+        """Returns the distance of two layers."""
+        from worker.kernels.features import hidden_mse
+
+        return lambda s, t, seen: hidden_mse(s.hidden_BTD, t.hidden_BTD, seen.mask_BT)

@@ -1,0 +1,39 @@
+"""Divergences of the relations of queries, of keys and of values."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from core.methods import FeatureLoss
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from worker.engine.features import Layer, Seen
+
+
+class Relations(FeatureLoss):
+    """The sum over Q, K and V of the mean over relation heads of KL(R_t ‖ R_s), R = softmax(X Xᵀ/√d), of each token.
+
+    Paper: Wang et al. 2021, "MiniLMv2: Multi-Head Self-Attention Relation Distillation for Compressing Pretrained
+    Transformers", section 3.1.
+    """
+
+    needs_projections: ClassVar[bool] = True
+
+    kind: Literal["relations"] = "relations"
+    heads: int | None = Field(
+        None, ge=1, description="Relation heads, which must divide both widths; null for the student's attention heads."
+    )
+
+    def build(self, ctx: Any) -> "Callable[[Layer, Layer, Seen], Tensor]":
+        """Returns the distance of two layers."""
+        from worker.kernels.features import relation_kl
+
+        def distance(s: "Layer", t: "Layer", seen: "Seen") -> "Tensor":
+            heads = self.heads or s.heads
+            pairs = ((s.query_BTD, t.query_BTD), (s.key_BTD, t.key_BTD), (s.value_BTD, t.value_BTD))
+            return sum(relation_kl((x, x), (y, y), seen.pairs_BTT, heads) for x, y in pairs)  # type: ignore[return-value]
+
+        return distance

@@ -1,0 +1,67 @@
+"""The teacher's answers, kept."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from core.methods import Divergence, Problem, Stage
+
+if TYPE_CHECKING:
+    from core.jobs.spec import JobSpec
+    from worker.engine.context import StageContext
+
+
+class Answer(Stage):
+    """Has the teacher answer the training split once; every distillation after it reads its answers.
+
+    Kept are the likeliest tokens and the probability of all others together. A job with the same teacher and split
+    takes the answers over from the stage cache, and its distillation runs no teacher.
+
+    Paper: Anshumann et al. 2025, "Sparse Logit Sampling: Accelerating Knowledge Distillation in LLMs", section 3, on
+    what the probability of the others is for.
+    """
+
+    kind: Literal["answer"] = "answer"
+    top_k: int = Field(64, ge=1, le=4096, description="Tokens that are kept at each place, 8 bytes each.")
+    temperature: float = Field(
+        1.0,
+        gt=0,
+        le=1000,
+        description="Temperature of the answers; that of the losses which hear them must be the same.",
+    )
+
+    def check(self, spec: "JobSpec") -> list[Problem]:
+        """Returns what does not fit: the task, or the temperature of a loss that is to hear the answers."""
+        if spec.task.kind != "causal_lm":
+            what = f"'answer' keeps no answers to {spec.task.kind}; leave it out, distill asks by itself"
+            return [Problem("kind", what)]
+        later = spec.stages[spec.stages.index(self) + 1 :]
+        if any("teacher" in stage.writes() for stage in later):
+            return [Problem("kind", "a later stage changes the teacher; put 'answer' after it")]
+        losses = [loss for stage in later for loss in getattr(stage, "losses", [])]
+        return [
+            Problem(
+                "kind", f"'{loss.kind}' needs the teacher's logits, and 'answer' keeps probabilities; leave one out"
+            )
+            for loss in losses
+            if loss.needs_logits
+        ] + [
+            Problem("temperature", f"'{loss.kind}' hears the answers at another temperature; set both the same")
+            for loss in losses
+            if isinstance(loss, Divergence) and loss.temperature != self.temperature
+        ]
+
+    def reads(self) -> set[str]:
+        """Returns the teacher's role."""
+        return {"teacher"}
+
+    def writes(self) -> set[str]:
+        """Returns the role of the answers."""
+        return {"answers"}
+
+    def build(self, ctx: "StageContext") -> Callable[[], dict[str, Any]]:
+        """Returns the answering run."""
+        from worker.engine.answering import answer
+
+        return lambda: answer(ctx, self)

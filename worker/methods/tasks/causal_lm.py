@@ -1,0 +1,44 @@
+"""Causal language modelling."""
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from core.methods import Task
+
+if TYPE_CHECKING:
+    from worker.engine.context import StageContext
+    from worker.engine.language import LanguageModelling
+
+
+class CausalLM(Task):
+    """Continues texts, token by token.
+
+    The texts of a split, each with the tokenizer's end token after it, make one stream, which is cut into blocks of
+    `block_tokens`; every token but the first is predicted once. With a prompt column only the text after the prompt is
+    learned and measured.
+    """
+
+    kind: Literal["causal_lm"] = "causal_lm"
+    text: str = Field("text", description="Column that holds the text, or what follows the prompt.")
+    prompt: str | None = Field(None, description="Column that holds the prompt, which is read and not learned.")
+    block_tokens: int = Field(
+        512, ge=8, le=131_072, description="Tokens of one example; at most what the model has positions for."
+    )
+
+    def columns(self) -> dict[str, str]:
+        """Returns the columns by role."""
+        return {"text": self.text} | ({"prompt": self.prompt} if self.prompt else {})
+
+    def default_stages(self) -> list[dict[str, Any]]:
+        """Returns the stages of a spec that names none; the teacher is heard at temperature 1."""
+        losses = [{"kind": "cross_entropy"}, {"kind": "forward_kl", "temperature": 1.0}]
+        return [
+            stage | ({"losses": losses} if stage["kind"] == "distill" else {}) for stage in super().default_stages()
+        ]
+
+    def build(self, ctx: "StageContext") -> "LanguageModelling":
+        """Returns the language modelling run."""
+        from worker.engine.language import LanguageModelling
+
+        return LanguageModelling(ctx, self)
