@@ -10,6 +10,8 @@ from sqlalchemy import select
 from core.db import session_scope
 from core.jobs.models import Event, Job
 from core.settings import get_settings
+from core.storage import get_store
+from core.upkeep.checking import check
 from tests.e2e.stack import Stack, until
 
 STAGES: list[dict[str, Any]] = [
@@ -75,3 +77,8 @@ def processes_of(job_id: str) -> list[int]:
             if job_id in os.readlink(folder / "cwd"):
                 found.append(int(folder.name))
     return found
+
+
+def find_damage() -> set[str]:
+    """Returns what is wrong with rows and stored bytes."""
+    return {problem.subject for problem in check(get_store()).problems}

@@ -11,8 +11,6 @@ from pathlib import Path
 import pytest
 
 from core.settings import get_settings
-from core.storage import get_store
-from core.upkeep.checking import check
 from tests.chaos import proving
 from tests.e2e.stack import Stack, until
 
@@ -49,15 +47,10 @@ class Disk:
         return struct.unpack_from("q", self._state)[0]
 
 
-def find_damage() -> set[str]:
-    """Returns what is wrong with rows and stored bytes."""
-    return {problem.subject for problem in check(get_store()).problems}
-
-
 def test_a_full_disk_at_every_kth_write(
     stack: Stack, tmp_path: Path, record: Callable[..., None], scaled: Callable[[int], int]
 ) -> None:
-    disk, before = Disk(tmp_path / "disk"), find_damage()
+    disk, before = Disk(tmp_path / "disk"), proving.find_damage()
     worker = stack.start_worker(**proving.EAGER, **disk.settings)
     proving.clean_run(stack)
     num_writes = disk.count()
@@ -77,6 +70,6 @@ def test_a_full_disk_at_every_kth_write(
         assert stack.hashes(job_id) == proving.clean_run(stack)["files"]
         until(lambda job_id=job_id: not proving.folders_of(job_id), 30)
     assert worker.poll() is None
-    assert find_damage() <= before
+    assert proving.find_damage() <= before
     seen = f"of {num_writes} writes; same hash each time, {num_failed} jobs failed and were retried, 0 corrupt files"
     record("disk full at every k-th write", len(firsts), seen, "same hash, 0 corrupt files, the API stays up")
