@@ -1,0 +1,352 @@
+"""Distillation of a language model, beside TRL and plain loops in the same run: time, memory, and what was learned.
+
+    python bench/causal_lm.py [--data DIR] [--steps N] [--rounds N] [--only NAME] [--out DIR]
+
+GPT-2 of 4 layers of width 256 into 2 of its layers, a vocabulary of 50,257, steps of 4 × 256 tokens of WikiText-2
+(CC BY-SA, Merity et al. 2016), forward KL at T = 1 and nothing else, the same blocks in the same order for all. The
+teacher is trained first by a plain loop. Each contender runs in a process of its own, in bf16 where the processor has
+it: `trl` is `GKDTrainer` (which knows no temperature) with lmbda=0 and beta=0; `plain` is a hand-written loop; `floor`
+is such a loop that trains the student on the texts alone; `online` and `cached` are ours, with the teacher beside the
+student and with the answers that the stage `answer` kept. Rounds go through the contenders in turn. Time is the median
+of the steps after the first five; memory is what is resident at the worst moment beyond what was before the first step;
+the KL is that of the validation split after the last step. Prints a table and writes `causal_lm.json`.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+DEFAULT_DATA = HERE.parents[1] / "shared" / "data" / "wikitext2_mini"
+VOCABULARY, BATCH, TOKENS, WARM_UP = 50_257, 4, 256, 5
+RATE, SEED, TEACHER_STEPS = 1e-3, 0, 150
+CONTENDERS = ("trl", "plain", "floor", "online", "cached")
+GOALS = {
+    "online, times faster than trl": (1.3, "at least"),
+    "online, added memory over trl's": (0.4, "at most"),
+    "cached, times faster than trl": (1.8, "at least"),
+    "cached, time over the floor's": (1.10, "at most"),
+    "online, KL over trl's": (1.01, "at most"),
+}
+CPU = torch.device("cpu")
+console = Console()
+
+
+class Course:
+    """Notes when each step ended, and what was resident before the first and at the worst moment."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+        self.before = 0
+
+    def begin(self) -> None:
+        Path("/proc/self/clear_refs").write_text("5")  # forgets the highest mark
+        self.before = resident("VmRSS")
+        self.ends.append(time.perf_counter())
+
+    def note(self) -> None:
+        self.ends.append(time.perf_counter())
+
+    def result(self) -> dict[str, Any]:
+        steps = np.diff(self.ends)[WARM_UP:]
+        return {"seconds": statistics.median(steps), "added_bytes": resident("VmHWM") - self.before}
+
+
+def resident(mark: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{mark}:"))
+
+
+def prepare(data: Path, work: Path) -> None:
+    """Writes a tokenizer, the splits, a trained teacher, and the student in its first state."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=["<|endoftext|>"], show_progress=False)
+    texts = [json.loads(line)["text"] for line in (data / "train.jsonl").open(encoding="utf-8")]
+    raw.train_from_iterator(texts, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|endoftext|>")
+    torch.manual_seed(SEED)
+    config = GPT2Config(
+        vocab_size=VOCABULARY,
+        n_embd=256,
+        n_layer=4,
+        n_head=4,
+        n_positions=TOKENS + 1,
+        bos_token_id=0,
+        eos_token_id=0,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+    )
+    (work / "in").mkdir(parents=True)
+    (work / "in" / "data").symlink_to(data.resolve())
+    teacher = GPT2LMHeadModel(config)
+    tokenizer.save_pretrained(work / "in" / "teacher")
+    teacher.save_pretrained(work / "in" / "teacher")
+    blocks = read_blocks(work, "train")
+    train(teacher, [blocks.batch(rows, CPU) for rows in order(len(blocks), TEACHER_STEPS)], Course(), cross_entropy)
+    teacher.save_pretrained(work / "in" / "teacher")
+
+
+def read_blocks(work: Path, split: str) -> Any:
+    from worker.engine.blocks import Blocks, read_stream
+    from worker.engine.loading import load_tokenizer
+
+    tokenizer = load_tokenizer(work / "in" / "teacher")
+    return Blocks(*read_stream(work / "in" / "data" / f"{split}.jsonl", {"text": "text"}, tokenizer), TOKENS)
+
+
+def order(num_blocks: int, num_steps: int) -> Iterator[np.ndarray]:
+    """Yields the blocks of each step as the engine draws them: a permutation an epoch, by seed and epoch."""
+    epoch, made = 0, 0
+    while made < num_steps:
+        permutation = np.random.default_rng([SEED * 1009, epoch]).permutation(num_blocks)
+        for start in range(0, num_blocks, BATCH):
+            if made < num_steps:
+                yield permutation[start : start + BATCH]
+                made += 1
+        epoch += 1
+
+
+def load_pair(work: Path) -> tuple[Any, Any]:
+    """Returns teacher and student."""
+    from worker.engine.loading import load_language_model
+    from worker.engine.students import keep_layers
+
+    teacher = load_language_model(work / "in" / "teacher").eval()
+    return teacher, keep_layers(teacher, [0, 3])
+
+
+Loss = Callable[[Any, Any], torch.Tensor]
+
+
+def cross_entropy(model: Any, batch: Any) -> torch.Tensor:
+    logits = model(**batch.inputs, use_cache=False).logits
+    return F.cross_entropy(logits.float().flatten(0, 1), batch.labels.flatten())
+
+
+def divergence(teacher: Any) -> Loss:
+    def loss(model: Any, batch: Any) -> torch.Tensor:
+        with torch.no_grad():
+            soft = F.log_softmax(teacher(**batch.inputs, use_cache=False).logits.float(), -1)
+        found = F.log_softmax(model(**batch.inputs, use_cache=False).logits.float(), -1)
+        return F.kl_div(found.flatten(0, 1), soft.flatten(0, 1), reduction="batchmean", log_target=True)
+
+    return loss
+
+
+def train(model: Any, batches: list[Any], course: Course, loss: Loss) -> None:
+    """An ordinary loop: AdamW, linear warm-up and decay, clipping, bf16 autocast where the processor has it."""
+    from transformers import get_linear_schedule_with_warmup
+
+    from worker.engine.devices import autocast
+
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.01, fused=True)
+    schedule = get_linear_schedule_with_warmup(optimizer, round(0.1 * len(batches)), len(batches))
+    course.begin()
+    for batch in batches:
+        optimizer.zero_grad(set_to_none=True)
+        with autocast(CPU):
+            value = loss(model, batch)
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        value.item()
+        course.note()
+
+
+def run_loop(work: Path, steps: int, *, floor: bool) -> tuple[Any, Course]:
+    teacher, student = load_pair(work)
+    blocks, course = read_blocks(work, "train"), Course()
+    batches = [blocks.batch(rows, CPU) for rows in order(len(blocks), steps)]
+    train(student, batches, course, cross_entropy if floor else divergence(teacher))
+    return student, course
+
+
+def run_trl(work: Path, steps: int) -> tuple[Any, Course]:
+    from peer_trl import distil
+
+    teacher, student = load_pair(work)
+    blocks, course = read_blocks(work, "train"), Course()
+    rows = [row for step in order(len(blocks), steps) for row in step]
+    starts = np.array(rows) * TOKENS
+    examples = [blocks.ids_S[start : start + TOKENS + 1].tolist() for start in starts]
+    distil(teacher, student, examples, work, course, batch_size=BATCH, rate=RATE)
+    return student, course
+
+
+def run_ours(work: Path, steps: int, *, cached: bool) -> tuple[Any, Course]:
+    """Runs the stage as its process does, without the supervisor."""
+    from core.jobs.spec import load_spec
+    from worker.engine.context import Order, StageContext
+    from worker.engine.loading import load_language_model
+    from worker.engine.reporting import Reporter
+
+    class Clock(Reporter):
+        def progress(self, step: int, total: int) -> None:
+            if training:
+                course.note() if course.ends else course.begin()
+            super().progress(step, total)
+
+    steps_per_epoch = -(-len(read_blocks(work, "train")) // BATCH)
+    distill = {
+        "kind": "distill",
+        "losses": [{"kind": "forward_kl", "temperature": 1.0}],
+        "epochs": steps / steps_per_epoch,
+        "batch_size": BATCH,
+        "learning_rate": RATE,
+        "dropout": None,
+    }
+    spec = load_spec(
+        {
+            "task": {"kind": "causal_lm", "block_tokens": TOKENS},
+            "teacher": {"model": "teacher"},
+            "student": {"kind": "teacher_layers", "keep": [0, 3]},
+            "data": {"train": "wikitext/train"},
+            "stages": [{"kind": "answer", "top_k": 64}, distill] if cached else [distill],
+        }
+    )
+    course, training, answers = Course(), False, None
+    for ordinal, stage in enumerate(spec.stages):
+        folder = work / f"{'cached' if cached else 'online'}-{ordinal}-{os.getpid()}"
+        inputs = folder / "in"
+        (inputs / "data").mkdir(parents=True)
+        (inputs / "data" / "train.jsonl").symlink_to((work / "in" / "data" / "train.jsonl").resolve())
+        (inputs / "teacher").symlink_to(work / "in" / "teacher")
+        (folder / "out").mkdir()
+        if answers:
+            (inputs / "answers").symlink_to(answers)
+        order = Order.parse(
+            {
+                "stage": stage.model_dump(mode="json"),
+                "spec": spec.model_dump(mode="json") | {"seed": SEED},
+                "ordinal": 0,
+                "labels": [],
+                "inputs_dir": str(inputs),
+                "outputs_dir": str(folder / "out"),
+                "num_threads": 0,
+                "max_memory_bytes": 0,
+                "job_id": "job",
+                "earlier": [],
+                "checkpoint": None,
+                "checkpoint_s": 1e9,
+            }
+        )
+        training = stage.kind == "distill"
+        with open(os.devnull, "wb") as nowhere:
+            ctx = StageContext(order, Clock(nowhere.fileno()), threading.Event())
+            stage.build(ctx)()
+            ctx.close()
+        answers = folder / "out" / "answers"
+    return load_language_model(folder / "out" / "student"), course
+
+
+def measure(name: str, work: Path, steps: int) -> dict[str, Any]:
+    from worker.engine.devices import configure_torch
+
+    configure_torch(len(os.sched_getaffinity(0)))
+    if name == "trl":
+        student, course = run_trl(work, steps)
+    elif name in ("plain", "floor"):
+        student, course = run_loop(work, steps, floor=name == "floor")
+    else:
+        student, course = run_ours(work, steps, cached=name == "cached")
+    return course.result() | {"kl": validation_kl(work, student)}
+
+
+def validation_kl(work: Path, student: Any) -> float:
+    teacher, _ = load_pair(work)
+    student.eval()
+    blocks, total, count = read_blocks(work, "validation").head(40), 0.0, 0
+    with torch.inference_mode():
+        for batch in blocks.in_order(CPU):
+            log_p, log_q = (F.log_softmax(m(**batch.inputs).logits[batch.is_row], -1) for m in (teacher, student))
+            total += (log_p.exp() * (log_p - log_q)).sum().item()
+            count += len(log_p)
+    return total / count
+
+
+def compare(seen: dict[str, dict[str, Any]]) -> dict[str, float]:
+    trl, floor, online, cached = (seen[name] for name in ("trl", "floor", "online", "cached"))
+    return {
+        "online, times faster than trl": trl["seconds"] / online["seconds"],
+        "online, added memory over trl's": online["added_bytes"] / trl["added_bytes"],
+        "cached, times faster than trl": trl["seconds"] / cached["seconds"],
+        "cached, time over the floor's": cached["seconds"] / floor["seconds"],
+        "online, KL over trl's": online["kl"] / trl["kl"],
+    }
+
+
+def show(seen: dict[str, dict[str, Any]], figures: dict[str, float]) -> bool:
+    table = Table("", "s a step", "tokens/s", "MB on top", "validation KL", title=f"{BATCH} × {TOKENS} tokens a step")
+    for name, row in seen.items():
+        speed = BATCH * TOKENS / row["seconds"]
+        table.add_row(
+            name, f"{row['seconds']:.3f}", f"{speed:,.0f}", f"{row['added_bytes'] / 1e6:,.0f}", f"{row['kl']:.4f}"
+        )
+    console.print(table, f"{os.cpu_count()} cores")
+    table, all_met = Table("figure", "seen", "goal"), True
+    for name, (goal, kind) in GOALS.items():
+        met = figures[name] >= goal if kind == "at least" else figures[name] <= goal
+        all_met &= met
+        table.add_row(name, f"{figures[name]:.3f}", f"{kind} {goal}{'' if met else ' [red]missed[/]'}")
+    console.print(table)
+    return all_met
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=DEFAULT_DATA)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--only", choices=CONTENDERS, help=argparse.SUPPRESS)
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, default=HERE / "out")
+    arguments = parser.parse_args()
+    if arguments.only:
+        print(json.dumps(measure(arguments.only, arguments.work, arguments.steps)))
+        return 0
+    if not arguments.data.is_dir():
+        console.print(f"no WikiText-2 in {arguments.data}: nothing to measure")
+        return 0
+    rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTENDERS}
+    with tempfile.TemporaryDirectory(prefix="stillhouse-bench-") as folder:
+        work = Path(folder)
+        prepare(arguments.data, work)
+        for _ in range(arguments.rounds):
+            for name in CONTENDERS:
+                command = [sys.executable, __file__, "--work", folder, "--steps", str(arguments.steps), "--only", name]
+                found = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+                rounds[name].append(json.loads(found.splitlines()[-1]))
+                console.print(name, rounds[name][-1])
+    seen = {name: min(found, key=lambda row: row["seconds"]) for name, found in rounds.items()}
+    figures = compare(seen)
+    all_met = show(seen, figures)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "causal_lm.json").write_text(json.dumps({"rounds": rounds, "figures": figures}, indent=1))
+    return 0 if all_met else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

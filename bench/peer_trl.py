@@ -1,0 +1,83 @@
+"""The peer of `causal_lm.py`: TRL's GKDTrainer, off-policy and with the forward KL."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch.utils.data import SequentialSampler
+from transformers import TrainerCallback
+from trl.experimental.gkd import GKDConfig, GKDTrainer
+
+from worker.engine.devices import has_fast_bf16
+from worker.engine.loading import load_tokenizer
+
+
+class Sequential(GKDTrainer):
+    """Takes the examples as they come."""
+
+    def _get_train_sampler(self, *_: Any) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset)
+
+
+class Timer(TrainerCallback):
+    """Notes the end of each step."""
+
+    def __init__(self, course: Any) -> None:
+        self.course = course
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.course.begin()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.course.note()
+
+
+def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """One more token than is read, so that as many are supervised as elsewhere; the first is the prompt."""
+    ids = torch.tensor([row["input_ids"] for row in rows])
+    mask = torch.ones_like(ids)
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "labels": ids.clone(),
+        "prompts": ids[:, :1],
+        "prompt_attention_mask": mask[:, :1],
+    }
+
+
+def distil(
+    teacher: Any, student: Any, examples: list[list[int]], work: Path, course: Any, *, batch_size: int, rate: float
+) -> None:
+    """Trains the student on the examples, in order."""
+    settings = GKDConfig(
+        output_dir=str(work / "trl"),
+        per_device_train_batch_size=batch_size,
+        num_train_epochs=1,
+        learning_rate=rate,
+        lr_scheduler_type="linear",
+        warmup_steps=round(0.1 * len(examples) / batch_size),
+        weight_decay=0.01,
+        max_grad_norm=1.0,
+        lmbda=0.0,
+        beta=0.0,
+        temperature=1.0,
+        max_length=None,
+        bf16=has_fast_bf16("cpu"),
+        use_cpu=True,
+        gradient_checkpointing=False,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+    )
+    trainer = Sequential(
+        model=student,
+        teacher_model=teacher,
+        args=settings,
+        data_collator=collate,
+        train_dataset=Dataset.from_dict({"input_ids": examples}),
+        processing_class=load_tokenizer(work / "in" / "teacher"),
+        callbacks=[Timer(course)],
+    )
+    trainer.train()
