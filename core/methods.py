@@ -25,6 +25,7 @@ from pydantic import (
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from core.models.facts import ModelFacts as ModelFacts
+from core.models.refs import ModelRef as ModelRef
 
 if TYPE_CHECKING:
     from core.jobs.spec import JobSpec
@@ -82,10 +83,15 @@ class Method(StrictModel):
 
 
 class Task(Method):
-    """What the model is to do, and which columns of the data say so; `forms` names the exporters for its models."""
+    """What the model is to do, and which columns of the data say so.
+
+    `forms` names the exporters for its models; `shares_tokens` says whether tokens are what teacher and student choose
+    among.
+    """
 
     family: ClassVar[str] = "tasks"
     forms: ClassVar[tuple[str, ...]] = ("safetensors",)
+    shares_tokens: ClassVar[bool] = False
 
     def columns(self) -> dict[str, str]:
         """Returns the columns the data must have, by their role (`text`, `label`)."""
@@ -106,9 +112,16 @@ class Task(Method):
 
 
 class Student(Method):
-    """Where the student's architecture and first weights come from."""
+    """Where the student's architecture and first weights come from.
+
+    One that starts from another model than the teacher names it in a field `model`; its files have the role `base`.
+    """
 
     family: ClassVar[str] = "students"
+
+    def source(self) -> str | None:
+        """Returns the reference of the model that it starts from, None for the teacher."""
+        return None
 
     def check(self, teacher: ModelFacts) -> list[Problem]:
         """Returns what makes this student impossible for that teacher."""
@@ -212,6 +225,7 @@ class FeatureLoss(Loss):
     """A distance between what layers of teacher and student compute; it has no kind of its own."""
 
     needs_projections: ClassVar[bool] = False  # queries, keys and values, not only states
+    needs_same: ClassVar[str | None] = None  # setting of both models' configs
     denominator: ClassVar[Literal["tokens", "examples"]] = "tokens"
 
     layers: Annotated[
@@ -260,8 +274,8 @@ class Stage(Method):
         """Returns what is wrong with these settings inside that spec; fields are relative to the stage."""
         return []
 
-    def reads(self) -> set[str]:
-        """Returns the roles (`teacher`, `student`) that must exist before this stage."""
+    def reads(self, spec: "JobSpec") -> set[str]:
+        """Returns the roles (`teacher`, `student`) that must exist before this stage of that spec."""
         raise NotImplementedError
 
     def writes(self) -> set[str]:

@@ -12,8 +12,8 @@ WORDS = {
 FILLER = "please my the i it was is now still help with for not and".split()
 
 
-def write_model(folder: Path, num_layers: int = 3) -> Path:
-    """Writes a BERT folder (safetensors, config, tokenizer) and returns it."""
+def write_model(folder: Path, num_layers: int = 3, *, is_reversed: bool = False) -> Path:
+    """Writes a BERT folder (safetensors, config, tokenizer) and returns it; reversed, words have other ids."""
     import torch
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
@@ -24,7 +24,7 @@ def write_model(folder: Path, num_layers: int = 3) -> Path:
         "[CLS]",
         "[SEP]",
         "[MASK]",
-        *sorted({w for t in WORDS.values() for w in t.split()} | set(FILLER)),
+        *sorted({w for t in WORDS.values() for w in t.split()} | set(FILLER), reverse=is_reversed),
     ]
     raw = Tokenizer(models.WordPiece({word: i for i, word in enumerate(vocab)}, unk_token="[UNK]"))
     raw.normalizer = normalizers.BertNormalizer()
@@ -54,19 +54,23 @@ def write_model(folder: Path, num_layers: int = 3) -> Path:
     return folder
 
 
-def write_language_model(folder: Path, num_layers: int = 3) -> Path:
-    """Writes a GPT-2 folder over the words of the data set and returns it."""
+def write_language_model(folder: Path, num_layers: int = 3, *, num_padding: int = 0, is_reversed: bool = False) -> Path:
+    """Writes a GPT-2 folder over the words of the data set and returns it.
+
+    It has logits for so many more tokens than there are; reversed, words have other ids.
+    """
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-    words = ["<end>", "<unk>", *sorted({w for t in WORDS.values() for w in t.split()} | set(FILLER))]
+    known = sorted({w for t in WORDS.values() for w in t.split()} | set(FILLER), reverse=is_reversed)
+    words = ["<end>", "<unk>", *known]
     raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", eos_token="<end>")
     torch.manual_seed(0)
     sizes = {"n_embd": 32, "n_layer": num_layers, "n_head": 2, "n_positions": 64}
-    config = GPT2Config(vocab_size=len(words), bos_token_id=0, eos_token_id=0, **sizes)
+    config = GPT2Config(vocab_size=len(words) + num_padding, bos_token_id=0, eos_token_id=0, **sizes)
     folder.mkdir(parents=True, exist_ok=True)
     GPT2LMHeadModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

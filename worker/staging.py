@@ -21,7 +21,7 @@ from core.errors import BlobDamaged, StageFailed
 from core.jobs.checkpoints import list_checkpoints, record_checkpoint, reject_checkpoint
 from core.jobs.models import Metric, StageRun
 from core.jobs.ownership import Claim, list_done, owned
-from core.jobs.spec import load_spec
+from core.jobs.spec import MODEL_ROLES, load_spec
 from core.models.hub import fetch
 from core.models.repository import files_of, get_manifest, put_manifest
 from core.settings import get_settings
@@ -90,15 +90,18 @@ class Staging:
 
     def find_inputs(self) -> "Inputs":
         """Returns what the stage is given: the newest manifest of every role, the data, the history, and its order."""
-        teacher = ensure_teacher(self.claim)
-        return transact(lambda session: self._find_inputs(session, teacher))
+        models = ensure_models(self.claim)
+        return transact(lambda session: self._find_inputs(session, models))
 
-    def _find_inputs(self, session: Session, teacher: list[ManifestFile]) -> "Inputs":
+    def _find_inputs(self, session: Session, models: dict[str, list[ManifestFile]]) -> "Inputs":
         job = owned(session, self.claim)
         stage = session.get_one(StageRun, (job.id, self.ordinal))
         done = list_done(session, job.id, self.ordinal)
         made: dict[str, str] = {role: made_id for run in done for role, made_id in run.outputs.items()}
-        roles = {"teacher": teacher} | {
+        spec = load_spec(job.spec)
+        if "student" not in spec.stages[self.ordinal].writes():
+            models = {role: files for role, files in models.items() if role != "base"}
+        roles = models | {
             role: files_of(get_manifest(session, job.tenant_id, manifest_id)) for role, manifest_id in made.items()
         }
         points = session.execute(
@@ -112,7 +115,6 @@ class Staging:
             ManifestFile(path=f"{split}.jsonl", sha256=blob["sha256"], size_bytes=blob["size_bytes"])
             for split, blob in job.inputs["data"].items()
         ]
-        spec = load_spec(job.spec)
         order = {
             "stage": stage.settings,
             "spec": spec.seen_by(spec.stages[self.ordinal]),
@@ -199,21 +201,26 @@ def discard(shas: list[str]) -> None:
         store.discard(sha256, before)
 
 
-def ensure_teacher(claim: Claim) -> list[ManifestFile]:
-    """Returns the files of the teacher as posted, fetched from the hub if this job's first stage needs them."""
+def ensure_models(claim: Claim) -> dict[str, list[ManifestFile]]:
+    """Returns the files of the models that the spec names, by role, fetched from the hub if that is still to do."""
 
-    def find(session: Session) -> tuple[dict[str, Any], list[ManifestFile]]:
-        teacher = owned(session, claim).inputs["teacher"]
-        known = teacher.get("manifest_id")
-        return teacher.get("hub", {}), files_of(get_manifest(session, claim.tenant_id, known)) if known else []
+    def find(session: Session) -> dict[str, tuple[dict[str, Any], list[ManifestFile]]]:
+        inputs = owned(session, claim).inputs
+        return {
+            role: (source, files_of(get_manifest(session, claim.tenant_id, known)) if known else [])
+            for role in sorted(MODEL_ROLES & inputs.keys())
+            for source in [inputs[role]]
+            for known in [source.get("manifest_id")]
+        }
 
-    hub, files = transact(find)
-    if files:
-        return files
+    return {role: files or _fetch(claim, role, source["hub"]) for role, (source, files) in transact(find).items()}
+
+
+def _fetch(claim: Claim, role: str, hub: dict[str, str]) -> list[ManifestFile]:
     try:
         files = fetch(hub["repo"], hub["commit"], get_store())
     except Exception as error:
-        message = f"the teacher {hub['repo']}@{hub['commit'][:12]} could not be fetched: {error}"
+        message = f"the model {hub['repo']}@{hub['commit'][:12]} could not be fetched: {error}"
         raise StageFailed(
             "teacher_unavailable", message, suggestion="check the hub and submit the job again", retryable=True
         ) from error
@@ -221,7 +228,7 @@ def ensure_teacher(claim: Claim) -> list[ManifestFile]:
     def note(session: Session) -> None:
         job = owned(session, claim)
         manifest = put_manifest(session, job.tenant_id, files)
-        job.inputs = job.inputs | {"teacher": {"manifest_id": manifest.id, "hub": hub}}
+        job.inputs = job.inputs | {role: {"manifest_id": manifest.id, "hub": hub}}
 
     transact(note)
     return files

@@ -14,14 +14,17 @@ from core.jobs.spec import JobSpec, spec_invalid
 from core.models.facts import ModelFacts
 from core.tenants.keys import Principal
 
+BASE = ("base", "base_facts")  # what a job's inputs hold of the model that its student starts from
+
 
 class Draft(NamedTuple):
-    """A fork whose spec is good; `inputs` says what its references mean, if they were resolved anew."""
+    """A fork whose spec is good; `inputs` says what its references mean, and `fresh` those that were resolved anew."""
 
     parent_id: str
     first: int
     spec: JobSpec
-    inputs: dict[str, Any] | None
+    inputs: dict[str, Any]
+    fresh: dict[str, Any]
 
 
 def draft(principal: Principal, job_id: str, order: forking.Fork) -> Draft:
@@ -30,17 +33,23 @@ def draft(principal: Principal, job_id: str, order: forking.Fork) -> Draft:
         parent = get_job(session, principal.tenant_id, job_id)
     first = forking.find_ordinal(parent, order.from_stage)
     spec = forking.fork_spec(parent, first, order.overrides)
-    if forking.INPUT_FIELDS & order.overrides.keys():
-        return Draft(parent.id, first, spec, plan(principal, spec).inputs)
+    changed = order.overrides.keys()
+    if forking.INPUT_FIELDS & changed:
+        made = plan(principal, spec).inputs
+        return Draft(parent.id, first, spec, made, made)
     problems = check_student(spec, ModelFacts(**parent.inputs["teacher_facts"]))
     if problems:
         raise spec_invalid(problems)
-    return Draft(parent.id, first, spec, None)
+    if "student" not in changed:
+        return Draft(parent.id, first, spec, parent.inputs, {})
+    made = plan(principal, spec).inputs if spec.student.source() else {}
+    fresh = {name: made[name] for name in BASE if name in made}
+    kept = {name: value for name, value in parent.inputs.items() if name not in BASE}
+    return Draft(parent.id, first, spec, kept | fresh, fresh)
 
 
 def fork(session: Session, tenant_id: str, made: Draft) -> JobView:
     """Returns the new job. Raises Conflict when a stage that it takes over is not done."""
-    if made.inputs is not None:
-        hold_inputs(session, tenant_id, made.inputs)
+    hold_inputs(session, tenant_id, made.fresh)
     parent = get_job(session, tenant_id, made.parent_id, lock=True)
     return view(session, forking.continue_job(session, parent, made.spec, made.first, made.inputs))

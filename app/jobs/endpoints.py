@@ -80,7 +80,7 @@ def validate_job(body: Body, principal: Writer) -> Any:
         spec=spec.model_dump(mode="json"),
         spec_sha256=spec.digest(),
         inputs=made.inputs,
-        teacher=made.facts,
+        models=made.facts,
         warnings=made.warnings,
     )
 

@@ -1,4 +1,4 @@
-"""What a spec's references mean: teacher and splits, resolved to stored bytes of this tenant, and checked together.
+"""What a spec's references mean: models and splits, resolved to stored bytes of this tenant, and checked together.
 
 First the rows are read in one short session (`find_sources`); then, without one, files are read and the hub is asked
 (`resolve`).
@@ -16,12 +16,13 @@ from core.datasets.models import Dataset
 from core.datasets.repository import find_dataset, list_dataset_names
 from core.errors import Gone, ModelInvalid, NotFound
 from core.jobs.repository import find_artifact, get_job
-from core.jobs.spec import JobSpec, spec_invalid
+from core.jobs.spec import JobSpec, ModelSource, spec_invalid
 from core.methods import suggest
 from core.models.facts import ModelFacts, read_facts
 from core.models.hub import resolve as resolve_hub
 from core.models.repository import files_of, find_model, get_manifest, list_model_names
 from core.models.safetensors_header import read_tensors
+from core.models.vocabulary import VocabularyDiffers, count_common, read_vocabulary
 from core.storage import ManifestFile, get_store
 from core.tenants.keys import Principal
 
@@ -30,8 +31,8 @@ MAX_CLASSES = 10_000
 Problems = list[dict[str, Any]]
 
 
-class Teacher(NamedTuple):
-    """Where the teacher's files are, and its facts as far as they are known."""
+class Found(NamedTuple):
+    """Where a model's files are, and its facts as far as they are known."""
 
     source: dict[str, Any]
     facts: ModelFacts | None = None
@@ -41,7 +42,7 @@ class Teacher(NamedTuple):
 class Sources(NamedTuple):
     """Rows that the references name, and what was not found."""
 
-    teacher: Teacher | None
+    models: dict[str, Found]
     splits: dict[str, dict[str, Any]]
     problems: Problems
 
@@ -50,14 +51,18 @@ class Plan(NamedTuple):
     """A spec whose references are all good."""
 
     inputs: dict[str, Any]
-    facts: ModelFacts
+    facts: dict[str, ModelFacts]
     warnings: Problems
 
 
 def find_sources(session: Session, principal: Principal, spec: JobSpec) -> Sources:
     """Returns what the spec's references name in the database."""
     problems: Problems = []
-    teacher = _find_teacher(session, principal, spec.teacher.model, problems)
+    models = {}
+    for role, source in spec.models().items():
+        model = _find_model(session, principal, source, problems)
+        if model:
+            models[role] = _with_files(session, principal, model) if spec.student.source() else model
     find = cache(partial(find_dataset, session, principal.tenant_id))  # most jobs take all splits of one data set
     splits = {}
     for role in SPLITS:
@@ -65,37 +70,43 @@ def find_sources(session: Session, principal: Principal, spec: JobSpec) -> Sourc
         found = _find_split(session, principal.tenant_id, find, role, ref, problems) if ref else None
         if found:
             splits[role] = found
-    return Sources(teacher, splits, problems)
+    return Sources(models, splits, problems)
 
 
-def _find_teacher(session: Session, principal: Principal, ref: str, problems: Problems) -> Teacher | None:
+def _find_model(session: Session, principal: Principal, source: ModelSource, problems: Problems) -> Found | None:
+    field, ref = source
     if ref.startswith("hub:"):
-        return Teacher({"hub": ref})
+        return Found({"hub": ref})
     if ref.startswith("job:"):
-        return _find_output(session, principal.tenant_id, ref, problems)
+        return _find_output(session, principal.tenant_id, source, problems)
     tenant, slash, name = ref.rpartition("/")
     model = find_model(session, principal.tenant_id, name) if not slash or tenant == principal.tenant_name else None
     if model is None:
         hint = suggest(name, list_model_names(session, principal.tenant_id))
-        _add(problems, "teacher.model", f"there is no model '{ref}' in your tenant; {hint}")
+        _add(problems, field, f"there is no model '{ref}' in your tenant; {hint}")
         return None
-    return Teacher({"manifest_id": model.manifest_id, "model_id": model.id}, ModelFacts(**model.facts))
+    return Found({"manifest_id": model.manifest_id, "model_id": model.id}, ModelFacts(**model.facts))
 
 
-def _find_output(session: Session, tenant_id: str, ref: str, problems: Problems) -> Teacher | None:
-    job_id, _, name = ref.removeprefix("job:").partition("/")
+def _with_files(session: Session, principal: Principal, model: Found) -> Found:
+    known = model.source.get("manifest_id")
+    return model._replace(files=files_of(get_manifest(session, principal.tenant_id, known))) if known else model
+
+
+def _find_output(session: Session, tenant_id: str, source: ModelSource, problems: Problems) -> Found | None:
+    job_id, _, name = source.ref.removeprefix("job:").partition("/")
     try:
         job = get_job(session, tenant_id, job_id)
     except (NotFound, Gone) as error:
-        _add(problems, "teacher.model", error.message)
+        _add(problems, source.field, error.message)
         return None
     artifact = find_artifact(session, tenant_id, job_id, name or "student")
     if job.state != "succeeded" or artifact is None:
         why = f"has no artifact '{name or 'student'}'" if job.state == "succeeded" else f"is {job.state}, not succeeded"
-        _add(problems, "teacher.model", f"the job '{job_id}' {why}")
+        _add(problems, source.field, f"the job '{job_id}' {why}")
         return None
     manifest = get_manifest(session, tenant_id, artifact.manifest_id)
-    return Teacher({"manifest_id": manifest.id, "job_id": job_id}, files=files_of(manifest))
+    return Found({"manifest_id": manifest.id, "job_id": job_id}, files=files_of(manifest))
 
 
 def _find_split(
@@ -123,23 +134,35 @@ def _find_split(
 def resolve(spec: JobSpec, sources: Sources) -> Plan:
     """Returns the plan of a spec. Raises SpecInvalid with every problem, Unavailable when the hub does not answer."""
     problems = list(sources.problems)
-    teacher = _describe(sources.teacher, problems) if sources.teacher else None
-    if teacher and teacher.facts:
-        problems += check_student(spec, teacher.facts)
+    models, facts = describe_models(spec, sources, problems)
     counts = {role: _label_counts(spec, role, split, problems) for role, split in sources.splits.items()}
     labels = sorted(counts.get("train") or {})
     if "label" in spec.task.columns():
         _check_labels(counts, problems)
-    if problems or teacher is None or teacher.facts is None:
+    if problems:
         raise spec_invalid(problems)
     kept = ("sha256", "size_bytes", "num_rows", "dataset_id", "split")
     inputs = {
-        "teacher": teacher.source,
-        "teacher_facts": teacher.facts.model_dump(),
+        **models,
         "data": {role: {key: split[key] for key in kept} for role, split in sources.splits.items()},
         "labels": labels,
     }
-    return Plan(inputs, teacher.facts, _warnings(spec, sources))
+    return Plan(inputs, facts, _warnings(spec, sources))
+
+
+def describe_models(
+    spec: JobSpec, sources: Sources, problems: Problems
+) -> tuple[dict[str, Any], dict[str, ModelFacts]]:
+    """Returns what a job's `inputs` hold of its models, and their facts; adds what makes the student impossible."""
+    named = spec.models()
+    found = {role: _describe(named[role].field, model, problems) for role, model in sources.models.items()}
+    facts = {role: model.facts for role, model in found.items() if model and model.facts}
+    if "teacher" in facts:
+        problems += check_student(spec, facts["teacher"])
+    if spec.task.shares_tokens and {"teacher", "base"} <= found.keys():
+        problems += _check_vocabulary(named["base"].field, *(found[role] for role in ("teacher", "base")))
+    inputs = {role: model.source for role, model in found.items() if model}
+    return inputs | {f"{role}_facts": known.model_dump() for role, known in facts.items()}, facts
 
 
 def check_student(spec: JobSpec, teacher: ModelFacts) -> Problems:
@@ -147,18 +170,36 @@ def check_student(spec: JobSpec, teacher: ModelFacts) -> Problems:
     return [{"field": f"student.{p.field}", "message": p.message} for p in spec.student.check(teacher)]
 
 
-def _describe(teacher: Teacher, problems: Problems) -> Teacher | None:
-    """Adds the facts of a teacher that is no stored model: one of the hub, or another job's output."""
-    if teacher.facts is not None:
-        return teacher
+def _check_vocabulary(field: str, *models: Found | None) -> Problems:
+    """Returns what keeps two models from choosing among the same tokens, as far as their tokenizers are stored here."""
+    tokenizers = [
+        get_store().get_path(file.sha256).read_bytes()
+        for model in models
+        for file in (model.files if model and model.files else [])
+        if file.path == "tokenizer.json"
+    ]
+    if len(tokenizers) < len(models):
+        return []
     try:
-        if teacher.files is not None:
-            return teacher._replace(facts=_read_output(teacher.files))
-        found = resolve_hub(teacher.source["hub"])
+        count_common(*map(read_vocabulary, tokenizers))
+    except (VocabularyDiffers, ValueError) as error:
+        why = f"{error}; choose a student with the teacher's tokenizer, as its tokens are compared one by one"
+        return [{"field": field, "message": why}]
+    return []
+
+
+def _describe(field: str, model: Found, problems: Problems) -> Found | None:
+    """Adds the facts of a model that is not a stored one: one of the hub, or another job's output."""
+    if model.facts is not None:
+        return model
+    try:
+        if model.files is not None:
+            return model._replace(facts=_read_output(model.files))
+        found = resolve_hub(model.source["hub"])
     except ModelInvalid as error:
-        _add(problems, "teacher.model", error.message)
+        _add(problems, field, error.message)
         return None
-    return Teacher({"hub": {"repo": found.repo, "commit": found.commit}}, found.facts)
+    return Found({"hub": {"repo": found.repo, "commit": found.commit}}, found.facts)
 
 
 def _read_output(files: list[ManifestFile]) -> ModelFacts:

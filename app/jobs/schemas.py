@@ -102,7 +102,9 @@ class ValidatedSpec(BaseModel):
     spec: dict[str, Any]
     spec_sha256: str
     inputs: dict[str, Any]
-    teacher: ModelFacts
+    models: dict[str, ModelFacts] = Field(
+        description="By role: the teacher, and as `base` the model that the student starts from, if that is another."
+    )
     warnings: list[Problem]
 
 

@@ -15,7 +15,7 @@ from core.db import session_scope
 from core.errors import Conflict, NotFound
 from core.jobs import repository
 from core.jobs.models import Artifact, Job, StageRun
-from core.jobs.spec import JobSpec
+from core.jobs.spec import MODEL_ROLES, JobSpec
 from core.models.models import Manifest
 from core.models.repository import files_of, get_manifest, hold_model
 from core.settings import get_settings
@@ -67,12 +67,13 @@ def create(session: Session, tenant_id: str, spec: JobSpec, made: Plan) -> JobVi
 
 def hold_inputs(session: Session, tenant_id: str, inputs: dict[str, Any]) -> None:
     """Locks what the job uses against deletion until the job is committed."""
-    for dataset_id in sorted({split["dataset_id"] for split in inputs["data"].values()}):
+    for dataset_id in sorted({split["dataset_id"] for split in inputs.get("data", {}).values()}):
         if not hold_dataset(session, tenant_id, dataset_id):
             raise Conflict("A data set of this spec was deleted meanwhile; submit the job again.", param="data")
-    model_id = inputs["teacher"].get("model_id")
-    if model_id and not hold_model(session, tenant_id, model_id):
-        raise Conflict("The teacher was deleted meanwhile; submit the job again.", param="teacher.model")
+    for role in MODEL_ROLES & inputs.keys():
+        model_id = inputs[role].get("model_id")
+        if model_id and not hold_model(session, tenant_id, model_id):
+            raise Conflict(f"The model of the {role} was deleted meanwhile; submit the job again.")
 
 
 def summary(job: Job) -> JobSummary:

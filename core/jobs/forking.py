@@ -55,14 +55,14 @@ def retry_job(session: Session, tenant_id: str, job_id: str) -> Job:
         instead = INSTEAD_OF_RETRY.get(parent.state, "wait for its end or cancel it; to change it meanwhile, fork it")
         raise Conflict(f"The job is {parent.state}; only a failed or cancelled job can be retried: {instead}.")
     first = next(stage.ordinal for stage in list_stages(session, tenant_id, parent.id) if stage.state not in DONE)
-    return continue_job(session, parent, load_spec(parent.spec), first)
+    return continue_job(session, parent, load_spec(parent.spec), first, parent.inputs)
 
 
-def continue_job(session: Session, parent: Job, spec: JobSpec, first: int, inputs: dict[str, Any] | None = None) -> Job:
+def continue_job(session: Session, parent: Job, spec: JobSpec, first: int, inputs: dict[str, Any]) -> Job:
     """Returns a new job that takes over the stages of a locked one before the ordinal `first`, and goes on from there.
 
-    `inputs` says what the spec's references mean, if not what they mean to the parent, which is locked so that nothing
-    of it goes before the copy is committed.
+    The parent is locked so that nothing of it goes before the copy is committed. `inputs` says what the spec's
+    references mean.
 
     Raises:
         Conflict: One of those stages is not done.
@@ -75,7 +75,7 @@ def continue_job(session: Session, parent: Job, spec: JobSpec, first: int, input
                 f"fork from stage {source.ordinal} or an earlier one, or wait until it is done.",
                 param="from_stage",
             )
-    job, stages = create_job(session, parent.tenant_id, spec, inputs or parent.inputs, parent.id)
+    job, stages = create_job(session, parent.tenant_id, spec, inputs, parent.id)
     job.queue = spec.stages[first].queue
     for stage, source in zip(stages, sources[:first], strict=False):
         take_over(session, job, stage, source)

@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session, aliased, defer
 from core.errors import Conflict, Gone, IdempotencyMismatch, NotFound
 from core.ids import new_id
 from core.jobs.models import Artifact, Checkpoint, Event, IdempotencyKey, Job, JobLabel, Metric, StageRun, Usage
-from core.jobs.spec import JobSpec
+from core.jobs.spec import MODEL_ROLES, JobSpec
 from core.jobs.state import TERMINAL, UNFINISHED, can_change
 from core.models.models import Manifest
 from core.settings import get_settings
@@ -33,9 +33,10 @@ def create_job(
 ) -> tuple[Job, list[StageRun]]:
     """Returns the new queued job and its stages; with its first event, they are in the caller's transaction.
 
-    Raises Conflict when the teacher's files are there no more, as another job whose output it was may be deleted.
+    Raises Conflict when a model's files are there no more, as another job whose output it was may be deleted.
     """
-    _hold_teacher(session, inputs["teacher"])
+    for role in sorted(MODEL_ROLES & inputs.keys()):
+        _hold_model(session, role, inputs[role].get("manifest_id"))
     job = Job(
         id=new_id("job"),
         tenant_id=tenant_id,
@@ -75,18 +76,17 @@ def create_job(
     return job, stages
 
 
-def _hold_teacher(session: Session, teacher: dict[str, Any]) -> None:
-    """Sees to it that the teacher's manifest is young: the collection then keeps it until the job refers to it."""
-    wanted = teacher.get("manifest_id")
+def _hold_model(session: Session, role: str, wanted: str | None) -> None:
+    """Sees to it that a model's manifest is young: the collection then keeps it until the job refers to it."""
     if wanted is None:
         return
-    old = func.now() - timedelta(seconds=get_settings().collect_after_s / 2)  # many jobs at once share a teacher
+    old = func.now() - timedelta(seconds=get_settings().collect_after_s / 2)  # many jobs at once share a model
     if session.scalar(select(Manifest.created_at >= old).where(Manifest.id == wanted)):
         return
     touch = update(Manifest).where(Manifest.id == wanted, Manifest.created_at < old).values(created_at=func.now())
     session.execute(touch, execution_options={"synchronize_session": False})
     if session.scalar(select(Manifest.id).where(Manifest.id == wanted)) is None:
-        raise Conflict("The teacher was deleted meanwhile; submit the job again.", param="teacher.model")
+        raise Conflict(f"The model of the {role} was deleted meanwhile; submit the job again.")
 
 
 def find_idempotent(session: Session, tenant_id: str, key: str, fingerprint: str, ttl_s: int) -> Job | None:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import yaml
 from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -11,11 +11,10 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from core.errors import SpecInvalid
 from core.methods import FAMILIES, OneOf, Problem, Stage, StrictModel, Student, Task, list_methods
+from core.models.refs import ModelRef
 
 DATA_REF = re.compile(r"^[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,63}$")
-MODEL_REF = re.compile(
-    r"^(hub:[\w.-]+/[\w.-]+(@[\w.-]+)?|job:job_[0-9a-f]{32}(/[\w.-]+)?|([\w.-]+/)?[A-Za-z0-9][\w.-]{0,95})$"
-)
+MODEL_ROLES = frozenset({"teacher", "base"})  # of the models that a spec can name
 MAX_DEPTH = 64
 MAX_YAML_EVENTS = 20_000
 M = TypeVar("M", bound=StrictModel)
@@ -24,22 +23,7 @@ M = TypeVar("M", bound=StrictModel)
 class TeacherSpec(StrictModel):
     """The model to learn from."""
 
-    model: str = Field(
-        description="A model of yours (`name` or `tenant/name`), the output of a job (`job:<id>` or "
-        "`job:<id>/<artifact>`), or a hub model (`hub:org/name@revision`).",
-        examples=["acme/minilm-l6", "hub:org/name@main"],
-    )
-
-    @field_validator("model")
-    @classmethod
-    def _known_form(cls, value: str) -> str:
-        if not MODEL_REF.match(value):
-            raise PydanticCustomError(
-                "model_ref",
-                "'{ref}' names no model; write 'name', 'tenant/name', 'job:<id>' or 'hub:org/name@revision'",
-                {"ref": value},
-            )
-        return value
+    model: ModelRef
 
 
 def _or_name(schema: dict[str, Any]) -> None:
@@ -47,6 +31,13 @@ def _or_name(schema: dict[str, Any]) -> None:
     schema.clear()
     name = {"type": "string", "description": "A data set; its train, validation and test splits are used."}
     schema |= {"description": whole.get("description", ""), "anyOf": [whole, name]}
+
+
+class ModelSource(NamedTuple):
+    """A model that a spec names, and the field that does."""
+
+    field: str
+    ref: str
 
 
 class DataSpec(StrictModel):
@@ -122,11 +113,18 @@ class JobSpec(StrictModel):
         canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
+    def models(self) -> dict[str, ModelSource]:
+        """Returns the models that the spec names, by the role in which a stage finds their files."""
+        named = {"teacher": ModelSource("teacher.model", self.teacher.model)}
+        base = self.student.source()
+        return named if base is None else named | {"base": ModelSource("student.model", base)}
+
     def seen_by(self, stage: Stage) -> dict[str, Any]:
         """Returns the spec as one of its stages sees it, without what its result must not depend on.
 
-        Names are no content: what they stand for is told to the stage by its bytes. Only a stage that reports on the
-        whole job sees all of its stages and the names.
+        Names are no content: what they stand for is told to the stage by its bytes. A stage that makes no student
+        does not see which one is to be made. Only a stage that reports on the whole job sees all of its stages and the
+        names.
         """
         fields = self.model_dump(mode="json", exclude={"metadata", "cache", "retries", "max_seconds"})
         if not stage.reports_on_job:
@@ -134,17 +132,23 @@ class JobSpec(StrictModel):
             fields |= {
                 "name": "job",
                 "teacher": {"model": "teacher"},
+                "student": self._student_seen_by(stage),
                 "data": {split: f"data/{split}" for split in splits},
                 "stages": [stage.model_dump(mode="json")],
             }
         return fields
+
+    def _student_seen_by(self, stage: Stage) -> dict[str, Any]:
+        if "student" not in stage.writes():
+            return {"kind": "teacher_layers", "keep": [0]}
+        return self.student.model_dump(mode="json") | ({"model": "base"} if self.student.source() else {})
 
     def check(self) -> list[Problem]:
         """Returns what is wrong between the stages: each must find what it reads."""
         problems, roles = [], {"teacher"}
         for index, stage in enumerate(self.stages):
             problems += [Problem(f"stages.{index}.{p.field}", p.message) for p in stage.check(self)]
-            for role in sorted(stage.reads() - roles):
+            for role in sorted(stage.reads(self) - roles):
                 problems.append(
                     Problem(
                         f"stages.{index}",

@@ -99,7 +99,7 @@ def delete_model(session: Session, tenant_id: str, ref: str) -> None:
     """Deletes a model. Raises NotFound, or Conflict while a job that has not ended uses it."""
     model = get_model(session, tenant_id, ref)
     session.refresh(model, with_for_update=True)
-    job_id = find_unfinished_user(session, tenant_id, "$.teacher.model_id", model.id)
+    job_id = find_unfinished_user(session, tenant_id, "$.*.model_id", model.id)
     if job_id:
         raise Conflict(f"The job '{job_id}' uses this model and has not ended; wait for it or cancel it first.")
     session.delete(model)

@@ -29,8 +29,9 @@ MANIFESTS = """
       from stages s join jobs j on j.id = s.job_id cross join lateral jsonb_each_text(s.outputs) output
      where j.deleted_at is null
     union all
-    select inputs #>> '{teacher,manifest_id}', tenant_id, 'teacher of ' || id from jobs
-     where deleted_at is null and inputs #>> '{teacher,manifest_id}' is not null
+    select inputs #>> array[role, 'manifest_id'], tenant_id, role || ' of ' || id
+      from jobs cross join unnest(array['teacher', 'base']) role
+     where deleted_at is null and inputs #>> array[role, 'manifest_id'] is not null
 """
 BLOBS = """
     select file ->> 'sha256' as sha256, cast(file ->> 'size_bytes' as bigint) as size_bytes, id as manifest_id,

@@ -13,19 +13,21 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from core.errors import StageFailed
 from core.methods import list_methods
+from tests import pico
 from tests.engine_bench import LABELS, Bench, contents, make_spec
 from worker.engine.context import Order, StageContext
 from worker.engine.loading import load_classifier, load_tokenizer, save_classifier
 from worker.engine.reporting import Reporter
 from worker.engine.students import load_student
 
-STUDENTS: dict[str, dict[str, Any]] = {"teacher_layers": {"keep": [0, 2]}}
+STUDENTS: dict[str, dict[str, Any]] = {"teacher_layers": {"keep": [0, 2]}, "pretrained": {"model": "other"}}
 TEXTS = ["my parcel is late", "please help with the password reset code now", "refund"]
 
 
 @pytest.fixture
 def context(tmp_path: Path) -> Iterator[StageContext]:
     bench = Bench(tmp_path).lay()
+    pico.write_model(bench.inputs / "base", num_layers=1)
     torch.manual_seed(0)
     teacher = load_classifier(bench.inputs / "teacher", LABELS)
     save_classifier(teacher, load_tokenizer(bench.inputs / "teacher"), LABELS, bench.inputs / "teacher")

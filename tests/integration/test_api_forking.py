@@ -292,6 +292,18 @@ def test_references_are_resolved_anew_when_they_are_overridden(api: Api) -> None
     assert same["inputs"] == parent["inputs"]
 
 
+def test_a_fork_can_have_another_model_as_its_student(api: Api) -> None:
+    job_id = finished_job(api)
+    parent = api("GET", f"/v1/jobs/{job_id}").json()["inputs"]
+    api.push_model("small", model_files(1))
+    job = fork(api, job_id, "distill", {"student": {"kind": "pretrained", "model": "small", "keep": None}}).json()
+    assert states(job)[0] == "cached"
+    assert job["inputs"]["base_facts"]["num_layers"] == 1
+    assert {name: job["inputs"][name] for name in parent} == parent
+    again = {"student": {"kind": "teacher_layers", "model": None, "keep": [0]}}
+    assert fork(api, job["id"], "distill", again).json()["inputs"] == parent
+
+
 def test_a_fork_needs_no_data_set_that_is_gone(api: Api) -> None:
     job_id = finished_job(api)
     assert api("DELETE", "/v1/datasets/tickets").status_code == 204

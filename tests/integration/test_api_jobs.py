@@ -47,7 +47,7 @@ def test_validate_creates_nothing(api: Api) -> None:
     assert answer.status_code == 200, answer.text
     found = answer.json()
     assert found["spec"]["stages"][1]["losses"][1]["temperature"] == 4.0
-    assert found["teacher"]["num_parameters"] == 60
+    assert found["models"]["teacher"]["num_parameters"] == 60
     assert len(api("GET", "/v1/jobs").json()["data"]) == before
 
 
@@ -145,6 +145,8 @@ BAD_SPECS = [
     ({"stages": [{"kind": "distill", "epoch": 3}]}, "stages.0.epoch", "did you mean 'epochs'?"),
     ({"stages": [{"kind": "distill", "epochs": "3"}]}, "stages.0.epochs", "valid number"),
     ({"stages": [{"kind": "export"}]}, "stages.0", "needs a student"),
+    ({"student": {"kind": "pretrained", "model": "minilmm"}}, "student.model", "did you mean 'minilm'?"),
+    ({"student": {"kind": "pretrained", "model": "../../x"}}, "student.model", "names no model"),
     ({"sead": 1}, "sead", "did you mean 'seed'?"),
     ({"metadata": {"a": "\x00"}}, "metadata", "NUL"),
 ]
@@ -163,6 +165,38 @@ def test_bad_specs_say_where_and_what(api: Api, change: dict, field: str, hint: 
         assert any(d["field"] == field and hint in d["message"] for d in error["details"]), error["details"]
         assert error["param"] == error["details"][0]["field"]
     assert api("GET", "/v1/jobs").json()["data"] == []
+
+
+def test_a_student_can_be_another_model(api: Api) -> None:
+    api.make_job()
+    api.push_model("small", model_files(1))
+    changes = {"student": {"kind": "pretrained", "model": "small"}}
+    found = api("POST", "/v1/jobs/validate", json=api.spec(**changes)).json()
+    assert {role: facts["num_layers"] for role, facts in found["models"].items()} == {"teacher": 6, "base": 1}
+    job_id = api.make_job(**changes)
+    refused = api("DELETE", "/v1/models/small")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (409, "conflict")
+    assert job_id in refused.json()["error"]["message"]
+
+
+def test_language_models_must_have_the_same_tokens(api: Api) -> None:
+    api.make_job()
+    vocab = {"[UNK]": 0, "a": 1}
+    tokenizers = {"more": {**vocab, "b": 2}, "teacher": vocab, "other": {"[UNK]": 0, "b": 1}}
+    for name, ids in tokenizers.items():
+        tokenizer = json.dumps({"version": "1.0", "model": {"type": "WordPiece", "vocab": ids}})
+        api.push_model(name, model_files() | {"tokenizer.json": tokenizer.encode()})
+    spec = api.spec(task={"kind": "causal_lm"}, teacher={"model": "teacher"})
+    answers = {
+        name: api("POST", "/v1/jobs/validate", json=spec | {"student": {"kind": "pretrained", "model": name}})
+        for name in ("more", "other")
+    }
+    assert answers["more"].status_code == 200, answers["more"].text
+    [detail] = answers["other"].json()["error"]["details"]
+    assert detail["field"] == "student.model"
+    assert "id 1 is 'a' to the teacher's tokenizer and 'b' to the student's" in detail["message"]
+    texts = api.spec(student={"kind": "pretrained", "model": "other"}, teacher={"model": "teacher"})
+    assert api("POST", "/v1/jobs/validate", json=texts).status_code == 200
 
 
 UNREADABLE = [

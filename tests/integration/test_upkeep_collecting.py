@@ -400,15 +400,18 @@ def test_a_teacher_that_was_collected_meanwhile_is_refused(world: ArtifactStore,
         make_job(tenant_id, {"manifest_id": manifest_id, "job_id": "job_gone"}, split)
 
 
-def test_a_teacher_is_kept_while_its_job_is_being_made(world: ArtifactStore, tenant_id: str) -> None:
+@pytest.mark.parametrize("role", ["teacher", "base"])
+def test_a_model_is_kept_while_its_job_is_being_made_and_after(world: ArtifactStore, tenant_id: str, role: str) -> None:
     manifest_id = make_old_manifest(world, tenant_id)
     split = make_dataset(world, tenant_id, b"rows")
-    inputs = {"teacher": {"manifest_id": manifest_id}, "data": {"train": split}, "labels": []}
+    inputs = {"teacher": {}, role: {"manifest_id": manifest_id}, "data": {"train": split}, "labels": []}
     with db.session_scope() as session:
         repository.create_job(session, tenant_id, load_spec(SPEC), inputs)
         with db.session_scope() as other:
             drop_manifests(other)
+    age_manifests()
     with db.session_scope() as session:
+        drop_manifests(session)
         assert session.get(Manifest, manifest_id)
 
 

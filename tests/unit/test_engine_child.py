@@ -159,7 +159,7 @@ def test_a_teacher_that_is_no_better_is_told(bench: Bench) -> None:
     events = {report["event"]["type"]: report["event"] for report in finished.of("event")}
     assert set(events) == {"teacher_untrained", "teacher_no_better"}
     assert events["teacher_no_better"]["level"] == "warning"
-    assert events["teacher_no_better"]["data"]["student_accuracy"] > 0.9
+    assert events["teacher_no_better"]["data"]["student_accuracy"] > 0.8
 
 
 def test_a_step_in_parts_is_the_same_step(bench: Bench) -> None:

@@ -11,19 +11,28 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from core.errors import StageFailed
 from worker.engine.data import Batch, Encoded, Examples, encode, read_examples
 from worker.engine.evaluation import Card, Column, Measured, Quality, list_candidates
 from worker.engine.inference import predict_logits
-from worker.engine.loading import input_names, is_head, limit_length, load_classifier, save_classifier
+from worker.engine.loading import (
+    input_names,
+    is_head,
+    is_same_tokenizer,
+    limit_length,
+    load_classifier,
+    save_classifier,
+)
 from worker.engine.measuring import answer_all, count_bytes, time_singles
 from worker.engine.rendering import percent, percent_range
 from worker.engine.runtimes import Forward, open_model
 from worker.engine.scores import accuracy, bootstrap, macro_f1, per_class
-from worker.engine.tasks import Scores
-from worker.engine.teaching import AnswersAhead, AnswersOnline, Masking, Teaching
+from worker.engine.tasks import Kept, Scores
+from worker.engine.teaching import AnswersAhead, AnswersKept, AnswersOnline, Masking, Teaching, load_teacher
 
 if TYPE_CHECKING:
     from worker.engine.context import StageContext
+    from worker.methods.stages.answer import Answer
     from worker.methods.stages.distill import Distill
     from worker.methods.stages.evaluate import Evaluate
 
@@ -94,13 +103,43 @@ class Classification:
         """Returns the accuracy, and among equals the smaller loss."""
         return scores["accuracy"], -scores["loss"]
 
-    def teach(self, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: "Distill") -> Teaching:
-        """Returns the teacher's answers to the whole split, anew for every epoch with masked tokens.
+    def teach(self, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: "Distill") -> Teaching:
+        """Returns the answers that an earlier stage kept, or else the teacher's to the whole split.
 
-        Where layers are compared as well, the teacher runs on each batch anyway.
+        It answers anew for every epoch with masked tokens. Where layers are compared as well, it runs on each batch
+        anyway.
         """
-        masking = Masking(tokenizer.mask_token_id, settings.mask_probability, self.ctx.seed)
-        return (AnswersOnline if settings.feature_losses else AnswersAhead)(self.ctx, teacher, masking)
+        ctx = self.ctx
+        if ctx.has_input("answers") and not settings.feature_losses:
+            return AnswersKept(ctx.input("answers"))
+        teacher, own_tokenizer = load_teacher(ctx), ctx.load_tokenizer("teacher")
+        masking = Masking(tokenizer.mask_token_id, settings.mask_probability, ctx.seed)
+        is_alike = is_same_tokenizer(own_tokenizer, tokenizer) and input_names(teacher, own_tokenizer) == input_names(
+            student, tokenizer
+        )
+        if not settings.feature_losses:
+            own = None if is_alike else self._read_as(teacher, own_tokenizer, settings.max_length)
+            return AnswersAhead(ctx, teacher, masking, own)
+        if not is_alike:
+            message = "The layers of two models that read texts as other tokens cannot be compared."
+            raise StageFailed("vocab_incompatible", message, suggestion="Leave the losses on layers out.")
+        return AnswersOnline(ctx, teacher, masking)
+
+    def keep(self, settings: "Answer") -> Kept:
+        """Has the teacher answer the training split, and keeps its logits."""
+        teacher = load_teacher(self.ctx)
+        train, validation = self._read_as(teacher, self.ctx.load_tokenizer("teacher"), settings.max_length)
+        logits_NC = predict_logits(teacher, train, self.ctx.check_stop)
+        scores = self.score(teacher, validation, self.ctx.check_stop) if validation else None
+        return Kept({"logits": logits_NC}, train.digest(), scores, {"num_rows": len(train)})
+
+    def _read_as(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int
+    ) -> tuple[Encoded, Encoded | None]:
+        """Returns training and validation split as a model reads them."""
+        validation = self.ctx.find_split("validation")
+        train = self.encode(self.ctx.get_split("train"), model, tokenizer, max_length)
+        return train, self.encode(validation, model, tokenizer, max_length) if validation else None
 
     def measure(self, settings: "Evaluate") -> Measured:
         """Measures accuracy and macro-F1 with intervals, agreement with the teacher, and speed."""

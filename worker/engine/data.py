@@ -1,5 +1,6 @@
 """Texts and labels, tokenised once, in batches of texts of nearly one length."""
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -72,9 +73,14 @@ class Encoded:
     labels_N: Tensor
     max_length: int
     num_cut: int
+    texts_sha256: str
 
     def __len__(self) -> int:
         return len(self.labels_N)
+
+    def digest(self) -> str:
+        """Returns the sha256 of the texts, however they are read."""
+        return self.texts_sha256
 
     @property
     def lengths(self) -> np.ndarray:
@@ -163,4 +169,5 @@ def encode(examples: Examples, tokenizer: PreTrainedTokenizerBase, names: list[s
             columns[name] += [np.array(ids, dtype=np.int32) for ids in chunk[name]]
     pads = {"input_ids": tokenizer.pad_token_id, "attention_mask": 0, "token_type_ids": tokenizer.pad_token_type_id}
     labels_N = torch.tensor(examples.labels, dtype=torch.int64)
-    return Encoded(columns, {name: pads[name] for name in names}, labels_N, limit, num_cut)
+    texts_sha256 = hashlib.sha256(json.dumps(examples.texts).encode()).hexdigest()
+    return Encoded(columns, {name: pads[name] for name in names}, labels_N, limit, num_cut, texts_sha256)

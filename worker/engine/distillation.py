@@ -6,7 +6,7 @@ from core.methods import FeatureLoss
 from worker.engine.context import StageContext
 from worker.engine.features import Features
 from worker.engine.objective import Objective, make_term, name_losses
-from worker.engine.students import load_student
+from worker.engine.students import load_student, load_student_tokenizer
 from worker.engine.training import Trainer
 
 if TYPE_CHECKING:
@@ -15,14 +15,9 @@ if TYPE_CHECKING:
 
 def distill(ctx: StageContext, settings: "Distill") -> dict[str, Any]:
     """Trains the student on the labels and the teacher's answers; returns the stage's summary."""
-    teacher = ctx.load_model("teacher").to(ctx.device)
-    if teacher.has_new_head:
-        ctx.warn(
-            "teacher_untrained",
-            "The teacher has no head for these classes: its answers are random. Put a finetune stage before distill.",
-        )
-    tokenizer = ctx.load_tokenizer("student" if ctx.has_input("student") else "teacher")
-    losses, student = name_losses(settings.losses), load_student(ctx)
+    student, tokenizer = load_student(ctx), load_student_tokenizer(ctx)
+    teaching = ctx.task.teach(student, tokenizer, settings)
+    losses = name_losses(settings.losses)
     terms = [make_term(ctx, name, loss) for name, loss in losses.items() if not isinstance(loss, FeatureLoss)]
     compared = [(name, loss) for name, loss in losses.items() if isinstance(loss, FeatureLoss)]
     trainer = Trainer(
@@ -31,10 +26,10 @@ def distill(ctx: StageContext, settings: "Distill") -> dict[str, Any]:
         tokenizer,
         settings,
         Objective(terms, is_sum=settings.reduction == "sum"),
-        ctx.task.teach(teacher, tokenizer, settings),
-        Features(ctx, compared, student, teacher) if compared else None,
+        teaching,
+        Features(ctx, compared, student, teaching.model) if compared and teaching.model else None,
     )
-    teacher_scores = trainer.score_validation(teacher) if trainer.validation_data else None
+    teacher_scores = teaching.score(trainer.validation_data)
     summary = trainer.run()
     trainer.save("student")
     if teacher_scores and summary["validation"]:

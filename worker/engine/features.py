@@ -125,6 +125,7 @@ class Features:
         with_projections = any(loss.needs_projections for _, loss in losses)
         self._student = Watched(student, with_projections=with_projections)
         self._teacher = Watched(teacher, with_projections=with_projections)
+        _check_sizes([loss for _, loss in losses], student, teacher)
         counts = self._student.num_layers, self._teacher.num_layers
         self._terms = [(name, loss, loss.build(ctx), map_layers(loss.layers, *counts)) for name, loss in losses]
         self._is_causal = ctx.spec.task.kind == "causal_lm"
@@ -152,6 +153,16 @@ class Features:
         mask_BT = mask_of(batch)
         pairs_BTT = mask_BT[:, :, None] & mask_BT[:, None, :]
         return Seen(mask_BT, pairs_BTT.tril() if self._is_causal else pairs_BTT)
+
+
+def _check_sizes(losses: Sequence[FeatureLoss], student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    """Raises StageFailed for a loss that compares what has another size in the student than in the teacher."""
+    for loss in losses:
+        size = loss.needs_same
+        ours, theirs = (getattr(model.config, size) if size else None for model in (student, teacher))
+        if ours != theirs:
+            message = f"'{loss.kind}' needs models with the same {size}; the student has {ours}, the teacher {theirs}."
+            raise StageFailed("spec_invalid", message, suggestion="Use 'relations', which fits models of any sizes.")
 
 
 def mask_of(batch: Batch) -> Tensor:

@@ -14,6 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from core.errors import StageFailed
+from core.models.vocabulary import VocabularyDiffers, count_common
+from worker.engine.answering import keep_likeliest
 from worker.engine.blocks import Blocks, read_stream
 from worker.engine.data import Batch
 from worker.engine.evaluation import Card, Column, Measured, Quality, Row, list_candidates
@@ -21,13 +23,14 @@ from worker.engine.loading import load_language_model, save_language_model
 from worker.engine.measuring import count_bytes, time_singles
 from worker.engine.rendering import percent
 from worker.engine.runtimes import Forward
-from worker.engine.tasks import Scores
-from worker.engine.teaching import AnswersKept, AnswersOnline, Teaching
+from worker.engine.tasks import Kept, Scores
+from worker.engine.teaching import AnswersKept, AnswersOnline, Teaching, load_teacher
 from worker.kernels.divergences import forward_kl
 from worker.kernels.heads import CHUNK_ELEMENTS, Head
 
 if TYPE_CHECKING:
     from worker.engine.context import StageContext
+    from worker.methods.stages.answer import Answer
     from worker.methods.stages.distill import Distill
     from worker.methods.stages.evaluate import Evaluate
     from worker.methods.tasks.causal_lm import CausalLM
@@ -37,6 +40,7 @@ CHECKED_TOKENS = 8
 SPEED_BLOCKS = 8
 NUM_RESAMPLES = 1000
 MAX_LOSS = 700.0  # whose exponential is still a number
+SAME_TOKENS = "Choose a student with the teacher's tokenizer; other tokens cannot be compared one by one."
 CPU = torch.device("cpu")
 
 
@@ -47,6 +51,7 @@ class LanguageModelling:
 
     def __init__(self, ctx: "StageContext", task: "CausalLM") -> None:
         self.ctx, self.task = ctx, task
+        self._num_common: int | None = None  # tokens that teacher and student share, where one has more than the other
 
     def load_model(self, folder: Path, **options: Any) -> PreTrainedModel:
         """Returns the folder's language model."""
@@ -81,10 +86,11 @@ class LanguageModelling:
             model.has_plain_head = has_plain_head(model)
         if not model.has_plain_head:
             logits_NC: Tensor = model(**batch.inputs, use_cache=False).logits[batch.is_row]
-            return logits_NC
+            return logits_NC[:, : self._num_common]
         hidden_BTD = model.base_model(**batch.inputs, use_cache=False).last_hidden_state
         layer = model.get_output_embeddings()
-        return Head(hidden_BTD[batch.is_row], layer.weight, layer.bias)
+        bias = None if layer.bias is None else layer.bias[: self._num_common]
+        return Head(hidden_BTD[batch.is_row], layer.weight[: self._num_common], bias)
 
     def score(self, model: PreTrainedModel, data: Blocks, between: Callable[[], None]) -> Scores:
         """Returns the cross entropy of a token in nats, its exponential, and the share of tokens put first."""
@@ -137,21 +143,49 @@ class LanguageModelling:
         """Returns what rises as the loss falls."""
         return (-scores["loss"],)
 
-    def teach(
-        self,
-        teacher: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,  # noqa: ARG002
-        settings: "Distill",
-    ) -> Teaching:
+    def teach(self, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: "Distill") -> Teaching:
         """Returns the answers that an earlier stage kept, or else the teacher, answering batch by batch."""
         if self.ctx.has_input("answers") and not settings.feature_losses:
-            return AnswersKept(self.ctx.input("answers"))
+            kept = AnswersKept(self.ctx.input("answers"))
+            if kept.num_classes > student.config.vocab_size:
+                message = f"The kept answers are over {kept.num_classes} tokens, and the student has fewer."
+                raise StageFailed("vocab_incompatible", message, suggestion="Leave the answer stage out.")
+            self._agree(tokenizer, kept.num_classes, student.config.vocab_size)
+            return kept
+        teacher = load_teacher(self.ctx)
+        self._agree(tokenizer, teacher.config.vocab_size, student.config.vocab_size)
         return AnswersOnline(self.ctx, teacher)
+
+    def _agree(self, tokenizer: PreTrainedTokenizerBase, *widths: int) -> None:
+        """Sees to it that teacher and student choose among the same tokens. Raises StageFailed if they cannot.
+
+        Where one has more of them, as to make the width a round number, the others are left out before the softmax.
+        """
+        try:
+            common = count_common(self.ctx.load_tokenizer("teacher").get_vocab(), tokenizer.get_vocab())
+        except VocabularyDiffers as error:
+            raise StageFailed("vocab_incompatible", f"{error}.", suggestion=SAME_TOKENS) from error
+        if len(set(widths)) > 1:
+            self._num_common = min(common, *widths)
+
+    def keep(self, settings: "Answer") -> Kept:
+        """Has the teacher answer every place of the training split, and keeps its likeliest tokens."""
+        model, tokenizer = load_teacher(self.ctx), self.ctx.load_tokenizer("teacher")
+        train, validation = self.ctx.get_split("train"), self.ctx.find_split("validation")
+        data = self.encode(train, model, tokenizer, 0)
+        self._num_common = min(model.config.vocab_size, max(tokenizer.get_vocab().values()) + 1)
+        tensors, kept_probability = keep_likeliest(self.ctx, model, data, self._num_common, settings)
+        read = self.encode(validation, model, tokenizer, 0) if validation else None
+        scores = self.score(model, read, self.ctx.check_stop) if read else None
+        summary = {"num_rows": int(data.is_learned_S[1:].sum()), "top_k": tensors["log_p"].shape[-1]}
+        return Kept(tensors, data.digest(), scores, summary | {"kept_probability": kept_probability})
 
     def measure(self, settings: "Evaluate") -> Measured:
         """Measures loss, perplexity and accuracy of the next token, the distance from the teacher, and speed."""
         ctx, names = self.ctx, list_candidates(self.ctx)
         models = {name: ctx.load_model(name).eval() for name in names}
+        widths = {model.config.vocab_size for model in models.values()}
+        self._agree(ctx.load_tokenizer("student"), *widths)
         test = self.encode(ctx.get_split("test"), models["teacher"], ctx.load_tokenizer("teacher"), 0)
         total = len(test) + 1
         sums_MBJ = np.zeros((len(names), len(test), len(SUMS)))

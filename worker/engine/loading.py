@@ -22,6 +22,7 @@ from core.errors import StageFailed
 OFFLINE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 COMPLETE_FOLDER = "Upload the whole folder: config.json, safetensors and tokenizer, as save_pretrained writes them."
 INPUT_NAMES = ("input_ids", "attention_mask", "token_type_ids")
+CUTTING = ("truncation", "padding")
 TRANSIENT_SETTINGS = ("local_files_only", "is_local", "max_length", "stride", "truncation_strategy")
 transformers_logging.disable_progress_bar()
 transformers_logging.set_verbosity_error()  # its report of a missing head is ours to give
@@ -121,6 +122,13 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def is_same_tokenizer(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> bool:
+    """Returns whether two tokenizers make the same tokens of every text, but for where they cut it."""
+    contents = [json.loads(tokenizer.backend_tokenizer.to_str()) for tokenizer in (first, second)]
+    kept = [{name: part for name, part in found.items() if name not in CUTTING} for found in contents]
+    return bool(kept[0] == kept[1])
 
 
 def save_classifier(

@@ -1,11 +1,11 @@
-"""Students made from their teacher."""
+"""Students, and how they are made from their teacher."""
 
 import copy
 import logging
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from core.errors import StageFailed
 from worker.engine.context import StageContext
@@ -17,6 +17,11 @@ def load_student(ctx: StageContext) -> PreTrainedModel:
     """Returns the student that an earlier stage made, or else the one that the spec describes."""
     student: PreTrainedModel = ctx.load_model("student") if ctx.has_input("student") else ctx.spec.student.build(ctx)
     return student
+
+
+def load_student_tokenizer(ctx: StageContext) -> PreTrainedTokenizerBase:
+    """Returns the tokenizer of what the student was made from."""
+    return ctx.load_tokenizer(next(role for role in ("student", "base", "teacher") if ctx.has_input(role)))
 
 
 def keep_layers(teacher: PreTrainedModel, keep: list[int]) -> PreTrainedModel:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -14,10 +14,20 @@ from worker.kernels.heads import Head
 if TYPE_CHECKING:
     from worker.engine.evaluation import Measured
     from worker.engine.teaching import Teaching
+    from worker.methods.stages.answer import Answer
     from worker.methods.stages.distill import Distill
     from worker.methods.stages.evaluate import Evaluate
 
 Scores = dict[str, float]
+
+
+class Kept(NamedTuple):
+    """A teacher's answers: a row of each tensor for each row of the split, whose digest is `split`."""
+
+    tensors: dict[str, Tensor]
+    split: str
+    scores: Scores | None
+    summary: dict[str, Any]
 
 
 class Split(Protocol):
@@ -32,6 +42,9 @@ class Split(Protocol):
         """Examples that were longer."""
 
     def __len__(self) -> int: ...
+
+    def digest(self) -> str:
+        """Returns what only a split with the same rows in the same order has."""
 
     def shuffled(self, batch_size: int, seed: Sequence[int], first: int, device: torch.device) -> Iterator[Batch]:
         """Yields one epoch of batches from number `first` on; their order is a pure function of the seed."""
@@ -75,8 +88,15 @@ class TaskRun(Protocol):
     def rank(self, scores: Scores) -> tuple[float, ...]:
         """Returns scores as what is larger for a better model."""
 
-    def teach(self, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: "Distill") -> "Teaching":
-        """Returns the source of the teacher's answers to the training split."""
+    def teach(self, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: "Distill") -> "Teaching":
+        """Returns the source of the teacher's answers to the training split, for a student with its tokenizer.
+
+        Raises:
+            StageFailed: `vocab_incompatible` where the two cannot be compared.
+        """
+
+    def keep(self, settings: "Answer") -> Kept:
+        """Has the teacher answer the training split."""
 
     def measure(self, settings: "Evaluate") -> "Measured":
         """Measures teacher, student and every exported form on the test split."""

@@ -1,5 +1,6 @@
 """Where the teacher's answers come from while the student trains."""
 
+import json
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -11,7 +12,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from core.errors import StageFailed
-from worker.engine.blocks import Blocks
 from worker.engine.data import Batch, Encoded
 from worker.engine.devices import autocast
 from worker.engine.inference import predict_logits
@@ -20,6 +20,7 @@ from worker.kernels.signals import DenseSignal, Signal, SparseSignal
 
 if TYPE_CHECKING:
     from worker.engine.context import StageContext
+    from worker.engine.tasks import Scores
 
 ANSWERS_FILE = "train.safetensors"
 log = logging.getLogger(__name__)
@@ -28,17 +29,33 @@ log = logging.getLogger(__name__)
 class Teaching(Protocol):
     """A teacher's answers to a training split."""
 
+    model: PreTrainedModel | None  # where it runs beside the student
+
     def prepare(self, epoch: int, data: Any) -> Any:
         """Returns the split as teacher and student read it in this epoch, a pure function of seed and epoch."""
 
     def answer(self, batch: Batch) -> Signal:
         """Returns what the teacher says of the batch's rows."""
 
+    def score(self, validation: Any) -> "Scores | None":
+        """Returns how well the teacher does on the validation split, as the student reads it; None if unknown."""
+
     def save(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Returns what a run that goes on would else ask for again."""
 
     def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Takes over what `save` returned."""
+
+
+def load_teacher(ctx: "StageContext") -> PreTrainedModel:
+    """Returns the teacher on the device; warns where its answers are random."""
+    teacher = ctx.load_model("teacher").to(ctx.device).eval()
+    if teacher.has_new_head:
+        ctx.warn(
+            "teacher_untrained",
+            "The teacher has no head for these classes: its answers are random. Put a finetune stage before distill.",
+        )
+    return teacher
 
 
 class Masking(NamedTuple):
@@ -64,10 +81,22 @@ class Masking(NamedTuple):
 
 
 class AnswersAhead:
-    """A classifier that answers the whole split at once, so that no step runs it."""
+    """A classifier that answers the whole split at once, so that no step runs it.
 
-    def __init__(self, ctx: "StageContext", teacher: PreTrainedModel, masking: "Masking") -> None:
-        self._ctx, self._teacher, self._masking = ctx, teacher, masking
+    Attributes:
+        own: Training and validation split as the teacher reads them, where the student reads them otherwise; no
+            token is masked then.
+    """
+
+    def __init__(
+        self,
+        ctx: "StageContext",
+        teacher: PreTrainedModel,
+        masking: "Masking",
+        own: tuple[Encoded, Encoded | None] | None = None,
+    ) -> None:
+        self._ctx, self.model, self.own = ctx, teacher, own
+        self._masking = Masking() if own else masking
         self._logits_NC: Tensor | None = None
         self._epoch = -1
 
@@ -76,7 +105,8 @@ class AnswersAhead:
         data = self._masking.mask(data, epoch)
         if self._logits_NC is None or (self._masking.is_due(epoch) and self._epoch != epoch):
             with autocast(self._ctx.device):  # a hint to train by, not an answer to a user
-                self._logits_NC = predict_logits(self._teacher, data, self._ctx.check_stop)
+                read = self.own[0] if self.own else data
+                self._logits_NC = predict_logits(self.model, read, self._ctx.check_stop)
             self._epoch = epoch
             log.info("the teacher answered %d texts for epoch %d", len(data), epoch + 1)
         return data
@@ -85,6 +115,11 @@ class AnswersAhead:
         """Returns the rows' logits."""
         assert self._logits_NC is not None  # noqa: S101
         return DenseSignal(self._logits_NC[batch.row_numbers])
+
+    def score(self, validation: Encoded | None) -> "Scores | None":
+        """Returns the scores of its answers to the split."""
+        read = self.own[1] if self.own else validation
+        return None if read is None else self._ctx.task.score(self.model, read, self._ctx.check_stop)
 
     def save(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Returns the answers of this epoch."""
@@ -96,18 +131,26 @@ class AnswersAhead:
 
 
 class AnswersKept:
-    """Answers that an earlier stage kept, of the teacher's likeliest tokens."""
+    """Answers that an earlier stage kept: a classifier's logits, or a language model's likeliest tokens."""
+
+    model = None
 
     def __init__(self, folder: Path) -> None:
         path = folder / ANSWERS_FILE
         with safe_open(path, framework="pt") as file:
             kept = file.metadata()
-        self._stream, self._temperature = kept["stream"], float(kept["temperature"])
+        self._split, self._temperature = kept["split"], float(kept["temperature"])
+        self._scores: Scores | None = json.loads(kept["scores"])
         self._tensors = load_file(path)  # mapped into memory, so that only what is asked for is read
 
-    def prepare(self, epoch: int, data: Blocks) -> Blocks:
+    @property
+    def num_classes(self) -> int:
+        """The number of classes that the teacher chose among."""
+        return int(self._tensors["num_classes"])
+
+    def prepare(self, epoch: int, data: Any) -> Any:
         """Checks that the answers are to this split. Raises StageFailed if not."""
-        if epoch == 0 and data.digest() != self._stream:
+        if epoch == 0 and data.digest() != self._split:
             raise StageFailed(
                 "dataset_invalid",
                 "The kept answers are to another text, or to other blocks of it.",
@@ -118,8 +161,14 @@ class AnswersKept:
     def answer(self, batch: Batch) -> Signal:
         """Returns what was kept of the rows."""
         rows_N = batch.row_numbers
+        if "logits" in self._tensors:
+            return DenseSignal(self._tensors["logits"][rows_N])
         classes_NK, log_p_NK, log_rest_N = (self._tensors[name][rows_N] for name in ("classes", "log_p", "log_rest"))
         return SparseSignal(classes_NK.long(), log_p_NK, log_rest_N, self._temperature)
+
+    def score(self, validation: Any) -> "Scores | None":  # noqa: ARG002
+        """Returns the scores that were measured when the answers were kept."""
+        return self._scores
 
     def save(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Returns nothing."""
@@ -133,7 +182,7 @@ class AnswersOnline:
     """A teacher that answers each batch as it comes; its logits are made when they are asked for."""
 
     def __init__(self, ctx: "StageContext", teacher: PreTrainedModel, masking: Masking | None = None) -> None:
-        self._ctx, self._teacher, self._masking = ctx, teacher.eval(), masking or Masking()
+        self._ctx, self.model, self._masking = ctx, teacher, masking or Masking()
 
     def prepare(self, epoch: int, data: Any) -> Any:
         """Masks the split."""
@@ -142,8 +191,12 @@ class AnswersOnline:
     def answer(self, batch: Batch) -> Signal:
         """Runs the teacher on the batch."""
         with torch.no_grad(), autocast(self._ctx.device):
-            answer = self._ctx.task.answer(self._teacher, batch)
+            answer = self._ctx.task.answer(self.model, batch)
         return HeadSignal(answer) if isinstance(answer, Head) else DenseSignal(answer)
+
+    def score(self, validation: Any) -> "Scores | None":
+        """Returns the scores of its answers to the split."""
+        return None if validation is None else self._ctx.task.score(self.model, validation, self._ctx.check_stop)
 
     def save(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Returns nothing."""

@@ -19,6 +19,7 @@ class AttentionKL(FeatureLoss):
     """
 
     needs_projections: ClassVar[bool] = True
+    needs_same: ClassVar[str | None] = "num_attention_heads"
 
     kind: Literal["attention_kl"] = "attention_kl"
 

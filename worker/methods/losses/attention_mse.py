@@ -19,6 +19,7 @@ class AttentionMSE(FeatureLoss):
     """
 
     needs_projections: ClassVar[bool] = True
+    needs_same: ClassVar[str | None] = "num_attention_heads"
 
     kind: Literal["attention_mse"] = "attention_mse"
 

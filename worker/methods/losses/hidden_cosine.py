@@ -1,7 +1,7 @@
 """Cosine distance of hidden states."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from core.methods import FeatureLoss
 
@@ -16,6 +16,8 @@ class HiddenCosine(FeatureLoss):
 
     Paper: Sanh et al. 2019, "DistilBERT, a distilled version of BERT", section 3.
     """
+
+    needs_same: ClassVar[str | None] = "hidden_size"
 
     kind: Literal["hidden_cosine"] = "hidden_cosine"
 

@@ -1,7 +1,7 @@
 """Mean squared error of hidden states."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from core.methods import FeatureLoss
 
@@ -16,6 +16,8 @@ class HiddenMSE(FeatureLoss):
 
     Paper: Jiao et al. 2020, "TinyBERT: Distilling BERT for Natural Language Understanding", section 3.1, equation 8.
     """
+
+    needs_same: ClassVar[str | None] = "hidden_size"
 
     kind: Literal["hidden_mse"] = "hidden_mse"
 

@@ -18,6 +18,7 @@ class ValueRelation(FeatureLoss):
     """
 
     needs_projections: ClassVar[bool] = True
+    needs_same: ClassVar[str | None] = "num_attention_heads"
 
     kind: Literal["value_relation"] = "value_relation"
 

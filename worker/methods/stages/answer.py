@@ -15,30 +15,35 @@ if TYPE_CHECKING:
 class Answer(Stage):
     """Has the teacher answer the training split once; every distillation after it reads its answers.
 
-    Kept are the likeliest tokens and the probability of all others together. A job with the same teacher and split
-    takes the answers over from the stage cache, and its distillation runs no teacher.
+    Kept are a classifier's logits, or a language model's likeliest tokens and the probability of all others together. A
+    job with the same teacher and split takes the answers over from the stage cache, and its distillation runs no
+    teacher.
 
     Paper: Anshumann et al. 2025, "Sparse Logit Sampling: Accelerating Knowledge Distillation in LLMs", section 3, on
     what the probability of the others is for.
     """
 
     kind: Literal["answer"] = "answer"
-    top_k: int = Field(64, ge=1, le=4096, description="Tokens that are kept at each place, 8 bytes each.")
+    top_k: int = Field(
+        64, ge=1, le=4096, description="Tokens of a language model that are kept at each place, 8 bytes each."
+    )
     temperature: float = Field(
         1.0,
         gt=0,
         le=1000,
-        description="Temperature of the answers; that of the losses which hear them must be the same.",
+        description="Temperature of a language model's answers; that of the losses which hear them must be the same.",
+    )
+    max_length: int = Field(
+        128, ge=4, le=8192, description="Longest input of a classifier in tokens; longer ones are cut."
     )
 
     def check(self, spec: "JobSpec") -> list[Problem]:
-        """Returns what does not fit: the task, or the temperature of a loss that is to hear the answers."""
-        if spec.task.kind != "causal_lm":
-            what = f"'answer' keeps no answers to {spec.task.kind}; leave it out, distill asks by itself"
-            return [Problem("kind", what)]
+        """Returns what does not fit: a later change of the teacher, or a loss that cannot hear these answers."""
         later = spec.stages[spec.stages.index(self) + 1 :]
         if any("teacher" in stage.writes() for stage in later):
             return [Problem("kind", "a later stage changes the teacher; put 'answer' after it")]
+        if spec.task.kind == "text_classification":
+            return []  # kept logits are as good as the teacher
         losses = [loss for stage in later for loss in getattr(stage, "losses", [])]
         return [
             Problem(
@@ -52,7 +57,7 @@ class Answer(Stage):
             if isinstance(loss, Divergence) and loss.temperature != self.temperature
         ]
 
-    def reads(self) -> set[str]:
+    def reads(self, spec: "JobSpec") -> set[str]:
         """Returns the teacher's role."""
         return {"teacher"}
 

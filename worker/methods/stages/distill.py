@@ -63,7 +63,7 @@ class Distill(Stage):
         """The terms on what layers compute."""
         return [loss for loss in self.losses if isinstance(loss, FeatureLoss)]
 
-    def reads(self) -> set[str]:
+    def reads(self, spec: "JobSpec") -> set[str]:
         """Returns the teacher's role."""
         return {"teacher"}
 

@@ -29,7 +29,7 @@ class Evaluate(Stage):
             return [Problem("kind", "'evaluate' needs a test split; set data.test, or leave the stage out")]
         return []
 
-    def reads(self) -> set[str]:
+    def reads(self, spec: "JobSpec") -> set[str]:
         """Returns the teacher's and the student's role."""
         return {"teacher", "student"}
 

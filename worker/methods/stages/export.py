@@ -37,7 +37,7 @@ class Export(Stage):
             if kind not in known
         ]
 
-    def reads(self) -> set[str]:
+    def reads(self, spec: "JobSpec") -> set[str]:
         """Returns the student's role."""
         return {"student"}
 

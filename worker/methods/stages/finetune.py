@@ -8,6 +8,7 @@ from pydantic import Field
 from core.methods import Stage
 
 if TYPE_CHECKING:
+    from core.jobs.spec import JobSpec
     from worker.engine.context import StageContext
 
 
@@ -31,9 +32,9 @@ class Finetune(Stage):
     )
     max_length: int = Field(128, ge=4, le=8192, description="Longest input in tokens; longer ones are cut.")
 
-    def reads(self) -> set[str]:
-        """Returns the model that is trained; a student starts from the teacher."""
-        return {"teacher"}
+    def reads(self, spec: "JobSpec") -> set[str]:
+        """Returns the teacher's role, unless it is a student that starts from another model."""
+        return set() if self.of == "student" and spec.student.source() else {"teacher"}
 
     def writes(self) -> set[str]:
         """Returns the trained model's role."""

@@ -1,6 +1,6 @@
 """Causal language modelling."""
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -18,6 +18,8 @@ class CausalLM(Task):
     `block_tokens`; every token but the first is predicted once. With a prompt column only the text after the prompt is
     learned and measured.
     """
+
+    shares_tokens: ClassVar[bool] = True
 
     kind: Literal["causal_lm"] = "causal_lm"
     text: str = Field("text", description="Column that holds the text, or what follows the prompt.")

@@ -1,0 +1,32 @@
+"""How a spec names a model."""
+
+import re
+from typing import Annotated
+
+from pydantic import AfterValidator, Field
+from pydantic_core import PydanticCustomError
+
+MODEL_REF = re.compile(
+    r"^(hub:[\w.-]+/[\w.-]+(@[\w.-]+)?|job:job_[0-9a-f]{32}(/[\w.-]+)?|([\w.-]+/)?[A-Za-z0-9][\w.-]{0,95})$"
+)
+
+
+def _check(value: str) -> str:
+    if not MODEL_REF.match(value):
+        raise PydanticCustomError(
+            "model_ref",
+            "'{ref}' names no model; write 'name', 'tenant/name', 'job:<id>' or 'hub:org/name@revision'",
+            {"ref": value},
+        )
+    return value
+
+
+ModelRef = Annotated[
+    str,
+    AfterValidator(_check),
+    Field(
+        description="A model of yours (`name` or `tenant/name`), the output of a job (`job:<id>` or "
+        "`job:<id>/<artifact>`), or a hub model (`hub:org/name@revision`).",
+        examples=["acme/minilm-l6", "hub:org/name@main"],
+    ),
+]

@@ -1,0 +1,125 @@
+"""Students that start from another model than their teacher, through the real child process."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from tests import pico
+from tests.engine_bench import FAST, LABELS, Bench, Finished, contents, make_spec
+
+STUDENT = {"kind": "pretrained", "model": "other"}
+LONG = FAST | {"epochs": 20}  # what is learned is learned from nothing
+LANGUAGE = {"kind": "causal_lm", "block_tokens": 32}
+LANGUAGE_FAST = {"epochs": 8, "learning_rate": 5e-3, "batch_size": 8}
+KL = [{"kind": "forward_kl", "temperature": 1.0}]
+
+
+def spec_of(stages: list[dict[str, Any]], **changes: Any) -> dict[str, Any]:
+    return make_spec(stages, student=STUDENT, **changes)
+
+
+def run(bench: Bench, spec: dict[str, Any], ordinal: int, name: str = "", **changes: Any) -> Finished:
+    finished = bench.run(spec, ordinal, name=name, **changes)
+    assert finished.last["type"] == "result", finished.log
+    return finished
+
+
+@pytest.fixture(scope="module")
+def classifiers(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    """A fine-tuned teacher of three layers beside a student of one, to which every word has another id."""
+    bench = Bench(tmp_path_factory.mktemp("classifiers")).lay()
+    pico.write_model(bench.inputs / "base", num_layers=1, is_reversed=True)
+    bench.adopt(run(bench, spec_of([{"kind": "finetune", **FAST}]), 0, "teacher"), 0, "finetune")
+    return bench
+
+
+def test_each_classifier_reads_texts_its_own_way(classifiers: Bench) -> None:
+    stages = [{"kind": "finetune"}, {"kind": "distill", **LONG, "losses": [{"kind": "forward_kl"}]}]
+    finished = run(classifiers, spec_of(stages), 1)
+    summary = finished.last["summary"]
+    assert summary["teacher_validation"]["accuracy"] > 0.9
+    assert summary["validation"]["accuracy"] > 0.9  # by the teacher's answers alone: these are to the same texts
+    folder = finished.outputs / "student"
+    student, tokenizer = (
+        AutoModelForSequenceClassification.from_pretrained(folder),
+        AutoTokenizer.from_pretrained(folder),
+    )
+    assert student.config.num_hidden_layers == 1
+    base = AutoTokenizer.from_pretrained(classifiers.inputs / "base")
+    assert tokenizer("parcel late").input_ids == base("parcel late").input_ids
+
+
+def test_kept_answers_are_those_of_stock_transformers_and_spare_the_teacher(classifiers: Bench, tmp_path: Path) -> None:
+    bench = classifiers.copy(tmp_path / "kept")
+    stages = [{"kind": "finetune"}, {"kind": "answer"}, {"kind": "distill", **LONG, "losses": [{"kind": "forward_kl"}]}]
+    spec = spec_of(stages)
+    kept = run(bench, spec, 1, "kept")
+    bench.adopt(kept, 1, "answer")
+    teacher = AutoModelForSequenceClassification.from_pretrained(bench.inputs / "teacher").eval()
+    tokenizer = AutoTokenizer.from_pretrained(bench.inputs / "teacher")
+    texts = [json.loads(line)["text"] for line in (bench.inputs / "data" / "train.jsonl").read_text().splitlines()]
+    with torch.no_grad():
+        logits = teacher(**tokenizer(texts, padding=True, return_tensors="pt")).logits
+    assert [teacher.config.id2label[index] for index in range(len(LABELS))] == LABELS
+    torch.testing.assert_close(load_file(bench.inputs / "answers" / "train.safetensors")["logits"], logits)
+    for path in (bench.inputs / "teacher").iterdir():
+        if path.suffix == ".safetensors":
+            path.unlink()
+    heard = run(bench, spec, 2, "heard")
+    assert heard.last["summary"]["validation"]["accuracy"] > 0.9
+    assert heard.last["summary"]["teacher_validation"] == kept.last["summary"]["teacher_validation"]
+
+
+def test_layers_of_models_with_other_tokens_are_not_compared(classifiers: Bench) -> None:
+    stages = [{"kind": "finetune"}, {"kind": "distill", "losses": [{"kind": "cross_entropy"}, {"kind": "relations"}]}]
+    finished = classifiers.run(spec_of(stages), 1, name="layers")
+    assert finished.last["reason"] == "vocab_incompatible"
+    assert "Leave the losses on layers out" in finished.last["suggestion"]
+
+
+@pytest.mark.parametrize("num_padding", [0, 7])
+@pytest.mark.parametrize("is_kept", [False, True])
+def test_a_language_model_with_more_logits_than_tokens_learns(tmp_path: Path, num_padding: int, is_kept: bool) -> None:
+    """Seven columns that no token has; without them the student is the same size as its teacher."""
+    bench = Bench(tmp_path).lay_language()
+    pico.write_language_model(bench.inputs / "base", num_layers=1, num_padding=num_padding)
+    answer = [{"kind": "answer", "top_k": 100}] if is_kept else []
+    stages = [
+        {"kind": "finetune", **LANGUAGE_FAST},
+        *answer,
+        {"kind": "distill", **LANGUAGE_FAST, "losses": KL},
+        {"kind": "evaluate", "latency_samples": 10},
+    ]
+    spec = spec_of(stages, task=LANGUAGE)
+    for ordinal, stage in enumerate(spec["stages"]):
+        finished = run(bench, spec, ordinal, labels=[])
+        bench.adopt(finished, ordinal, stage["kind"])
+    rows = {row["name"]: row for row in finished.last["summary"]["models"]}
+    assert 0 < rows["student"]["kl_to_teacher"] < 0.15
+    student = AutoModelForCausalLM.from_pretrained(bench.inputs / "student")
+    teacher = AutoModelForCausalLM.from_pretrained(bench.inputs / "teacher")
+    assert student.config.vocab_size == teacher.config.vocab_size + num_padding
+
+
+def test_a_language_model_with_other_tokens_is_refused(tmp_path: Path) -> None:
+    bench = Bench(tmp_path).lay_language()
+    pico.write_language_model(bench.inputs / "base", num_layers=1, is_reversed=True)
+    finished = bench.run(spec_of([{"kind": "distill", "losses": KL}], task=LANGUAGE), 0, labels=[])
+    assert finished.last["reason"] == "vocab_incompatible"
+    assert "id 2 is" in finished.last["message"]
+    assert "teacher's tokenizer" in finished.last["suggestion"]
+
+
+def test_a_student_alone_needs_no_teacher(classifiers: Bench, tmp_path: Path) -> None:
+    bench = classifiers.copy(tmp_path / "alone")
+    shutil.rmtree(bench.inputs / "teacher")
+    finished = run(bench, spec_of([{"kind": "finetune", "of": "student", **LONG}]), 0, "alone")
+    assert finished.last["summary"]["validation"]["accuracy"] > 0.9
+    assert "student" in {path.name for path in finished.outputs.iterdir()}
+    assert contents(finished.outputs)
