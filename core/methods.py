@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from core.jobs.spec import JobSpec
 
 METHODS_PACKAGE = "worker.methods"
+SPLITS = ["train", "validation", "test"]
 
 
 def suggest(found: str, known: Iterable[str]) -> str:
@@ -97,10 +98,10 @@ class Task(Method):
         """Returns the columns the data must have, by their role (`text`, `label`)."""
         raise NotImplementedError
 
-    def default_stages(self) -> list[dict[str, Any]]:
-        """Returns the stages of a spec that names none."""
+    def default_stages(self, teacher: "Teacher") -> list[dict[str, Any]]:
+        """Returns the stages of a spec that names none: a model is fine-tuned first, another teacher asked."""
         return [
-            {"kind": "finetune", "of": "teacher"},
+            {"kind": "finetune", "of": "teacher"} if teacher.is_model else {"kind": "answer", "splits": SPLITS},
             {"kind": "distill"},
             {"kind": "export", "formats": [{"kind": kind} for kind in self.forms]},
             {"kind": "evaluate"},
@@ -108,6 +109,31 @@ class Task(Method):
 
     def build(self, ctx: Any) -> Any:
         """Returns what a stage does for this task (torch), a `worker.engine.tasks.TaskRun`."""
+        raise NotImplementedError
+
+
+class Teacher(Method):
+    """Who the student learns from; `model` is what it is called, whatever kind of teacher it is.
+
+    `is_model` says whether it is a model of the job's task, which can be trained, cut down to a student, and run and
+    measured beside it. Any other only answers: an `answer` stage keeps what it says, and the student hears that.
+    """
+
+    family: ClassVar[str] = "teachers"
+    is_model: ClassVar[bool] = False
+
+    model: str
+
+    def source(self) -> str | None:
+        """Returns the reference of the model whose files have the role `teacher`, if there is one."""
+        return None
+
+    def check(self, spec: "JobSpec") -> list[Problem]:  # noqa: ARG002 - most teachers have nothing to check
+        """Returns what is wrong with these settings inside that spec; fields are relative to the teacher."""
+        return []
+
+    def build(self, ctx: Any) -> Any:
+        """Returns a callable `(texts, max_length) -> scores_NC` (torch): logits of the job's labels for each text."""
         raise NotImplementedError
 
 
@@ -124,7 +150,7 @@ class Student(Method):
         return None
 
     def check(self, teacher: ModelFacts) -> list[Problem]:
-        """Returns what makes this student impossible for that teacher."""
+        """Returns what makes this student impossible for that teacher, which is a model of the task."""
         raise NotImplementedError
 
     def build(self, ctx: Any) -> Any:
@@ -291,7 +317,7 @@ class Stage(Method):
         raise NotImplementedError
 
 
-FAMILIES: tuple[type[Method], ...] = (Task, Student, Loss, Exporter, Stage)
+FAMILIES: tuple[type[Method], ...] = (Task, Teacher, Student, Loss, Exporter, Stage)
 _REGISTRY: dict[str, dict[str, type[Method]]] = {}
 
 
@@ -312,13 +338,19 @@ def list_methods(family: str) -> dict[str, type[Method]]:
 class OneOf:
     """Marks a field typed as a family: its values are any registered method of it, told apart by `kind`.
 
-    The schema is built when it is first used, so that it holds every method that `discover()` finds.
+    The schema is built when it is first used, so that it holds every method that `discover()` finds. With a default,
+    `kind` may be left out.
     """
+
+    def __init__(self, default: str | None = None) -> None:
+        self.default = default
 
     def __get_pydantic_core_schema__(self, source: type[Method], handler: GetCoreSchemaHandler) -> CoreSchema:
         choices = {kind: handler.generate_schema(cls) for kind, cls in list_methods(source.family).items()}
 
         def known_kind(value: Any) -> Any:
+            if self.default and isinstance(value, dict) and "kind" not in value:
+                value = {"kind": self.default, **value}
             kind = value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
             if kind is None:
                 raise PydanticCustomError(

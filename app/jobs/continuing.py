@@ -37,9 +37,10 @@ def draft(principal: Principal, job_id: str, order: forking.Fork) -> Draft:
     if forking.INPUT_FIELDS & changed:
         made = plan(principal, spec).inputs
         return Draft(parent.id, first, spec, made, made)
-    problems = check_student(spec, ModelFacts(**parent.inputs["teacher_facts"]))
-    if problems:
-        raise spec_invalid(problems)
+    if spec.teacher.is_model:
+        problems = check_student(spec, ModelFacts(**parent.inputs["teacher_facts"]))
+        if problems:
+            raise spec_invalid(problems)
     if "student" not in changed:
         return Draft(parent.id, first, spec, parent.inputs, {})
     made = plan(principal, spec).inputs if spec.student.source() else {}

@@ -157,7 +157,7 @@ def describe_models(
     named = spec.models()
     found = {role: _describe(named[role].field, model, problems) for role, model in sources.models.items()}
     facts = {role: model.facts for role, model in found.items() if model and model.facts}
-    if "teacher" in facts:
+    if "teacher" in facts and spec.teacher.is_model:
         problems += check_student(spec, facts["teacher"])
     if spec.task.shares_tokens and {"teacher", "base"} <= found.keys():
         problems += _check_vocabulary(named["base"].field, *(found[role] for role in ("teacher", "base")))
@@ -166,7 +166,7 @@ def describe_models(
 
 
 def check_student(spec: JobSpec, teacher: ModelFacts) -> Problems:
-    """Returns what makes the spec's student impossible for that teacher."""
+    """Returns what makes the spec's student impossible for that teacher, a model of the task."""
     return [{"field": f"student.{p.field}", "message": p.message} for p in spec.student.check(teacher)]
 
 

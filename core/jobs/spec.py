@@ -10,20 +10,17 @@ from pydantic import ConfigDict, Field, ValidationError, field_validator, model_
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from core.errors import SpecInvalid
-from core.methods import FAMILIES, OneOf, Problem, Stage, StrictModel, Student, Task, list_methods
-from core.models.refs import ModelRef
+from core.methods import FAMILIES, SPLITS, OneOf, Problem, Stage, StrictModel, Student, Task, Teacher, list_methods
 
 DATA_REF = re.compile(r"^[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,63}$")
 MODEL_ROLES = frozenset({"teacher", "base"})  # of the models that a spec can name
+NEEDED = {
+    "teacher": "a teacher that is a model of the task, and this one only answers; leave the stage out",
+    "answers": "the answers of a teacher that only answers; add stage 'answer' before it",
+}
 MAX_DEPTH = 64
 MAX_YAML_EVENTS = 20_000
 M = TypeVar("M", bound=StrictModel)
-
-
-class TeacherSpec(StrictModel):
-    """The model to learn from."""
-
-    model: ModelRef
 
 
 def _or_name(schema: dict[str, Any]) -> None:
@@ -71,11 +68,13 @@ class JobSpec(StrictModel):
     task: Annotated[Task, OneOf()] = Field(
         default={"kind": "text_classification"}, validate_default=True, description="What the model is to do."
     )
-    teacher: TeacherSpec = Field(description="The model to learn from.")
+    teacher: Annotated[Teacher, OneOf(default="model")] = Field(description="Who to learn from; a model, or another.")
     student: Annotated[Student, OneOf()] = Field(description="Where the student comes from.")
     data: DataSpec = Field(description="The splits; a bare data set name means its train, validation and test.")
     stages: list[Annotated[Stage, OneOf()]] = Field(
-        default_factory=lambda spec: spec["task"].default_stages() if "task" in spec else [],
+        default_factory=lambda spec: (
+            spec["task"].default_stages(spec["teacher"]) if spec.keys() >= {"task", "teacher"} else []
+        ),
         validate_default=True,
         min_length=1,
         max_length=32,
@@ -115,9 +114,8 @@ class JobSpec(StrictModel):
 
     def models(self) -> dict[str, ModelSource]:
         """Returns the models that the spec names, by the role in which a stage finds their files."""
-        named = {"teacher": ModelSource("teacher.model", self.teacher.model)}
-        base = self.student.source()
-        return named if base is None else named | {"base": ModelSource("student.model", base)}
+        named = {"teacher": ("teacher.model", self.teacher.source()), "base": ("student.model", self.student.source())}
+        return {role: ModelSource(field, ref) for role, (field, ref) in named.items() if ref is not None}
 
     def seen_by(self, stage: Stage) -> dict[str, Any]:
         """Returns the spec as one of its stages sees it, without what its result must not depend on.
@@ -128,15 +126,21 @@ class JobSpec(StrictModel):
         """
         fields = self.model_dump(mode="json", exclude={"metadata", "cache", "retries", "max_seconds"})
         if not stage.reports_on_job:
-            splits = [split for split in ("train", "validation", "test") if getattr(self.data, split)]
+            splits = [split for split in SPLITS if getattr(self.data, split)]
             fields |= {
                 "name": "job",
-                "teacher": {"model": "teacher"},
+                "teacher": self._teacher_seen_by(stage),
                 "student": self._student_seen_by(stage),
                 "data": {split: f"data/{split}" for split in splits},
                 "stages": [stage.model_dump(mode="json")],
             }
         return fields
+
+    def _teacher_seen_by(self, stage: Stage) -> dict[str, Any]:
+        asks = "answers" in stage.writes() and not self.teacher.is_model
+        if not asks:
+            return {"kind": "model", "model": "teacher"}
+        return self.teacher.model_dump(mode="json") | ({"model": "teacher"} if self.teacher.source() else {})
 
     def _student_seen_by(self, stage: Stage) -> dict[str, Any]:
         if "student" not in stage.writes():
@@ -144,17 +148,19 @@ class JobSpec(StrictModel):
         return self.student.model_dump(mode="json") | ({"model": "base"} if self.student.source() else {})
 
     def check(self) -> list[Problem]:
-        """Returns what is wrong between the stages: each must find what it reads."""
-        problems, roles = [], {"teacher"}
+        """Returns what is wrong between the parts of the spec: each stage must find what it reads."""
+        problems = [Problem(f"teacher.{p.field}", p.message) for p in self.teacher.check(self)]
+        roles = {"teacher"} if self.teacher.is_model else set()
+        if not self.teacher.is_model and self.student.source() is None:
+            why = f"a '{self.teacher.kind}' teacher only answers, so nothing of it can be kept; use kind 'pretrained'"
+            problems.append(Problem("student.kind", why))
         for index, stage in enumerate(self.stages):
             problems += [Problem(f"stages.{index}.{p.field}", p.message) for p in stage.check(self)]
             for role in sorted(stage.reads(self) - roles):
-                problems.append(
-                    Problem(
-                        f"stages.{index}",
-                        f"stage '{stage.kind}' needs a {role}; add a stage that makes one before it",
-                    )
+                why = (
+                    f"stage '{stage.kind}' needs {NEEDED.get(role, f'a {role}; add a stage that makes one before it')}"
                 )
+                problems.append(Problem(f"stages.{index}", why))
             roles |= stage.writes()
         return problems
 
@@ -248,7 +254,11 @@ def spec_invalid(details: list[dict[str, Any]]) -> SpecInvalid:
 def _detail(error: ErrorDetails) -> dict[str, Any]:
     context = error.get("ctx") or {}
     tags = {kind for family in FAMILIES for kind in list_methods(family.family)}
-    parts = [part for part in error["loc"] if part not in tags]  # pydantic adds the chosen kind to the path
+    parts: list[int | str] = []
+    is_tag = False
+    for part in error["loc"]:  # pydantic adds the chosen kind to the path; a field after it may be called the same
+        is_tag = part in tags and not is_tag
+        parts += [] if is_tag else [part]
     if error["type"] == "unknown_field":
         parts.append(context["field"])
     if error["type"] in {"unknown_kind", "missing_kind"}:

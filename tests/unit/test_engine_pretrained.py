@@ -67,7 +67,7 @@ def test_kept_answers_are_those_of_stock_transformers_and_spare_the_teacher(clas
     with torch.no_grad():
         logits = teacher(**tokenizer(texts, padding=True, return_tensors="pt")).logits
     assert [teacher.config.id2label[index] for index in range(len(LABELS))] == LABELS
-    torch.testing.assert_close(load_file(bench.inputs / "answers" / "train.safetensors")["logits"], logits)
+    torch.testing.assert_close(load_file(bench.inputs / "answers" / "answers.safetensors")["logits"], logits)
     for path in (bench.inputs / "teacher").iterdir():
         if path.suffix == ".safetensors":
             path.unlink()

@@ -22,10 +22,11 @@ Tensors = dict[str, Tensor]
 
 
 def answer(ctx: StageContext, settings: "Answer") -> dict[str, Any]:
-    """Has the teacher answer every row of the training split, and writes what it says.
+    """Has the teacher answer, and writes what it says.
 
-    `train.safetensors` holds a classifier's `logits`, or of a language model what `keep_likeliest` returns. Its
-    metadata are the digest of the split, the temperature, and the teacher's scores on the validation split.
+    `answers.safetensors` holds a classifier's `logits` (and as `test` those of the test split), or of a language model
+    what `keep_likeliest` returns. Its metadata are the digest of the split, the temperature, and the teacher's scores
+    on the validation split.
     """
     kept = ctx.task.keep(settings)
     metadata = {"split": kept.split, "temperature": repr(settings.temperature), "scores": json.dumps(kept.scores)}

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from core.errors import StageFailed
-from worker.engine.data import Batch, Encoded, Examples, encode, read_examples
+from worker.engine.data import Batch, Encoded, Examples, digest, encode, read_examples
 from worker.engine.evaluation import Card, Column, Measured, Quality, list_candidates
 from worker.engine.inference import predict_logits
 from worker.engine.loading import (
@@ -24,7 +24,7 @@ from worker.engine.loading import (
     save_classifier,
 )
 from worker.engine.measuring import answer_all, count_bytes, time_singles
-from worker.engine.rendering import percent, percent_range
+from worker.engine.rendering import if_known, percent, percent_range
 from worker.engine.runtimes import Forward, open_model
 from worker.engine.scores import accuracy, bootstrap, macro_f1, per_class
 from worker.engine.tasks import Kept, Scores
@@ -83,12 +83,14 @@ class Classification:
 
     def score(self, model: PreTrainedModel, data: Encoded, between: Callable[[], None]) -> Scores:
         """Returns accuracy, macro-F1 and cross entropy."""
-        logits_NC = predict_logits(model, data, between)
-        predicted_N, labels_N = logits_NC.argmax(-1).numpy(), data.labels_N.numpy()
+        return self._score(predict_logits(model, data, between), data.labels_N)
+
+    def _score(self, logits_NC: Tensor, labels_N: Tensor) -> Scores:
+        found, predicted = labels_N.numpy(), logits_NC.argmax(-1).numpy()
         return {
-            "accuracy": accuracy(labels_N, predicted_N),
-            "macro_f1": macro_f1(labels_N, predicted_N, len(self.labels)),
-            "loss": torch.nn.functional.cross_entropy(logits_NC, data.labels_N).item(),
+            "accuracy": accuracy(found, predicted),
+            "macro_f1": macro_f1(found, predicted, len(self.labels)),
+            "loss": torch.nn.functional.cross_entropy(logits_NC, labels_N).item(),
         }
 
     def sample(self, path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Encoded:
@@ -126,12 +128,21 @@ class Classification:
         return AnswersOnline(ctx, teacher, masking)
 
     def keep(self, settings: "Answer") -> Kept:
-        """Has the teacher answer the training split, and keeps its logits."""
-        teacher = load_teacher(self.ctx)
-        train, validation = self._read_as(teacher, self.ctx.load_tokenizer("teacher"), settings.max_length)
-        logits_NC = predict_logits(teacher, train, self.ctx.check_stop)
-        scores = self.score(teacher, validation, self.ctx.check_stop) if validation else None
-        return Kept({"logits": logits_NC}, train.digest(), scores, {"num_rows": len(train)})
+        """Has the teacher answer the splits; keeps `logits` of the labels, and `test`, those of the test split."""
+        speak = self.ctx.spec.teacher.build(self.ctx)
+        found, answers = {}, {}
+        for split in settings.splits:
+            path = self.ctx.find_split(split)
+            if path is not None:
+                found[split] = self.read(path)
+                answers[split] = speak(found[split].texts, settings.max_length)
+                log.info("the teacher answered %d texts of %s", len(answers[split]), split)
+        scores = None
+        if "validation" in found:
+            scores = self._score(answers["validation"], torch.tensor(found["validation"].labels))
+        tensors = {"logits": answers["train"]} | {name: answers[name] for name in ("test",) if name in answers}
+        num_rows = {split: len(examples.texts) for split, examples in found.items()}
+        return Kept(tensors, digest(found["train"]), scores, {"num_rows": num_rows})
 
     def _read_as(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int
@@ -142,7 +153,10 @@ class Classification:
         return train, self.encode(validation, model, tokenizer, max_length) if validation else None
 
     def measure(self, settings: "Evaluate") -> Measured:
-        """Measures accuracy and macro-F1 with intervals, agreement with the teacher, and speed."""
+        """Measures accuracy and macro-F1 with intervals, agreement with the teacher, and speed.
+
+        Of a teacher that is no model, what it answered to the test split is measured, if it was asked.
+        """
         ctx = self.ctx
         test = self.read(ctx.get_split("test"))
         labels_N = np.array(test.labels, dtype=np.int64)
@@ -151,15 +165,28 @@ class Classification:
         for index, name in enumerate(names):
             ctx.progress(index, len(names) + 1)
             row, answers[name], model = self._measure_one(settings, name, test)
-            row["agreement"] = float((answers[name] == answers["teacher"]).mean())
             rows.append(row)
             timed.append(model)
         ctx.progress(len(names), len(names) + 1)
         latencies = time_singles(timed, settings.latency_samples, ctx.check_stop)
         ctx.progress(len(names) + 1, len(names) + 1)
+        rows = [row | latency for row, latency in zip(rows, latencies, strict=True)]
+        if not ctx.spec.teacher.is_model and ctx.has_input("answers"):
+            heard_NC = AnswersKept(ctx.input("answers")).test_logits
+            if heard_NC is not None:
+                answers["teacher"] = heard_NC.argmax(dim=-1).numpy()
+                known = {
+                    "name": "teacher",
+                    "runtime": "answers",
+                    **self._quality(settings, labels_N, answers["teacher"]),
+                }
+                rows.insert(0, known | dict.fromkeys(COSTS))
+        for row in rows:
+            agrees = "teacher" in answers
+            row["agreement"] = float((answers[row["name"]] == answers["teacher"]).mean()) if agrees else None
         return Measured(
             num_examples=len(test.texts),
-            models=[row | latency for row, latency in zip(rows, latencies, strict=True)],
+            models=rows,
             columns=COLUMNS,
             quality=Quality("accuracy", "accuracy, %", 100),
             card=Card("classifier_card.md.j2", "text-classification", _card_metrics),
@@ -175,29 +202,38 @@ class Classification:
         model = open_model(folder, self.labels, tokenizer, ctx.num_threads)
         data = encode(test, tokenizer, model.input_names)
         found = answer_all(model.forward, data, len(self.labels), ctx.check_stop)
-        labels_N, predicted_N = data.labels_N.numpy(), found.logits_NC.argmax(-1)
-        intervals = bootstrap(labels_N, predicted_N, len(self.labels), settings.confidence, ctx.spec.seed)
+        predicted_N = found.logits_NC.argmax(-1)
         row = {
             "name": name,
             "runtime": model.runtime,
-            "accuracy": accuracy(labels_N, predicted_N),
-            "accuracy_ci": list(intervals["accuracy"]),
-            "macro_f1": macro_f1(labels_N, predicted_N, len(self.labels)),
-            "macro_f1_ci": list(intervals["macro_f1"]),
+            **self._quality(settings, data.labels_N.numpy(), predicted_N),
             "size_bytes": count_bytes(folder),
             "num_parameters": model.num_parameters,
             "throughput_per_s": found.throughput_per_s,
         }
         return row, predicted_N, (model.forward, data)
 
+    def _quality(
+        self, settings: "Evaluate", labels_N: NDArray[np.int64], predicted_N: NDArray[np.int64]
+    ) -> dict[str, Any]:
+        num_classes = len(self.labels)
+        intervals = bootstrap(labels_N, predicted_N, num_classes, settings.confidence, self.ctx.spec.seed)
+        return {
+            "accuracy": accuracy(labels_N, predicted_N),
+            "accuracy_ci": list(intervals["accuracy"]),
+            "macro_f1": macro_f1(labels_N, predicted_N, num_classes),
+            "macro_f1_ci": list(intervals["macro_f1"]),
+        }
 
+
+COSTS = ("size_bytes", "num_parameters", "throughput_per_s", "latency_p50_ms", "latency_p95_ms")
 COLUMNS = [
     Column("accuracy, %", lambda row: percent(row["accuracy"])),
     Column("interval", lambda row: percent_range(row["accuracy_ci"])),
     Column("macro F1, %", lambda row: percent(row["macro_f1"])),
     Column("interval", lambda row: percent_range(row["macro_f1_ci"])),
-    Column("agreement, %", lambda row: percent(row["agreement"])),
-    Column("texts/s", lambda row: f"{row['throughput_per_s']:.0f}"),
+    Column("agreement, %", if_known("agreement", percent)),
+    Column("texts/s", if_known("throughput_per_s", "{:.0f}".format)),
 ]
 NOTES = (
     "Intervals: percentile bootstrap over the test examples, 1,000 resamples, without the randomness of training.",

@@ -169,5 +169,9 @@ def encode(examples: Examples, tokenizer: PreTrainedTokenizerBase, names: list[s
             columns[name] += [np.array(ids, dtype=np.int32) for ids in chunk[name]]
     pads = {"input_ids": tokenizer.pad_token_id, "attention_mask": 0, "token_type_ids": tokenizer.pad_token_type_id}
     labels_N = torch.tensor(examples.labels, dtype=torch.int64)
-    texts_sha256 = hashlib.sha256(json.dumps(examples.texts).encode()).hexdigest()
-    return Encoded(columns, {name: pads[name] for name in names}, labels_N, limit, num_cut, texts_sha256)
+    return Encoded(columns, {name: pads[name] for name in names}, labels_N, limit, num_cut, digest(examples))
+
+
+def digest(examples: Examples) -> str:
+    """Returns the sha256 of the texts, in their order."""
+    return hashlib.sha256(json.dumps(examples.texts).encode()).hexdigest()

@@ -13,7 +13,7 @@ import transformers
 
 from core.methods import list_methods
 from worker.engine.context import StageContext
-from worker.engine.rendering import write_html, write_model_card
+from worker.engine.rendering import if_known, write_html, write_model_card
 
 if TYPE_CHECKING:
     from worker.methods.stages.evaluate import Evaluate
@@ -100,14 +100,15 @@ NOTES = (
 
 
 def list_candidates(ctx: StageContext) -> list[str]:
-    """Returns the models to measure: teacher, student, and the exported forms that are there, in the spec's order."""
+    """Returns the models to measure: teacher (if it is one), student, and the exported forms, in the spec's order."""
     forms = [
         form.kind
         for stage in ctx.spec.stages
         for form in getattr(stage, "formats", [])
         if form.kind in list_methods("exporters")
     ]
-    return ["teacher", "student", *dict.fromkeys(form for form in forms if ctx.has_input(form))]
+    models = ["teacher", "student"] if ctx.spec.teacher.is_model else ["student"]
+    return [*models, *dict.fromkeys(form for form in forms if ctx.has_input(form))]
 
 
 def describe_environment(ctx: StageContext) -> dict[str, Any]:
@@ -147,10 +148,10 @@ def write_report(report: dict[str, Any], measured: Measured, folder: Path) -> No
 
 FIRST_COLUMNS = (Column("model", lambda row: row["name"]), Column("runtime", lambda row: row["runtime"]))
 COST_COLUMNS = (
-    Column("size, MB", lambda row: f"{row['size_bytes'] / 1e6:.2f}"),
-    Column("parameters", lambda row: f"{row['num_parameters']:,}"),
-    Column("p50, ms", lambda row: f"{row['latency_p50_ms']:.2f}"),
-    Column("p95, ms", lambda row: f"{row['latency_p95_ms']:.2f}"),
+    Column("size, MB", if_known("size_bytes", lambda value: f"{value / 1e6:.2f}")),
+    Column("parameters", if_known("num_parameters", "{:,}".format)),
+    Column("p50, ms", if_known("latency_p50_ms", "{:.2f}".format)),
+    Column("p95, ms", if_known("latency_p95_ms", "{:.2f}".format)),
 )
 
 

@@ -82,15 +82,7 @@ class LanguageModelling:
 
     def answer(self, model: PreTrainedModel, batch: Batch) -> Head | Tensor:
         """Returns what makes the logits of the tokens that are to be predicted."""
-        if not hasattr(model, "has_plain_head"):
-            model.has_plain_head = has_plain_head(model)
-        if not model.has_plain_head:
-            logits_NC: Tensor = model(**batch.inputs, use_cache=False).logits[batch.is_row]
-            return logits_NC[:, : self._num_common]
-        hidden_BTD = model.base_model(**batch.inputs, use_cache=False).last_hidden_state
-        layer = model.get_output_embeddings()
-        bias = None if layer.bias is None else layer.bias[: self._num_common]
-        return Head(hidden_BTD[batch.is_row], layer.weight[: self._num_common], bias)
+        return predict_next(model, batch.inputs, batch.is_row, self._num_common)
 
     def score(self, model: PreTrainedModel, data: Blocks, between: Callable[[], None]) -> Scores:
         """Returns the cross entropy of a token in nats, its exponential, and the share of tokens put first."""
@@ -176,7 +168,7 @@ class LanguageModelling:
         self._num_common = min(model.config.vocab_size, max(tokenizer.get_vocab().values()) + 1)
         tensors, kept_probability = keep_likeliest(self.ctx, model, data, self._num_common, settings)
         read = self.encode(validation, model, tokenizer, 0) if validation else None
-        scores = self.score(model, read, self.ctx.check_stop) if read else None
+        scores = self.score(model, read, self.ctx.check_stop) if read and "validation" in settings.splits else None
         summary = {"num_rows": int(data.is_learned_S[1:].sum()), "top_k": tensors["log_p"].shape[-1]}
         return Kept(tensors, data.digest(), scores, summary | {"kept_probability": kept_probability})
 
@@ -234,6 +226,21 @@ NOTES = (
     "Latency: one block read at once, the models in turn. Throughput: batches of 8 blocks. A warm-up comes first.",
     "Agreement: share of tokens for which the model puts the same one first as the teacher.",
 )
+
+
+def predict_next(
+    model: PreTrainedModel, inputs: dict[str, Tensor], is_row_BT: Tensor, num_tokens: int | None = None
+) -> Head | Tensor:
+    """Returns the logits of the tokens that follow some places, or what makes them; only of the first `num_tokens`."""
+    if not hasattr(model, "has_plain_head"):
+        model.has_plain_head = has_plain_head(model)
+    if not model.has_plain_head:
+        logits_NC: Tensor = model(**inputs, use_cache=False).logits[is_row_BT]
+        return logits_NC[:, :num_tokens]
+    hidden_BTD = model.base_model(**inputs, use_cache=False).last_hidden_state
+    layer = model.get_output_embeddings()
+    bias = None if layer.bias is None else layer.bias[:num_tokens]
+    return Head(hidden_BTD[is_row_BT], layer.weight[:num_tokens], bias)
 
 
 def has_plain_head(model: PreTrainedModel) -> bool:

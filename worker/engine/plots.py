@@ -40,7 +40,11 @@ def plot_losses(training: list[dict[str, Any]], quality: "Quality") -> str:
 
 
 def plot_quality(models: list[dict[str, Any]], quality: "Quality", field: str, title: str, unit: float) -> str:
-    """Returns the quality with its interval against a cost, which is divided by `unit`, on a logarithmic axis."""
+    """Returns the quality with its interval against a cost, which is divided by `unit`, on a logarithmic axis.
+
+    A model whose cost is not known is left out.
+    """
+    models = [model for model in models if model[field] is not None]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5.2, 3.6), layout="constrained")
         axes = figure.subplots()

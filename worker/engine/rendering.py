@@ -1,6 +1,6 @@
 """The report as a web page and as a model card."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,6 +80,11 @@ def front_matter(report: dict[str, Any], card: "Card") -> dict[str, Any]:
 def to_yaml(data: Any) -> str:
     """Returns the data as YAML, in the order it has."""
     return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+
+
+def if_known(key: str, show: Callable[[Any], str]) -> Callable[[dict[str, Any]], str]:
+    """Returns what shows a value of a model's row, and a dash where it is not known."""
+    return lambda row: "–" if row[key] is None else show(row[key])
 
 
 def percent(share: float) -> str:

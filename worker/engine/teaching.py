@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from worker.engine.context import StageContext
     from worker.engine.tasks import Scores
 
-ANSWERS_FILE = "train.safetensors"
+ANSWERS_FILE = "answers.safetensors"
 log = logging.getLogger(__name__)
 
 
@@ -142,6 +142,11 @@ class AnswersKept:
         self._split, self._temperature = kept["split"], float(kept["temperature"])
         self._scores: Scores | None = json.loads(kept["scores"])
         self._tensors = load_file(path)  # mapped into memory, so that only what is asked for is read
+
+    @property
+    def test_logits(self) -> Tensor | None:
+        """A classifier's logits for the test split, logits_NC, if it was asked."""
+        return self._tensors.get("test")
 
     @property
     def num_classes(self) -> int:

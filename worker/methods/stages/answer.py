@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Answer(Stage):
-    """Has the teacher answer the training split once; every distillation after it reads its answers.
+    """Has the teacher answer once; every distillation after it reads its answers.
 
     Kept are a classifier's logits, or a language model's likeliest tokens and the probability of all others together. A
     job with the same teacher and split takes the answers over from the stage cache, and its distillation runs no
@@ -33,12 +33,21 @@ class Answer(Stage):
         le=1000,
         description="Temperature of a language model's answers; that of the losses which hear them must be the same.",
     )
+    splits: list[Literal["train", "validation", "test"]] = Field(
+        ["train", "validation"],
+        min_length=1,
+        max_length=3,
+        description="What it answers: train is what the student hears, validation gives the teacher's scores, and test "
+        "puts a teacher that only answers into the report. Splits that the job lacks are left out.",
+    )
     max_length: int = Field(
         128, ge=4, le=8192, description="Longest input of a classifier in tokens; longer ones are cut."
     )
 
     def check(self, spec: "JobSpec") -> list[Problem]:
         """Returns what does not fit: a later change of the teacher, or a loss that cannot hear these answers."""
+        if "train" not in self.splits:
+            return [Problem("splits", "'train' is missing; it is what the student hears")]
         later = spec.stages[spec.stages.index(self) + 1 :]
         if any("teacher" in stage.writes() for stage in later):
             return [Problem("kind", "a later stage changes the teacher; put 'answer' after it")]
@@ -58,8 +67,8 @@ class Answer(Stage):
         ]
 
     def reads(self, spec: "JobSpec") -> set[str]:
-        """Returns the teacher's role."""
-        return {"teacher"}
+        """Returns the teacher's role, if it is a model."""
+        return {"teacher"} if spec.teacher.is_model else set()
 
     def writes(self) -> set[str]:
         """Returns the role of the answers."""

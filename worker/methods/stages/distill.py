@@ -53,7 +53,10 @@ class Distill(Stage):
     max_length: int = Field(128, ge=4, le=8192, description="Longest input in tokens; longer ones are cut.")
 
     def check(self, spec: "JobSpec") -> list[Problem]:
-        """Returns what is wrong with the weights: somebody must say how large the sum is."""
+        """Returns what is wrong with the terms: one must say how large the sum is, and layers need a model."""
+        if self.feature_losses and not spec.teacher.is_model:
+            kind = self.feature_losses[0].kind
+            return [Problem("losses", f"'{kind}' compares layers, and this teacher only answers; leave it out")]
         if any(loss.weight != "auto" and loss.weight > 0 for loss in self.losses):
             return []
         return [Problem("losses", "no term has a weight above 0; give at least one a number, as 'weight: 1.0'")]
@@ -64,8 +67,8 @@ class Distill(Stage):
         return [loss for loss in self.losses if isinstance(loss, FeatureLoss)]
 
     def reads(self, spec: "JobSpec") -> set[str]:
-        """Returns the teacher's role."""
-        return {"teacher"}
+        """Returns the role of the teacher, or of the answers of one that is no model."""
+        return {"teacher" if spec.teacher.is_model else "answers"}
 
     def writes(self) -> set[str]:
         """Returns the student's role."""

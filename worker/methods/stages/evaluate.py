@@ -30,8 +30,8 @@ class Evaluate(Stage):
         return []
 
     def reads(self, spec: "JobSpec") -> set[str]:
-        """Returns the teacher's and the student's role."""
-        return {"teacher", "student"}
+        """Returns the student's role, and the teacher's if it is a model."""
+        return {"teacher", "student"} if spec.teacher.is_model else {"student"}
 
     def writes(self) -> set[str]:
         """Returns the report's role."""

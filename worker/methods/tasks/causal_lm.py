@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from core.methods import Task
+from core.methods import Task, Teacher
 
 if TYPE_CHECKING:
     from worker.engine.context import StageContext
@@ -32,11 +32,12 @@ class CausalLM(Task):
         """Returns the columns by role."""
         return {"text": self.text} | ({"prompt": self.prompt} if self.prompt else {})
 
-    def default_stages(self) -> list[dict[str, Any]]:
+    def default_stages(self, teacher: Teacher) -> list[dict[str, Any]]:
         """Returns the stages of a spec that names none; the teacher is heard at temperature 1."""
         losses = [{"kind": "cross_entropy"}, {"kind": "forward_kl", "temperature": 1.0}]
         return [
-            stage | ({"losses": losses} if stage["kind"] == "distill" else {}) for stage in super().default_stages()
+            stage | ({"losses": losses} if stage["kind"] == "distill" else {})
+            for stage in super().default_stages(teacher)
         ]
 
     def build(self, ctx: "StageContext") -> "LanguageModelling":

@@ -1,0 +1,182 @@
+"""Language models that teach classes by scoring words, against stock transformers and through the real child."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from core.errors import SpecInvalid, StageFailed
+from tests import pico
+from tests.engine_bench import FAST, Bench, Finished, make_spec
+from worker.engine.speaking import Scorer
+
+WORDS = {"refund": " refund", "delivery": " parcel late", "login": " password"}
+TEACHER = {"kind": "label_space", "model": "big", "prompt": "please {text} is", "words": WORDS}
+STORIES = Path(__file__).parents[3] / "shared" / "models" / "stories260k"
+TEXTS = ["my box and the courier", "", "it was charged please help with the money now"]
+
+
+def expected(model: Any, tokenizer: Any, prompt: str, words: str) -> float:
+    """log p of the words by the definition: that of the whole less that of the prompt, one token at a time."""
+    ids = tokenizer(prompt + words, return_tensors="pt").input_ids
+    start = len(tokenizer(prompt).input_ids)
+    total = 0.0
+    for place in range(start, ids.shape[1]):
+        with torch.no_grad():
+            logits = model(input_ids=ids[:, :place]).logits[0, -1].double()
+        total += torch.log_softmax(logits, dim=-1)[ids[0, place]].item()
+    return total
+
+
+def scorer_of(folder: Path, prompt: str, words: list[str], **options: Any) -> tuple[Scorer, Any, Any]:
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return Scorer(model, tokenizer, prompt, words, **options), model, tokenizer
+
+
+@pytest.mark.parametrize("words", [list(WORDS.values()), [" refund", " parcel", " password"]])
+def test_scores_are_log_probabilities_of_the_words(tmp_path: Path, words: list[str]) -> None:
+    prompt = "please {text} is"
+    scorer, model, tokenizer = scorer_of(pico.write_language_model(tmp_path), prompt, words)
+    found = scorer.score(TEXTS, 64, lambda *_: None)
+    wanted = [[expected(model, tokenizer, prompt.format(text=text), w) for w in words] for text in TEXTS]
+    torch.testing.assert_close(found.double(), torch.tensor(wanted).double(), rtol=1e-5, atol=1e-5)
+    mean, *_ = scorer_of(tmp_path, prompt, words, average=True)
+    counts = torch.tensor([len(tokenizer(w).input_ids) for w in words])
+    torch.testing.assert_close(mean.score(TEXTS, 64, lambda *_: None), found / counts)
+
+
+@pytest.mark.skipif(not STORIES.is_dir(), reason=f"the real tiny Llama is not at {STORIES}")
+def test_a_real_tokenizer_reads_the_words_after_the_prompt() -> None:
+    prompt, words = "Once upon a time {text} The end was", [" happy", " very sad indeed", "!"]
+    scorer, model, tokenizer = scorer_of(STORIES, prompt, words)
+    texts = ["a girl met a cat.", "the boat sank."]
+    found = scorer.score(texts, 64, lambda *_: None)
+    wanted = [[expected(model, tokenizer, prompt.format(text=text), w) for w in words] for text in texts]
+    torch.testing.assert_close(found.double(), torch.tensor(wanted).double(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_long_text_is_cut_and_a_long_prompt_is_told(tmp_path: Path) -> None:
+    scorer, *_ = scorer_of(pico.write_language_model(tmp_path), "please {text} is", [" refund", " parcel"])
+    text = " ".join(["late"] * 500)
+    short = scorer.score([" ".join(["late"] * 20)], 64, lambda *_: None)
+    torch.testing.assert_close(scorer.score([text], 20, lambda *_: None), short)
+    with pytest.raises(StageFailed, match="places for 64") as caught:
+        scorer.score([text], 100, lambda *_: None)
+    assert "max_length" in caught.value.suggestion
+
+
+def run(bench: Bench, spec: dict[str, Any], ordinal: int, name: str = "", **changes: Any) -> Finished:
+    finished = bench.run(spec, ordinal, name=name, **changes)
+    assert finished.last["type"] == "result", finished.log
+    return finished
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    """A language model that has learned to name the class of a text, beside an encoder that knows nothing."""
+    language = Bench(tmp_path_factory.mktemp("language")).lay_language()
+    pico.write_data(language.inputs / "data")
+    for path in (language.inputs / "data").iterdir():
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        pairs = [{"prompt": f"please {row['text']} is", "text": WORDS[row["label"]].strip()} for row in rows]
+        path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    task = {"kind": "causal_lm", "prompt": "prompt", "block_tokens": 32}
+    learn = {"kind": "finetune", "epochs": 30, "learning_rate": 5e-3, "batch_size": 4}
+    taught = run(language, make_spec([learn], task=task), 0, labels=[])
+    bench = Bench(tmp_path_factory.mktemp("classes"))
+    pico.write_data(bench.inputs / "data")
+    pico.write_model(bench.inputs / "base", num_layers=1)
+    bench.adopt(taught, 0, "finetune")
+    (bench.inputs / "history.jsonl").unlink()
+    return bench
+
+
+def test_a_job_goes_from_a_language_model_to_a_classifier(bench: Bench) -> None:
+    distill = {"kind": "distill", **FAST, "epochs": 20, "losses": [{"kind": "forward_kl", "temperature": 1.0}]}
+    stages = [
+        {"kind": "answer", "splits": ["train", "validation", "test"]},
+        distill,
+        {"kind": "evaluate", "latency_samples": 10},
+    ]
+    spec = make_spec(stages, teacher=TEACHER, student={"kind": "pretrained", "model": "small"})
+    for ordinal, stage in enumerate(spec["stages"]):
+        finished = run(bench, spec, ordinal)
+        bench.adopt(finished, ordinal, stage["kind"])
+        if stage["kind"] == "answer":
+            assert finished.last["summary"]["teacher_validation"]["accuracy"] > 0.9
+            assert finished.last["summary"]["num_rows"] == {"train": 180, "validation": 45, "test": 60}
+    rows = {row["name"]: row for row in finished.last["summary"]["models"]}
+    assert list(rows) == ["teacher", "student"]
+    assert rows["teacher"]["accuracy"] > 0.9
+    assert rows["student"]["accuracy"] > 0.9
+    assert rows["student"]["agreement"] > 0.9
+    assert rows["teacher"]["size_bytes"] is None
+    card = (finished.outputs / "report" / "MODEL_CARD.md").read_text()
+    assert "| teacher | answers |" in card
+    assert "distilled from `big`" in card
+
+
+def test_a_text_that_says_nothing_gets_no_label_more_than_another(bench: Bench) -> None:
+    teacher = TEACHER | {"content_free": ["please now"]}
+    path = bench.inputs / "data" / "train.jsonl"
+    rows = path.read_text()
+    try:
+        path.write_text(json.dumps({"text": "please now", "label": "login"}) + "\n" + rows)
+        spec = make_spec(
+            [{"kind": "answer"}, {"kind": "distill"}], teacher=teacher, student={"kind": "pretrained", "model": "small"}
+        )
+        finished = run(bench, spec, 0, "free")
+    finally:
+        path.write_text(rows)
+    from safetensors.torch import load_file
+
+    logits = load_file(finished.outputs / "answers" / "answers.safetensors")["logits"]
+    torch.testing.assert_close(logits[0].softmax(dim=-1), torch.full((3,), 1 / 3), atol=2e-2, rtol=0)
+    assert logits[1:].softmax(dim=-1).max(dim=-1).values.mean() > 0.6
+
+
+def test_words_for_a_label_that_is_not_there_are_told(bench: Bench) -> None:
+    teacher = TEACHER | {"words": {"refunds": " refund"}}
+    spec = make_spec(
+        [{"kind": "answer"}, {"kind": "distill"}], teacher=teacher, student={"kind": "pretrained", "model": "small"}
+    )
+    finished = bench.run(spec, 0, name="unknown")
+    assert finished.last["reason"] == "dataset_invalid"
+    assert "refunds" in finished.last["message"]
+
+
+BAD = [
+    ({"teacher": TEACHER | {"prompt": "Text:"}}, "teacher.prompt", "'{text}'"),
+    ({"teacher": TEACHER | {"words": {"a": ""}}}, "teacher.words.a", "no words"),
+    ({"task": {"kind": "causal_lm"}}, "teacher.kind", "chooses among labels"),
+    ({"student": {"kind": "teacher_layers", "keep": [0]}}, "student.kind", "use kind 'pretrained'"),
+    ({"stages": [{"kind": "distill"}]}, "stages.0", "add stage 'answer' before it"),
+    ({"stages": [{"kind": "finetune"}]}, "stages.0", "leave the stage out"),
+    ({"stages": [{"kind": "answer", "splits": ["test"]}]}, "stages.0.splits", "'train' is missing"),
+    (
+        {"stages": [{"kind": "answer"}, {"kind": "distill", "losses": [{"kind": "relations"}]}]},
+        "stages.1.losses",
+        "compares layers",
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "field", "hint"), BAD, ids=[field for _, field, _ in BAD])
+def test_what_does_not_fit_such_a_teacher_is_told(change: dict[str, Any], field: str, hint: str) -> None:
+    base = {"teacher": TEACHER, "student": {"kind": "pretrained", "model": "small"}}
+    with pytest.raises(SpecInvalid) as caught:
+        make_spec(change.pop("stages", [{"kind": "answer"}, {"kind": "distill"}]), **(base | change))
+    assert any(d["field"] == field and hint in d["message"] for d in caught.value.details), caught.value.details
+
+
+def test_default_stages_ask_first() -> None:
+    from core.jobs.spec import load_spec
+
+    spec = load_spec({"teacher": TEACHER, "student": {"kind": "pretrained", "model": "small"}, "data": "toy"})
+    assert [stage.kind for stage in spec.stages] == ["answer", "distill", "export", "evaluate"]
+    assert "test" in spec.stages[0].splits

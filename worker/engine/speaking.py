@@ -1,0 +1,182 @@
+"""Teachers that answer texts with a score for each label."""
+
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from core.errors import StageFailed
+from worker.engine.context import StageContext
+from worker.engine.data import Examples, encode
+from worker.engine.devices import autocast
+from worker.engine.inference import predict_logits
+from worker.engine.language import predict_next
+from worker.engine.loading import input_names, limit_length, load_language_model
+from worker.engine.teaching import load_teacher
+from worker.kernels.heads import Head
+
+if TYPE_CHECKING:
+    from worker.methods.teachers.label_space import LabelSpace
+
+Speak = Callable[[list[str], int], Tensor]
+READ_TOKENS = 4096  # in one batch
+
+
+def speak_as_classifier(ctx: StageContext) -> Speak:
+    """Returns what gives the teacher's logits for texts, each cut at so many tokens."""
+    teacher, tokenizer = load_teacher(ctx), ctx.load_tokenizer("teacher")
+
+    def speak(texts: list[str], max_length: int) -> Tensor:
+        limit_length(teacher, tokenizer, max_length)
+        data = encode(Examples(texts, [0] * len(texts)), tokenizer, input_names(teacher, tokenizer))
+        return predict_logits(teacher, data, ctx.check_stop)
+
+    return speak
+
+
+def speak_by_scoring(ctx: StageContext, settings: "LabelSpace") -> Speak:
+    """Returns what scores the words of every label after the prompt with each text in it.
+
+    Raises:
+        StageFailed: `dataset_invalid` when `words` names a label that the data lack.
+    """
+    unknown = sorted(settings.words.keys() - set(ctx.labels))
+    if unknown:
+        message = f"teacher.words names the label '{unknown[0]}', which the training split lacks."
+        raise StageFailed("dataset_invalid", message, suggestion=f"Known: {', '.join(ctx.labels[:20])}.")
+    model = load_language_model(ctx.input("teacher")).to(ctx.device).eval()
+    words = [settings.words.get(label, f" {label}") for label in ctx.labels]
+    scorer = Scorer(model, ctx.load_tokenizer("teacher"), settings.prompt, words, average=settings.average)
+
+    def speak(texts: list[str], max_length: int) -> Tensor:
+        with autocast(ctx.device):
+            scores_NC = scorer.score(texts, max_length, ctx.progress)
+            if settings.content_free:
+                bias_FC = scorer.score(settings.content_free, max_length, lambda *_: None)
+                scores_NC = scores_NC - bias_FC.softmax(dim=-1).mean(dim=0).log()
+        return scores_NC
+
+    return speak
+
+
+class Read(NamedTuple):
+    """Tokens that are read for row `row`, and which ones are asked for after some of them.
+
+    `asked` is `{position: {class: token}}`.
+    """
+
+    row: int
+    ids: list[int]
+    asked: dict[int, dict[int, int]]
+
+
+class Scorer:
+    """Scores words as the continuation of a prompt."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt: str,
+        words: list[str],
+        *,
+        average: bool = False,
+    ) -> None:
+        self._model, self._tokenizer, self._words, self._average = model, tokenizer, words, average
+        self._before, _, self._after = prompt.partition("{text}")
+        self._limit = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+
+    def score(self, texts: list[str], max_length: int, progress: Callable[[int, int], None]) -> Tensor:
+        """Returns log p(words_c | prompt with the text), or its mean over the tokens, scores_NC in float32.
+
+        Args:
+            texts: Each is cut at `max_length` tokens; what stands around it is not.
+            max_length: Tokens of a text.
+            progress: Called between batches with how many are done and how many there are; may raise to stop.
+        """
+        reads = [read for row, text in enumerate(self._cut(texts, max_length)) for read in self._list_reads(row, text)]
+        reads.sort(key=lambda read: -len(read.ids))
+        if reads and len(reads[0].ids) > self._limit:
+            message = (
+                f"Prompt, text and words have {len(reads[0].ids)} tokens; the teacher has places for {self._limit}."
+            )
+            raise StageFailed("dataset_invalid", message, suggestion="Lower max_length of the answer stage.")
+        scores_NC = torch.zeros(len(texts), len(self._words))
+        num_tokens_NC = torch.zeros_like(scores_NC)
+        batches = list(_batches(reads))
+        for index, batch in enumerate(batches):
+            progress(index, len(batches))
+            for row, wanted, log_p_V in self._read(batch):
+                classes, tokens = list(wanted), list(wanted.values())
+                scores_NC[row, classes] += log_p_V[tokens]
+                num_tokens_NC[row, classes] += 1
+        progress(len(batches), len(batches))
+        return scores_NC / num_tokens_NC if self._average else scores_NC
+
+    def _cut(self, texts: list[str], max_length: int) -> list[str]:
+        read = self._tokenizer(
+            texts, add_special_tokens=False, truncation=True, max_length=max_length, return_offsets_mapping=True
+        )
+        return [
+            text[: offsets[-1][1]] if offsets else text
+            for text, offsets in zip(texts, read["offset_mapping"], strict=True)
+        ]
+
+    def _list_reads(self, row: int, text: str) -> Iterator[Read]:
+        """Yields what must be read to score every label's words: one sequence where each is a single token.
+
+        The words are tokenised with the prompt before them, as the model has learned to read them.
+        """
+        prompt = f"{self._before}{text}{self._after}"
+        wholes = self._tokenizer([prompt + words for words in self._words])["input_ids"]
+        context = self._tokenizer(prompt)["input_ids"]
+        parts = [self._split(context, whole) for whole in wholes]
+        if all(len(tail) == 1 and head == parts[0][0] for head, tail in parts):
+            head = parts[0][0]
+            yield Read(row, head, {len(head) - 1: {index: tail[0] for index, (_, tail) in enumerate(parts)}})
+            return
+        for index, (head, tail) in enumerate(parts):
+            asked = {len(head) - 1 + place: {index: token} for place, token in enumerate(tail)}
+            yield Read(row, head + tail[:-1], asked)
+
+    def _read(self, batch: list[Read]) -> Iterator[tuple[int, dict[int, int], Tensor]]:
+        """Yields for each place that is asked about its row, `{class: token}`, and log p of all tokens there."""
+        ids_BT = np.zeros((len(batch), max(len(read.ids) for read in batch)), dtype=np.int64)
+        is_row_BT = np.zeros_like(ids_BT, dtype=bool)
+        for index, read in enumerate(batch):
+            ids_BT[index, : len(read.ids)] = read.ids  # filled up on the right, where causal attention does not look
+            is_row_BT[index, list(read.asked)] = True
+        device = self._model.device
+        with torch.inference_mode():
+            inputs = {"input_ids": torch.from_numpy(ids_BT).to(device)}
+            answer = predict_next(self._model, inputs, torch.from_numpy(is_row_BT).to(device))
+            logits_NV = answer.logits() if isinstance(answer, Head) else answer.float()
+            log_p_NV = F.log_softmax(logits_NV, dim=-1).cpu()
+        places = [(read.row, read.asked[place]) for read in batch for place in sorted(read.asked)]
+        for (row, wanted), log_p_V in zip(places, log_p_NV, strict=True):
+            yield row, wanted, log_p_V
+
+    def _split(self, context: list[int], whole: list[int]) -> tuple[list[int], list[int]]:
+        """Returns what is read before the words, and the words' tokens: from where the two readings part.
+
+        A tokenizer may join the prompt's last characters with the words' first ones, or end a text with a token of its
+        own. Something must be read before the first token that is scored.
+        """
+        pairs = zip(context, whole, strict=False)
+        place = next((index for index, (first, second) in enumerate(pairs) if first != second), len(context))
+        start = [] if place else [self._tokenizer.bos_token_id or self._tokenizer.eos_token_id or 0]
+        return start + whole[:place], whole[place:]
+
+
+def _batches(reads: list[Read]) -> Iterator[list[Read]]:
+    """Yields the reads, the longest first, in batches of at most so many tokens or of one."""
+    start = 0
+    while start < len(reads):
+        size = max(1, READ_TOKENS // len(reads[start].ids))
+        yield reads[start : start + size]
+        start += size

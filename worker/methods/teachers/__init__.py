@@ -1,0 +1,1 @@
+"""Who the student learns from."""

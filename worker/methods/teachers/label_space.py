@@ -1,0 +1,67 @@
+"""A causal language model as a teacher of classes."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from core.methods import ModelRef, Problem, Teacher
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from core.jobs.spec import JobSpec
+    from worker.engine.context import StageContext
+
+
+class LabelSpace(Teacher):
+    """A causal language model that scores how it would go on after a prompt: once with each label's words.
+
+    Its answer is softmax over the labels of log p(words | prompt), so teacher and student need have no token in common,
+    and the distribution that the student hears is exact.
+
+    Paper: Brown et al. 2020, "Language Models are Few-Shot Learners", section 2.4 (scores of completions); Zhao et al.
+    2021, "Calibrate Before Use: Improving Few-Shot Performance of Language Models", section 5 (`content_free`).
+    """
+
+    kind: Literal["label_space"] = "label_space"
+    model: ModelRef
+    prompt: str = Field(
+        description="What is read before the words of a label; `{text}` stands for the text.",
+        max_length=20_000,
+        examples=["Review: {text}\nSentiment:"],
+    )
+    words: dict[str, str] = Field(
+        {},
+        max_length=10_000,
+        description="The words of a label, with the space before them if there is to be one; those of a label that is "
+        "not named are a space and its name.",
+        examples=[{"0": " negative", "1": " positive"}],
+    )
+    average: bool = Field(
+        False, description="Divide a score by its number of tokens, so that labels with many tokens are not unlikely."
+    )
+    content_free: list[str] = Field(
+        [],
+        max_length=16,
+        description="Texts that say nothing, such as `N/A`: what the model answers to them is its bias, which is taken "
+        "out of all answers.",
+    )
+
+    def source(self) -> str:
+        """Returns the model's reference."""
+        return self.model
+
+    def check(self, spec: "JobSpec") -> list[Problem]:
+        """Returns what is wrong with the task, the prompt or the words."""
+        if spec.task.kind != "text_classification":
+            return [Problem("kind", f"'label_space' chooses among labels, and a {spec.task.kind} has none")]
+        if "{text}" not in self.prompt:
+            return [Problem("prompt", "'{text}', which stands for the text, is missing")]
+        return [Problem(f"words.{label}", "no words; give at least one") for label, w in self.words.items() if not w]
+
+    def build(self, ctx: "StageContext") -> "Callable[[list[str], int], Tensor]":
+        """Returns what gives the scores of all labels for texts."""
+        from worker.engine.speaking import speak_by_scoring
+
+        return speak_by_scoring(ctx, self)
