@@ -44,6 +44,9 @@ def _stillhouse_error(request: Request, error: Any) -> Response:
     )
 
 
+NEVER_SHOWN = frozenset({"value"})  # of a secret
+
+
 def _invalid_request(request: Request, error: Any) -> Response:
     details = [_detail(problem) for problem in error.errors()]
     first = details[0]
@@ -56,7 +59,7 @@ def _detail(problem: dict[str, Any]) -> dict[str, Any]:
     loc = [str(part) for part in problem["loc"]]
     detail = {"field": ".".join(loc[1:] if len(loc) > 1 else loc), "message": problem["msg"]}
     found = problem.get("input")
-    if isinstance(found, str | int | float | bool):
+    if isinstance(found, str | int | float | bool) and loc[-1] not in NEVER_SHOWN:
         detail["found"] = str(found)[:200]
     return detail
 

@@ -22,9 +22,10 @@ from app.middleware import Gate, HttpMetrics
 from app.models.endpoints import router as models
 from app.operations.collector import JobsCollector
 from app.operations.endpoints import router as operations
+from app.secrets.endpoints import router as secrets
 from core.queue import prepare
 
-ROUTERS = (jobs, job_outputs, datasets, models, methods, keys, operations)
+ROUTERS = (jobs, job_outputs, datasets, models, methods, keys, secrets, operations)
 
 
 @asynccontextmanager

@@ -24,6 +24,7 @@ TAGS = [
     {"name": "models", "description": "Hugging Face folders, checked by content."},
     {"name": "methods", "description": "Everything that a job spec can name, with its schema."},
     {"name": "keys", "description": "API keys of your tenant."},
+    {"name": "secrets", "description": "Keys of other services that jobs use; stored encrypted, never shown."},
     {"name": "operations", "description": "Health and metrics of the service itself."},
 ]
 

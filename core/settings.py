@@ -21,6 +21,18 @@ class Settings(BaseSettings):
     hub_endpoint: str = Field("https://huggingface.co", description="Where `hub:org/name` models are fetched from.")
     hub_token: str | None = Field(None, description="Token for the hub, if it needs one.")
     queues: str = Field("cpu", description="Comma-separated queues that this worker serves.")
+    secret_key: str | None = Field(
+        None,
+        description="Fernet key under which tenants' secrets are stored; several, with commas, to change it: the first "
+        "encrypts, each decrypts.",
+    )
+    teacher_hosts: str = Field(
+        "api.openai.com",
+        description="Comma-separated `host` or `host:port` of the teachers' APIs that workers may ask; `*` is any.",
+    )
+    keep_answers_s: int = Field(
+        90 * 24 * 3600, ge=0, description="How long the answers of teachers' APIs are kept, so that none is paid twice."
+    )
     num_threads: int = Field(0, ge=0, description="Threads of a stage's child process; 0 means all cores.")
     max_child_memory_bytes: int = Field(0, ge=0, description="Address-space limit of a child; 0 means none.")
     lease_s: int = Field(60, ge=2, description="How long a claim holds without a heartbeat.")
@@ -51,6 +63,11 @@ class Settings(BaseSettings):
     max_rows: int = Field(5_000_000, description="Most rows in one split of a data set.")
     max_text_chars: int = Field(100_000, description="Longest text in a data set, in characters.")
     idempotency_ttl_s: int = Field(24 * 3600, description="How long an Idempotency-Key is remembered.")
+
+    def may_ask(self, host: str, port: int | None) -> bool:
+        """Tells whether workers may ask a teacher's API on that host and port."""
+        allowed = {name.strip().lower() for name in self.teacher_hosts.split(",")}
+        return bool(allowed & {"*", host.lower(), f"{host.lower()}:{port}"})
 
     @property
     def queue_names(self) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Annotated
 import httpx
 import typer
 
-from stillhouse.commands import datasets, jobs, keys, methods, models, predict, up, upkeep
+from stillhouse.commands import datasets, jobs, keys, methods, models, predict, secrets, up, upkeep
 from stillhouse.commands.output import print_error, say
 from stillhouse.errors import ClientError
 
@@ -38,6 +38,7 @@ app.add_typer(models.app, name="models")
 app.add_typer(datasets.app, name="datasets")
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(keys.app, name="keys")
+app.add_typer(secrets.app, name="secrets")
 app.command()(up.up)
 app.command()(predict.predict)
 app.command()(methods.methods)
@@ -53,7 +54,7 @@ def _keep_examples(group: typer.Typer) -> None:
         command.help = re.sub(r"\n\n(?=(?:stillhouse|cat) )", "\n\n\b\n", text)
 
 
-for _group in (app, models.app, datasets.app, jobs.app, keys.app):
+for _group in (app, models.app, datasets.app, jobs.app, keys.app, secrets.app):
     _keep_examples(_group)
 
 

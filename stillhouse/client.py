@@ -8,7 +8,7 @@ from urllib.parse import quote
 
 from stillhouse.connection import resolve
 from stillhouse.jobs import Jobs
-from stillhouse.results import Dataset, Key, Method, Model, Preview
+from stillhouse.results import Dataset, Key, Method, Model, Preview, Secret
 from stillhouse.transport import Transport
 from stillhouse.uploads import model_files, open_parts
 
@@ -34,6 +34,7 @@ class Client:
         self.datasets = Datasets(self._transport)
         self.jobs = Jobs(self._transport)
         self.keys = Keys(self._transport)
+        self.secrets = Secrets(self._transport)
 
     @property
     def url(self) -> str:
@@ -140,6 +141,25 @@ class Keys:
     def revoke(self, key_id: str) -> None:
         """Revokes a key: from now on it opens nothing."""
         self._transport.request("DELETE", f"/v1/keys/{_ref(key_id)}")
+
+
+class Secrets:
+    """Keys of other services that your jobs use, such as that of a teacher's API; their values are never shown."""
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+
+    def put(self, name: str, value: str) -> Secret:
+        """Stores a secret, in place of an earlier one of that name."""
+        return Secret.model_validate(self._transport.json("PUT", f"/v1/secrets/{_ref(name)}", json={"value": value}))
+
+    def list(self) -> Iterator[Secret]:
+        """Yields the secrets by name, without their values."""
+        return map(Secret.model_validate, self._transport.json("GET", "/v1/secrets")["data"])
+
+    def delete(self, name: str) -> None:
+        """Deletes a secret."""
+        self._transport.request("DELETE", f"/v1/secrets/{_ref(name)}")
 
 
 def _ref(name: str) -> str:

@@ -148,6 +148,8 @@ class Stack:
     def _settings(self) -> dict[str, str]:
         """Returns the settings for us and our children; a variable that the user set wins, and spares the server."""
         settings = {
+            "STILLHOUSE_SECRET_KEY": self._keep_secret_key(),
+            "STILLHOUSE_TEACHER_HOSTS": "*",  # who submits here may reach all that this machine may
             "STILLHOUSE_STORAGE_DIR": str(self.data_dir / "blobs"),
             "STILLHOUSE_STAGING_DIR": str(self.data_dir / "staging"),
             "STILLHOUSE_STOP_GRACE_S": "20",  # whoever stops the stack waits for it
@@ -168,6 +170,14 @@ class Stack:
             self.services.append(Service("redis", redis))
             settings["STILLHOUSE_REDIS_URL"] = redis.start()
         return settings
+
+    def _keep_secret_key(self) -> str:
+        from cryptography.fernet import Fernet
+
+        path = self.data_dir / "secret_key"
+        if not path.exists():
+            _write_private(path, Fernet.generate_key().decode() + "\n")
+        return path.read_text().strip()
 
     def _prepare_database(self) -> None:
         """Migrates, and makes sure of the tenant `local` and of a key that works."""

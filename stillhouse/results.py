@@ -196,3 +196,10 @@ class Key(Result):
     expires_at: datetime | None
     revoked_at: datetime | None
     key: str | None = None
+
+
+class Secret(Result):
+    """A stored secret, without its value."""
+
+    name: str
+    changed_at: datetime

@@ -188,3 +188,17 @@ class IdempotencyKey(Base):
     fingerprint: Mapped[str]
     job_id: Mapped[str]
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+
+class TeacherAnswer(Base):
+    """The answer to one request, which `key` is the sha256 of; `job_id` is the job that paid for it."""
+
+    __tablename__ = "teacher_answers"
+
+    tenant_id: Mapped[str] = mapped_column(ForeignKey(Tenant.id), primary_key=True)
+    key: Mapped[str] = mapped_column(primary_key=True)
+    job_id: Mapped[str] = mapped_column(index=True)
+    answer: Mapped[dict[str, Any]]
+    prompt_tokens: Mapped[int] = mapped_column(BigInteger)
+    completion_tokens: Mapped[int] = mapped_column(BigInteger)
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now(), index=True)

@@ -32,3 +32,14 @@ class ApiKey(Base):
     expires_at: Mapped[datetime | None]
     revoked_at: Mapped[datetime | None]
     last_used_at: Mapped[datetime | None]
+
+
+class Secret(Base):
+    """A named secret, encrypted."""
+
+    __tablename__ = "secrets"
+
+    tenant_id: Mapped[str] = mapped_column(ForeignKey(Tenant.id), primary_key=True)
+    name: Mapped[str] = mapped_column(primary_key=True)
+    ciphertext: Mapped[str]
+    changed_at: Mapped[datetime] = mapped_column(server_default=func.now())

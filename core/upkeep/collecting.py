@@ -7,11 +7,11 @@ from datetime import timedelta
 from itertools import islice
 from typing import NamedTuple
 
-from sqlalchemy import and_, delete, exists, func, or_, select, text
+from sqlalchemy import and_, delete, exists, func, or_, select, text, tuple_
 from sqlalchemy.orm import Session
 
 from core import db
-from core.jobs.models import Checkpoint, Job
+from core.jobs.models import Checkpoint, Job, TeacherAnswer
 from core.jobs.state import TERMINAL
 from core.settings import get_settings
 from core.storage import ArtifactStore, get_store
@@ -66,6 +66,8 @@ def collect() -> Collected | None:
         with db.session_scope() as session:
             num_checkpoints = drop_checkpoints(session)
         with db.session_scope() as session:
+            drop_answers(session)
+        with db.session_scope() as session:
             num_manifests = drop_manifests(session)
         store.empty_trash()
         sizes = [size for sha256 in list_dead(store, before) if (size := store.discard(sha256, before)) is not None]
@@ -106,6 +108,13 @@ def drop_checkpoints(session: Session) -> int:
         .with_for_update(skip_locked=True)
     ).all()
     return session.connection().execute(delete(Checkpoint).where(Checkpoint.job_id.in_(job_ids))).rowcount
+
+
+def drop_answers(session: Session) -> None:
+    """Forgets what teachers' APIs have answered long ago."""
+    oldest = func.now() - timedelta(seconds=get_settings().keep_answers_s)
+    some = select(TeacherAnswer.tenant_id, TeacherAnswer.key).where(TeacherAnswer.created_at < oldest).limit(MAX_ROWS)
+    session.execute(delete(TeacherAnswer).where(tuple_(TeacherAnswer.tenant_id, TeacherAnswer.key).in_(some)))
 
 
 def drop_manifests(session: Session) -> int:

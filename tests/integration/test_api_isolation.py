@@ -7,7 +7,7 @@ from core.ids import new_id
 from tests.api import Api, run_job
 
 RANDOM = {"job_id": new_id("job"), "key_id": new_id("key"), "dataset": new_id("ds"), "model": new_id("mdl")}
-WITHOUT_IDS = {"family", "kind"}
+WITHOUT_IDS = {"family", "kind", "secret_name"}  # a secret's name is its tenant's own
 BODIES = {"/v1/jobs/{job_id}/fork": {"from_stage": 0}}
 
 
