@@ -128,6 +128,10 @@ class Teacher(Method):
         """Returns the reference of the model whose files have the role `teacher`, if there is one."""
         return None
 
+    def content(self) -> dict[str, Any]:
+        """Returns the settings on which its answers depend; what a name of files stands for is told by their bytes."""
+        return self.model_dump(mode="json") | ({"model": "teacher"} if self.source() else {})
+
     def check(self, spec: "JobSpec") -> list[Problem]:  # noqa: ARG002 - most teachers have nothing to check
         """Returns what is wrong with these settings inside that spec; fields are relative to the teacher."""
         return []

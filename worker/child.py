@@ -125,6 +125,7 @@ class Child:
     def __init__(self, order_path: Path, log_path: Path) -> None:
         self._stage = get_fork_server().fork(order_path, log_path)
         self._code: int | None = None
+        self._writing = threading.Lock()
         self._messages: queue.Queue[dict[str, Any] | None] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
 
@@ -137,10 +138,12 @@ class Child:
         """Returns the next report; None when the child closed its pipe. Raises queue.Empty after the time-out."""
         return self._messages.get(timeout=timeout_s)
 
-    def order(self, name: str) -> None:
-        """Sends an order such as `stop`; a child that is gone takes none."""
-        with contextlib.suppress(OSError, ValueError):
-            self._stage.stdin.write(json.dumps({"order": name}).encode() + b"\n")
+    def order(self, order: dict[str, Any]) -> None:
+        """Sends an order such as `{"order": "stop"}`, from any thread; a child that is gone takes none."""
+        line = json.dumps(order).encode() + b"\n"
+        with self._writing, contextlib.suppress(OSError, ValueError):
+            while line:
+                line = line[self._stage.stdin.write(line) :]
 
     def dump_stacks(self) -> None:
         """Makes the child write the stacks of its threads into the stage's log."""

@@ -11,9 +11,10 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from core.db import DatabaseAway, session_scope
-from core.errors import LeaseLost, StorageFull
+from core.errors import LeaseLost, StageFailed, StillhouseError, StorageFull
 from core.jobs.ownership import Claim, Point, book_usage, desired_of, owned, record_progress, used_seconds
 from core.settings import get_settings
+from worker.asking import Asker, describe
 from worker.child import Child
 from worker.lease import Lease
 from worker.staging import Staging
@@ -39,6 +40,7 @@ class Watch:
     events: list[dict[str, Any]] = field(default_factory=list)
     stopped_at: float | None = None
     deadline: float = math.inf
+    asker: Asker | None = None
 
     def run(self) -> dict[str, Any]:
         """Returns the child's last word: a result, an error, stopped, or died with its exit code."""
@@ -59,7 +61,7 @@ class Watch:
                     break
                 if message:
                     heard = time.monotonic()
-                    self._take(message)
+                    self._take(message, child)
                 if time.monotonic() - flushed >= FLUSH_S:
                     self._flush()
                     flushed = time.monotonic()
@@ -67,11 +69,13 @@ class Watch:
             code = child.wait()
             self._flush()
         finally:
+            if self.asker is not None:
+                self.asker.close()
             child.kill()
             child.wait()
         return self.outcome or {"type": "died", "exit_code": code}
 
-    def _take(self, message: dict[str, Any]) -> None:
+    def _take(self, message: dict[str, Any], child: Child) -> None:
         match message.get("type"):
             case "progress":
                 self.progress = message
@@ -79,10 +83,22 @@ class Watch:
                 self.points += [Point(str(name), int(step), float(value)) for name, step, value in message["points"]]
             case "event":
                 self.events.append(message["event"])
+            case "ask":
+                self._ask(int(message["number"]), message["body"], child)
             case "checkpoint":
                 self._take_checkpoint(int(message["step"]), str(message["name"]))
             case "result" | "error" | "stopped" | "unfit":
                 self.outcome = message
+
+    def _ask(self, number: int, body: dict[str, Any], child: Child) -> None:
+        try:
+            self.asker = self.asker or Asker(self.taken, child.order)
+        except (StageFailed, StillhouseError) as error:
+            if isinstance(error, LeaseLost):
+                raise
+            child.order({"order": "answer", "number": number, "error": describe(error)})
+        else:
+            self.asker.ask(number, body)
 
     def _take_checkpoint(self, step: int, name: str) -> None:
         """Stores a checkpoint after what was reported before it; the stage goes on without one that cannot be stored.
@@ -128,7 +144,7 @@ class Watch:
         is_over = time.monotonic() > self.deadline
         if self.stopped_at is None and (is_over or self.draining.is_set() or self.desired != "run"):
             self.stopped_at = time.monotonic()
-            child.order("stop")
+            child.order({"order": "stop"})
         if self.stopped_at is not None and time.monotonic() - self.stopped_at > get_settings().stop_grace_s:
             child.kill()
 

@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 from sqlalchemy.orm import Session
 
@@ -23,8 +24,11 @@ from core.models.hub import resolve as resolve_hub
 from core.models.repository import files_of, find_model, get_manifest, list_model_names
 from core.models.safetensors_header import read_tensors
 from core.models.vocabulary import VocabularyDiffers, count_common, read_vocabulary
+from core.settings import get_settings
 from core.storage import ManifestFile, get_store
 from core.tenants.keys import Principal
+from core.tenants.models import Secret
+from core.tenants.secrets import list_secrets
 
 SPLITS = ("train", "validation", "test")
 MAX_CLASSES = 10_000
@@ -70,7 +74,22 @@ def find_sources(session: Session, principal: Principal, spec: JobSpec) -> Sourc
         found = _find_split(session, principal.tenant_id, find, role, ref, problems) if ref else None
         if found:
             splits[role] = found
+    _check_api(session, principal.tenant_id, spec.teacher, problems)
     return Sources(models, splits, problems)
+
+
+def _check_api(session: Session, tenant_id: str, teacher: Any, problems: Problems) -> None:
+    """Adds what keeps workers from asking the API of a teacher that is behind one."""
+    base_url, secret = getattr(teacher, "base_url", None), getattr(teacher, "secret", None)
+    if base_url is not None:
+        address = urlsplit(base_url)
+        if not get_settings().may_ask(address.hostname or "", address.port):
+            why = f"workers may not ask '{address.netloc}'; the operator allows hosts with STILLHOUSE_TEACHER_HOSTS"
+            _add(problems, "teacher.base_url", why)
+    if secret is not None and session.get(Secret, (tenant_id, secret)) is None:
+        known = suggest(secret, [row.name for row in list_secrets(session, tenant_id)])
+        hint = f"{known}; or set it with `stillhouse secrets set {secret}`"
+        _add(problems, "teacher.secret", f"there is no secret '{secret}' in your tenant; {hint}")
 
 
 def _find_model(session: Session, principal: Principal, source: ModelSource, problems: Problems) -> Found | None:

@@ -138,9 +138,7 @@ class JobSpec(StrictModel):
 
     def _teacher_seen_by(self, stage: Stage) -> dict[str, Any]:
         asks = "answers" in stage.writes() and not self.teacher.is_model
-        if not asks:
-            return {"kind": "model", "model": "teacher"}
-        return self.teacher.model_dump(mode="json") | ({"model": "teacher"} if self.teacher.source() else {})
+        return self.teacher.content() if asks else {"kind": "model", "model": "teacher"}
 
     def _student_seen_by(self, stage: Stage) -> dict[str, Any]:
         if "student" not in stage.writes():

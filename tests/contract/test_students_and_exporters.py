@@ -17,6 +17,7 @@ from tests import pico
 from tests.engine_bench import LABELS, Bench, contents, make_spec
 from worker.engine.context import Order, StageContext
 from worker.engine.loading import load_classifier, load_tokenizer, save_classifier
+from worker.engine.mailbox import Mailbox
 from worker.engine.reporting import Reporter
 from worker.engine.students import load_student
 
@@ -34,7 +35,7 @@ def context(tmp_path: Path) -> Iterator[StageContext]:
     spec = make_spec([{"kind": "distill"}, {"kind": "export"}])
     order = Order.parse(json.loads(bench.write_order(spec, 1, "stage").read_text()))
     with open("/dev/null", "wb") as nowhere:
-        ctx = StageContext(order, Reporter(nowhere.fileno()), threading.Event())
+        ctx = StageContext(order, Reporter(nowhere.fileno()), threading.Event(), Mailbox())
         yield ctx
         ctx.close()
 

@@ -199,6 +199,25 @@ def test_language_models_must_have_the_same_tokens(api: Api) -> None:
     assert api("POST", "/v1/jobs/validate", json=texts).status_code == 200
 
 
+def test_a_teachers_api_must_be_allowed_and_its_secret_stored(api: Api) -> None:
+    api.make_job()
+    api.push_model("small", model_files(1))
+    teacher = {"kind": "openai", "base_url": "http://169.254.169.254/v1", "model": "m", "secret": "key"}
+    spec = api.spec(teacher=teacher, student={"kind": "pretrained", "model": "small"})
+    details = api("POST", "/v1/jobs", json=spec).json()["error"]["details"]
+    assert [detail["field"] for detail in details] == ["teacher.base_url", "teacher.secret"]
+    assert "STILLHOUSE_TEACHER_HOSTS" in details[0]["message"]
+    assert "stillhouse secrets set key" in details[1]["message"]
+    teacher = {"kind": "openai", "model": "m"}
+    job = api("POST", "/v1/jobs", json=spec | {"teacher": teacher}).json()
+    assert [stage["kind"] for stage in job["stages"]] == ["answer", "distill", "export", "evaluate"]
+    assert api("POST", f"/v1/jobs/{job['id']}/cancel").status_code == 202
+    assert api("POST", f"/v1/jobs/{job['id']}/retry").status_code == 202
+    forked = api("POST", f"/v1/jobs/{job['id']}/fork", json={"from_stage": 0, "overrides": {"seed": 3}})
+    assert forked.status_code == 202, forked.text
+    assert api("DELETE", f"/v1/jobs/{job['id']}").status_code == 204
+
+
 UNREADABLE = [
     b"",
     b"[]",

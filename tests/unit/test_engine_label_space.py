@@ -1,6 +1,7 @@
 """Language models that teach classes by scoring words, against stock transformers and through the real child."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from core.errors import SpecInvalid, StageFailed
 from tests import pico
-from tests.engine_bench import FAST, Bench, Finished, make_spec
+from tests.engine_bench import FAST, Bench, Finished, make_spec, teach_classes
 from worker.engine.speaking import Scorer
 
 WORDS = {"refund": " refund", "delivery": " parcel late", "login": " password"}
-TEACHER = {"kind": "label_space", "model": "big", "prompt": "please {text} is", "words": WORDS}
+PROMPT = "please {text} is"
+TEACHER = {"kind": "label_space", "model": "big", "prompt": PROMPT, "words": WORDS}
 STORIES = Path(__file__).parents[3] / "shared" / "models" / "stories260k"
 TEXTS = ["my box and the courier", "", "it was charged please help with the money now"]
 
@@ -40,7 +42,7 @@ def scorer_of(folder: Path, prompt: str, words: list[str], **options: Any) -> tu
 
 @pytest.mark.parametrize("words", [list(WORDS.values()), [" refund", " parcel", " password"]])
 def test_scores_are_log_probabilities_of_the_words(tmp_path: Path, words: list[str]) -> None:
-    prompt = "please {text} is"
+    prompt = PROMPT
     scorer, model, tokenizer = scorer_of(pico.write_language_model(tmp_path), prompt, words)
     found = scorer.score(TEXTS, 64, lambda *_: None)
     wanted = [[expected(model, tokenizer, prompt.format(text=text), w) for w in words] for text in TEXTS]
@@ -79,20 +81,11 @@ def run(bench: Bench, spec: dict[str, Any], ordinal: int, name: str = "", **chan
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     """A language model that has learned to name the class of a text, beside an encoder that knows nothing."""
-    language = Bench(tmp_path_factory.mktemp("language")).lay_language()
-    pico.write_data(language.inputs / "data")
-    for path in (language.inputs / "data").iterdir():
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
-        pairs = [{"prompt": f"please {row['text']} is", "text": WORDS[row["label"]].strip()} for row in rows]
-        path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    task = {"kind": "causal_lm", "prompt": "prompt", "block_tokens": 32}
-    learn = {"kind": "finetune", "epochs": 30, "learning_rate": 5e-3, "batch_size": 4}
-    taught = run(language, make_spec([learn], task=task), 0, labels=[])
+    taught = teach_classes(tmp_path_factory.mktemp("language"), PROMPT, WORDS)
     bench = Bench(tmp_path_factory.mktemp("classes"))
     pico.write_data(bench.inputs / "data")
     pico.write_model(bench.inputs / "base", num_layers=1)
-    bench.adopt(taught, 0, "finetune")
-    (bench.inputs / "history.jsonl").unlink()
+    shutil.copytree(taught, bench.inputs / "teacher")
     return bench
 
 

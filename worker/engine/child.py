@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from worker.engine.failures import CheckpointUnfit, StopRequested, explain
+from worker.engine.mailbox import Mailbox
 from worker.engine.reporting import Reporter
 
 if TYPE_CHECKING:
@@ -32,9 +33,9 @@ def run_stage(order: Path, report_fd: int) -> int:
     """Runs the stage of the order; returns the exit status, 0 for a result or an ordered stop, 1 for a failure."""
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     logging.getLogger("worker").setLevel(logging.INFO)
-    reporter, stop = Reporter(report_fd), threading.Event()
-    threading.Thread(target=listen, args=(sys.stdin.fileno(), stop), daemon=True).start()
-    last = run(order, reporter, stop)
+    reporter, stop, mailbox = Reporter(report_fd), threading.Event(), Mailbox()
+    threading.Thread(target=listen, args=(sys.stdin.fileno(), stop, mailbox), daemon=True).start()
+    last = run(order, reporter, stop, mailbox)
     try:
         reporter.close(last)
     except BrokenPipeError:
@@ -43,7 +44,7 @@ def run_stage(order: Path, report_fd: int) -> int:
     return 0 if last["type"] != "error" else 1
 
 
-def run(path: Path, reporter: Reporter, stop: threading.Event) -> dict[str, Any]:
+def run(path: Path, reporter: Reporter, stop: threading.Event, mailbox: Mailbox) -> dict[str, Any]:
     """Returns the last report of the stage: result, stopped or error."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -53,7 +54,7 @@ def run(path: Path, reporter: Reporter, stop: threading.Event) -> dict[str, Any]
         from worker.engine.context import Order, StageContext
 
         order = Order.parse(data)
-        ctx = StageContext(order, reporter, stop)
+        ctx = StageContext(order, reporter, stop, mailbox)
         tempfile.tempdir = str(ctx.scratch_dir)  # what libraries put aside goes the same way
         try:
             limit_memory(order)
@@ -80,21 +81,24 @@ def die_with_parent(parent: int) -> None:
         os._exit(1)
 
 
-def listen(fd: int, stop: threading.Event) -> None:
+def listen(fd: int, stop: threading.Event, mailbox: Mailbox) -> None:
     """Reads orders until the pipe closes."""
     rest = b""
     while chunk := os.read(fd, 65536):
         *lines, rest = (rest + chunk).split(b"\n")
         for line in lines:
             try:
-                order = json.loads(line)["order"]
+                order = json.loads(line)
+                name = order["order"]
             except (ValueError, KeyError, TypeError):
                 log.warning("not an order: %r", line[:200])
                 continue
-            if order == "stop":
+            if name == "stop":
                 stop.set()
+            elif name == "answer":
+                mailbox.put(order)
             else:
-                log.warning("unknown order %r", order)
+                log.warning("unknown order %r", name)
 
 
 def set_environment(num_threads: int) -> None:

@@ -25,9 +25,12 @@ from worker.engine import checkpoints
 from worker.engine.devices import choose_device
 from worker.engine.failures import StopRequested, is_storage_full
 from worker.engine.loading import load_tokenizer
+from worker.engine.mailbox import Mailbox
 from worker.engine.reporting import Reporter
 from worker.engine.tasks import TaskRun
 
+OPEN_REQUESTS = 256  # more than the supervisor has open at once, so that it never waits for us
+WAIT_S = 0.2
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
@@ -72,7 +75,7 @@ class Order:
 class StageContext:
     """The surroundings of one running stage."""
 
-    def __init__(self, order: Order, reporter: Reporter, stop: threading.Event) -> None:
+    def __init__(self, order: Order, reporter: Reporter, stop: threading.Event, mailbox: Mailbox) -> None:
         self.order = order
         self.spec = order.spec
         self.labels = order.labels
@@ -80,7 +83,7 @@ class StageContext:
         self.reporter = reporter
         self.device = choose_device()
         self.share_done = 0.0  # of a training stage, 0 at its first step and 1 at its last
-        self._stop = stop
+        self._stop, self._mailbox = stop, mailbox
         self._remembered: dict[str, Any] = {}
         self.scratch_dir = Path(tempfile.mkdtemp(prefix="scratch-", dir=order.outputs_dir.parent))
         self._pacer = checkpoints.Pacer(order.checkpoint_s)
@@ -113,6 +116,25 @@ class StageContext:
         """Reports how far the stage is, and stops here if that is ordered."""
         self.reporter.progress(step, total)
         self.check_stop()
+
+    def ask(self, bodies: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Returns what the teacher's API answers to requests, in their order; the supervisor asks it.
+
+        Raises:
+            StageFailed: Whatever ended the asking; what was answered until then is kept for the next time.
+        """
+        answers: dict[int, dict[str, Any]] = {}
+        num_sent = 0
+        while len(answers) < len(bodies):
+            while num_sent < len(bodies) and num_sent - len(answers) < OPEN_REQUESTS:
+                self.reporter.ask(num_sent, bodies[num_sent])
+                num_sent += 1
+            for order in self._mailbox.take(WAIT_S):
+                if "error" in order:
+                    raise StageFailed(**order["error"])
+                answers[order["number"]] = order["answer"]
+            self.progress(len(answers), len(bodies))
+        return [answers[number] for number in range(len(bodies))]
 
     def find_checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """Returns the tensors and the state from which this stage goes on, or None when it starts."""

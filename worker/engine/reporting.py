@@ -56,6 +56,10 @@ class Reporter:
         self.flush()
         self._write({"type": "checkpoint", "step": step, "name": name})
 
+    def ask(self, number: int, body: dict[str, Any]) -> None:
+        """Has the supervisor ask the teacher's API; the answer comes as an order with this number."""
+        self._write({"type": "ask", "number": number, "body": body})
+
     def close(self, last: dict[str, Any]) -> None:
         """Sends what is noted, then the last report."""
         self.flush()

@@ -1,0 +1,194 @@
+"""Jobs whose teacher is behind an API: it is paid once, its key stays with the supervisor, and its faults are told."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from cryptography.fernet import Fernet
+
+from tests import pico
+from tests.e2e.stack import Stack, children_of, free_port, until
+from tests.engine_bench import teach_classes
+from tests.teacher_api import COMPLETION_TOKENS, KEY, PROMPT_TOKENS, TeacherApi
+
+SETTINGS = {"STILLHOUSE_SECRET_KEY": Fernet.generate_key().decode(), "STILLHOUSE_TEACHER_HOSTS": "127.0.0.1"}
+ROWS = {"train": 180, "validation": 45, "test": 60}
+DISTILL = {
+    "kind": "distill",
+    "epochs": 20,
+    "learning_rate": 2e-3,
+    "head_learning_rate": 1e-2,
+    "batch_size": 16,
+    "losses": [{"kind": "forward_kl", "temperature": 1.0}],
+}
+
+
+@pytest.fixture
+def stack(tmp_path: Path, tenant: tuple[str, str], pico_files: tuple[Path, dict[str, Path]]) -> Iterator[Stack]:
+    """A tenant with a small model, data, and the key of the teacher's API as a secret."""
+    stack = Stack(tmp_path, tenant[1])
+    try:
+        stack.start_api(**SETTINGS)
+        stack.push_model(pico.write_model(tmp_path / "small", num_layers=1), "small")
+        stack.push_data(pico_files[1], "toy")
+        assert stack.http.put("/v1/secrets/teacher-key", json={"value": KEY}).status_code == 200
+        yield stack
+    finally:
+        stack.stop()
+
+
+def submit(stack: Stack, url: str, stages: list[dict[str, Any]] | None = None, **teacher: Any) -> str:
+    described = {"kind": "openai", "base_url": url, "model": "big", "secret": "teacher-key", "tries": 3}
+    return stack.submit(
+        teacher=described | teacher,
+        student={"kind": "pretrained", "model": "small"},
+        stages=stages or [{"kind": "answer"}],
+    )
+
+
+def test_a_student_learns_from_an_api_that_is_paid_once_though_its_worker_is_killed(stack: Stack) -> None:
+    api, settings = TeacherApi(), SETTINGS
+    stages = [
+        {"kind": "answer", "splits": ["train", "validation", "test"]},
+        DISTILL,
+        {"kind": "evaluate", "latency_samples": 10},
+    ]
+    with api.serving() as url:
+        api.left = 50
+        worker = stack.start_worker(**settings)
+        job_id = submit(stack, url, stages)
+        until(lambda: stack.job(job_id)["stages"][0]["step"] == 50)  # the child hears of an answer once it is stored
+        child = children_of(worker.pid)[0]
+        environment = Path(f"/proc/{child}/environ").read_bytes()
+        worker.send_signal(signal.SIGKILL)
+        worker.wait()
+        until(lambda: not os.path.exists(f"/proc/{child}/fd"))
+        api.release()
+        stack.start_worker(**settings)
+        job = stack.wait(job_id)
+        assert job["state"] == "succeeded", json.dumps(job, indent=1)
+        assert set(api.delivered.values()) == {1}
+        assert len(api.delivered) == sum(ROWS.values())
+        again = submit(stack, url, stages, prompt="Text: {text}\nLabel:")
+        assert stack.wait(again)["state"] == "succeeded"
+        assert len(api.delivered) == 2 * sum(ROWS.values())  # another question is another answer
+    third = submit(stack, url, stages, concurrency=1)  # the API is gone, and not needed
+    assert [stage["state"] for stage in stack.wait(third)["stages"]] == ["cached", "cached", "succeeded"]
+
+    rows = {row["name"]: row for row in job["stages"][2]["summary"]["models"]}
+    assert rows["teacher"]["accuracy"] > 0.9
+    assert rows["student"]["accuracy"] > 0.9
+    assert api.keys == {f"Bearer {KEY}"}
+    assert KEY.encode() not in environment
+    log = stack.http.get(f"/v1/jobs/{job_id}/stages/0/log").text
+    shown = json.dumps([job, stack.events(job_id)]) + log + "".join(p.read_text() for p in stack.folder.glob("*.log"))
+    assert KEY not in shown
+
+
+@pytest.mark.parametrize("endpoint", ["chat", "completions"])
+def test_passing_faults_are_waited_out(stack: Stack, endpoint: str) -> None:
+    api = TeacherApi()
+    api.faults.extend(["429", "500", "half", "nonsense", "empty", "503"])
+    with api.serving() as url:
+        stack.start_worker(**SETTINGS)
+        job = stack.wait(submit(stack, url, endpoint=endpoint, tries=8))
+    assert job["state"] == "succeeded", json.dumps(job, indent=1)
+    assert set(api.delivered.values()) == {1}
+    assert job["stages"][0]["summary"]["teacher_validation"]["accuracy"] > 0.9
+
+
+def test_votes_are_counted_where_no_probabilities_are_told(stack: Stack) -> None:
+    api = TeacherApi(with_logprobs=False)
+    with api.serving() as url:
+        stack.start_worker(**SETTINGS)
+        job = stack.wait(submit(stack, url, [{"kind": "answer", "splits": ["train"]}], top_logprobs=0, votes=2))
+    assert job["state"] == "succeeded", json.dumps(job, indent=1)
+    assert len(api.delivered) == 2 * ROWS["train"]
+    assert {body["seed"] for body in api.seen} == {0, 1}
+
+
+def test_a_budget_ends_the_job_and_what_was_paid_is_kept(stack: Stack) -> None:
+    api = TeacherApi()
+    each = PROMPT_TOKENS + COMPLETION_TOKENS
+    budgets: list[dict[str, Any]] = [
+        {"max_requests": 20},
+        {"max_tokens": 20 * each},
+        {"max_cost": 20 * each / 1e6, "prompt_price": 1.0, "completion_price": 1.0},
+    ]
+    with api.serving() as url:
+        stack.start_worker(**SETTINGS)
+        for number, budget in enumerate(budgets, 1):
+            job = stack.wait(submit(stack, url, concurrency=1, **budget))
+            assert (job["state"], job["error"]["reason"]) == ("failed", "budget_exhausted")
+            assert next(iter(budget)) in job["error"]["message"]
+            assert "asks only for what is left" in job["error"]["suggestion"]
+            assert len(api.delivered) == 20 * number  # what the job before paid for is not paid again
+        assert stack.wait(submit(stack, url))["state"] == "succeeded"
+    assert set(api.delivered.values()) == {1}
+
+
+@pytest.mark.parametrize(
+    ("fault", "hint", "retried"),
+    [("401", "Check base_url, model, secret", False), ("503", "asks only for what is left", True)],
+)
+def test_an_api_that_refuses_ends_the_job(stack: Stack, fault: str, hint: str, retried: bool) -> None:
+    api = TeacherApi()
+    api.faults.extend([fault] * 1000)
+    with api.serving() as url:
+        stack.start_worker(**SETTINGS)
+        changes = {"tries": 1, "concurrency": 2}
+        job = stack.wait(
+            stack.submit(
+                teacher={"kind": "openai", "base_url": url, "model": "big", "secret": "teacher-key", **changes},
+                student={"kind": "pretrained", "model": "small"},
+                stages=[{"kind": "answer"}],
+                retries=int(retried),
+            )
+        )
+    assert (job["state"], job["error"]["reason"]) == ("failed", "teacher_unavailable")
+    assert fault in job["error"]["message"]
+    assert "***" in job["error"]["message"]  # what the API said back
+    assert KEY not in json.dumps(job)
+    assert hint in job["error"]["suggestion"]
+    assert ("stage.retried" in {event["type"] for event in stack.events(job["id"])}) == retried
+
+
+def test_transformers_serve_teaches_by_its_texts(stack: Stack, tmp_path: Path) -> None:
+    """A real server: it gives texts, and takes no notice of logprobs."""
+    words = {"refund": " refund", "delivery": " parcel", "login": " password"}
+    folder = teach_classes(tmp_path / "language", "please {text} is", words)
+    port = free_port()
+    command = [
+        sys.executable,
+        "-m",
+        "transformers.cli.transformers",
+        "serve",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
+    with (stack.folder / "serve.log").open("wb") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    stack.processes.append(server)
+    until(lambda: answers(f"http://127.0.0.1:{port}/health"))
+    stack.start_worker(**SETTINGS)
+    teacher = {"model": str(folder), "endpoint": "completions", "prompt": "please {text} is", "answer_tokens": 1}
+    job_id = submit(stack, f"http://127.0.0.1:{port}/v1", secret=None, words=words, **teacher)
+    job = stack.wait(job_id)
+    assert job["state"] == "succeeded", json.dumps(job, indent=1)
+    assert job["stages"][0]["summary"]["teacher_validation"]["accuracy"] > 0.9
+
+
+def answers(url: str) -> bool:
+    try:
+        return httpx.get(url).status_code == 200
+    except httpx.TransportError:
+        return False

@@ -1,0 +1,126 @@
+"""What an API's answers say of labels, and what is asked."""
+
+import math
+
+import pytest
+import torch
+
+from core.errors import SpecInvalid
+from core.jobs.spec import load_spec
+from worker.asking import read_answer
+from worker.engine.asking import make_request, name_label, read_labels, read_probabilities
+
+WORDS = ["negative", "neutral", "positive"]
+SPEC = {"teacher": {"kind": "openai", "model": "m"}, "student": {"kind": "pretrained", "model": "s"}, "data": "d"}
+
+
+def teacher(**changes):
+    return load_spec(SPEC | {"teacher": SPEC["teacher"] | changes}).teacher
+
+
+def shares(top: dict[str, float]) -> list[float]:
+    found = read_probabilities({token: math.log(p) for token, p in top.items()}, WORDS)
+    return found.exp().tolist()
+
+
+def test_a_label_has_the_probability_of_the_tokens_that_begin_it() -> None:
+    assert shares({" Pos": 0.5, "positive": 0.1, "neg": 0.3, "neutr": 0.1}) == pytest.approx([0.3, 0.1, 0.6])
+    assert shares({"negative.": 0.2, "ne": 0.4, "pos": 0.4}) == pytest.approx([0.4, 0.2, 0.4])  # "ne" begins two
+    assert shares({"neg": 0.2, "neu": 0.1, "pos": 0.1, "The": 0.6}) == pytest.approx([0.5, 0.25, 0.25])
+
+
+def test_labels_that_are_not_told_share_what_is_left_below_the_least_token() -> None:
+    assert shares({"pos": 0.9, "The": 0.04}) == pytest.approx([0.03 / 0.96, 0.03 / 0.96, 0.9 / 0.96])
+    assert shares({"pos": 0.5, "The": 0.02}) == pytest.approx([0.02 / 0.54, 0.02 / 0.54, 0.5 / 0.54])
+    assert min(shares({"pos": 1.0})) > 0
+    assert read_probabilities({"The": -0.1}, WORDS) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "label"),
+    [
+        (" Positive.", 2),
+        ("**neutral**", 1),
+        ("The answer is negative", 0),
+        ("negative or positive", 0),
+        ("It is negative or positive", None),
+        ("positively", None),
+        ("", None),
+    ],
+)
+def test_an_answer_names_a_label(text: str, label: int | None) -> None:
+    assert name_label(text, WORDS) == label
+
+
+def test_the_longest_of_labels_that_begin_alike_is_meant() -> None:
+    assert name_label("card lost abroad", ["card", "card lost"]) == 1
+
+
+def test_votes_are_smoothed_counts() -> None:
+    answers = [{"text": text, "top": None} for text in ("positive", "positive", "neutral", "well")]
+    found = read_labels(answers, WORDS, 0.5)
+    torch.testing.assert_close(found.exp(), torch.tensor([0.5, 1.5, 2.5]) / 4.5)
+    assert read_labels([{"text": "well", "top": None}], WORDS, 0.5) is None
+
+
+def test_requests_are_what_the_api_expects() -> None:
+    chat = make_request(teacher(system="be brief", prompt="{labels}? {text}"), WORDS, "so {labels}", 0)
+    assert chat["messages"][0] == {"role": "system", "content": "be brief"}
+    assert chat["messages"][1]["content"] == "negative, neutral, positive? so {labels}"
+    assert (chat["logprobs"], chat["top_logprobs"], chat["temperature"]) == (True, 20, 0.0)
+    options = {"max_tokens": None, "max_completion_tokens": 4}
+    voted = make_request(teacher(top_logprobs=0, votes=3, options=options), WORDS, "a", 2)
+    assert (voted["seed"], voted["temperature"], voted["max_completion_tokens"]) == (2, 1.0, 4)
+    assert not {"logprobs", "max_tokens"} & voted.keys()
+    plain = make_request(teacher(endpoint="completions", top_logprobs=5), WORDS, "a", 0)
+    assert plain["logprobs"] == 5
+    assert plain["prompt"].endswith("Label:")
+
+
+def test_answers_are_read_in_both_shapes() -> None:
+    places = [
+        {"token": "\n", "top_logprobs": [{"token": "\n", "logprob": -0.1}]},
+        {"token": "pos", "top_logprobs": [{"token": "pos", "logprob": -0.2}, {"token": "n\x00eg", "logprob": -2.0}]},
+    ]
+    choice = {"message": {"content": "\npos\x00itive"}, "logprobs": {"content": places}}
+    found = read_answer("chat", {"choices": [choice], "usage": {"prompt_tokens": 7, "completion_tokens": 2}})
+    assert found == ("\npositive", {"pos": -0.2, "neg": -2.0}, 7, 2)
+    told = {"tokens": [" pos"], "top_logprobs": [{" pos": -0.2}]}
+    assert read_answer("completions", {"choices": [{"text": " pos", "logprobs": told}]}) == (
+        " pos",
+        {" pos": -0.2},
+        0,
+        0,
+    )
+    assert read_answer("chat", {"choices": [{"message": {"content": None}}]}).text == ""
+    for bad in ({}, {"choices": []}, {"choices": [{"message": {"content": 5}}]}, {"choices": [{"text": "a"}]}, []):
+        with pytest.raises((ValueError, KeyError, TypeError, IndexError, AttributeError)):
+            read_answer("chat", bad)
+
+
+BAD = [
+    ({"base_url": "ftp://a/v1"}, "teacher.base_url"),
+    ({"base_url": "http://user:pass@a/v1"}, "teacher.base_url"),
+    ({"base_url": "http://a:999999/v1"}, "teacher.base_url"),
+    ({"base_url": "http://a/v1\r\nX: y"}, "teacher.base_url"),
+    ({"prompt": "which?"}, "teacher.prompt"),
+    ({"max_cost": 1.0}, "teacher.max_cost"),
+    ({"top_logprobs": 21}, "teacher.top_logprobs"),
+]
+
+
+@pytest.mark.parametrize(("change", "field"), BAD, ids=[str(change) for change, _ in BAD])
+def test_bad_settings_are_told(change: dict, field: str) -> None:
+    with pytest.raises(SpecInvalid) as caught:
+        teacher(**change)
+    assert caught.value.details[0]["field"] == field
+
+
+def test_only_what_is_asked_is_content() -> None:
+    stage = load_spec(SPEC).stages[0]
+    seen = [load_spec(SPEC | {"teacher": SPEC["teacher"] | change}).seen_by(stage) for change in CHANGES]
+    assert seen[0] == seen[1] != seen[2]
+    assert load_spec(SPEC).seen_by(load_spec(SPEC).stages[1])["teacher"] == {"kind": "model", "model": "teacher"}
+
+
+CHANGES = [{}, {"secret": "key", "concurrency": 2, "max_requests": 5, "tries": 1}, {"prompt": "{text}?"}]

@@ -1,0 +1,265 @@
+"""Asks a teacher's API for a stage: the child names what to ask, the key and the network are here.
+
+An answer is stored before the child hears of it, under the sha256 of its request, so that nobody of the tenant pays for
+it again. A request that was sent when this process died is asked again; it carries its sha256 as `Idempotency-Key`.
+"""
+
+import hashlib
+import json
+import logging
+import random
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import urlsplit
+
+from sqlalchemy.orm import Session
+
+from core.db import session_scope
+from core.errors import StageFailed, StillhouseError
+from core.jobs.answers import Spent, find_answers, keep_answer, sum_spent
+from core.jobs.ownership import Claim, owned
+from core.jobs.spec import load_spec
+from core.settings import get_settings
+from core.tenants.secrets import read_secret
+from worker.transactions import transact
+
+if TYPE_CHECKING:
+    import httpx
+
+PATHS = {"chat": "/chat/completions", "completions": "/completions"}
+PASSING = frozenset({408, 409, 425, 429}) | frozenset(range(500, 600))
+MAX_ANSWER_BYTES = 4 * 1024 * 1024
+FIRST_PAUSE_S, LAST_PAUSE_S = 0.5, 60.0
+SHOWN = 300
+log = logging.getLogger(__name__)
+Send = Callable[[dict[str, Any]], None]
+
+
+class Answer(NamedTuple):
+    """What is kept of an answer: its text, the likeliest first tokens if they were told, and what it cost."""
+
+    text: str
+    top: dict[str, float] | None
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class NoAnswer(Exception):
+    """This attempt got none, but another one may; `pause_s` is how long the server asks to wait."""
+
+    def __init__(self, message: str, pause_s: float = 0.0) -> None:
+        super().__init__(message)
+        self.pause_s = pause_s
+
+
+class Asker:
+    """Asks the teacher of one job, with bounded concurrency; what it hears goes to `send` as `answer` orders."""
+
+    def __init__(self, taken: Claim, send: Send) -> None:
+        import httpx
+
+        self._taken, self._send = taken, send
+        self.teacher, secret, self._spent = transact(self._look)
+        if getattr(self.teacher, "base_url", None) is None:
+            raise StageFailed("internal", "The stage asks, but its job's teacher has no API.")
+        _check_host(self.teacher.base_url)
+        self._secret = secret
+        self._closing = threading.Event()
+        self._lock = threading.Lock()
+        self._num_open = 0
+        self._error: StageFailed | None = None
+        headers = {"Authorization": f"Bearer {secret}"} if secret else {}
+        limits = httpx.Limits(max_connections=self.teacher.concurrency)
+        self._client = httpx.Client(headers=headers, timeout=self.teacher.timeout_s, limits=limits)
+        self._pool = ThreadPoolExecutor(self.teacher.concurrency, thread_name_prefix="ask")
+
+    def _look(self, session: Session) -> tuple[Any, str | None, Spent]:
+        job = owned(session, self._taken)
+        teacher = load_spec(job.spec).teacher
+        name = getattr(teacher, "secret", None)
+        secret = read_secret(session, job.tenant_id, name) if name else None
+        return teacher, secret, sum_spent(session, job.tenant_id, job.id)
+
+    def ask(self, number: int, body: dict[str, Any]) -> None:
+        """Has a request answered, by the store or by the API; `number` comes back with the answer."""
+        if not self._closing.is_set():
+            self._pool.submit(self._serve, number, body)
+
+    def close(self) -> None:
+        """Starts no further request; the answers of open ones are still kept as they come."""
+        self._closing.set()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _serve(self, number: int, body: dict[str, Any]) -> None:
+        if self._closing.is_set():
+            return
+        try:
+            answer = self._answer(body)
+        except StageFailed as error:
+            with self._lock:
+                self._error = self._error or error
+            self._send({"order": "answer", "number": number, "error": describe(error)})
+        except Exception as error:
+            log.exception("a request for %s failed here", self._taken.job_id)
+            self._send({"order": "answer", "number": number, "error": describe(error)})
+        else:
+            self._send({"order": "answer", "number": number, "answer": answer})
+
+    def _answer(self, body: dict[str, Any]) -> dict[str, Any]:
+        url = self.teacher.base_url.rstrip("/") + PATHS[self.teacher.endpoint]
+        key = hashlib.sha256(json.dumps({"url": url, "body": body}, sort_keys=True).encode()).hexdigest()
+        tenant_id, job_id = self._taken.tenant_id, self._taken.job_id
+        with session_scope() as session:
+            known = find_answers(session, tenant_id, [key])
+        if key in known:
+            return known[key]
+        self._open_one()
+        try:
+            found = self._ask_until_answered(url, key, body)
+            kept = {"text": found.text, "top": found.top}
+            cost = Spent(1, found.prompt_tokens, found.completion_tokens)
+            transact(lambda session: keep_answer(session, tenant_id, job_id, key, kept, cost))
+        except BaseException:
+            self._close_one(Spent(0, 0, 0))
+            raise
+        self._close_one(cost)
+        return kept
+
+    def _open_one(self) -> None:
+        """Counts an open request. Raises StageFailed when the budget has no room, or the asking has ended."""
+        with self._lock:
+            if self._error is not None:
+                raise self._error
+            over = find_excess(self.teacher, self._spent, self._num_open)
+            if over:
+                raise StageFailed(
+                    "budget_exhausted",
+                    f"The teacher's {over} is reached: {self._spent.requests} answers, {self._spent.prompt_tokens} "
+                    f"tokens of prompts and {self._spent.completion_tokens} of answers are paid for, and kept.",
+                    suggestion=f"Raise teacher.{over} and submit the job again: it asks only for what is left.",
+                )
+            self._num_open += 1
+
+    def _close_one(self, cost: Spent) -> None:
+        with self._lock:
+            self._num_open -= 1
+            self._spent = Spent(*(total + one for total, one in zip(self._spent, cost, strict=True)))
+
+    def _ask_until_answered(self, url: str, key: str, body: dict[str, Any]) -> Answer:
+        pause_s = FIRST_PAUSE_S
+        for attempt in range(1, self.teacher.tries + 1):
+            try:
+                return self._ask_once(url, key, body)
+            except NoAnswer as error:
+                log.warning("attempt %d of %d at an answer: %s", attempt, self.teacher.tries, error)
+                if attempt == self.teacher.tries or self._closing.is_set():
+                    what = f"The teacher's API gave no answer in {attempt} attempts; the last: {error}"
+                    hint = "See whether the API is up, and submit the job again: it asks only for what is left."
+                    raise StageFailed("teacher_unavailable", what, suggestion=hint, retryable=True) from error
+                wait_s = max(error.pause_s, pause_s * random.uniform(0.5, 1.5))  # noqa: S311 - so that not all come at once
+                self._closing.wait(min(wait_s, LAST_PAUSE_S))
+                pause_s *= 2
+        raise AssertionError
+
+    def _ask_once(self, url: str, key: str, body: dict[str, Any]) -> Answer:
+        import httpx
+
+        try:
+            with self._client.stream("POST", url, json=body, headers={"Idempotency-Key": key}) as response:
+                content = _read(response)
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise NoAnswer(f"{type(error).__name__}: {error}") from error
+        if response.status_code in PASSING:
+            raise NoAnswer(f"{response.status_code}: {self._show(content)}", _pause_of(response))
+        if response.status_code != 200:
+            raise StageFailed(
+                "teacher_unavailable",
+                f"The teacher's API refuses: {response.status_code}: {self._show(content)}",
+                suggestion="Check base_url, model, secret and options of the teacher.",
+            )
+        try:
+            return read_answer(self.teacher.endpoint, json.loads(content))
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            raise NoAnswer(f"not an answer of this API: {type(error).__name__} in {self._show(content)}") from error
+
+    def _show(self, content: bytes) -> str:
+        text = content.decode("utf-8", "replace")
+        return (text.replace(self._secret, "***") if self._secret else text)[:SHOWN]
+
+
+def find_excess(teacher: Any, spent: Spent, num_open: int) -> str | None:
+    """Returns the budget that one more request would overdraw; open ones count as requests, their tokens not yet."""
+    cost = (spent.prompt_tokens * teacher.prompt_price + spent.completion_tokens * teacher.completion_price) / 1e6
+    used = {
+        "max_requests": spent.requests + num_open,
+        "max_tokens": spent.prompt_tokens + spent.completion_tokens,
+        "max_cost": cost,
+    }
+    limits = {name: getattr(teacher, name) for name in used}
+    return next((name for name, limit in limits.items() if limit is not None and used[name] >= limit), None)
+
+
+def read_answer(endpoint: str, data: dict[str, Any]) -> Answer:
+    """Returns what is kept of an answer in the shapes of the OpenAI API. Raises ValueError, KeyError and the like."""
+    choice = data["choices"][0]
+    told = choice.get("logprobs") or {}
+    if endpoint == "chat":
+        text = choice["message"]["content"] or ""
+        tops = [
+            {_sound(one["token"]): float(one["logprob"]) for one in place["top_logprobs"]}
+            for place in told.get("content") or []
+        ]
+        tokens = [place["token"] for place in told.get("content") or []]
+    else:
+        text = choice["text"]
+        tops = [
+            {_sound(token): float(log_p) for token, log_p in place.items()} for place in told.get("top_logprobs") or []
+        ]
+        tokens = told.get("tokens") or []
+    first = next((top for token, top in zip(tokens, tops, strict=False) if token.strip() and top), None)
+    usage = data.get("usage") or {}
+    return Answer(_sound(text), first, int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0))
+
+
+def _sound(text: str) -> str:
+    """Returns a text as the database takes it. Raises AttributeError if it is none."""
+    return text.replace("\x00", "").encode("utf-8", "replace").decode()
+
+
+def describe(error: Exception) -> dict[str, Any]:
+    """Returns an error as the child raises it again."""
+    if isinstance(error, StageFailed):
+        fields = {"message": error.message, "suggestion": error.suggestion, "retryable": error.can_retry}
+        return {"reason": error.reason, **fields}
+    message = (
+        error.message if isinstance(error, StillhouseError) else f"{type(error).__name__} in the worker; see its log"
+    )
+    return {"reason": "teacher_unavailable", "message": message, "suggestion": None, "retryable": True}
+
+
+def _check_host(base_url: str) -> None:
+    address = urlsplit(base_url)
+    if not get_settings().may_ask(address.hostname or "", address.port):
+        raise StageFailed(
+            "teacher_unavailable",
+            f"This worker may not ask '{address.netloc}'.",
+            suggestion="Its operator allows hosts with STILLHOUSE_TEACHER_HOSTS.",
+        )
+
+
+def _read(response: "httpx.Response") -> bytes:
+    content = b""
+    for chunk in response.iter_bytes():
+        content += chunk
+        if len(content) > MAX_ANSWER_BYTES:
+            raise NoAnswer(f"an answer of more than {MAX_ANSWER_BYTES:,} bytes")
+    return content
+
+
+def _pause_of(response: "httpx.Response") -> float:
+    try:
+        return max(0.0, float(response.headers.get("Retry-After", 0)))
+    except ValueError:
+        return 0.0  # a date; our own pause is as good

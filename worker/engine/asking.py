@@ -1,0 +1,114 @@
+"""Labels from answers of an API; the supervisor, which has the key and the network, asks it for us."""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from core.errors import StageFailed
+from worker.engine.context import StageContext
+
+if TYPE_CHECKING:
+    from worker.methods.teachers.openai import OpenAI
+
+LEAST = 1e-6  # probability of a label that nothing speaks for
+SHOWN = 80
+
+
+def speak_by_asking(ctx: StageContext, settings: "OpenAI") -> Callable[[list[str], int], Tensor]:
+    """Returns what asks for the label of each text, and gives log p of all labels.
+
+    Raises:
+        StageFailed: `teacher_unavailable` when too many answers name no label, or whatever ended the asking.
+    """
+    words = [settings.words.get(label, label) for label in ctx.labels]
+
+    def speak(texts: list[str], max_length: int) -> Tensor:  # noqa: ARG001 - the API has a tokenizer of its own
+        votes = 1 if settings.top_logprobs else settings.votes
+        answers = ctx.ask([make_request(settings, words, text, vote) for text in texts for vote in range(votes)])
+        grouped = [answers[start : start + votes] for start in range(0, len(answers), votes)]
+        found = [read_labels(group, words, settings.smoothing) for group in grouped]
+        unread = [group[0]["text"] for group, one in zip(grouped, found, strict=True) if one is None]
+        if unread:
+            tell_unread(ctx, settings, unread, len(texts))
+        even = torch.full((len(words),), 1 / len(words)).log()
+        return torch.stack([even if one is None else one for one in found])
+
+    return speak
+
+
+def tell_unread(ctx: StageContext, settings: "OpenAI", unread: list[str], num_texts: int) -> None:
+    """Warns of texts whose answers name no label, which say that all are as likely; fails if there are too many."""
+    what = f"{len(unread)} of {num_texts} texts got an answer without a label, the first: '{unread[0][:SHOWN]}'."
+    if len(unread) > settings.max_unreadable * num_texts:
+        hint = "Tell the model in prompt to answer with a label alone, or set words to what it answers."
+        raise StageFailed("teacher_unavailable", what, suggestion=hint)
+    ctx.warn("answers_unreadable", what, num_unread=len(unread), num_texts=num_texts)
+
+
+def make_request(settings: "OpenAI", words: Sequence[str], text: str, vote: int) -> dict[str, Any]:
+    """Returns the body of the request for one answer."""
+    prompt = settings.prompt.replace("{labels}", ", ".join(words)).replace("{text}", text)
+    body: dict[str, Any] = {"model": settings.model, "max_tokens": settings.answer_tokens}
+    if settings.endpoint == "completions":
+        body |= {"prompt": prompt} | ({"logprobs": settings.top_logprobs} if settings.top_logprobs else {})
+    else:
+        system = [{"role": "system", "content": settings.system}] if settings.system else []
+        body |= {"messages": [*system, {"role": "user", "content": prompt}]}
+        body |= {"logprobs": True, "top_logprobs": settings.top_logprobs} if settings.top_logprobs else {}
+    several = settings.votes > 1 and not settings.top_logprobs
+    body |= {"temperature": 1.0, "seed": vote} if several else {"temperature": 0.0}
+    return {name: value for name, value in (body | settings.options).items() if value is not None}
+
+
+def read_labels(answers: Sequence[dict[str, Any]], words: Sequence[str], smoothing: float) -> Tensor | None:
+    """Returns log p of the labels by one text's answers, `{"text", "top"}`; None if they name none."""
+    plain = [_plain(word) for word in words]
+    if len(answers) == 1 and answers[0].get("top"):
+        found = read_probabilities(answers[0]["top"], plain)
+        if found is not None:
+            return found
+    named = [name_label(answer["text"], plain) for answer in answers]
+    counts = torch.tensor([float(named.count(index)) for index in range(len(words))])
+    if not counts.any():
+        return None
+    return ((counts + smoothing) / (counts + smoothing).sum()).log()
+
+
+def read_probabilities(top: dict[str, float], words: Sequence[str]) -> Tensor | None:
+    """Returns log p of the labels by the likeliest first tokens, `{token: log p}`; None if they begin none.
+
+    A token that begins several words counts for each with an equal share. Labels that none of the tokens begins share
+    what all tokens leave of 1, but none has more than the least likely token told, of which there would be more.
+    """
+    p_C = torch.zeros(len(words), dtype=torch.float64)
+    shown = {token: float(torch.tensor(log_p, dtype=torch.float64).exp()) for token, log_p in top.items()}
+    for token, p in shown.items():
+        start = _plain(token)
+        hits = [
+            index for index, word in enumerate(words) if start and (word.startswith(start) or start.startswith(word))
+        ]
+        if hits:
+            p_C[hits] += p / len(hits)
+    if not p_C.any():
+        return None
+    unseen_C = p_C == 0
+    left = max(0.0, 1.0 - sum(shown.values())) / max(1, int(unseen_C.sum()))
+    p_C[unseen_C] = max(LEAST, min(left, min(shown.values())))
+    return (p_C / p_C.sum()).log().float()
+
+
+def name_label(text: str, words: Sequence[str]) -> int | None:
+    """Returns the label that an answer names: the longest that it begins with, or the only one that it mentions."""
+    answer = _plain(text)
+    begun = [index for index, word in enumerate(words) if re.match(rf"{re.escape(word)}(?!\w)", answer)]
+    if begun:
+        return max(begun, key=lambda index: len(words[index]))
+    mentioned = [index for index, word in enumerate(words) if re.search(rf"(?<!\w){re.escape(word)}(?!\w)", answer)]
+    return mentioned[0] if len(mentioned) == 1 else None
+
+
+def _plain(text: str) -> str:
+    return text.strip().strip("\"'`*.:,()[]").strip().casefold()
