@@ -97,14 +97,25 @@ def prepare(data: Path, work: Path) -> None:
         embd_pdrop=0.0,
         attn_pdrop=0.0,
     )
-    (work / "in").mkdir(parents=True)
-    (work / "in" / "data").symlink_to(data.resolve())
+    (work / "in" / "data").mkdir(parents=True)
+    (work / "in" / "data" / "validation.jsonl").symlink_to((data / "validation.jsonl").resolve())
+    write_some(texts, work / "in" / "data" / "train.jsonl", TEACHER_STEPS * BATCH * TOKENS)
     teacher = GPT2LMHeadModel(config)
     tokenizer.save_pretrained(work / "in" / "teacher")
     teacher.save_pretrained(work / "in" / "teacher")
     blocks = read_blocks(work, "train")
     train(teacher, [blocks.batch(rows, CPU) for rows in order(len(blocks), TEACHER_STEPS)], Course(), cross_entropy)
     teacher.save_pretrained(work / "in" / "teacher")
+
+
+def write_some(texts: list[str], path: Path, num_tokens: int) -> None:
+    """Writes the first texts, of about so many tokens or more: no more than the steps read."""
+    left = 5 * num_tokens  # characters
+    with path.open("w", encoding="utf-8") as file:
+        for text in texts:
+            if left > 0:
+                file.write(json.dumps({"text": text}) + "\n")
+                left -= len(text)
 
 
 def read_blocks(work: Path, split: str) -> Any:
@@ -201,6 +212,7 @@ def run_ours(work: Path, steps: int, *, cached: bool) -> tuple[Any, Course]:
     from core.jobs.spec import load_spec
     from worker.engine.context import Order, StageContext
     from worker.engine.loading import load_language_model
+    from worker.engine.mailbox import Mailbox
     from worker.engine.reporting import Reporter
 
     class Clock(Reporter):
@@ -255,7 +267,7 @@ def run_ours(work: Path, steps: int, *, cached: bool) -> tuple[Any, Course]:
         )
         training = stage.kind == "distill"
         with open(os.devnull, "wb") as nowhere:
-            ctx = StageContext(order, Clock(nowhere.fileno()), threading.Event())
+            ctx = StageContext(order, Clock(nowhere.fileno()), threading.Event(), Mailbox())
             stage.build(ctx)()
             ctx.close()
         answers = folder / "out" / "answers"

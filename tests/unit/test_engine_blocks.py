@@ -47,6 +47,36 @@ def test_prompts_are_read_and_not_learned(tmp_path: Path, tokenizer: PreTrainedT
     assert pairs == [("is", "late"), ("late", "<end>"), ("refund", "paid"), ("paid", "back"), ("back", "<end>")]
 
 
+TEMPLATE = (
+    "{% for m in messages %}{{ 'please ' if m.role == 'user' else 'the ' }}{{ m.content }}"
+    "{{ ' and ' if m.role == 'user' else ' <end> now ' }}{% endfor %}"
+    "{% if add_generation_prompt %}the {% endif %}"
+)
+
+
+def test_a_chat_is_read_by_the_template_and_the_answer_learned_to_its_end(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(pico.write_language_model(tmp_path / "model"))
+    tokenizer.chat_template = TEMPLATE
+    path = write(tmp_path / "train.jsonl", [{"q": "refund", "a": "paid back"}, {"q": "my parcel", "a": "late"}])
+    ids, is_learned = read_stream(path, {"text": "a", "prompt": "q"}, tokenizer, is_chat=True)
+    tokens = np.array(tokenizer.convert_ids_to_tokens(ids))
+    assert " ".join(tokens) == "please refund and the paid back <end> please my parcel and the late <end>"
+    assert " ".join(tokens[is_learned]) == "paid back <end> late <end>"
+
+
+@pytest.mark.parametrize(
+    ("template", "what"),
+    [(None, "no chat template"), (TEMPLATE.replace("%}the {%", "%}help {%"), "does not begin an answer")],
+)
+def test_a_tokenizer_that_cannot_chat_is_told(tmp_path: Path, template: str | None, what: str) -> None:
+    tokenizer = load_tokenizer(pico.write_language_model(tmp_path / "model"))
+    tokenizer.chat_template = template
+    path = write(tmp_path / "train.jsonl", [{"q": "refund", "a": "paid back"}])
+    with pytest.raises(StageFailed, match=what) as caught:
+        read_stream(path, {"text": "a", "prompt": "q"}, tokenizer, is_chat=True)
+    assert caught.value.reason == "spec_invalid"
+
+
 @pytest.mark.parametrize("num_tokens", [2, 9, 16, 17, 18, 100])
 def test_every_token_but_the_first_is_predicted_once_from_the_one_before(num_tokens: int) -> None:
     ids = np.arange(1000, 1000 + num_tokens, dtype=np.int32)

@@ -76,12 +76,15 @@ class Blocks:
 
 
 def read_stream(
-    path: Path, columns: dict[str, str], tokenizer: PreTrainedTokenizerBase
+    path: Path, columns: dict[str, str], tokenizer: PreTrainedTokenizerBase, *, is_chat: bool = False
 ) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
     """Returns the tokens of a split's texts, each with its prompt before it and the end token after it.
 
-    The second array says which of them are learned: all but the prompts. Raises StageFailed naming the line that does
-    not fit.
+    The second array says which of them are learned: all but the prompts. In a chat, prompt and text are what a user
+    says and an assistant answers, in the form of the tokenizer's chat template.
+
+    Raises:
+        StageFailed: `dataset_invalid` with the line that does not fit, `spec_invalid` without such a template.
     """
     texts, prompts = _read_columns(path, columns)
     ids: list[NDArray[np.int32]] = []
@@ -89,13 +92,35 @@ def read_stream(
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     for start in range(0, len(texts), TOKENIZE_CHUNK):
         some = slice(start, start + TOKENIZE_CHUNK)
-        read = _tokenize(tokenizer, prompts[some], whole=True) if prompts else [[]] * len(texts[some])
-        learned = _tokenize(tokenizer, texts[some], whole=not prompts)
-        for prompt, text in zip(read, learned, strict=True):
+        if is_chat:
+            pairs = [_read_chat(tokenizer, *pair) for pair in zip(prompts[some], texts[some], strict=True)]
+        else:
+            read = _tokenize(tokenizer, prompts[some], whole=True) if prompts else [[]] * len(texts[some])
+            pairs = list(zip(read, _tokenize(tokenizer, texts[some], whole=not prompts), strict=True))
+        for prompt, text in pairs:
             closed = text if text[-1:] == end else text + end
             ids.append(np.array(prompt + closed, dtype=np.int32))
             is_learned.append(np.arange(len(prompt) + len(closed)) >= len(prompt))
     return np.concatenate(ids), np.concatenate(is_learned)
+
+
+def _read_chat(tokenizer: PreTrainedTokenizerBase, prompt: str, text: str) -> tuple[list[int], list[int]]:
+    """Returns the tokens up to where the assistant begins, and its answer's up to its last end token."""
+    if not tokenizer.chat_template:
+        hint = "Set task.chat to false, or choose a model whose tokenizer has one."
+        raise StageFailed("spec_invalid", "The tokenizer has no chat template.", suggestion=hint)
+    asked = [{"role": "user", "content": prompt}]
+    answered = [*asked, {"role": "assistant", "content": text}]
+    read: list[int] = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
+    whole: list[int] = tokenizer.apply_chat_template(answered, return_dict=False)
+    if whole[: len(read)] != read:
+        what = "The chat template does not begin an answer as it begins one that is there, so its start is not known."
+        raise StageFailed(
+            "spec_invalid", what, suggestion="Set task.chat to false, and write prompts as they are read."
+        )
+    learned = whole[len(read) :]
+    ends = [place for place, token in enumerate(learned) if token == tokenizer.eos_token_id]
+    return read, learned[: ends[-1] + 1] if ends else learned
 
 
 def _read_columns(path: Path, columns: dict[str, str]) -> tuple[list[str], list[str]]:

@@ -70,7 +70,7 @@ class LanguageModelling:
     ) -> Blocks:
         """Returns the split in blocks of the task's length; no text is cut."""
         longest = getattr(model.config, "max_position_embeddings", None) or self.task.block_tokens
-        ids, is_learned = read_stream(path, self.task.columns(), tokenizer)
+        ids, is_learned = read_stream(path, self.task.columns(), tokenizer, is_chat=self.task.chat)
         split = Blocks(ids, is_learned, min(self.task.block_tokens, longest))
         if not split.is_learned_S[1:].any():
             raise StageFailed("dataset_invalid", f"{path.name} has no token to predict.")

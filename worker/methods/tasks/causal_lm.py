@@ -1,8 +1,9 @@
 """Causal language modelling."""
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from core.methods import Task, Teacher
 
@@ -24,9 +25,19 @@ class CausalLM(Task):
     kind: Literal["causal_lm"] = "causal_lm"
     text: str = Field("text", description="Column that holds the text, or what follows the prompt.")
     prompt: str | None = Field(None, description="Column that holds the prompt, which is read and not learned.")
+    chat: bool = Field(
+        False,
+        description="Read prompt and text as a user's words and an assistant's answer, in the tokenizer's chat form.",
+    )
     block_tokens: int = Field(
         512, ge=8, le=131_072, description="Tokens of one example; at most what the model has positions for."
     )
+
+    @model_validator(mode="after")
+    def _chat_needs_prompt(self) -> Self:
+        if self.chat and self.prompt is None:
+            raise PydanticCustomError("chat", "a chat needs the column of what the user says; set task.prompt", {})
+        return self
 
     def columns(self) -> dict[str, str]:
         """Returns the columns by role."""
