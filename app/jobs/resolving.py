@@ -5,6 +5,7 @@ First the rows are read in one short session (`find_sources`); then, without one
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from urllib.parse import urlsplit
 
 from sqlalchemy.orm import Session
 
-from core.datasets.checking import check_row, label_name
+from core.datasets.checking import check_row, check_tags, label_name
 from core.datasets.models import Dataset
 from core.datasets.repository import find_dataset, list_dataset_names
 from core.errors import Gone, ModelInvalid, NotFound
@@ -156,7 +157,7 @@ def resolve(spec: JobSpec, sources: Sources) -> Plan:
     models, facts = describe_models(spec, sources, problems)
     counts = {role: _label_counts(spec, role, split, problems) for role, split in sources.splits.items()}
     labels = sorted(counts.get("train") or {})
-    if "label" in spec.task.columns():
+    if {"label", "tags"} & spec.task.columns().keys():
         _check_labels(counts, problems)
     if problems:
         raise spec_invalid(problems)
@@ -242,6 +243,8 @@ def _label_counts(spec: JobSpec, role: str, split: dict[str, Any], problems: Pro
         _add(problems, f"data.{role}", f"'{split['ref']}' has no column '{name}'; {hint}, or set it in task")
     if missing:
         return None
+    if "tags" in columns:
+        return _count_tags(role, split, columns, problems)
     text, label = columns.get("text"), columns.get("label")
     if text == split["text_column"] and label == split["label_column"]:
         return dict(split["label_counts"])
@@ -264,6 +267,21 @@ def _count_labels(
             _add(problems, f"data.{role}", f"'{split['ref']}', row {number:,}, {why}")
             return None
     return counts
+
+
+def _count_tags(role: str, split: dict[str, Any], columns: dict[str, str], problems: Problems) -> dict[str, int] | None:
+    counts: Counter[str] = Counter()
+    for number, row in _rows(split):
+        wrong = check_tags(row, columns["tokens"], columns["tags"])
+        if wrong:
+            why = f"'{split['ref']}', row {number:,}, {wrong[0].field}: {wrong[0].message}"
+            _add(problems, f"data.{role}", why)
+            return None
+        counts.update(row[columns["tags"]])
+        if len(counts) > MAX_CLASSES:
+            _add(problems, f"data.{role}", f"'{split['ref']}' has more than {MAX_CLASSES:,} tags")
+            return None
+    return dict(counts)
 
 
 def _rows(split: dict[str, Any]) -> Iterator[tuple[int, dict[str, Any]]]:

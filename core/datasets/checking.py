@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ MAX_CLASSES = 10_000
 MAX_COLUMNS = 1_000
 MAX_REMEMBERED_TEXTS = 500_000
 IMBALANCE = 20.0
+TAG = re.compile(r"^(O|[BI]-[^\x00\s]{1,200})$")
 JSON_TYPES = {str: "string", bool: "boolean", int: "integer", float: "number", list: "list", dict: "object"}
 
 
@@ -95,6 +97,20 @@ def check_row(row: dict[str, Any], text: str | None, label: str | None) -> list[
         found = "an empty label" if row[label] == "" else f"{_type_name(row[label])} as label"
         problems.append(RowProblem(f"found {found}; write a string or an integer", label or ""))
     return problems
+
+
+def check_tags(row: dict[str, Any], tokens: str, tags: str) -> list[RowProblem]:
+    """Returns what is wrong with the words and the tags (IOB2) of a row."""
+    words, given = row.get(tokens), row.get(tags)
+    if not isinstance(words, list) or not words or not all(isinstance(word, str) and word for word in words):
+        return [RowProblem("write the words as a list of strings, none of them empty", tokens)]
+    if not isinstance(given, list) or len(given) != len(words):
+        found = f"{len(given)} tags" if isinstance(given, list) else _type_name(given)
+        return [RowProblem(f"found {found} for {len(words)} words; write a list with one tag a word", tags)]
+    wrong = next((tag for tag in given if not isinstance(tag, str) or not TAG.match(tag)), None)
+    if wrong is not None:
+        return [RowProblem(f"found {wrong!r:.60}; a tag is 'O', 'B-kind' or 'I-kind'", tags)]
+    return []
 
 
 def label_name(value: Any) -> str | None:

@@ -218,6 +218,35 @@ def test_a_teachers_api_must_be_allowed_and_its_secret_stored(api: Api) -> None:
     assert api("DELETE", f"/v1/jobs/{job['id']}").status_code == 204
 
 
+BAD_TAGS = [
+    ({"tokens": ["a", "b"], "tags": ["O"]}, "tags: found 1 tags for 2 words"),
+    ({"tokens": "a b", "tags": ["O", "O"]}, "tokens: write the words as a list"),
+    ({"tokens": ["a"], "tags": ["LOC"]}, "a tag is 'O', 'B-kind' or 'I-kind'"),
+    ({"tokens": ["a"], "tags": "O"}, "tags: found string for 1 words"),
+]
+
+
+def test_tags_are_counted_and_checked_at_submit(api: Api) -> None:
+    api.push_model()
+    good = [
+        {"tokens": ["in", "Paris"], "tags": ["O", "B-place"]},
+        {"tokens": ["New", "York"], "tags": ["B-place", "I-place"]},
+    ]
+    assert api.push_dataset("places", {"train": jsonl(good), "test": jsonl(good)}).status_code == 201
+    data = {"train": "places/train", "test": "places/test"}
+    spec = api.spec(task={"kind": "token_classification"}, data=data)
+    answer = api("POST", "/v1/jobs", json=spec)
+    assert answer.status_code == 202, answer.text
+    assert answer.json()["inputs"]["labels"] == ["B-place", "I-place", "O"]
+    for number, (row, hint) in enumerate(BAD_TAGS):
+        api.push_dataset(f"bad{number}", {"train": jsonl([*good, row]), "test": jsonl(good)})
+        data = {"train": f"bad{number}/train", "test": "places/test"}
+        [detail] = api("POST", "/v1/jobs", json=spec | {"data": data}).json()["error"]["details"]
+        assert detail["field"] == "data.train"
+        assert "row 3" in detail["message"]
+        assert hint in detail["message"]
+
+
 UNREADABLE = [
     b"",
     b"[]",

@@ -92,7 +92,7 @@ def test_no_rows_are_a_failure(tmp_path: Path) -> None:
 def test_masking_hits_a_share_of_the_inner_tokens_and_nothing_else() -> None:
     rows = [np.arange(10, 60, dtype=np.int32) for _ in range(200)]
     marks = [np.ones(50, dtype=np.int32) for _ in rows]
-    split = Encoded({"input_ids": rows, "attention_mask": marks}, {}, torch.zeros(200, dtype=torch.int64), 64, 0)
+    split = Encoded({"input_ids": rows, "attention_mask": marks}, {}, torch.zeros(200, dtype=torch.int64), 64, 0, "")
     masked = split.masked(4, 0.1, [0, 1])
     hit = np.stack(masked.columns["input_ids"]) == 4
     assert not hit[:, [0, -1]].any()

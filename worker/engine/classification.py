@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from core.errors import StageFailed
-from worker.engine.data import Batch, Encoded, Examples, digest, encode, read_examples
-from worker.engine.evaluation import Card, Column, Measured, Quality, list_candidates
+from worker.engine.data import Batch, Encoded, digest, encode, read_examples
+from worker.engine.evaluation import Card, Column, Measured, Quality, Row, list_candidates
 from worker.engine.inference import predict_logits
 from worker.engine.loading import (
     input_names,
@@ -45,13 +45,14 @@ class Classification:
     """A classifier over the job's labels."""
 
     headline = "accuracy"
+    auto_class: Any = AutoModelForSequenceClassification
 
     def __init__(self, ctx: "StageContext", columns: dict[str, str]) -> None:
         self.ctx, self.columns, self.labels = ctx, columns, ctx.labels
 
     def load_model(self, folder: Path, **options: Any) -> PreTrainedModel:
         """Returns the folder's classifier over this job's labels."""
-        model = load_classifier(folder, self.labels, **options)
+        model = load_classifier(folder, self.labels, self.auto_class, **options)
         if model.has_new_head:
             log.info("%s has no head for these %d classes and gets a new one", folder.name, len(self.labels))
         return model
@@ -60,9 +61,13 @@ class Classification:
         """Writes the classifier, its tokenizer and its labels."""
         save_classifier(model, tokenizer, self.labels, folder)
 
-    def read(self, path: Path) -> Examples:
+    def read(self, path: Path) -> Any:
         """Returns a split's texts and classes."""
         return read_examples(path, self.columns, self.labels)
+
+    def tokenise(self, examples: Any, tokenizer: PreTrainedTokenizerBase, names: list[str]) -> Encoded:
+        """Returns examples as a model reads them that takes inputs of these names."""
+        return encode(examples, tokenizer, names)
 
     def encode(
         self, path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int
@@ -70,15 +75,15 @@ class Classification:
         """Returns the split tokenised, its texts cut at `max_length` and at what the model has positions for."""
         limit_length(model, tokenizer, max_length)
         model.config.pad_token_id = tokenizer.pad_token_id
-        return encode(self.read(path), tokenizer, input_names(model, tokenizer))
+        return self.tokenise(self.read(path), tokenizer, input_names(model, tokenizer))
 
     def is_head(self, model: PreTrainedModel, name: str) -> bool:
         """Returns whether a parameter is outside the encoder."""
         return is_head(model, name)
 
     def answer(self, model: PreTrainedModel, batch: Batch) -> Tensor:
-        """Returns the logits of each text."""
-        logits_NC: Tensor = model(**batch.inputs).logits
+        """Returns the logits of each row."""
+        logits_NC: Tensor = model(**batch.inputs).logits[batch.is_row]
         return logits_NC
 
     def score(self, model: PreTrainedModel, data: Encoded, between: Callable[[], None]) -> Scores:
@@ -95,10 +100,10 @@ class Classification:
 
     def sample(self, path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Encoded:
         """Returns the first texts of the split."""
-        return encode(self.read(path).head(SAMPLED_TEXTS), tokenizer, input_names(model, tokenizer))
+        return self.tokenise(self.read(path).head(SAMPLED_TEXTS), tokenizer, input_names(model, tokenizer))
 
     def logits(self, model: PreTrainedModel, data: Encoded, between: Callable[[], None]) -> Tensor:
-        """Returns the logits of every text, in the order of the split."""
+        """Returns the logits of every row, in the order of the split."""
         return predict_logits(model, data, between, SAMPLE_BATCH)
 
     def rank(self, scores: Scores) -> tuple[float, ...]:
@@ -159,7 +164,6 @@ class Classification:
         """
         ctx = self.ctx
         test = self.read(ctx.get_split("test"))
-        labels_N = np.array(test.labels, dtype=np.int64)
         names = list_candidates(ctx)
         rows, answers, timed = [], {}, []
         for index, name in enumerate(names):
@@ -175,15 +179,15 @@ class Classification:
             heard_NC = AnswersKept(ctx.input("answers")).test_logits
             if heard_NC is not None:
                 answers["teacher"] = heard_NC.argmax(dim=-1).numpy()
-                known = {
-                    "name": "teacher",
-                    "runtime": "answers",
-                    **self._quality(settings, labels_N, answers["teacher"]),
-                }
+                known = {"name": "teacher", "runtime": "answers", **self.assess(settings, test, answers["teacher"])}
                 rows.insert(0, known | dict.fromkeys(COSTS))
         for row in rows:
             agrees = "teacher" in answers
             row["agreement"] = float((answers[row["name"]] == answers["teacher"]).mean()) if agrees else None
+        return self.describe(test, rows, answers["student"])
+
+    def describe(self, test: Any, rows: list[Row], student_N: NDArray[np.int64]) -> Measured:
+        """Returns what was measured, with how to show it; `student_N` are the classes that the student gives."""
         return Measured(
             num_examples=len(test.texts),
             models=rows,
@@ -191,32 +195,36 @@ class Classification:
             quality=Quality("accuracy", "accuracy, %", 100),
             card=Card("classifier_card.md.j2", "text-classification", _card_metrics),
             notes=NOTES,
-            details={"per_class": per_class(labels_N, answers["student"], self.labels)},
+            details={"per_class": per_class(np.array(test.labels, dtype=np.int64), student_N, self.labels)},
         )
 
     def _measure_one(
-        self, settings: "Evaluate", name: str, test: Examples
+        self, settings: "Evaluate", name: str, test: Any
     ) -> tuple[dict[str, Any], NDArray[np.int64], tuple[Forward, Encoded]]:
         """Returns one row of the main table without latency, the predicted classes, and what to time."""
         ctx, folder, tokenizer = self.ctx, self.ctx.input(name), self.ctx.load_tokenizer(name)
-        model = open_model(folder, self.labels, tokenizer, ctx.num_threads)
-        data = encode(test, tokenizer, model.input_names)
+        model = open_model(folder, self.load_model, tokenizer, ctx.num_threads)
+        data = self.tokenise(test, tokenizer, model.input_names)
         found = answer_all(model.forward, data, len(self.labels), ctx.check_stop)
-        predicted_N = found.logits_NC.argmax(-1)
+        predicted_N = self.choose(torch.from_numpy(found.logits_NC), data)
         row = {
             "name": name,
             "runtime": model.runtime,
-            **self._quality(settings, data.labels_N.numpy(), predicted_N),
+            **self.assess(settings, test, predicted_N),
             "size_bytes": count_bytes(folder),
             "num_parameters": model.num_parameters,
             "throughput_per_s": found.throughput_per_s,
         }
         return row, predicted_N, (model.forward, data)
 
-    def _quality(
-        self, settings: "Evaluate", labels_N: NDArray[np.int64], predicted_N: NDArray[np.int64]
-    ) -> dict[str, Any]:
-        num_classes = len(self.labels)
+    def choose(self, logits_NC: Tensor, data: Encoded) -> NDArray[np.int64]:  # noqa: ARG002
+        """Returns the class that each row gets."""
+        predicted_N: NDArray[np.int64] = logits_NC.argmax(dim=-1).numpy()
+        return predicted_N
+
+    def assess(self, settings: "Evaluate", test: Any, predicted_N: NDArray[np.int64]) -> Row:
+        """Returns how good predictions for the test split are, with intervals."""
+        labels_N, num_classes = np.array(test.labels, dtype=np.int64), len(self.labels)
         intervals = bootstrap(labels_N, predicted_N, num_classes, settings.confidence, self.ctx.spec.seed)
         return {
             "accuracy": accuracy(labels_N, predicted_N),

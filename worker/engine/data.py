@@ -76,6 +76,11 @@ class Encoded:
     texts_sha256: str
 
     def __len__(self) -> int:
+        return len(self.columns["input_ids"])
+
+    @property
+    def num_rows(self) -> int:
+        """Places with a class, which is one a text."""
         return len(self.labels_N)
 
     def digest(self) -> str:

@@ -127,9 +127,9 @@ def make_onnx(ctx: StageContext) -> Path:
 def run_onnx(ctx: StageContext, data: Encoded, folder: Path) -> NDArray[np.float32]:
     """Returns the logits logits_NC of a folder with `model.onnx`, in the order of the split."""
     session = open_session(folder, ctx.num_threads)
-    logits_NC: NDArray[np.float32] = np.empty((len(data), len(ctx.labels)), dtype=np.float32)
+    logits_NC: NDArray[np.float32] = np.zeros((data.num_rows, len(ctx.labels)), dtype=np.float32)
     for batch in data.by_length(CHECK_BATCH, torch.device("cpu")):
-        logits_NC[batch.rows.numpy()] = run_session(session, batch.inputs)
+        logits_NC[batch.row_numbers.numpy()] = run_session(session, batch.inputs)[batch.is_row.numpy()]
         ctx.check_stop()
     return logits_NC
 
@@ -143,9 +143,9 @@ class Logits(torch.nn.Module):
         self.names = names
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        """Returns logits_BC."""
-        logits_BC: Tensor = self.model(**dict(zip(self.names, inputs, strict=True))).logits
-        return logits_BC
+        """Returns logits_BC of a classifier of texts, logits_BTC of one of tokens."""
+        logits: Tensor = self.model(**dict(zip(self.names, inputs, strict=True))).logits
+        return logits
 
 
 def _export_graph(reference: Reference, path: Path) -> Path:
@@ -158,7 +158,8 @@ def _export_graph(reference: Reference, path: Path) -> Path:
         )
     names = list(reference.data.columns)
     batch = reference.data.batch(np.arange(min(2, len(reference.data))), torch.device("cpu"))
-    axes = {name: {0: "batch", 1: "sequence"} for name in names} | {"logits": {0: "batch"}}
+    both = {0: "batch", 1: "sequence"}
+    axes = dict.fromkeys(names, both) | {"logits": both if batch.labels.dim() > 1 else {0: "batch"}}
     wrapper = Logits(reference.model, names).eval()  # the exporter restores this flag, so it must be set on the wrapper
     try:
         torch.onnx.export(

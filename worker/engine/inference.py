@@ -14,7 +14,7 @@ INFERENCE_BATCH = 64
 def predict_logits(
     model: PreTrainedModel, data: Encoded, between: Callable[[], None], batch_size: int = INFERENCE_BATCH
 ) -> Tensor:
-    """Returns the logits of every example, in the order of the split, in float32 on the processor.
+    """Returns the logits of every row, in the order of the split, in float32 on the processor.
 
     The model answers in evaluation and inference mode, on the device where it lies, in batches sorted by length, and
     outside of `autocast` in the precision of its weights: these are the logits that its user gets.
@@ -30,10 +30,10 @@ def predict_logits(
     """
     was_training = model.training
     model.eval()
-    logits_NC = torch.empty(len(data), model.config.num_labels)
+    logits_NC = torch.zeros(data.num_rows, model.config.num_labels)
     with torch.inference_mode():
         for batch in data.by_length(batch_size, model.device):
-            logits_NC[batch.rows] = model(**batch.inputs).logits.float().cpu()
+            logits_NC[batch.row_numbers] = model(**batch.inputs).logits[batch.is_row].float().cpu()
             between()
     model.train(was_training)
     return logits_NC

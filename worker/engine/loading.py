@@ -28,8 +28,10 @@ transformers_logging.disable_progress_bar()
 transformers_logging.set_verbosity_error()  # its report of a missing head is ours to give
 
 
-def load_classifier(folder: Path, labels: list[str], **options: Any) -> PreTrainedModel:
-    """Returns the folder's sequence classifier over these labels, in float32.
+def load_classifier(
+    folder: Path, labels: list[str], auto_class: Any = AutoModelForSequenceClassification, **options: Any
+) -> PreTrainedModel:
+    """Returns the folder's classifier over these labels, of texts or (by the class) of tokens, in float32.
 
     A head over the same labels in another order is put in this order; a head over other labels, or a missing one, is
     new, and `has_new_head` says so.
@@ -37,10 +39,11 @@ def load_classifier(folder: Path, labels: list[str], **options: Any) -> PreTrain
     Raises:
         StageFailed: `teacher_unavailable` when the folder cannot be loaded, or lacks weights of the encoder.
     """
-    model, found, new_keys = _read(AutoModelForSequenceClassification, folder, options | {"num_labels": len(labels)})
+    model, found, new_keys = _read(auto_class, folder, options | {"num_labels": len(labels)})
     _refuse_lost([key for key in new_keys if not is_head(model, key)])
     _settle_head(model, labels, found, new_keys)
-    model.config.problem_type = "single_label_classification"
+    if auto_class is AutoModelForSequenceClassification:
+        model.config.problem_type = "single_label_classification"
     return model
 
 

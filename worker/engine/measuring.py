@@ -41,15 +41,16 @@ def count_bytes(folder: Path) -> int:
 
 
 def answer_all(forward: Forward, data: Encoded, num_classes: int, between: Callable[[], None]) -> Answers:
-    """Returns the logits of every example, in batches of 32 sorted by length; padding and tokenising are not timed."""
-    logits_NC: NDArray[np.float32] = np.empty((len(data), num_classes), dtype=np.float32)
+    """Returns the logits of every row, in batches of 32 sorted by length; padding and tokenising are not timed."""
+    logits_NC: NDArray[np.float32] = np.zeros((data.num_rows, num_classes), dtype=np.float32)
     elapsed_s = 0.0
     for index, batch in enumerate(data.by_length(THROUGHPUT_BATCH, CPU)):
         if index == 0:
             forward(batch.inputs)
         began = time.perf_counter()
-        logits_NC[batch.rows.numpy()] = forward(batch.inputs)
+        found = forward(batch.inputs)
         elapsed_s += time.perf_counter() - began
+        logits_NC[batch.row_numbers.numpy()] = found[batch.is_row.numpy()]
         between()
     return Answers(logits_NC, len(data) / elapsed_s)
 

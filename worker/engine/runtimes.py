@@ -10,9 +10,9 @@ import onnxruntime
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from worker.engine.loading import input_names, load_classifier
+from worker.engine.loading import input_names
 
 Forward = Callable[[dict[str, Tensor]], NDArray[np.float32]]
 
@@ -42,11 +42,13 @@ class OpenModel(NamedTuple):
     num_parameters: int
 
 
-def open_model(folder: Path, labels: list[str], tokenizer: PreTrainedTokenizerBase, num_threads: int) -> OpenModel:
-    """Returns the folder's model, on the processor."""
-    return (
-        _open_onnx(folder, num_threads) if (folder / "model.onnx").is_file() else _open_torch(folder, labels, tokenizer)
-    )
+def open_model(
+    folder: Path, load: Callable[[Path], PreTrainedModel], tokenizer: PreTrainedTokenizerBase, num_threads: int
+) -> OpenModel:
+    """Returns the folder's model, on the processor; `load` reads one of transformers."""
+    if (folder / "model.onnx").is_file():
+        return _open_onnx(folder, num_threads)
+    return _open_torch(load(folder), tokenizer)
 
 
 def _open_onnx(folder: Path, num_threads: int) -> OpenModel:
@@ -56,8 +58,8 @@ def _open_onnx(folder: Path, num_threads: int) -> OpenModel:
     return OpenModel(lambda inputs: run_session(session, inputs), names, "onnxruntime", num_parameters)
 
 
-def _open_torch(folder: Path, labels: list[str], tokenizer: PreTrainedTokenizerBase) -> OpenModel:
-    model = load_classifier(folder, labels).eval()
+def _open_torch(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> OpenModel:
+    model.eval()
 
     def forward(inputs: dict[str, Tensor]) -> NDArray[np.float32]:
         with torch.inference_mode():

@@ -51,7 +51,7 @@ class Answer(Stage):
         later = spec.stages[spec.stages.index(self) + 1 :]
         if any("teacher" in stage.writes() for stage in later):
             return [Problem("kind", "a later stage changes the teacher; put 'answer' after it")]
-        if spec.task.kind == "text_classification":
+        if not spec.task.shares_tokens:
             return []  # kept logits are as good as the teacher
         losses = [loss for stage in later for loss in getattr(stage, "losses", [])]
         return [

@@ -1,0 +1,80 @@
+"""Entities in sequences of tags, and their scores."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from worker.engine.scores import NUM_RESAMPLES
+
+Entity = tuple[str, int, int]  # kind, first word, last word
+Counts = NDArray[np.int64]  # right, predicted, labelled
+
+
+def find_entities(tags: Sequence[str]) -> set[Entity]:
+    """Returns the entities of a text in IOB2; an `I-` after another kind begins one, as in CoNLL's scorer."""
+    found: set[Entity] = set()
+    kind, first = "", 0
+    for place, tag in enumerate([*tags, "O"]):
+        head, _, name = tag.partition("-")
+        if kind and (head != "I" or name != kind):
+            found.add((kind, first, place - 1))
+            kind = ""
+        if head in {"B", "I"} and not kind:
+            kind, first = name, place
+    return found
+
+
+def split_texts(tags_N: NDArray[np.int64], labels: Sequence[str], sizes: Sequence[int]) -> Iterator[list[str]]:
+    """Yields the tags of each text."""
+    start = 0
+    for size in sizes:
+        yield [labels[tag] for tag in tags_N[start : start + size]]
+        start += size
+
+
+def count_entities(labelled: Sequence[list[str]], predicted: Sequence[list[str]], kind: str | None = None) -> Counts:
+    """Returns right, predicted and labelled entities of each text, counts_S3; of one kind, if it is named."""
+    counts_S3 = np.zeros((len(labelled), 3), dtype=np.int64)
+    for index, pair in enumerate(zip(labelled, predicted, strict=True)):
+        wanted, given = ({e for e in find_entities(tags) if kind in {None, e[0]}} for tags in pair)
+        counts_S3[index] = len(wanted & given), len(given), len(wanted)
+    return counts_S3
+
+
+def entity_f1(counts_3: Counts) -> float:
+    """Returns F1 = 2 · right / (predicted + labelled); 0 without any."""
+    right, predicted, labelled = (int(count) for count in counts_3)
+    return 2 * right / (predicted + labelled) if predicted + labelled else 0.0
+
+
+def bootstrap_f1(counts_S3: Counts, confidence: float, seed: int) -> list[float]:
+    """Returns the interval of the F1: percentiles over resamples of the texts with replacement.
+
+    Source: Efron, Tibshirani 1993, "An Introduction to the Bootstrap", chapter 13.
+    """
+    rng, size = np.random.default_rng(seed), len(counts_S3)
+    values = [entity_f1(counts_S3[rng.integers(0, size, size)].sum(axis=0)) for _ in range(NUM_RESAMPLES)]
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(values, [tail, 1 - tail]).tolist()
+    return [low, high]
+
+
+def per_kind(labelled: Sequence[list[str]], predicted: Sequence[list[str]]) -> list[dict[str, Any]]:
+    """Returns precision, recall, F1 and support of each kind of entity; a ratio with nothing below the line is 0."""
+    kinds = sorted({entity[0] for tags in labelled for entity in find_entities(tags)})
+    rows = []
+    for kind in kinds:
+        counts_3 = count_entities(labelled, predicted, kind).sum(axis=0)
+        right, given, wanted = (int(count) for count in counts_3)
+        rows.append(
+            {
+                "label": kind,
+                "precision": right / given if given else 0.0,
+                "recall": right / wanted if wanted else 0.0,
+                "f1": entity_f1(counts_3),
+                "support": wanted,
+            }
+        )
+    return rows

@@ -1,0 +1,131 @@
+"""Token classification inside a stage."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import AutoModelForTokenClassification, PreTrainedModel, PreTrainedTokenizerBase
+
+from worker.engine.classification import Classification
+from worker.engine.data import Encoded
+from worker.engine.entities import bootstrap_f1, count_entities, entity_f1, per_kind, split_texts
+from worker.engine.evaluation import Card, Column, Measured, Quality, Row
+from worker.engine.inference import predict_logits
+from worker.engine.rendering import if_known, percent, percent_range
+from worker.engine.scores import accuracy
+from worker.engine.tasks import Kept, Scores
+from worker.engine.teaching import load_teacher
+from worker.engine.words import Sentences, Words, encode_words, labels_of, read_sentences
+
+if TYPE_CHECKING:
+    from worker.methods.stages.answer import Answer
+    from worker.methods.stages.evaluate import Evaluate
+
+OUTSIDE = "O"
+
+
+class Tagging(Classification):
+    """A classifier of words, whose rows are words and whose score is that of entities."""
+
+    headline = "f1"
+    auto_class = AutoModelForTokenClassification
+
+    def read(self, path: Path) -> Sentences:
+        """Returns a split's words and tags."""
+        return read_sentences(path, self.columns, self.labels)
+
+    def tokenise(self, examples: Sentences, tokenizer: PreTrainedTokenizerBase, names: list[str]) -> Words:
+        """Returns sentences as a model reads them that takes inputs of these names."""
+        if getattr(tokenizer, "add_prefix_space", None) is False:
+            tokenizer.add_prefix_space = True  # a word stands after a space, which byte-level tokenizers read with it
+            split = tokenizer.backend_tokenizer.pre_tokenizer
+            split.add_prefix_space = True
+            tokenizer.backend_tokenizer.pre_tokenizer = split
+        return encode_words(examples, tokenizer, names)
+
+    def score(self, model: PreTrainedModel, data: Any, between: Callable[[], None]) -> Scores:
+        """Returns the F1 of entities, the accuracy of tags, and the cross entropy."""
+        return self._score_words(predict_logits(model, data, between), data)
+
+    def _score_words(self, logits_NC: Tensor, data: Words) -> Scores:
+        predicted_N, labels_N, seen_N = self.choose(logits_NC, data), data.labels_N, torch.from_numpy(data.is_seen)
+        labelled = list(split_texts(labels_N.numpy(), self.labels, data.sizes))
+        predicted = list(split_texts(predicted_N, self.labels, data.sizes))
+        loss = torch.nn.functional.cross_entropy(logits_NC[seen_N], labels_N[seen_N])
+        return {
+            "f1": entity_f1(count_entities(labelled, predicted).sum(axis=0)),
+            "accuracy": accuracy(labels_N.numpy(), predicted_N),
+            "loss": loss.item(),
+        }
+
+    def rank(self, scores: Scores) -> tuple[float, ...]:
+        """Returns the F1, and among equals the smaller loss."""
+        return scores["f1"], -scores["loss"]
+
+    def choose(self, logits_NC: Tensor, data: Encoded) -> NDArray[np.int64]:
+        """Returns the tag that each word gets; one that was cut off is outside of all entities."""
+        predicted_N = super().choose(logits_NC, data)
+        if OUTSIDE in self.labels and isinstance(data, Words):
+            predicted_N = np.where(data.is_seen, predicted_N, self.labels.index(OUTSIDE))
+        return predicted_N
+
+    def keep(self, settings: "Answer") -> Kept:
+        """Has the teacher answer every word of the training split, and keeps its logits."""
+        teacher = load_teacher(self.ctx)
+        train, validation = self._read_as(teacher, self.ctx.load_tokenizer("teacher"), settings.max_length)
+        logits_NC = predict_logits(teacher, train, self.ctx.check_stop)
+        scores = self.score(teacher, validation, self.ctx.check_stop) if validation else None
+        return Kept({"logits": logits_NC}, train.digest(), scores, {"num_rows": len(logits_NC)})
+
+    def assess(self, settings: "Evaluate", test: Sentences, predicted_N: NDArray[np.int64]) -> Row:
+        """Returns how good predictions for the test split are, with intervals."""
+        labelled, predicted = self._texts(test, labels_of(test).numpy()), self._texts(test, predicted_N)
+        counts_S3 = count_entities(labelled, predicted)
+        return {
+            "f1": entity_f1(counts_S3.sum(axis=0)),
+            "f1_ci": bootstrap_f1(counts_S3, settings.confidence, self.ctx.spec.seed),
+            "accuracy": accuracy(labels_of(test).numpy(), predicted_N),
+        }
+
+    def _texts(self, test: Sentences, tags_N: NDArray[np.int64]) -> list[list[str]]:
+        return list(split_texts(tags_N, self.labels, [len(tags) for tags in test.tags]))
+
+    def describe(self, test: Sentences, rows: list[Row], student_N: NDArray[np.int64]) -> Measured:
+        """Returns what was measured, with how to show it; `student_N` are the tags that the student gives."""
+        texts = self._texts(test, labels_of(test).numpy()), self._texts(test, student_N)
+        return Measured(
+            num_examples=len(test.words),
+            models=rows,
+            columns=COLUMNS,
+            quality=Quality("f1", "entity F1, %", 100),
+            card=Card("tagger_card.md.j2", "token-classification", _card_metrics),
+            notes=NOTES,
+            details={"per_class": per_kind(*texts)},
+        )
+
+
+COLUMNS = [
+    Column("entity F1, %", lambda row: percent(row["f1"])),
+    Column("interval", lambda row: percent_range(row["f1_ci"])),
+    Column("tags right, %", lambda row: percent(row["accuracy"])),
+    Column("agreement, %", if_known("agreement", percent)),
+    Column("texts/s", if_known("throughput_per_s", "{:.0f}".format)),
+]
+NOTES = (
+    "Entity F1: an entity is right only with its kind and both ends (CoNLL 2003). Words that were cut off count as O.",
+    "Intervals: percentile bootstrap over the test texts, 1,000 resamples, without the randomness of training.",
+    "Latency: one text at a time, without padding, the models in turn. Throughput: batches of 32 sorted by length. "
+    "A warm-up comes first; tokenising is not timed.",
+    "Agreement: share of the test split's words with the tag that the teacher gives.",
+)
+
+
+def _card_metrics(student: Row) -> list[dict[str, Any]]:
+    return [
+        {"type": "f1", "value": round(student["f1"], 4), "name": "Entity F1"},
+        {"type": "accuracy", "value": round(student["accuracy"], 4), "name": "Accuracy of tags"},
+    ]

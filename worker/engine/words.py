@@ -1,0 +1,124 @@
+"""Texts as words with a tag each, tokenised once."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from core.errors import StageFailed
+from worker.engine.data import IGNORED, TOKENIZE_CHUNK, Batch, Encoded
+
+
+class Sentences(NamedTuple):
+    """The words of each text of a split, and their tags as indices into the job's labels."""
+
+    words: list[list[str]]
+    tags: list[list[int]]
+
+    def head(self, count: int) -> "Sentences":
+        """Returns the first texts."""
+        return Sentences(self.words[:count], self.tags[:count])
+
+
+@dataclass(frozen=True)
+class Words(Encoded):
+    """A tokenised split whose rows are words.
+
+    Of each text, `places` are where a word's first piece stands, and `numbers` the rows of these words. A word that was
+    cut off, or of which the tokenizer makes nothing, has a row that no batch has.
+    """
+
+    places: list[NDArray[np.int64]]
+    numbers: list[NDArray[np.int64]]
+    sizes: list[int]
+
+    @property
+    def is_seen(self) -> NDArray[np.bool_]:
+        """Which words some batch has."""
+        seen_N = np.zeros(self.num_rows, dtype=bool)
+        seen_N[np.concatenate(self.numbers)] = True
+        return seen_N
+
+    def batch(self, rows: NDArray[np.int64], device: torch.device) -> Batch:
+        """Returns these texts, with a label at the first piece of each word."""
+        inputs = super().batch(rows, device).inputs
+        labels_BT = torch.full(inputs["input_ids"].shape, IGNORED)
+        numbers_BT = torch.zeros_like(labels_BT)
+        for index, row in enumerate(rows):
+            places, numbers = (torch.from_numpy(found[row]) for found in (self.places, self.numbers))
+            labels_BT[index, places], numbers_BT[index, places] = self.labels_N[numbers], numbers
+        return Batch(inputs, labels_BT.to(device), numbers_BT)
+
+
+def read_sentences(path: Path, columns: dict[str, str], labels: list[str]) -> Sentences:
+    """Returns the sentences of a JSON Lines file. Raises StageFailed naming the line that does not fit."""
+    index_of = {label: index for index, label in enumerate(labels)}
+    words: list[list[str]] = []
+    tags: list[list[int]] = []
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                words.append([str(word) for word in row[columns["tokens"]]])
+                tags.append([index_of[tag] for tag in row[columns["tags"]]])
+                if len(words[-1]) != len(tags[-1]):
+                    raise ValueError(f"{len(words[-1])} words have {len(tags[-1])} tags")
+            except (ValueError, KeyError, TypeError) as error:
+                message = f"{path.name}, line {number}: {type(error).__name__} {error}"
+                raise StageFailed("dataset_invalid", message) from error
+    if not words:
+        raise StageFailed("dataset_invalid", f"{path.name} has no rows.")
+    return Sentences(words, tags)
+
+
+def encode_words(sentences: Sentences, tokenizer: PreTrainedTokenizerBase, names: list[str]) -> Words:
+    """Returns the split tokenised, each text cut at the tokenizer's `model_max_length`."""
+    limit = tokenizer.model_max_length
+    columns: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    places: list[NDArray[np.int64]] = []
+    numbers: list[NDArray[np.int64]] = []
+    num_cut = first = 0
+    for start in range(0, len(sentences.words), TOKENIZE_CHUNK):
+        some = sentences.words[start : start + TOKENIZE_CHUNK]
+        chunk: Any = tokenizer(some, is_split_into_words=True, truncation=True, max_length=limit)
+        for name in names:
+            columns[name] += [np.array(ids, dtype=np.int32) for ids in chunk[name]]
+        for index, words in enumerate(some):
+            found = _first_pieces(chunk.word_ids(index))
+            places.append(np.array(list(found.values()), dtype=np.int64))
+            numbers.append(first + np.array(list(found), dtype=np.int64))
+            num_cut += bool(chunk.encodings[index].overflowing)
+            first += len(words)
+    pads = {"input_ids": tokenizer.pad_token_id, "attention_mask": 0, "token_type_ids": tokenizer.pad_token_type_id}
+    pad_values = {name: pads[name] for name in names}
+    sizes = [len(words) for words in sentences.words]
+    tags_N = labels_of(sentences)
+    return Words(columns, pad_values, tags_N, limit, num_cut, digest_of(sentences), places, numbers, sizes)
+
+
+def _first_pieces(word_ids: list[int | None]) -> dict[int, int]:
+    """Returns the place of the first piece of each word that has one."""
+    found: dict[int, int] = {}
+    for place, word in enumerate(word_ids):
+        if word is not None:
+            found.setdefault(word, place)
+    return found
+
+
+def digest_of(sentences: Sentences) -> str:
+    """Returns the sha256 of the words, in their order."""
+    return hashlib.sha256(json.dumps(sentences.words).encode()).hexdigest()
+
+
+def labels_of(sentences: Sentences) -> Tensor:
+    """Returns the tag of every word, labels_N."""
+    return torch.tensor([tag for tags in sentences.tags for tag in tags], dtype=torch.int64)
