@@ -30,6 +30,8 @@ class Classifier:
         self._session = onnxruntime.InferenceSession(
             str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"]
         )
+        if len(self._session.get_outputs()[0].shape) != 2:
+            raise InvalidInput(f"{folder} holds a model that gives each word a tag, not a classifier of whole texts.")
 
     def classify(self, text: str) -> list[tuple[str, float]]:
         """Returns every label with its probability, the most probable first."""

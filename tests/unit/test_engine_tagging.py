@@ -15,6 +15,8 @@ from seqeval.metrics.sequence_labeling import get_entities
 from transformers import AutoModelForTokenClassification, AutoTokenizer
 
 from core.errors import StageFailed
+from stillhouse.classifier import Classifier
+from stillhouse.errors import InvalidInput
 from tests import pico
 from tests.engine_bench import Bench, Finished, make_spec
 from worker.engine.data import IGNORED
@@ -120,6 +122,8 @@ def test_a_job_goes_from_teacher_to_report(bench: Bench, tmp_path: Path, answers
     assert [model.config.id2label[int(index)] for index in logits.argmax(-1)] == ["O", "O", "B-delivery", "B-login"]
     card = (bench.inputs / "report" / "MODEL_CARD.md").read_text()
     assert "pipeline_tag: token-classification" in card
+    with pytest.raises(InvalidInput, match="gives each word a tag"):
+        Classifier(bench.inputs / "onnx")
 
 
 @pytest.mark.skipif(not WNUT.is_dir(), reason=f"WNUT-17 is not at {WNUT}")
