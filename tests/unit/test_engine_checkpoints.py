@@ -16,7 +16,8 @@ from worker.child import ForkServer
 from worker.engine import checkpoints
 
 LOSSES = [{"kind": "cross_entropy"}, {"kind": "forward_kl", "weight": "auto"}]
-STAGES = [{"kind": "finetune", **FAST}, {"kind": "distill", **FAST, "dropout": 0.1, "losses": LOSSES}]
+LOOP = {"dropout": 0.1, "average": 0.9, "schedule": "cosine", "layer_decay": 0.9, "patience": 5}
+STAGES = [{"kind": "finetune", **FAST}, {"kind": "distill", **FAST, **LOOP, "losses": LOSSES}]
 
 
 @pytest.fixture(scope="module")

@@ -162,6 +162,26 @@ def test_a_teacher_that_is_no_better_is_told(bench: Bench) -> None:
     assert events["teacher_no_better"]["data"]["student_accuracy"] > 0.8
 
 
+def test_layers_computed_again_give_the_same_step(bench: Bench) -> None:
+    stage = {"kind": "finetune", **FAST, "epochs": 1, "dropout": 0.1}
+    plain, again = (
+        bench.run(make_spec([stage | {"gradient_checkpointing": is_again}]), name=f"again-{is_again}")
+        for is_again in (False, True)
+    )
+    assert again.last["type"] == "result", again.log
+    for (_, first), (_, second) in zip(plain.series("loss/total"), again.series("loss/total"), strict=True):
+        assert second == pytest.approx(first, rel=1e-4)
+
+
+def test_a_training_that_gets_no_better_stops(bench: Bench) -> None:
+    stage = {"kind": "finetune", **FAST, "epochs": 50, "learning_rate": 1e-9, "head_learning_rate": 1e-9, "patience": 2}
+    finished = bench.run(make_spec([stage]), name="stalled")
+    epochs = len(finished.series("validation/loss"))
+    assert 3 <= epochs < 50
+    assert finished.last["summary"]["kept_epoch"] == epochs - 2
+    assert "no better for 2 epochs" in finished.log
+
+
 def test_a_step_in_parts_is_the_same_step(bench: Bench) -> None:
     losses = [{"kind": "cross_entropy"}, {"kind": "forward_kl", "weight": 1e-7}]
     stage = {"kind": "distill", **FAST, "epochs": 1, "losses": losses}

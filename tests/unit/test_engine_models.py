@@ -2,9 +2,11 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import (
     AlbertConfig,
     BertConfig,
@@ -14,14 +16,16 @@ from transformers import (
     ModernBertConfig,
     PreTrainedConfig,
     RobertaConfig,
+    get_cosine_schedule_with_warmup,
 )
 from transformers import AutoModelForSequenceClassification as Classifier
 
 from core.errors import StageFailed
 from tests import pico
 from worker.engine.loading import is_head, limit_length, load_classifier, load_tokenizer, save_classifier
-from worker.engine.optimization import make_optimizer, make_schedule, open_pooler, set_dropout
-from worker.engine.students import keep_layers
+from worker.engine.optimization import Average, make_optimizer, make_schedule, open_pooler, set_dropout
+from worker.engine.students import find_layers, keep_layers
+from worker.methods.stages.finetune import Finetune
 
 SIZES = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_hidden_layers": 4}
 CONFIGS: list[PreTrainedConfig] = [
@@ -144,15 +148,13 @@ def test_the_longest_input_is_what_the_positions_allow(saved: Path) -> None:
     assert tokenizer.model_max_length == 64  # 66 positions, two of them never used
 
 
-class Settings:
-    epochs, batch_size, warmup_ratio, dropout, max_length = 1.0, 4, 0.1, None, 64
-    learning_rate, head_learning_rate, weight_decay = 1e-4, 1e-2, 0.01
+SETTINGS = Finetune(learning_rate=1e-4, head_learning_rate=1e-2, weight_decay=0.01)
 
 
 def test_head_and_encoder_have_their_rates_and_norms_do_not_decay() -> None:
     model = make(CONFIGS[0])
     rates, names = {}, {id(parameter): name for name, parameter in model.named_parameters()}
-    for group in make_optimizer(model, Settings(), is_head).param_groups:
+    for group in make_optimizer(model, SETTINGS, is_head).param_groups:
         for parameter in group["params"]:
             name = names.pop(id(parameter))
             rates[name] = group["lr"]
@@ -175,17 +177,70 @@ def test_every_architecture_has_a_head(config: PreTrainedConfig) -> None:
     assert not all(heads)
 
 
-def test_the_rate_rises_and_falls_linearly() -> None:
-    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))], lr=1.0)
-    schedule = make_schedule(optimizer, 20, 0.2)
+def rates_of(schedule: Any, optimizer: torch.optim.Optimizer) -> list[float]:
     rates = []
-    for _ in range(20):
+    for _ in range(21):
         rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         schedule.step()
+    return rates
+
+
+def make_rates(kind: str) -> list[float]:
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))], lr=1.0)
+    return rates_of(make_schedule(optimizer, 20, Finetune(schedule=kind, warmup_ratio=0.2)), optimizer)
+
+
+def test_the_rate_rises_and_falls_linearly() -> None:
+    rates = make_rates("linear")
     assert rates[:5] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
-    assert rates[-1] == pytest.approx(1 / 16)
-    assert optimizer.param_groups[0]["lr"] == 0
+    assert rates[19] == pytest.approx(1 / 16)
+    assert rates[20] == 0
+
+
+def test_the_rate_falls_along_a_cosine_or_stays() -> None:
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))], lr=1.0)
+    stock = rates_of(get_cosine_schedule_with_warmup(optimizer, 4, 20), optimizer)
+    assert make_rates("cosine")[4:] == pytest.approx(stock[4:])
+    assert make_rates("constant")[3:] == [1.0] * 18
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.model_type)
+def test_rates_fall_from_layer_to_layer(config: PreTrainedConfig) -> None:
+    model = make(config)
+    stack, num_layers = find_layers(model)
+    optimizer = make_optimizer(model, Finetune(layer_decay=0.5, learning_rate=0.1, head_learning_rate=0.2), is_head)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert len(rates) == len(list(model.parameters()))
+    for name, parameter in model.named_parameters():
+        rate = rates[id(parameter)]
+        if is_head(model, name):
+            assert rate == 0.2
+        elif name.startswith(f"{stack}."):
+            number = int(name.removeprefix(f"{stack}.").partition(".")[0])
+            assert rate == pytest.approx(0.1 * 0.5 ** (num_layers - 1 - number))
+        elif parameter is model.get_input_embeddings().weight:
+            assert rate == pytest.approx(0.1 * 0.5**num_layers)
+
+
+def test_the_average_is_that_of_torch() -> None:
+    torch.manual_seed(0)
+    model = make(CONFIGS[0])
+    average = Average(model, 0.9)
+    stock = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    stock.update_parameters(model)  # its first one copies
+    for _ in range(3):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        average.update()
+        stock.update_parameters(model)
+    own = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with average.applied():
+        for name, tensor in stock.module.state_dict().items():
+            torch.testing.assert_close(model.state_dict()[name], tensor)
+    for name, tensor in own.items():
+        torch.testing.assert_close(model.state_dict()[name], tensor, rtol=0, atol=0)
 
 
 def test_dropout_is_set_everywhere_but_in_the_config() -> None:

@@ -1,87 +1,108 @@
 """The optimiser and its learning rates."""
 
-from collections.abc import Callable
-from typing import Protocol
+import math
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
-MAX_GRADIENT_NORM = 1.0
+from core.training import Training
+from worker.engine.students import find_layers
 
-
-class TrainingSettings(Protocol):
-    """What every training stage lets its user set."""
-
-    @property
-    def epochs(self) -> float:
-        """Passes over the training split."""
-
-    @property
-    def learning_rate(self) -> float:
-        """Peak learning rate of the encoder."""
-
-    @property
-    def head_learning_rate(self) -> float:
-        """Peak learning rate of the head."""
-
-    @property
-    def batch_size(self) -> int:
-        """Examples in one optimiser step."""
-
-    @property
-    def micro_batch_size(self) -> int | None:
-        """Examples computed at once; None for all of a step."""
-
-    @property
-    def warmup_ratio(self) -> float:
-        """Share of the steps over which the rate rises."""
-
-    @property
-    def weight_decay(self) -> float:
-        """AdamW weight decay."""
-
-    @property
-    def dropout(self) -> float | None:
-        """Dropout while training; None keeps the model's own."""
-
-    @property
-    def max_length(self) -> int:
-        """Longest input in tokens."""
+Groups = dict[tuple[bool, bool, int], list[torch.nn.Parameter]]
 
 
 def make_optimizer(
-    model: PreTrainedModel, settings: TrainingSettings, is_head: Callable[[PreTrainedModel, str], bool]
+    model: PreTrainedModel, settings: Training, is_head: Callable[[PreTrainedModel, str], bool]
 ) -> AdamW:
-    """Returns AdamW with a rate for the encoder and one for the head, and no decay on biases and norms."""
-    groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
+    """Returns AdamW with a rate for the encoder and one for the head, and no decay on biases and norms.
+
+    Paper: Clark et al. 2020, "ELECTRA: Pre-training Text Encoders as Discriminators Rather Than Generators", appendix B
+    (rates that fall from layer to layer).
+    """
+    groups: Groups = {}
+    depth_of = _depths(model) if settings.layer_decay < 1 else lambda _: 0
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault((is_head(model, name), parameter.ndim >= 2), []).append(parameter)
+            head = is_head(model, name)
+            groups.setdefault((head, parameter.ndim >= 2, 0 if head else depth_of(name)), []).append(parameter)
     return AdamW(
         [
             {
                 "params": parameters,
-                "lr": settings.head_learning_rate if head else settings.learning_rate,
+                "lr": (settings.head_learning_rate if head else settings.learning_rate) * settings.layer_decay**depth,
                 "weight_decay": settings.weight_decay if decays else 0.0,
             }
-            for (head, decays), parameters in groups.items()
+            for (head, decays, depth), parameters in groups.items()
         ],
         fused=True,
     )
 
 
-def make_schedule(optimizer: AdamW, num_steps: int, warmup_ratio: float) -> LambdaLR:
-    """Returns the rate's course: a linear rise over the warm-up, then a linear fall to zero after the last step."""
-    num_warmup = round(num_steps * warmup_ratio)
+def _depths(model: PreTrainedModel) -> Callable[[str], int]:
+    """Returns what tells how many layers lie above a parameter: those below all layers have one more than the first."""
+    stack, num_layers = find_layers(model)
+    numbers = re.compile(rf"{re.escape(stack)}\.(\d+)\.")
+
+    def depth_of(name: str) -> int:
+        found = numbers.match(name)
+        return num_layers - 1 - int(found[1]) if found else num_layers if is_embedding(name) else 0
+
+    def is_embedding(name: str) -> bool:
+        return isinstance(model.get_submodule(name.rpartition(".")[0]), torch.nn.Embedding) or "embeddings" in name
+
+    return depth_of
+
+
+def make_schedule(optimizer: AdamW, num_steps: int, settings: Training) -> LambdaLR:
+    """Returns the rate's course: a linear rise over the warm-up, then what `schedule` says.
+
+    Paper: Loshchilov, Hutter 2017, "SGDR: Stochastic Gradient Descent with Warm Restarts", section 3 (cosine).
+    """
+    num_warmup = round(num_steps * settings.warmup_ratio)
 
     def scale(step: int) -> float:
         if step < num_warmup:
             return (step + 1) / num_warmup
-        return max(0.0, (num_steps - step) / max(1, num_steps - num_warmup))
+        left = max(0.0, (num_steps - step) / max(1, num_steps - num_warmup))
+        return {"linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2, "constant": 1.0}[settings.schedule]
 
     return LambdaLR(optimizer, scale)
+
+
+class Average:
+    """A moving average of a model's weights, a ← share · a + (1 - share) · w after each step.
+
+    Paper: Polyak, Juditsky 1992, "Acceleration of Stochastic Approximation by Averaging"; with a share, as in
+    Tarvainen, Valpola 2017, "Mean teachers are better role models", section 2.
+    """
+
+    def __init__(self, model: PreTrainedModel, share: float) -> None:
+        self._model, self._share = model, share
+        self.tensors = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+    def update(self) -> None:
+        """Takes in the weights of a step; what is no weight, as a count, is taken over."""
+        with torch.no_grad():
+            for name, tensor in self._model.state_dict().items():
+                if tensor.is_floating_point():
+                    self.tensors[name].lerp_(tensor, 1 - self._share)
+                else:
+                    self.tensors[name].copy_(tensor)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Lets the model have the average while the block runs."""
+        own = {name: tensor.detach().clone() for name, tensor in self._model.state_dict().items()}
+        self._model.load_state_dict(self.tensors)
+        try:
+            yield
+        finally:
+            self._model.load_state_dict(own)
 
 
 def set_dropout(model: PreTrainedModel, probability: float) -> None:

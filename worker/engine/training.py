@@ -2,6 +2,7 @@
 
 import logging
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from core.errors import StageFailed
+from core.training import Training
 from worker.engine import checkpoints
 from worker.engine.context import StageContext
 from worker.engine.data import Batch
@@ -18,7 +20,7 @@ from worker.engine.devices import autocast
 from worker.engine.failures import CheckpointUnfit, StopRequested, is_out_of_memory
 from worker.engine.features import Features
 from worker.engine.objective import Objective, ShareWatch, warn_of_share
-from worker.engine.optimization import MAX_GRADIENT_NORM, TrainingSettings, make_optimizer, make_schedule, set_dropout
+from worker.engine.optimization import Average, make_optimizer, make_schedule, set_dropout
 from worker.engine.tasks import Split
 from worker.engine.teaching import Teaching
 from worker.kernels.heads import add_numbers, backward
@@ -34,7 +36,7 @@ class Trainer:
     ctx: StageContext
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    settings: TrainingSettings
+    settings: Training
     objective: Objective
     teaching: Teaching | None = None
     features: Features | None = None
@@ -58,7 +60,10 @@ class Trainer:
         self.optimizer = make_optimizer(self.model, self.settings, self.task.is_head)
         self.steps_per_epoch = math.ceil(len(self.train_data) / self.settings.batch_size)
         self.num_steps = max(1, round(self.settings.epochs * self.steps_per_epoch))
-        self.schedule = make_schedule(self.optimizer, self.num_steps, self.settings.warmup_ratio)
+        self.schedule = make_schedule(self.optimizer, self.num_steps, self.settings)
+        if self.settings.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.average = Average(self.model, self.settings.average) if self.settings.average else None
         self.log_every = max(1, self.num_steps // LOGGED_POINTS)
         self.watch = ShareWatch(self.num_steps // self.log_every)
         self._restore()
@@ -79,8 +84,10 @@ class Trainer:
         except StopRequested:
             self._save_checkpoint()
             raise
-        if self._best_state is not None:
-            self.model.load_state_dict(self._best_state)
+        kept = self._best_state or (self.average.tensors if self.average else None)
+        if kept is not None:
+            self.model.load_state_dict(kept)
+        self.model.gradient_checkpointing_disable()
         self.model.eval()
         return {
             "num_examples": len(self.train_data),
@@ -93,6 +100,8 @@ class Trainer:
         self.ctx.progress(self._step, self.num_steps)
         while self._step < self.num_steps:
             self._validate_if_due()
+            if self._has_stalled():
+                return
             epoch, first = divmod(self._step, self.steps_per_epoch)
             seed, batch_size = [self.ctx.seed, epoch], self.settings.batch_size
             data = self.teaching.prepare(epoch, self.train_data) if self.teaching else self.train_data
@@ -108,11 +117,21 @@ class Trainer:
                 self.ctx.progress(self._step, self.num_steps)
         self._validate_if_due()
 
+    def _has_stalled(self) -> bool:
+        """Tells whether so many epochs as the settings allow were no better than the best one."""
+        if self.settings.patience is None or not self._best:
+            return False
+        stalled = self._step // self.steps_per_epoch - self._best["epoch"]
+        if stalled >= self.settings.patience:
+            log.info("no better for %d epochs; stopping after step %d of %d", stalled, self._step, self.num_steps)
+        return bool(stalled >= self.settings.patience)
+
     def _save_checkpoint(self) -> None:
         heard, heard_state = self.teaching.save() if self.teaching else ({}, {})
         tensors = {
             **checkpoints.add_prefix("model", self.model.state_dict()),
             **checkpoints.add_prefix("best", self._best_state or {}),
+            **checkpoints.add_prefix("average", self.average.tensors if self.average else {}),
             **checkpoints.add_prefix("optimizer", checkpoints.optimizer_tensors(self.optimizer)),
             **checkpoints.add_prefix("random", checkpoints.random_tensors()),
             **checkpoints.add_prefix("teacher", heard),
@@ -146,6 +165,8 @@ class Trainer:
         if self.teaching:
             self.teaching.restore(checkpoints.select(tensors, "teacher"), state["teacher"])
         self._best_state = checkpoints.select(tensors, "best") or None
+        if self.average:
+            self.average.tensors = checkpoints.select(tensors, "average")
         self._best, self._window = state["best"], state["window"]
         self.watch.counts, self.objective.norms = state["watched"], state["norms"]
         self._step, self._validated_step = state["step"], state["validated_step"]
@@ -183,11 +204,14 @@ class Trainer:
             added["total"] += sum(other.item() for other in others)
             numbers = add_numbers(numbers, added)
         self._check_finite("loss", numbers["total"])
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRADIENT_NORM)
+        limit = self.settings.max_gradient_norm
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), math.inf if limit is None else limit)
         self._check_finite("gradient", norm.item())
         self.objective.learn(numbers)
         self.optimizer.step()
         self.schedule.step()
+        if self.average:
+            self.average.update()
         return numbers
 
     def _check_finite(self, what: str, value: float) -> None:
@@ -226,16 +250,18 @@ class Trainer:
         if self.validation_data is None or step == self._validated_step or not at_end:
             return
         epoch = math.ceil(step / self.steps_per_epoch)
-        scores = self.score_validation(self.model)
+        scores = self.score_validation()
         for name, value in scores.items():
             self.ctx.reporter.metric(f"validation/{name}", step, value)
         log.info("epoch %d: %s", epoch, scores)
         best = self._best.get("scores")
         if best is None or self.task.rank(scores) > self.task.rank(best):
             self._best = {"epoch": epoch, "scores": scores}
-            self._best_state = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
+            state = self.average.tensors if self.average else self.model.state_dict()
+            self._best_state = {name: tensor.detach().clone() for name, tensor in state.items()}
         self._validated_step = step
 
-    def score_validation(self, model: PreTrainedModel) -> dict[str, float]:
-        """Returns how well a model does on the validation split, which must exist."""
-        return self.task.score(model, self.validation_data, self.ctx.check_stop)
+    def score_validation(self) -> dict[str, float]:
+        """Returns how well the model, or its average, does on the validation split, which must exist."""
+        with self.average.applied() if self.average else nullcontext():
+            return self.task.score(self.model, self.validation_data, self.ctx.check_stop)

@@ -5,14 +5,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from core.methods import FeatureLoss, Loss, OneOf, Problem, Stage
+from core.methods import FeatureLoss, Loss, OneOf, Problem
+from core.training import Training
 
 if TYPE_CHECKING:
     from core.jobs.spec import JobSpec
     from worker.engine.context import StageContext
 
 
-class Distill(Stage):
+class Distill(Training):
     """Trains the student on the labels and on the teacher's soft answers: L = CE + λ·T²·KL(teacher‖student).
 
     A classifier's teacher answers the whole split at once, in inference mode, and again for every epoch with masked
@@ -24,6 +25,8 @@ class Distill(Stage):
 
     kind: Literal["distill"] = "distill"
     epochs: float = Field(5.0, gt=0, le=1000, description="Passes over the training split.")
+    head_learning_rate: float = Field(4e-4, gt=0, le=1, description="Peak learning rate of the classification head.")
+    dropout: float | None = Field(0.0, ge=0, lt=1, description="Dropout while training; null keeps the model's own.")
     losses: list[Annotated[Loss, OneOf()]] = Field(
         default=[{"kind": "cross_entropy"}, {"kind": "forward_kl"}],
         validate_default=True,
@@ -34,23 +37,15 @@ class Distill(Stage):
     reduction: Literal["mean", "sum"] = Field(
         "mean", description="Over the examples of a step; `sum` makes the learning rate depend on batch_size."
     )
-    learning_rate: float = Field(2e-4, gt=0, le=1, description="Peak learning rate of the encoder.")
-    head_learning_rate: float = Field(4e-4, gt=0, le=1, description="Peak learning rate of the classification head.")
-    batch_size: int = Field(32, ge=1, le=4096, description="Examples in one optimiser step.")
-    micro_batch_size: int | None = Field(
-        None, ge=1, description="Examples computed at once, null for all of a step: less memory, the same step."
-    )
-    warmup_ratio: float = Field(0.1, ge=0, lt=1, description="Share of the steps over which the rate rises.")
-    weight_decay: float = Field(0.01, ge=0, le=1, description="AdamW weight decay, not on biases and norms.")
-    dropout: float | None = Field(0.0, ge=0, lt=1, description="Dropout while training; null keeps the model's own.")
+
     mask_probability: float = Field(
         0.1,
         ge=0,
         lt=1,
         description="Share of the tokens that are masked, anew in every epoch after the first, for teacher and student "
-        "alike; 0 lets the teacher answer once. A tokenizer without a mask token masks nothing.",
+        "alike; 0 lets the teacher answer once. Nothing is masked without a mask token, or where each reads its own "
+        "tokens.",
     )
-    max_length: int = Field(128, ge=4, le=8192, description="Longest input in tokens; longer ones are cut.")
 
     def check(self, spec: "JobSpec") -> list[Problem]:
         """Returns what is wrong with the terms: one must say how large the sum is, and layers need a model."""

@@ -1,0 +1,47 @@
+"""What every stage that trains a model lets its user set."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from core.methods import Stage
+
+
+class Training(Stage):
+    """A stage that trains a model; it has no kind of its own."""
+
+    epochs: float = Field(4.0, gt=0, le=1000, description="Passes over the training split.")
+    patience: int | None = Field(
+        None, ge=1, description="Stop after so many epochs that were no better on validation; null runs them all."
+    )
+    learning_rate: float = Field(2e-4, gt=0, le=1, description="Peak learning rate of the encoder.")
+    head_learning_rate: float = Field(2e-3, gt=0, le=1, description="Peak learning rate of the classification head.")
+    layer_decay: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="A layer's rate is this times that of the layer above it; the embeddings are a layer below all.",
+    )
+    schedule: Literal["linear", "cosine", "constant"] = Field(
+        "linear", description="How the rate goes on after the warm-up: to zero along a line or a cosine, or not at all."
+    )
+    warmup_ratio: float = Field(0.1, ge=0, lt=1, description="Share of the steps over which the rate rises.")
+    weight_decay: float = Field(0.01, ge=0, le=1, description="AdamW weight decay, not on biases and norms.")
+    max_gradient_norm: float | None = Field(
+        1.0, gt=0, description="A step's gradient is scaled down to this norm; null leaves it as it is."
+    )
+    batch_size: int = Field(32, ge=1, le=4096, description="Examples in one optimiser step.")
+    micro_batch_size: int | None = Field(
+        None, ge=1, description="Examples computed at once, null for all of a step: less memory, the same step."
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="Compute each layer again on the way back: less memory, a third more time, the same step."
+    )
+    average: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Validate and keep a moving average of the weights; this share of it stays in a step, as 0.999.",
+    )
+    dropout: float | None = Field(None, ge=0, lt=1, description="Dropout while training; null keeps the model's own.")
+    max_length: int = Field(128, ge=4, le=8192, description="Longest input in tokens; longer ones are cut.")
