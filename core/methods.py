@@ -137,7 +137,7 @@ class Teacher(Method):
         return []
 
     def build(self, ctx: Any) -> Any:
-        """Returns a callable `(texts, max_length) -> scores_NC` (torch): logits of the job's labels for each text."""
+        """Returns a callable `(examples, max_length) -> scores_NC` (torch): logits of the job's labels for each one."""
         raise NotImplementedError
 
 

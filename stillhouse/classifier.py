@@ -33,9 +33,9 @@ class Classifier:
         if len(self._session.get_outputs()[0].shape) != 2:
             raise InvalidInput(f"{folder} holds a model that gives each word a tag, not a classifier of whole texts.")
 
-    def classify(self, text: str) -> list[tuple[str, float]]:
-        """Returns every label with its probability, the most probable first."""
-        encoded = self._tokenizer.encode(text)
+    def classify(self, text: str, pair: str | None = None) -> list[tuple[str, float]]:
+        """Returns every label with its probability, the most probable first; `pair` is a second text."""
+        encoded = self._tokenizer.encode(text, pair)
         columns = {
             "input_ids": encoded.ids,
             "attention_mask": encoded.attention_mask,

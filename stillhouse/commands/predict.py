@@ -12,7 +12,10 @@ from stillhouse.errors import ClientError, InvalidInput
 
 def predict(
     folder: Annotated[Path, typer.Argument(help="A downloaded `onnx` or `onnx_int8` folder.")],
-    texts: Annotated[list[str] | None, typer.Argument(help="Texts; without any, one a line from stdin.")] = None,
+    texts: Annotated[
+        list[str] | None,
+        typer.Argument(help="Texts; without any, one a line from stdin. Of a pair, the second comes after a tab."),
+    ] = None,
     top: Annotated[int, typer.Option(min=1, help="How many labels to show of each text.")] = 1,
     as_json: Json = False,
 ) -> None:
@@ -29,7 +32,7 @@ def predict(
         raise InvalidInput("No text was given. Write it after the folder, or pipe texts in, one a line.")
     classifier = Classifier(folder)
     lines = texts or [line.rstrip("\n") for line in sys.stdin if line.strip()]
-    found = [(text, classifier.classify(text)[:top]) for text in lines]
+    found = [(text, classifier.classify(*text.split("\t", 1))[:top]) for text in lines]
     if as_json:
         print_json(
             [

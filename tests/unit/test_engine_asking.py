@@ -64,17 +64,17 @@ def test_votes_are_smoothed_counts() -> None:
 
 
 def test_requests_are_what_the_api_expects() -> None:
-    chat = make_request(teacher(system="be brief", prompt="{labels}? {text}"), WORDS, "so {labels}", 0)
+    chat = make_request(teacher(system="be brief"), "which?", 0)
     assert chat["messages"][0] == {"role": "system", "content": "be brief"}
-    assert chat["messages"][1]["content"] == "negative, neutral, positive? so {labels}"
+    assert chat["messages"][1]["content"] == "which?"
     assert (chat["logprobs"], chat["top_logprobs"], chat["temperature"]) == (True, 20, 0.0)
     options = {"max_tokens": None, "max_completion_tokens": 4}
-    voted = make_request(teacher(top_logprobs=0, votes=3, options=options), WORDS, "a", 2)
+    voted = make_request(teacher(top_logprobs=0, votes=3, options=options), "a", 2)
     assert (voted["seed"], voted["temperature"], voted["max_completion_tokens"]) == (2, 1.0, 4)
     assert not {"logprobs", "max_tokens"} & voted.keys()
-    plain = make_request(teacher(endpoint="completions", top_logprobs=5), WORDS, "a", 0)
+    plain = make_request(teacher(endpoint="completions", top_logprobs=5), "a", 0)
     assert plain["logprobs"] == 5
-    assert plain["prompt"].endswith("Label:")
+    assert plain["prompt"] == "a"
 
 
 def test_answers_are_read_in_both_shapes() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from stillhouse.classifier import Classifier
 from tests.engine_bench import FAST, LABELS, Bench, Finished, contents, make_spec
 
 STAGES = [
@@ -160,6 +161,31 @@ def test_a_teacher_that_is_no_better_is_told(bench: Bench) -> None:
     assert set(events) == {"teacher_untrained", "teacher_no_better"}
     assert events["teacher_no_better"]["level"] == "warning"
     assert events["teacher_no_better"]["data"]["student_accuracy"] > 0.8
+
+
+def test_a_class_of_two_texts_needs_both(bench: Bench, tmp_path: Path) -> None:
+    """The class is that of the second text; the first tells nothing."""
+    bench = bench.copy(tmp_path / "pairs")
+    for path in (bench.inputs / "data").iterdir():
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        pairs = [
+            {"a": other["text"], "b": row["text"], "label": row["label"]}
+            for row, other in zip(rows, rows[::-1], strict=True)
+        ]
+        path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    task = {"kind": "text_classification", "text": "a", "pair": "b"}
+    stages = [{"kind": "finetune", **FAST, "epochs": 30}, {"kind": "export", "formats": [{"kind": "onnx"}]}]
+    spec = make_spec(
+        [stages[0] | {"of": "student"}, stages[1]], task=task, student={"kind": "pretrained", "model": "m"}
+    )
+    (bench.inputs / "teacher").rename(bench.inputs / "base")
+    for ordinal in range(2):
+        finished = bench.run(spec, ordinal, name=f"pairs-{ordinal}")
+        assert finished.last["type"] == "result", finished.log
+        bench.adopt(finished, ordinal, stages[ordinal]["kind"])
+    classifier = Classifier(bench.inputs / "onnx")
+    assert classifier.classify("my parcel is late", "please help with the password reset code")[0][0] == "login"
+    assert classifier.classify("please help with the password reset code", "my parcel is late")[0][0] == "delivery"
 
 
 def test_layers_computed_again_give_the_same_step(bench: Bench) -> None:

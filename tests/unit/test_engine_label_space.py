@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from core.errors import SpecInvalid, StageFailed
 from tests import pico
 from tests.engine_bench import FAST, Bench, Finished, make_spec, teach_classes
-from worker.engine.speaking import Scorer
+from worker.engine.data import Examples
+from worker.engine.speaking import Scorer, cut
 
 WORDS = {"refund": " refund", "delivery": " parcel late", "login": " password"}
 PROMPT = "please {text} is"
@@ -33,43 +34,52 @@ def expected(model: Any, tokenizer: Any, prompt: str, words: str) -> float:
     return total
 
 
-def scorer_of(folder: Path, prompt: str, words: list[str], **options: Any) -> tuple[Scorer, Any, Any]:
+def scorer_of(folder: Path, words: list[str], **options: Any) -> tuple[Scorer, Any, Any]:
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return Scorer(model, tokenizer, prompt, words, **options), model, tokenizer
+    return Scorer(model, tokenizer, words, **options), model, tokenizer
 
 
 @pytest.mark.parametrize("words", [list(WORDS.values()), [" refund", " parcel", " password"]])
 def test_scores_are_log_probabilities_of_the_words(tmp_path: Path, words: list[str]) -> None:
     prompt = PROMPT
-    scorer, model, tokenizer = scorer_of(pico.write_language_model(tmp_path), prompt, words)
-    found = scorer.score(TEXTS, 64, lambda *_: None)
+    scorer, model, tokenizer = scorer_of(pico.write_language_model(tmp_path), words)
+    prompts = Examples(TEXTS, []).prompts(prompt)
+    found = scorer.score(prompts, lambda *_: None)
     wanted = [[expected(model, tokenizer, prompt.format(text=text), w) for w in words] for text in TEXTS]
     torch.testing.assert_close(found.double(), torch.tensor(wanted).double(), rtol=1e-5, atol=1e-5)
-    mean, *_ = scorer_of(tmp_path, prompt, words, average=True)
+    mean, *_ = scorer_of(tmp_path, words, average=True)
     counts = torch.tensor([len(tokenizer(w).input_ids) for w in words])
-    torch.testing.assert_close(mean.score(TEXTS, 64, lambda *_: None), found / counts)
+    torch.testing.assert_close(mean.score(prompts, lambda *_: None), found / counts)
 
 
 @pytest.mark.skipif(not STORIES.is_dir(), reason=f"the real tiny Llama is not at {STORIES}")
 def test_a_real_tokenizer_reads_the_words_after_the_prompt() -> None:
     prompt, words = "Once upon a time {text} The end was", [" happy", " very sad indeed", "!"]
-    scorer, model, tokenizer = scorer_of(STORIES, prompt, words)
+    scorer, model, tokenizer = scorer_of(STORIES, words)
     texts = ["a girl met a cat.", "the boat sank."]
-    found = scorer.score(texts, 64, lambda *_: None)
+    found = scorer.score(Examples(texts, []).prompts(prompt), lambda *_: None)
     wanted = [[expected(model, tokenizer, prompt.format(text=text), w) for w in words] for text in texts]
     torch.testing.assert_close(found.double(), torch.tensor(wanted).double(), rtol=1e-4, atol=1e-4)
 
 
 def test_a_long_text_is_cut_and_a_long_prompt_is_told(tmp_path: Path) -> None:
-    scorer, *_ = scorer_of(pico.write_language_model(tmp_path), "please {text} is", [" refund", " parcel"])
-    text = " ".join(["late"] * 500)
-    short = scorer.score([" ".join(["late"] * 20)], 64, lambda *_: None)
-    torch.testing.assert_close(scorer.score([text], 20, lambda *_: None), short)
+    scorer, _, tokenizer = scorer_of(pico.write_language_model(tmp_path), [" refund", " parcel"])
+    long = Examples([" ".join(["late"] * 500)], [], [" ".join(["box"] * 500)])
+    shortened = cut(long, tokenizer, 20)
+    assert (shortened.texts, shortened.pairs) == ([" ".join(["late"] * 20)], [" ".join(["box"] * 20)])
     with pytest.raises(StageFailed, match="places for 64") as caught:
-        scorer.score([text], 100, lambda *_: None)
+        scorer.score(long.prompts("please {text} is"), lambda *_: None)
     assert "max_length" in caught.value.suggestion
+
+
+def test_a_prompt_takes_texts_as_they_are() -> None:
+    examples = Examples(["a {pair} {labels}", "b"], [0, 0], ["c {text}", "d"])
+    assert examples.prompts("{labels}: {text} / {pair} {other}", labels="x, y") == [
+        "x, y: a {pair} {labels} / c {text} {other}",
+        "x, y: b / d {other}",
+    ]
 
 
 def run(bench: Bench, spec: dict[str, Any], ordinal: int, name: str = "", **changes: Any) -> Finished:

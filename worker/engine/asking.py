@@ -9,6 +9,7 @@ from torch import Tensor
 
 from core.errors import StageFailed
 from worker.engine.context import StageContext
+from worker.engine.data import Examples
 
 if TYPE_CHECKING:
     from worker.methods.teachers.openai import OpenAI
@@ -17,7 +18,7 @@ LEAST = 1e-6  # probability of a label that nothing speaks for
 SHOWN = 80
 
 
-def speak_by_asking(ctx: StageContext, settings: "OpenAI") -> Callable[[list[str], int], Tensor]:
+def speak_by_asking(ctx: StageContext, settings: "OpenAI") -> Callable[[Examples, int], Tensor]:
     """Returns what asks for the label of each text, and gives log p of all labels.
 
     Raises:
@@ -25,14 +26,15 @@ def speak_by_asking(ctx: StageContext, settings: "OpenAI") -> Callable[[list[str
     """
     words = [settings.words.get(label, label) for label in ctx.labels]
 
-    def speak(texts: list[str], max_length: int) -> Tensor:  # noqa: ARG001 - the API has a tokenizer of its own
+    def speak(examples: Examples, max_length: int) -> Tensor:  # noqa: ARG001 - the API has a tokenizer of its own
         votes = 1 if settings.top_logprobs else settings.votes
-        answers = ctx.ask([make_request(settings, words, text, vote) for text in texts for vote in range(votes)])
+        prompts = examples.prompts(settings.prompt, labels=", ".join(words))
+        answers = ctx.ask([make_request(settings, prompt, vote) for prompt in prompts for vote in range(votes)])
         grouped = [answers[start : start + votes] for start in range(0, len(answers), votes)]
         found = [read_labels(group, words, settings.smoothing) for group in grouped]
         unread = [group[0]["text"] for group, one in zip(grouped, found, strict=True) if one is None]
         if unread:
-            tell_unread(ctx, settings, unread, len(texts))
+            tell_unread(ctx, settings, unread, len(prompts))
         even = torch.full((len(words),), 1 / len(words)).log()
         return torch.stack([even if one is None else one for one in found])
 
@@ -48,9 +50,8 @@ def tell_unread(ctx: StageContext, settings: "OpenAI", unread: list[str], num_te
     ctx.warn("answers_unreadable", what, num_unread=len(unread), num_texts=num_texts)
 
 
-def make_request(settings: "OpenAI", words: Sequence[str], text: str, vote: int) -> dict[str, Any]:
+def make_request(settings: "OpenAI", prompt: str, vote: int) -> dict[str, Any]:
     """Returns the body of the request for one answer."""
-    prompt = settings.prompt.replace("{labels}", ", ".join(words)).replace("{text}", text)
     body: dict[str, Any] = {"model": settings.model, "max_tokens": settings.answer_tokens}
     if settings.endpoint == "completions":
         body |= {"prompt": prompt} | ({"logprobs": settings.top_logprobs} if settings.top_logprobs else {})

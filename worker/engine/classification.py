@@ -140,7 +140,7 @@ class Classification:
             path = self.ctx.find_split(split)
             if path is not None:
                 found[split] = self.read(path)
-                answers[split] = speak(found[split].texts, settings.max_length)
+                answers[split] = speak(found[split], settings.max_length)
                 log.info("the teacher answered %d texts of %s", len(answers[split]), split)
         scores = None
         if "validation" in found:

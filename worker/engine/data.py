@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,14 +21,28 @@ IGNORED = -100  # the label of a place where nothing is to be found
 
 
 class Examples(NamedTuple):
-    """The texts of a split and their classes, as indices into the job's labels."""
+    """The texts of a split, second texts if it has pairs, and their classes, as indices into the job's labels."""
 
     texts: list[str]
     labels: list[int]
+    pairs: list[str] | None = None
 
     def head(self, count: int) -> "Examples":
         """Returns the first examples."""
-        return Examples(self.texts[:count], self.labels[:count])
+        return Examples(self.texts[:count], self.labels[:count], self.pairs and self.pairs[:count])
+
+    def prompts(self, prompt: str, **values: str) -> list[str]:
+        """Returns a prompt for each example, with its texts for `{text}` and `{pair}`, and the values for their names.
+
+        A text that holds such a mark is taken as it is.
+        """
+        rows = zip(self.texts, self.pairs or [""] * len(self.texts), strict=True)
+        return [fill(prompt, {**values, "text": text, "pair": pair}) for text, pair in rows]
+
+
+def fill(prompt: str, values: dict[str, str]) -> str:
+    """Returns the prompt with values in place of `{name}`; another name in braces stays."""
+    return re.sub(r"\{(\w+)\}", lambda found: values.get(found[1], found[0]), prompt)
 
 
 class Batch(NamedTuple):
@@ -139,7 +154,7 @@ class Encoded:
 def read_examples(path: Path, columns: dict[str, str], labels: list[str]) -> Examples:
     """Returns the examples of a JSON Lines file. Raises StageFailed naming the line that does not fit."""
     index_of = {label: index for index, label in enumerate(labels)}
-    texts, classes = [], []
+    texts, classes, pairs = [], [], []
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
@@ -147,13 +162,14 @@ def read_examples(path: Path, columns: dict[str, str], labels: list[str]) -> Exa
             try:
                 row = json.loads(line)
                 texts.append(str(row[columns["text"]]))
+                pairs += [str(row[columns["pair"]])] if "pair" in columns else []
                 classes.append(index_of[str(row[columns["label"]])])
             except (ValueError, KeyError, TypeError) as error:
                 message = f"{path.name}, line {number}: {type(error).__name__} {error}"
                 raise StageFailed("dataset_invalid", message) from error
     if not texts:
         raise StageFailed("dataset_invalid", f"{path.name} has no rows.")
-    return Examples(texts, classes)
+    return Examples(texts, classes, pairs or None)
 
 
 def encode(examples: Examples, tokenizer: PreTrainedTokenizerBase, names: list[str]) -> Encoded:
@@ -162,8 +178,10 @@ def encode(examples: Examples, tokenizer: PreTrainedTokenizerBase, names: list[s
     columns: dict[str, list[np.ndarray]] = {name: [] for name in names}
     num_cut = 0
     for start in range(0, len(examples.texts), TOKENIZE_CHUNK):
+        some = slice(start, start + TOKENIZE_CHUNK)
         chunk = tokenizer(
-            examples.texts[start : start + TOKENIZE_CHUNK],
+            examples.texts[some],
+            examples.pairs and examples.pairs[some],
             truncation=True,
             max_length=limit,
             padding=False,
@@ -179,4 +197,4 @@ def encode(examples: Examples, tokenizer: PreTrainedTokenizerBase, names: list[s
 
 def digest(examples: Examples) -> str:
     """Returns the sha256 of the texts, in their order."""
-    return hashlib.sha256(json.dumps(examples.texts).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([examples.texts, examples.pairs]).encode()).hexdigest()

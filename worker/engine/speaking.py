@@ -23,24 +23,24 @@ from worker.kernels.heads import Head
 if TYPE_CHECKING:
     from worker.methods.teachers.label_space import LabelSpace
 
-Speak = Callable[[list[str], int], Tensor]
+Speak = Callable[[Examples, int], Tensor]
 READ_TOKENS = 4096  # in one batch
 
 
 def speak_as_classifier(ctx: StageContext) -> Speak:
-    """Returns what gives the teacher's logits for texts, each cut at so many tokens."""
+    """Returns what gives the teacher's logits for examples, each cut at so many tokens."""
     teacher, tokenizer = load_teacher(ctx), ctx.load_tokenizer("teacher")
 
-    def speak(texts: list[str], max_length: int) -> Tensor:
+    def speak(examples: Examples, max_length: int) -> Tensor:
         limit_length(teacher, tokenizer, max_length)
-        data = encode(Examples(texts, [0] * len(texts)), tokenizer, input_names(teacher, tokenizer))
+        data = encode(examples, tokenizer, input_names(teacher, tokenizer))
         return predict_logits(teacher, data, ctx.check_stop)
 
     return speak
 
 
 def speak_by_scoring(ctx: StageContext, settings: "LabelSpace") -> Speak:
-    """Returns what scores the words of every label after the prompt with each text in it.
+    """Returns what scores the words of every label after the prompt with each example in it.
 
     Raises:
         StageFailed: `dataset_invalid` when `words` names a label that the data lack.
@@ -51,17 +51,35 @@ def speak_by_scoring(ctx: StageContext, settings: "LabelSpace") -> Speak:
         raise StageFailed("dataset_invalid", message, suggestion=f"Known: {', '.join(ctx.labels[:20])}.")
     model = load_language_model(ctx.input("teacher")).to(ctx.device).eval()
     words = [settings.words.get(label, f" {label}") for label in ctx.labels]
-    scorer = Scorer(model, ctx.load_tokenizer("teacher"), settings.prompt, words, average=settings.average)
+    tokenizer = ctx.load_tokenizer("teacher")
+    scorer = Scorer(model, tokenizer, words, average=settings.average)
 
-    def speak(texts: list[str], max_length: int) -> Tensor:
+    def speak(examples: Examples, max_length: int) -> Tensor:
+        free = Examples(settings.content_free, [], settings.content_free)
+        asked, nothing = (cut(some, tokenizer, max_length).prompts(settings.prompt) for some in (examples, free))
         with autocast(ctx.device):
-            scores_NC = scorer.score(texts, max_length, ctx.progress)
-            if settings.content_free:
-                bias_FC = scorer.score(settings.content_free, max_length, lambda *_: None)
+            scores_NC = scorer.score(asked, ctx.progress)
+            if nothing:
+                bias_FC = scorer.score(nothing, lambda *_: None)
                 scores_NC = scores_NC - bias_FC.softmax(dim=-1).mean(dim=0).log()
         return scores_NC
 
     return speak
+
+
+def cut(examples: Examples, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Examples:
+    """Returns the examples with each text cut at so many tokens."""
+
+    def shorten(texts: list[str]) -> list[str]:
+        if not texts:
+            return []
+        read = tokenizer(
+            texts, add_special_tokens=False, truncation=True, max_length=max_length, return_offsets_mapping=True
+        )
+        pairs = zip(texts, read["offset_mapping"], strict=True)
+        return [text[: offsets[-1][1]] if offsets else text for text, offsets in pairs]
+
+    return examples._replace(texts=shorten(examples.texts), pairs=examples.pairs and shorten(examples.pairs))
 
 
 class Read(NamedTuple):
@@ -82,31 +100,28 @@ class Scorer:
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        prompt: str,
         words: list[str],
         *,
         average: bool = False,
     ) -> None:
         self._model, self._tokenizer, self._words, self._average = model, tokenizer, words, average
-        self._before, _, self._after = prompt.partition("{text}")
         self._limit = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
 
-    def score(self, texts: list[str], max_length: int, progress: Callable[[int, int], None]) -> Tensor:
-        """Returns log p(words_c | prompt with the text), or its mean over the tokens, scores_NC in float32.
+    def score(self, prompts: list[str], progress: Callable[[int, int], None]) -> Tensor:
+        """Returns log p(words_c | prompt), or its mean over the tokens, scores_NC in float32.
 
         Args:
-            texts: Each is cut at `max_length` tokens; what stands around it is not.
-            max_length: Tokens of a text.
+            prompts: What is read before the words.
             progress: Called between batches with how many are done and how many there are; may raise to stop.
         """
-        reads = [read for row, text in enumerate(self._cut(texts, max_length)) for read in self._list_reads(row, text)]
+        reads = [read for row, prompt in enumerate(prompts) for read in self._list_reads(row, prompt)]
         reads.sort(key=lambda read: -len(read.ids))
         if reads and len(reads[0].ids) > self._limit:
             message = (
                 f"Prompt, text and words have {len(reads[0].ids)} tokens; the teacher has places for {self._limit}."
             )
             raise StageFailed("dataset_invalid", message, suggestion="Lower max_length of the answer stage.")
-        scores_NC = torch.zeros(len(texts), len(self._words))
+        scores_NC = torch.zeros(len(prompts), len(self._words))
         num_tokens_NC = torch.zeros_like(scores_NC)
         batches = list(_batches(reads))
         for index, batch in enumerate(batches):
@@ -118,21 +133,11 @@ class Scorer:
         progress(len(batches), len(batches))
         return scores_NC / num_tokens_NC if self._average else scores_NC
 
-    def _cut(self, texts: list[str], max_length: int) -> list[str]:
-        read = self._tokenizer(
-            texts, add_special_tokens=False, truncation=True, max_length=max_length, return_offsets_mapping=True
-        )
-        return [
-            text[: offsets[-1][1]] if offsets else text
-            for text, offsets in zip(texts, read["offset_mapping"], strict=True)
-        ]
-
-    def _list_reads(self, row: int, text: str) -> Iterator[Read]:
+    def _list_reads(self, row: int, prompt: str) -> Iterator[Read]:
         """Yields what must be read to score every label's words: one sequence where each is a single token.
 
         The words are tokenised with the prompt before them, as the model has learned to read them.
         """
-        prompt = f"{self._before}{text}{self._after}"
         wholes = self._tokenizer([prompt + words for words in self._words])["input_ids"]
         context = self._tokenizer(prompt)["input_ids"]
         parts = [self._split(context, whole) for whole in wholes]

@@ -12,17 +12,20 @@ if TYPE_CHECKING:
 
 
 class TextClassification(Task):
-    """Puts each text into one of the classes that the training split names."""
+    """Puts each text, or each pair of texts, into one of the classes that the training split names."""
 
     forms: ClassVar[tuple[str, ...]] = ("safetensors", "onnx", "onnx_int8")
 
     kind: Literal["text_classification"] = "text_classification"
     text: str = Field("text", description="Column that holds the text.")
+    pair: str | None = Field(
+        None, description="Column that holds a second text, where the class is of two: premise and hypothesis, say."
+    )
     label: str = Field("label", description="Column that holds the class.")
 
     def columns(self) -> dict[str, str]:
         """Returns the columns by role."""
-        return {"text": self.text, "label": self.label}
+        return {"text": self.text, "label": self.label} | ({"pair": self.pair} if self.pair else {})
 
     def build(self, ctx: "StageContext") -> "Classification":
         """Returns the classifying run."""

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from core.jobs.spec import JobSpec
     from worker.engine.context import StageContext
+    from worker.engine.data import Examples
 
 
 class LabelSpace(Teacher):
@@ -27,7 +28,7 @@ class LabelSpace(Teacher):
     kind: Literal["label_space"] = "label_space"
     model: ModelRef
     prompt: str = Field(
-        description="What is read before the words of a label; `{text}` stands for the text.",
+        description="What is read before a label's words; `{text}` stands for the text, `{pair}` for a second one.",
         max_length=20_000,
         examples=["Review: {text}\nSentiment:"],
     )
@@ -60,7 +61,7 @@ class LabelSpace(Teacher):
             return [Problem("prompt", "'{text}', which stands for the text, is missing")]
         return [Problem(f"words.{label}", "no words; give at least one") for label, w in self.words.items() if not w]
 
-    def build(self, ctx: "StageContext") -> "Callable[[list[str], int], Tensor]":
+    def build(self, ctx: "StageContext") -> "Callable[[Examples, int], Tensor]":
         """Returns what gives the scores of all labels for texts."""
         from worker.engine.speaking import speak_by_scoring
 

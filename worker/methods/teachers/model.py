@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from worker.engine.context import StageContext
+    from worker.engine.data import Examples
 
 
 class Model(Teacher):
@@ -23,7 +24,7 @@ class Model(Teacher):
         """Returns the model's reference."""
         return self.model
 
-    def build(self, ctx: "StageContext") -> "Callable[[list[str], int], Tensor]":
+    def build(self, ctx: "StageContext") -> "Callable[[Examples, int], Tensor]":
         """Returns what gives a classifier's logits for texts."""
         from worker.engine.speaking import speak_as_classifier
 

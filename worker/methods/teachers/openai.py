@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from core.jobs.spec import JobSpec
     from worker.engine.context import StageContext
+    from worker.engine.data import Examples
 
 HOW = {"secret", "concurrency", "timeout_s", "tries"}  # settings that change no answer
 BUDGETS = {"max_requests", "max_tokens", "max_cost", "prompt_price", "completion_price"}
@@ -47,7 +48,7 @@ class OpenAI(Teacher):
     prompt: str = Field(
         "Classify the text. Answer with one of these labels and nothing else: {labels}\n\nText: {text}\n\nLabel:",
         max_length=100_000,
-        description="What is asked; `{text}` stands for the text and `{labels}` for the words of all labels.",
+        description="What is asked; `{text}` stands for the text, `{pair}` for a second one, `{labels}` for all words.",
     )
     words: dict[str, str] = Field(
         {}, max_length=10_000, description="What the answer is to say for a label, if that is not its name."
@@ -94,7 +95,7 @@ class OpenAI(Teacher):
         """Returns the settings on which the answers depend."""
         return self.model_dump(mode="json", exclude=HOW | BUDGETS)
 
-    def build(self, ctx: "StageContext") -> "Callable[[list[str], int], Tensor]":
+    def build(self, ctx: "StageContext") -> "Callable[[Examples, int], Tensor]":
         """Returns what asks for the labels of texts."""
         from worker.engine.asking import speak_by_asking
 
