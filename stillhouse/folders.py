@@ -52,7 +52,13 @@ def take_lock(data_dir: Path) -> IO[str] | None:
 
 def can_enter(folder: Path, owner: Owner) -> bool:
     """Tells whether that user can reach what lies in the folder, as the permissions stand."""
-    return all(_may_search(path.stat(), owner) for path in (folder, *folder.parents) if path.exists())
+    return find_barrier(folder, owner) is None
+
+
+def find_barrier(folder: Path, owner: Owner) -> Path | None:
+    """Returns the outermost folder on the way that keeps that user out, or None."""
+    way = [path for path in (*reversed(folder.parents), folder) if path.exists()]
+    return next((path for path in way if not _may_search(path.stat(), owner)), None)
 
 
 def _may_search(info: os.stat_result, owner: Owner) -> bool:
@@ -66,13 +72,23 @@ def _may_search(info: os.stat_result, owner: Owner) -> bool:
 def place_for(folder: Path, owner: Owner | None) -> Path:
     """Returns where data of `owner` that belongs in `folder` can live: there, or under /var/lib if it can't enter.
 
-    A note in `folder` remembers the other place, so that a deleted folder takes its old data's claim with it.
+    A note in `folder` remembers the other place, so that a deleted folder takes its old data's claim with it. Data stay
+    where they are, whatever becomes of the permissions: a server that started elsewhere would start empty.
+
+    Raises:
+        LocalError: The user can't reach the data any more.
     """
-    if owner is None or can_enter(folder, owner):
-        return folder
     note = folder / "LOCATION"
     if note.exists():
         return Path(note.read_text().strip())
+    barrier = None if owner is None else find_barrier(folder, owner)
+    if barrier is None or owner is None:
+        return folder
+    if (folder / "data").exists():
+        raise LocalError(
+            f"The user '{owner.name}', as whom Postgres runs, can't enter {barrier} any more, and its data are in "
+            f"{folder}. Let it through again: chmod o+x {barrier}"
+        )
     make_folder(SYSTEM_DIR, 0o755)
     place = Path(tempfile.mkdtemp(prefix="elsewhere-", dir=SYSTEM_DIR))
     place.chmod(0o711)
