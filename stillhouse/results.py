@@ -160,11 +160,20 @@ class Job(Result):
         return JobFailed(f"Job {self.id} failed{where}: {self.error.get('reason')}: {message}.{remedy}", self)
 
 
+class TeacherUsage(Result):
+    """Answers and tokens that a job has paid for at the API of its teacher."""
+
+    requests: int
+    prompt_tokens: int
+    completion_tokens: int
+
+
 class Usage(Result):
-    """For how many seconds workers have held a job."""
+    """For how many seconds workers have held a job, and what it has paid for."""
 
     seconds: float
     seconds_by_queue: dict[str, float]
+    teacher: TeacherUsage
 
 
 class Event(Result):

@@ -16,7 +16,6 @@ from urllib.parse import urlsplit
 
 from sqlalchemy.orm import Session
 
-from core.db import session_scope
 from core.errors import StageFailed, StillhouseError
 from core.jobs.answers import Spent, find_answers, keep_answer, sum_spent
 from core.jobs.ownership import Claim, owned
@@ -111,8 +110,7 @@ class Asker:
         url = self.teacher.base_url.rstrip("/") + PATHS[self.teacher.endpoint]
         key = hashlib.sha256(json.dumps({"url": url, "body": body}, sort_keys=True).encode()).hexdigest()
         tenant_id, job_id = self._taken.tenant_id, self._taken.job_id
-        with session_scope() as session:
-            known = find_answers(session, tenant_id, [key])
+        known = transact(lambda session: find_answers(session, tenant_id, [key]))
         if key in known:
             return known[key]
         self._open_one()

@@ -9,9 +9,10 @@ from app.envelope import errors
 from app.files import etag_matches
 from app.jobs import continuing, service
 from app.jobs.examples import FORK_BODY, SPEC_BODY
-from app.jobs.schemas import CancelMode, JobPage, JobView, UsageView, ValidatedSpec
+from app.jobs.schemas import CancelMode, JobPage, JobView, TeacherUsage, UsageView, ValidatedSpec
 from core.db import get_autocommit_engine, session_scope
 from core.jobs import forking, repository
+from core.jobs.answers import sum_spent
 from core.jobs.content import digest
 from core.jobs.spec import parse_spec
 from core.jobs.state import JobState
@@ -128,10 +129,11 @@ def get_job(job_id: JobId, principal: Reader, response: Response, if_none_match:
 
 @router.get("/{job_id}/usage", operation_id="get_job_usage", response_model=UsageView, responses=errors(404, 410))
 def get_usage(job_id: JobId, session: DbSession, principal: Reader) -> Any:
-    """Shows for how many seconds workers have held a job, by queue and in all."""
+    """Shows for how many seconds workers have held a job, by queue and in all, and what its teacher's API was paid."""
     job = repository.get_job(session, principal.tenant_id, job_id)
     by_queue = repository.sum_usage(session, principal.tenant_id, job.id)
-    return UsageView(seconds=sum(by_queue.values()), seconds_by_queue=by_queue)
+    teacher = TeacherUsage.model_validate(sum_spent(session, principal.tenant_id, job.id))
+    return UsageView(seconds=sum(by_queue.values()), seconds_by_queue=by_queue, teacher=teacher)
 
 
 @router.post(

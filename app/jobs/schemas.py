@@ -3,7 +3,7 @@
 from datetime import datetime
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from core.jobs.state import JobState, StageState
 from core.models.facts import ModelFacts
@@ -89,11 +89,22 @@ class JobPage(BaseModel):
     next_cursor: str | None
 
 
+class TeacherUsage(BaseModel):
+    """Answers and tokens that a job has paid for; what another job had asked before costs nothing."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    requests: int
+    prompt_tokens: int
+    completion_tokens: int
+
+
 class UsageView(BaseModel):
     """For how long workers have held a job, as booked at their last heartbeat; what is taken over costs nothing."""
 
     seconds: float = Field(description="In all.", examples=[83.5])
     seconds_by_queue: dict[str, float] = Field(examples=[{"cpu": 83.5}])
+    teacher: TeacherUsage = Field(description="What was paid for at the API of a teacher that is behind one.")
 
 
 class ValidatedSpec(BaseModel):

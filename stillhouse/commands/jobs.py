@@ -247,11 +247,14 @@ def fork(
 
 @app.command()
 def usage(job: JobRef, as_json: Json = False) -> None:
-    """Show for how many seconds workers have held a job, by queue and in all."""
+    """Show for how many seconds workers have held a job, and what it has paid for at its teacher's API."""
     with connect() as client:
         found = client.jobs.usage(find_job(client, job).id)
     seconds = found.seconds_by_queue | {"in all": found.seconds}
-    print_json(found) if as_json else print_fields({queue: f"{value:.1f} s" for queue, value in seconds.items()})
+    fields = {queue: f"{value:.1f} s" for queue, value in seconds.items()}
+    if found.teacher.requests:
+        fields |= {name.replace("_", " "): f"{count:,}" for name, count in found.teacher.model_dump().items()}
+    print_json(found) if as_json else print_fields(fields)
 
 
 @app.command()

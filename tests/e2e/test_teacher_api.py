@@ -82,6 +82,10 @@ def test_a_student_learns_from_an_api_that_is_paid_once_though_its_worker_is_kil
     third = submit(stack, url, stages, concurrency=1)  # the API is gone, and not needed
     assert [stage["state"] for stage in stack.wait(third)["stages"]] == ["cached", "cached", "succeeded"]
 
+    asked = sum(ROWS.values())
+    tokens = {"prompt_tokens": asked * PROMPT_TOKENS, "completion_tokens": asked * COMPLETION_TOKENS}
+    paid = [stack.http.get(f"/v1/jobs/{one}/usage").json()["teacher"] for one in (job_id, third)]
+    assert paid == [{"requests": asked, **tokens}, dict.fromkeys(("requests", *tokens), 0)]
     rows = {row["name"]: row for row in job["stages"][2]["summary"]["models"]}
     assert rows["teacher"]["accuracy"] > 0.9
     assert rows["student"]["accuracy"] > 0.9

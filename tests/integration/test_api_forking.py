@@ -15,6 +15,7 @@ from tests.api import Api, claim_job, jsonl, model_files, rows, run_job
 
 BUDGET = {"reason": "budget_exhausted", "message": "over", "suggestion": "more", "retryable": False}
 KINDS = ["finetune", "distill", "export", "evaluate"]
+UNPAID = {"teacher": {"requests": 0, "prompt_tokens": 0, "completion_tokens": 0}}
 MADE = {"finetune": ["teacher"], "distill": ["student"], "export": ["safetensors", "onnx", "onnx_int8"]}
 
 
@@ -457,7 +458,7 @@ def test_usage_is_summed_by_queue(api: Api) -> None:
     from core.jobs.models import Usage
 
     job_id = api.make_job()
-    assert api("GET", f"/v1/jobs/{job_id}/usage").json() == {"seconds": 0, "seconds_by_queue": {}}
+    assert api("GET", f"/v1/jobs/{job_id}/usage").json() == {"seconds": 0, "seconds_by_queue": {}, **UNPAID}
     with session_scope() as session:
         job = session.get_one(Job, job_id)
         for fence, queue, seconds in ((1, "cpu", 2.5), (2, "cpu", 1.5), (3, "gpu", 10.0)):
@@ -472,7 +473,7 @@ def test_usage_is_summed_by_queue(api: Api) -> None:
                 )
             )
     found = api("GET", f"/v1/jobs/{job_id}/usage").json()
-    assert found == {"seconds": 14.0, "seconds_by_queue": {"cpu": 4.0, "gpu": 10.0}}
+    assert found == {"seconds": 14.0, "seconds_by_queue": {"cpu": 4.0, "gpu": 10.0}, **UNPAID}
 
 
 def test_a_run_job_shows_its_use_and_hashes(api: Api) -> None:
