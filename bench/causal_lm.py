@@ -1,5 +1,6 @@
 """Distillation of a language model, beside TRL and plain loops in the same run: time, memory, and what was learned.
 
+    pip install --constraint constraints.txt '.[bench]'
     python bench/causal_lm.py [--data DIR] [--steps N] [--rounds N] [--only NAME] [--out DIR]
 
 GPT-2 of 4 layers of width 256 into 2 of its layers, a vocabulary of 50,257, steps of 4 × 256 tokens of WikiText-2
