@@ -151,6 +151,15 @@ class StageFailed(StillhouseError):
         self.suggestion = suggestion
         self.can_retry = retryable
 
+    def report(self) -> dict[str, Any]:
+        """Returns what is told of it, as the constructor takes it."""
+        return {
+            "reason": self.reason,
+            "message": self.message,
+            "suggestion": self.suggestion,
+            "retryable": self.can_retry,
+        }
+
 
 class LeaseLost(StillhouseError):
     """Another owner holds this job now; touch nothing and stop."""

@@ -10,7 +10,7 @@ import pkgutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, LiteralString, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, LiteralString, NamedTuple, Self
 
 from pydantic import (
     BaseModel,
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from core.jobs.spec import JobSpec
 
 METHODS_PACKAGE = "worker.methods"
-SPLITS = ["train", "validation", "test"]
+SPLITS = ("train", "validation", "test")
 
 
 def suggest(found: str, known: Iterable[str]) -> str:
@@ -101,7 +101,7 @@ class Task(Method):
     def default_stages(self, teacher: "Teacher") -> list[dict[str, Any]]:
         """Returns the stages of a spec that names none: a model is fine-tuned first, another teacher asked."""
         return [
-            {"kind": "finetune", "of": "teacher"} if teacher.is_model else {"kind": "answer", "splits": SPLITS},
+            {"kind": "finetune", "of": "teacher"} if teacher.is_model else {"kind": "answer", "splits": [*SPLITS]},
             {"kind": "distill"},
             {"kind": "export", "formats": [{"kind": kind} for kind in self.forms]},
             {"kind": "evaluate"},
@@ -110,6 +110,13 @@ class Task(Method):
     def build(self, ctx: Any) -> Any:
         """Returns what a stage does for this task (torch), a `worker.engine.tasks.TaskRun`."""
         raise NotImplementedError
+
+
+class Api(NamedTuple):
+    """Where a teacher's API is, and the name of the stored secret that holds its key, if it needs one."""
+
+    base_url: str
+    secret: str | None
 
 
 class Teacher(Method):
@@ -126,6 +133,10 @@ class Teacher(Method):
 
     def source(self) -> str | None:
         """Returns the reference of the model whose files have the role `teacher`, if there is one."""
+        return None
+
+    def api(self) -> Api | None:
+        """Returns the API that is to be asked, if it is behind one."""
         return None
 
     def content(self) -> dict[str, Any]:

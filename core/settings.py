@@ -2,6 +2,7 @@
 
 from functools import cache
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -64,10 +65,12 @@ class Settings(BaseSettings):
     max_text_chars: int = Field(100_000, description="Longest text in a data set, in characters.")
     idempotency_ttl_s: int = Field(24 * 3600, description="How long an Idempotency-Key is remembered.")
 
-    def may_ask(self, host: str, port: int | None) -> bool:
-        """Tells whether workers may ask a teacher's API on that host and port."""
+    def may_ask(self, url: str) -> bool:
+        """Tells whether workers may ask a teacher's API at that address."""
+        address = urlsplit(url)
+        host = (address.hostname or "").lower()
         allowed = {name.strip().lower() for name in self.teacher_hosts.split(",")}
-        return bool(allowed & {"*", host.lower(), f"{host.lower()}:{port}"})
+        return bool(allowed & {"*", host, f"{host}:{address.port}"})
 
     @property
     def queue_names(self) -> list[str]:

@@ -119,6 +119,12 @@ class Bench:
             code = int(stage.exit_code.read())
         return Finished(code, reports, (order.parent / "log").read_text(), order.parent / "out")
 
+    def succeed(self, spec: dict[str, Any], ordinal: int = 0, name: str = "", **changes: Any) -> Finished:
+        """Runs a stage that must end with a result."""
+        finished = self.run(spec, ordinal, name, **changes)
+        assert finished.last["type"] == "result", finished.log
+        return finished
+
     def adopt(self, finished: Finished, ordinal: int, kind: str) -> None:
         """Makes a stage's outputs the inputs of the next one, read-only."""
         for folder in finished.outputs.iterdir():
@@ -146,6 +152,4 @@ def teach_classes(root: Path, prompt: str, words: dict[str, str]) -> Path:
         path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     task = {"kind": "causal_lm", "prompt": "prompt", "block_tokens": 32}
     learn = {"kind": "finetune", "epochs": 30, "learning_rate": 5e-3, "batch_size": 4}
-    finished = bench.run(make_spec([learn], task=task), 0, labels=[])
-    assert finished.last["type"] == "result", finished.log
-    return finished.outputs / "teacher"
+    return bench.succeed(make_spec([learn], task=task), labels=[]).outputs / "teacher"

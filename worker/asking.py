@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from sqlalchemy.orm import Session
 
 from core.errors import StageFailed, StillhouseError
-from core.jobs.answers import Spent, find_answers, keep_answer, sum_spent
+from core.jobs.answers import Spent, find_answer, keep_answer, sum_spent
 from core.jobs.ownership import Claim, owned
 from core.jobs.spec import load_spec
 from core.settings import get_settings
@@ -60,25 +60,24 @@ class Asker:
         import httpx
 
         self._taken, self._send = taken, send
-        self.teacher, secret, self._spent = transact(self._look)
-        if getattr(self.teacher, "base_url", None) is None:
-            raise StageFailed("internal", "The stage asks, but its job's teacher has no API.")
-        _check_host(self.teacher.base_url)
-        self._secret = secret
+        self._teacher, self._secret, self._spent = transact(self._look)
+        _check_host(self._teacher.base_url)
         self._closing = threading.Event()
         self._lock = threading.Lock()
         self._num_open = 0
         self._error: StageFailed | None = None
-        headers = {"Authorization": f"Bearer {secret}"} if secret else {}
-        limits = httpx.Limits(max_connections=self.teacher.concurrency)
-        self._client = httpx.Client(headers=headers, timeout=self.teacher.timeout_s, limits=limits)
-        self._pool = ThreadPoolExecutor(self.teacher.concurrency, thread_name_prefix="ask")
+        headers = {"Authorization": f"Bearer {self._secret}"} if self._secret else {}
+        limits = httpx.Limits(max_connections=self._teacher.concurrency)
+        self._client = httpx.Client(headers=headers, timeout=self._teacher.timeout_s, limits=limits)
+        self._pool = ThreadPoolExecutor(self._teacher.concurrency, thread_name_prefix="ask")
 
     def _look(self, session: Session) -> tuple[Any, str | None, Spent]:
         job = owned(session, self._taken)
-        teacher = load_spec(job.spec).teacher
-        name = getattr(teacher, "secret", None)
-        secret = read_secret(session, job.tenant_id, name) if name else None
+        teacher: Any = load_spec(job.spec).teacher
+        api = teacher.api()
+        if api is None:
+            raise StageFailed("internal", "The stage asks, but its job's teacher has no API.")
+        secret = read_secret(session, job.tenant_id, api.secret) if api.secret else None
         return teacher, secret, sum_spent(session, job.tenant_id, job.id)
 
     def ask(self, number: int, body: dict[str, Any]) -> None:
@@ -95,24 +94,22 @@ class Asker:
         if self._closing.is_set():
             return
         try:
-            answer = self._answer(body)
-        except StageFailed as error:
-            with self._lock:
-                self._error = self._error or error
-            self._send({"order": "answer", "number": number, "error": describe(error)})
+            told = {"answer": self._answer(body)}
         except Exception as error:
-            log.exception("a request for %s failed here", self._taken.job_id)
-            self._send({"order": "answer", "number": number, "error": describe(error)})
-        else:
-            self._send({"order": "answer", "number": number, "answer": answer})
+            failure = as_failure(error)
+            if failure is error:
+                with self._lock:
+                    self._error = self._error or failure
+            told = {"error": failure.report()}
+        self._send({"order": "answer", "number": number, **told})
 
     def _answer(self, body: dict[str, Any]) -> dict[str, Any]:
-        url = self.teacher.base_url.rstrip("/") + PATHS[self.teacher.endpoint]
+        url = self._teacher.base_url.rstrip("/") + PATHS[self._teacher.endpoint]
         key = hashlib.sha256(json.dumps({"url": url, "body": body}, sort_keys=True).encode()).hexdigest()
         tenant_id, job_id = self._taken.tenant_id, self._taken.job_id
-        known = transact(lambda session: find_answers(session, tenant_id, [key]))
-        if key in known:
-            return known[key]
+        known = transact(lambda session: find_answer(session, tenant_id, key))
+        if known is not None:
+            return known
         self._open_one()
         try:
             found = self._ask_until_answered(url, key, body)
@@ -130,7 +127,7 @@ class Asker:
         with self._lock:
             if self._error is not None:
                 raise self._error
-            over = find_excess(self.teacher, self._spent, self._num_open)
+            over = find_excess(self._teacher, self._spent, self._num_open)
             if over:
                 raise StageFailed(
                     "budget_exhausted",
@@ -147,12 +144,12 @@ class Asker:
 
     def _ask_until_answered(self, url: str, key: str, body: dict[str, Any]) -> Answer:
         pause_s = FIRST_PAUSE_S
-        for attempt in range(1, self.teacher.tries + 1):
+        for attempt in range(1, self._teacher.tries + 1):
             try:
                 return self._ask_once(url, key, body)
             except NoAnswer as error:
-                log.warning("attempt %d of %d at an answer: %s", attempt, self.teacher.tries, error)
-                if attempt == self.teacher.tries or self._closing.is_set():
+                log.warning("attempt %d of %d at an answer: %s", attempt, self._teacher.tries, error)
+                if attempt == self._teacher.tries or self._closing.is_set():
                     what = f"The teacher's API gave no answer in {attempt} attempts; the last: {error}"
                     hint = "See whether the API is up, and submit the job again: it asks only for what is left."
                     raise StageFailed("teacher_unavailable", what, suggestion=hint, retryable=True) from error
@@ -178,7 +175,7 @@ class Asker:
                 suggestion="Check base_url, model, secret and options of the teacher.",
             )
         try:
-            return read_answer(self.teacher.endpoint, json.loads(content))
+            return read_answer(self._teacher.endpoint, json.loads(content))
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             raise NoAnswer(f"not an answer of this API: {type(error).__name__} in {self._show(content)}") from error
 
@@ -226,23 +223,21 @@ def _sound(text: str) -> str:
     return text.replace("\x00", "").encode("utf-8", "replace").decode()
 
 
-def describe(error: Exception) -> dict[str, Any]:
-    """Returns an error as the child raises it again."""
+def as_failure(error: Exception) -> StageFailed:
+    """Returns an error as the child raises it again: itself, or what a fault of ours means to the stage."""
     if isinstance(error, StageFailed):
-        fields = {"message": error.message, "suggestion": error.suggestion, "retryable": error.can_retry}
-        return {"reason": error.reason, **fields}
-    message = (
-        error.message if isinstance(error, StillhouseError) else f"{type(error).__name__} in the worker; see its log"
-    )
-    return {"reason": "teacher_unavailable", "message": message, "suggestion": None, "retryable": True}
+        return error
+    if isinstance(error, StillhouseError):
+        return StageFailed("teacher_unavailable", error.message, retryable=True)
+    log.error("a request failed here", exc_info=error)
+    return StageFailed("teacher_unavailable", f"{type(error).__name__} in the worker; see its log", retryable=True)
 
 
 def _check_host(base_url: str) -> None:
-    address = urlsplit(base_url)
-    if not get_settings().may_ask(address.hostname or "", address.port):
+    if not get_settings().may_ask(base_url):
         raise StageFailed(
             "teacher_unavailable",
-            f"This worker may not ask '{address.netloc}'.",
+            f"This worker may not ask '{urlsplit(base_url).netloc}'.",
             suggestion="Its operator allows hosts with STILLHOUSE_TEACHER_HOSTS.",
         )
 

@@ -217,12 +217,7 @@ def _fail(taken: Claim, staging: Staging, error: dict[str, Any]) -> None:
 
 def _error_of(error: Exception) -> dict[str, Any]:
     if isinstance(error, StageFailed):
-        return {
-            "reason": error.reason,
-            "message": error.message,
-            "suggestion": error.suggestion,
-            "retryable": error.can_retry,
-        }
+        return error.report()
     if isinstance(error, StorageFull) or (isinstance(error, OSError) and error.errno == errno.ENOSPC):
         return {
             "reason": "storage_full",

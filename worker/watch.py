@@ -11,10 +11,10 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from core.db import DatabaseAway, session_scope
-from core.errors import LeaseLost, StageFailed, StillhouseError, StorageFull
+from core.errors import LeaseLost, StillhouseError, StorageFull
 from core.jobs.ownership import Claim, Point, book_usage, desired_of, owned, record_progress, used_seconds
 from core.settings import get_settings
-from worker.asking import Asker, describe
+from worker.asking import Asker, as_failure
 from worker.child import Child
 from worker.lease import Lease
 from worker.staging import Staging
@@ -93,10 +93,10 @@ class Watch:
     def _ask(self, number: int, body: dict[str, Any], child: Child) -> None:
         try:
             self.asker = self.asker or Asker(self.taken, child.order)
-        except (StageFailed, StillhouseError) as error:
-            if isinstance(error, LeaseLost):
-                raise
-            child.order({"order": "answer", "number": number, "error": describe(error)})
+        except LeaseLost:
+            raise
+        except StillhouseError as error:
+            child.order({"order": "answer", "number": number, "error": as_failure(error).report()})
         else:
             self.asker.ask(number, body)
 

@@ -15,11 +15,12 @@ from sqlalchemy.orm import Session
 
 from core.datasets.checking import check_row, check_tags, label_name
 from core.datasets.models import Dataset
+from core.datasets.reading import RowProblem
 from core.datasets.repository import find_dataset, list_dataset_names
 from core.errors import Gone, ModelInvalid, NotFound
 from core.jobs.repository import find_artifact, get_job
 from core.jobs.spec import JobSpec, ModelSource, spec_invalid
-from core.methods import suggest
+from core.methods import SPLITS, Api, suggest
 from core.models.facts import ModelFacts, read_facts
 from core.models.hub import resolve as resolve_hub
 from core.models.repository import files_of, find_model, get_manifest, list_model_names
@@ -31,7 +32,6 @@ from core.tenants.keys import Principal
 from core.tenants.models import Secret
 from core.tenants.secrets import list_secrets
 
-SPLITS = ("train", "validation", "test")
 MAX_CLASSES = 10_000
 Problems = list[dict[str, Any]]
 
@@ -64,10 +64,11 @@ def find_sources(session: Session, principal: Principal, spec: JobSpec) -> Sourc
     """Returns what the spec's references name in the database."""
     problems: Problems = []
     models = {}
+    compares_tokens = spec.task.shares_tokens and spec.student.source() is not None
     for role, source in spec.models().items():
         model = _find_model(session, principal, source, problems)
         if model:
-            models[role] = _with_files(session, principal, model) if spec.student.source() else model
+            models[role] = _with_files(session, principal, model) if compares_tokens else model
     find = cache(partial(find_dataset, session, principal.tenant_id))  # most jobs take all splits of one data set
     splits = {}
     for role in SPLITS:
@@ -75,22 +76,22 @@ def find_sources(session: Session, principal: Principal, spec: JobSpec) -> Sourc
         found = _find_split(session, principal.tenant_id, find, role, ref, problems) if ref else None
         if found:
             splits[role] = found
-    _check_api(session, principal.tenant_id, spec.teacher, problems)
+    api = spec.teacher.api()
+    if api is not None:
+        _check_api(session, principal.tenant_id, api, problems)
     return Sources(models, splits, problems)
 
 
-def _check_api(session: Session, tenant_id: str, teacher: Any, problems: Problems) -> None:
-    """Adds what keeps workers from asking the API of a teacher that is behind one."""
-    base_url, secret = getattr(teacher, "base_url", None), getattr(teacher, "secret", None)
-    if base_url is not None:
-        address = urlsplit(base_url)
-        if not get_settings().may_ask(address.hostname or "", address.port):
-            why = f"workers may not ask '{address.netloc}'; the operator allows hosts with STILLHOUSE_TEACHER_HOSTS"
-            _add(problems, "teacher.base_url", why)
-    if secret is not None and session.get(Secret, (tenant_id, secret)) is None:
-        known = suggest(secret, [row.name for row in list_secrets(session, tenant_id)])
-        hint = f"{known}; or set it with `stillhouse secrets set {secret}`"
-        _add(problems, "teacher.secret", f"there is no secret '{secret}' in your tenant; {hint}")
+def _check_api(session: Session, tenant_id: str, api: Api, problems: Problems) -> None:
+    """Adds what keeps workers from asking a teacher's API."""
+    if not get_settings().may_ask(api.base_url):
+        host = urlsplit(api.base_url).netloc
+        why = f"workers may not ask '{host}'; the operator allows hosts with STILLHOUSE_TEACHER_HOSTS"
+        _add(problems, "teacher.base_url", why)
+    if api.secret is not None and session.get(Secret, (tenant_id, api.secret)) is None:
+        known = suggest(api.secret, [row.name for row in list_secrets(session, tenant_id)])
+        hint = f"{known}; or set it with `stillhouse secrets set {api.secret}`"
+        _add(problems, "teacher.secret", f"there is no secret '{api.secret}' in your tenant; {hint}")
 
 
 def _find_model(session: Session, principal: Principal, source: ModelSource, problems: Problems) -> Found | None:
@@ -244,42 +245,38 @@ def _label_counts(spec: JobSpec, role: str, split: dict[str, Any], problems: Pro
     if missing:
         return None
     if "tags" in columns:
-        return _count_tags(role, split, columns, problems)
+        tokens, tags = columns["tokens"], columns["tags"]
+        return _count_classes(role, split, tags, lambda row: _read_tags(row, tokens, tags), problems)
     text, label = columns.get("text"), columns.get("label")
     if text == split["text_column"] and label == split["label_column"]:
         return dict(split["label_counts"])
-    return _count_labels(role, split, text, label, problems)
+    return _count_classes(role, split, label, lambda row: _read_label(row, text, label), problems)
 
 
-def _count_labels(
-    role: str, split: dict[str, Any], text: str | None, label: str | None, problems: Problems
+Read = tuple[list[RowProblem], list[str]]  # what is wrong with a row, and the classes that it names
+
+
+def _read_label(row: dict[str, Any], text: str | None, label: str | None) -> Read:
+    name = label_name(row.get(label)) if label else None
+    return check_row(row, text, label), [] if name is None else [name]
+
+
+def _read_tags(row: dict[str, Any], tokens: str, tags: str) -> Read:
+    wrong = check_tags(row, tokens, tags)
+    return wrong, [] if wrong else row[tags]
+
+
+def _count_classes(
+    role: str, split: dict[str, Any], column: str | None, read: Callable[[dict[str, Any]], Read], problems: Problems
 ) -> dict[str, int] | None:
-    counts: dict[str, int] = {}
-    for number, row in _rows(split):
-        wrong = check_row(row, text, label)
-        name = label_name(row.get(label)) if label else None
-        if name is not None:
-            counts[name] = counts.get(name, 0) + 1
-        if wrong or len(counts) > MAX_CLASSES:
-            why = (
-                f"{wrong[0].field}: {wrong[0].message}" if wrong else f"'{label}' has more than {MAX_CLASSES:,} classes"
-            )
-            _add(problems, f"data.{role}", f"'{split['ref']}', row {number:,}, {why}")
-            return None
-    return counts
-
-
-def _count_tags(role: str, split: dict[str, Any], columns: dict[str, str], problems: Problems) -> dict[str, int] | None:
     counts: Counter[str] = Counter()
     for number, row in _rows(split):
-        wrong = check_tags(row, columns["tokens"], columns["tags"])
-        if wrong:
-            why = f"'{split['ref']}', row {number:,}, {wrong[0].field}: {wrong[0].message}"
-            _add(problems, f"data.{role}", why)
-            return None
-        counts.update(row[columns["tags"]])
-        if len(counts) > MAX_CLASSES:
-            _add(problems, f"data.{role}", f"'{split['ref']}' has more than {MAX_CLASSES:,} tags")
+        wrong, names = read(row)
+        counts.update(names)
+        if wrong or len(counts) > MAX_CLASSES:
+            many = f"'{column}' has more than {MAX_CLASSES:,} classes"
+            why = f"{wrong[0].field}: {wrong[0].message}" if wrong else many
+            _add(problems, f"data.{role}", f"'{split['ref']}', row {number:,}, {why}")
             return None
     return dict(counts)
 

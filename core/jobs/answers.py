@@ -17,12 +17,10 @@ class Spent(NamedTuple):
     completion_tokens: int
 
 
-def find_answers(session: Session, tenant_id: str, keys: list[str]) -> dict[str, dict[str, Any]]:
-    """Returns those of the answers that are known, by key."""
-    query = select(TeacherAnswer.key, TeacherAnswer.answer).where(
-        TeacherAnswer.tenant_id == tenant_id, TeacherAnswer.key.in_(keys)
-    )
-    return dict(session.execute(query).tuples().all())
+def find_answer(session: Session, tenant_id: str, key: str) -> dict[str, Any] | None:
+    """Returns the answer to a request, or None."""
+    row = session.get(TeacherAnswer, (tenant_id, key))
+    return row.answer if row else None
 
 
 def keep_answer(session: Session, tenant_id: str, job_id: str, key: str, answer: dict[str, Any], spent: Spent) -> None:

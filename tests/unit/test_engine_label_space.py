@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from core.errors import SpecInvalid, StageFailed
 from tests import pico
-from tests.engine_bench import FAST, Bench, Finished, make_spec, teach_classes
+from tests.engine_bench import FAST, Bench, make_spec, teach_classes
 from worker.engine.data import Examples
 from worker.engine.speaking import Scorer, cut
 
@@ -82,12 +82,6 @@ def test_a_prompt_takes_texts_as_they_are() -> None:
     ]
 
 
-def run(bench: Bench, spec: dict[str, Any], ordinal: int, name: str = "", **changes: Any) -> Finished:
-    finished = bench.run(spec, ordinal, name=name, **changes)
-    assert finished.last["type"] == "result", finished.log
-    return finished
-
-
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     """A language model that has learned to name the class of a text, beside an encoder that knows nothing."""
@@ -108,7 +102,7 @@ def test_a_job_goes_from_a_language_model_to_a_classifier(bench: Bench) -> None:
     ]
     spec = make_spec(stages, teacher=TEACHER, student={"kind": "pretrained", "model": "small"})
     for ordinal, stage in enumerate(spec["stages"]):
-        finished = run(bench, spec, ordinal)
+        finished = bench.succeed(spec, ordinal)
         bench.adopt(finished, ordinal, stage["kind"])
         if stage["kind"] == "answer":
             assert finished.last["summary"]["teacher_validation"]["accuracy"] > 0.9
@@ -133,7 +127,7 @@ def test_a_text_that_says_nothing_gets_no_label_more_than_another(bench: Bench) 
         spec = make_spec(
             [{"kind": "answer"}, {"kind": "distill"}], teacher=teacher, student={"kind": "pretrained", "model": "small"}
         )
-        finished = run(bench, spec, 0, "free")
+        finished = bench.succeed(spec, 0, "free")
     finally:
         path.write_text(rows)
     from safetensors.torch import load_file

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from tests import pico
-from tests.engine_bench import FAST, LABELS, Bench, Finished, contents, make_spec
+from tests.engine_bench import FAST, LABELS, Bench, contents, make_spec
 
 STUDENT = {"kind": "pretrained", "model": "other"}
 LONG = FAST | {"epochs": 20}  # what is learned is learned from nothing
@@ -24,24 +24,18 @@ def spec_of(stages: list[dict[str, Any]], **changes: Any) -> dict[str, Any]:
     return make_spec(stages, student=STUDENT, **changes)
 
 
-def run(bench: Bench, spec: dict[str, Any], ordinal: int, name: str = "", **changes: Any) -> Finished:
-    finished = bench.run(spec, ordinal, name=name, **changes)
-    assert finished.last["type"] == "result", finished.log
-    return finished
-
-
 @pytest.fixture(scope="module")
 def classifiers(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     """A fine-tuned teacher of three layers beside a student of one, to which every word has another id."""
     bench = Bench(tmp_path_factory.mktemp("classifiers")).lay()
     pico.write_model(bench.inputs / "base", num_layers=1, is_reversed=True)
-    bench.adopt(run(bench, spec_of([{"kind": "finetune", **FAST}]), 0, "teacher"), 0, "finetune")
+    bench.adopt(bench.succeed(spec_of([{"kind": "finetune", **FAST}]), 0, "teacher"), 0, "finetune")
     return bench
 
 
 def test_each_classifier_reads_texts_its_own_way(classifiers: Bench) -> None:
     stages = [{"kind": "finetune"}, {"kind": "distill", **LONG, "losses": [{"kind": "forward_kl"}]}]
-    finished = run(classifiers, spec_of(stages), 1)
+    finished = classifiers.succeed(spec_of(stages), 1)
     summary = finished.last["summary"]
     assert summary["teacher_validation"]["accuracy"] > 0.9
     assert summary["validation"]["accuracy"] > 0.9  # by the teacher's answers alone: these are to the same texts
@@ -59,7 +53,7 @@ def test_kept_answers_are_those_of_stock_transformers_and_spare_the_teacher(clas
     bench = classifiers.copy(tmp_path / "kept")
     stages = [{"kind": "finetune"}, {"kind": "answer"}, {"kind": "distill", **LONG, "losses": [{"kind": "forward_kl"}]}]
     spec = spec_of(stages)
-    kept = run(bench, spec, 1, "kept")
+    kept = bench.succeed(spec, 1, "kept")
     bench.adopt(kept, 1, "answer")
     teacher = AutoModelForSequenceClassification.from_pretrained(bench.inputs / "teacher").eval()
     tokenizer = AutoTokenizer.from_pretrained(bench.inputs / "teacher")
@@ -71,7 +65,7 @@ def test_kept_answers_are_those_of_stock_transformers_and_spare_the_teacher(clas
     for path in (bench.inputs / "teacher").iterdir():
         if path.suffix == ".safetensors":
             path.unlink()
-    heard = run(bench, spec, 2, "heard")
+    heard = bench.succeed(spec, 2, "heard")
     assert heard.last["summary"]["validation"]["accuracy"] > 0.9
     assert heard.last["summary"]["teacher_validation"] == kept.last["summary"]["teacher_validation"]
 
@@ -98,7 +92,7 @@ def test_a_language_model_with_more_logits_than_tokens_learns(tmp_path: Path, nu
     ]
     spec = spec_of(stages, task=LANGUAGE)
     for ordinal, stage in enumerate(spec["stages"]):
-        finished = run(bench, spec, ordinal, labels=[])
+        finished = bench.succeed(spec, ordinal, labels=[])
         bench.adopt(finished, ordinal, stage["kind"])
     rows = {row["name"]: row for row in finished.last["summary"]["models"]}
     assert 0 < rows["student"]["kl_to_teacher"] < 0.15
@@ -119,7 +113,7 @@ def test_a_language_model_with_other_tokens_is_refused(tmp_path: Path) -> None:
 def test_a_student_alone_needs_no_teacher(classifiers: Bench, tmp_path: Path) -> None:
     bench = classifiers.copy(tmp_path / "alone")
     shutil.rmtree(bench.inputs / "teacher")
-    finished = run(bench, spec_of([{"kind": "finetune", "of": "student", **LONG}]), 0, "alone")
+    finished = bench.succeed(spec_of([{"kind": "finetune", "of": "student", **LONG}]), 0, "alone")
     assert finished.last["summary"]["validation"]["accuracy"] > 0.9
     assert "student" in {path.name for path in finished.outputs.iterdir()}
     assert contents(finished.outputs)

@@ -1,10 +1,10 @@
 """Texts as one stream of tokens, in blocks of one length."""
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from core.errors import StageFailed
-from worker.engine.data import IGNORED, Batch
+from worker.engine.data import IGNORED, Batch, read_rows
 
 TOKENIZE_CHUNK = 1024
 CPU = torch.device("cpu")
@@ -124,23 +124,14 @@ def _read_chat(tokenizer: PreTrainedTokenizerBase, prompt: str, text: str) -> tu
 
 
 def _read_columns(path: Path, columns: dict[str, str]) -> tuple[list[str], list[str]]:
-    found: dict[str, list[str]] = {role: [] for role in columns}
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                for role, name in columns.items():
-                    if not isinstance(row[name], str):
-                        raise TypeError(f"found {row[name]!r:.100} in '{name}', not a text")
-                    found[role].append(row[name])
-            except (ValueError, KeyError, TypeError) as error:
-                message = f"{path.name}, line {number}: {type(error).__name__} {error}"
-                raise StageFailed("dataset_invalid", message) from error
-    if not found["text"]:
-        raise StageFailed("dataset_invalid", f"{path.name} has no rows.")
-    return found["text"], found.get("prompt", [])
+    def read(row: dict[str, Any]) -> dict[str, str]:
+        wrong = next((name for name in columns.values() if not isinstance(row[name], str)), None)
+        if wrong is not None:
+            raise TypeError(f"found {row[wrong]!r:.100} in '{wrong}', not a text")
+        return {role: row[name] for role, name in columns.items()}
+
+    rows = read_rows(path, read)
+    return [row["text"] for row in rows], [row["prompt"] for row in rows if "prompt" in row]
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, whole: bool) -> list[list[int]]:

@@ -243,10 +243,13 @@ COLUMNS = [
     Column("agreement, %", if_known("agreement", percent)),
     Column("texts/s", if_known("throughput_per_s", "{:.0f}".format)),
 ]
+SPEED_NOTE = (
+    "Latency: one text at a time, without padding, the models in turn. Throughput: batches of 32 sorted by length. "
+    "A warm-up comes first; tokenising is not timed."
+)
 NOTES = (
     "Intervals: percentile bootstrap over the test examples, 1,000 resamples, without the randomness of training.",
-    "Latency: one text at a time, without padding, the models in turn. Throughput: batches of 32 sorted by length. "
-    "A warm-up comes first; tokenising is not timed.",
+    SPEED_NOTE,
     "Agreement: share of test texts with the label that the teacher gives.",
 )
 

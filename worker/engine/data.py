@@ -3,10 +3,10 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from core.errors import StageFailed
 
 LENGTH_MULTIPLE = 8
 TOKENIZE_CHUNK = 4096
+T = TypeVar("T")
 IGNORED = -100  # the label of a place where nothing is to be found
 
 
@@ -151,25 +152,38 @@ class Encoded:
             yield self.batch(order[start : start + batch_size], device)
 
 
-def read_examples(path: Path, columns: dict[str, str], labels: list[str]) -> Examples:
-    """Returns the examples of a JSON Lines file. Raises StageFailed naming the line that does not fit."""
-    index_of = {label: index for index, label in enumerate(labels)}
-    texts, classes, pairs = [], [], []
+def read_rows(path: Path, read: Callable[[dict[str, Any]], T]) -> list[T]:
+    """Returns what `read` makes of each row of a JSON Lines file.
+
+    Raises:
+        StageFailed: `dataset_invalid` with the line of which `read` raises ValueError, KeyError or TypeError.
+    """
+    found = []
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-                texts.append(str(row[columns["text"]]))
-                pairs += [str(row[columns["pair"]])] if "pair" in columns else []
-                classes.append(index_of[str(row[columns["label"]])])
+                found.append(read(json.loads(line)))
             except (ValueError, KeyError, TypeError) as error:
                 message = f"{path.name}, line {number}: {type(error).__name__} {error}"
                 raise StageFailed("dataset_invalid", message) from error
-    if not texts:
+    if not found:
         raise StageFailed("dataset_invalid", f"{path.name} has no rows.")
-    return Examples(texts, classes, pairs or None)
+    return found
+
+
+def read_examples(path: Path, columns: dict[str, str], labels: list[str]) -> Examples:
+    """Returns the examples of a JSON Lines file. Raises StageFailed naming the line that does not fit."""
+    index_of = {label: index for index, label in enumerate(labels)}
+    names = [columns[role] for role in ("text", "pair") if role in columns]
+
+    def read(row: dict[str, Any]) -> tuple[list[str], int]:
+        return [str(row[name]) for name in names], index_of[str(row[columns["label"]])]
+
+    rows = read_rows(path, read)
+    texts, *pairs = ([found[place] for found, _ in rows] for place in range(len(names)))
+    return Examples(texts, [label for _, label in rows], pairs[0] if pairs else None)
 
 
 def encode(examples: Examples, tokenizer: PreTrainedTokenizerBase, names: list[str]) -> Encoded:
@@ -190,9 +204,14 @@ def encode(examples: Examples, tokenizer: PreTrainedTokenizerBase, names: list[s
         num_cut += sum(bool(encoding.overflowing) for encoding in chunk.encodings or [])
         for name in names:
             columns[name] += [np.array(ids, dtype=np.int32) for ids in chunk[name]]
-    pads = {"input_ids": tokenizer.pad_token_id, "attention_mask": 0, "token_type_ids": tokenizer.pad_token_type_id}
     labels_N = torch.tensor(examples.labels, dtype=torch.int64)
-    return Encoded(columns, {name: pads[name] for name in names}, labels_N, limit, num_cut, digest(examples))
+    return Encoded(columns, pad_values(tokenizer, names), labels_N, limit, num_cut, digest(examples))
+
+
+def pad_values(tokenizer: PreTrainedTokenizerBase, names: list[str]) -> dict[str, int]:
+    """Returns what inputs of these names are filled up with."""
+    pads = {"input_ids": tokenizer.pad_token_id, "attention_mask": 0, "token_type_ids": tokenizer.pad_token_type_id}
+    return {name: pads[name] for name in names}
 
 
 def digest(examples: Examples) -> str:

@@ -6,8 +6,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from worker.engine.scores import NUM_RESAMPLES
-
 Entity = tuple[str, int, int]  # kind, first word, last word
 Counts = NDArray[np.int64]  # right, predicted, labelled
 
@@ -47,18 +45,6 @@ def entity_f1(counts_3: Counts) -> float:
     """Returns F1 = 2 · right / (predicted + labelled); 0 without any."""
     right, predicted, labelled = (int(count) for count in counts_3)
     return 2 * right / (predicted + labelled) if predicted + labelled else 0.0
-
-
-def bootstrap_f1(counts_S3: Counts, confidence: float, seed: int) -> list[float]:
-    """Returns the interval of the F1: percentiles over resamples of the texts with replacement.
-
-    Source: Efron, Tibshirani 1993, "An Introduction to the Bootstrap", chapter 13.
-    """
-    rng, size = np.random.default_rng(seed), len(counts_S3)
-    values = [entity_f1(counts_S3[rng.integers(0, size, size)].sum(axis=0)) for _ in range(NUM_RESAMPLES)]
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(values, [tail, 1 - tail]).tolist()
-    return [low, high]
 
 
 def per_kind(labelled: Sequence[list[str]], predicted: Sequence[list[str]]) -> list[dict[str, Any]]:

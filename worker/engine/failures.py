@@ -28,7 +28,7 @@ def explain(error: BaseException) -> dict[str, Any]:
     """Returns the error report: reason, message, suggestion, and whether a retry can help."""
     for cause in _chain(error):
         if isinstance(cause, StageFailed):
-            return _report(cause.reason, cause.message, cause.suggestion, cause.can_retry)
+            return {"type": "error", **cause.report()}
         if is_out_of_memory(cause):
             return _report(
                 "out_of_memory",

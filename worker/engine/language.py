@@ -23,6 +23,7 @@ from worker.engine.loading import load_language_model, save_language_model
 from worker.engine.measuring import count_bytes, time_singles
 from worker.engine.rendering import percent
 from worker.engine.runtimes import Forward
+from worker.engine.scores import bootstrap_sums
 from worker.engine.tasks import Kept, Scores
 from worker.engine.teaching import AnswersKept, AnswersOnline, Teaching, load_teacher
 from worker.kernels.divergences import forward_kl
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
 SAMPLED_ROWS = 1024
 CHECKED_TOKENS = 8
 SPEED_BLOCKS = 8
-NUM_RESAMPLES = 1000
 MAX_LOSS = 700.0  # whose exponential is still a number
 SAME_TOKENS = "Choose a student with the teacher's tokenizer; other tokens cannot be compared one by one."
 CPU = torch.device("cpu")
@@ -192,7 +192,7 @@ class LanguageModelling:
         rows = [
             {"name": name, "runtime": "torch"}
             | summarise(sums_BJ.sum(axis=0))
-            | {"perplexity_ci": bootstrap_perplexity(sums_BJ, settings.confidence, ctx.spec.seed)}
+            | {"perplexity_ci": bootstrap_sums(sums_BJ, _perplexity, settings.confidence, ctx.spec.seed)}
             | {"size_bytes": count_bytes(ctx.input(name)), "num_parameters": model.num_parameters()}
             | {"throughput_per_s": speed}
             | latency
@@ -289,17 +289,8 @@ def summarise(sums_J: NDArray[np.float64]) -> Row:
     return means | {"perplexity": math.exp(min(means["loss"], MAX_LOSS))}
 
 
-def bootstrap_perplexity(sums_BJ: NDArray[np.float64], confidence: float, seed: int) -> list[float]:
-    """Returns the perplexity's interval: percentiles over resamples of the blocks with replacement.
-
-    Source: Efron, Tibshirani 1993, "An Introduction to the Bootstrap", chapter 13.
-    """
-    rng, num_blocks = np.random.default_rng(seed), len(sums_BJ)
-    drawn = (sums_BJ[rng.integers(0, num_blocks, num_blocks)].sum(axis=0) for _ in range(NUM_RESAMPLES))
-    perplexities = [summarise(sums_J)["perplexity"] for sums_J in drawn]
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(perplexities, [tail, 1 - tail]).tolist()
-    return [low, high]
+def _perplexity(sums_J: NDArray[np.float64]) -> float:
+    return float(summarise(sums_J)["perplexity"])
 
 
 def _log_softmax(answer: Head | Tensor, rows: slice) -> Tensor:

@@ -1,5 +1,6 @@
 """Scores of predicted classes, with bootstrap confidence intervals."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -52,6 +53,20 @@ def bootstrap(
     tail = (1 - confidence) / 2
     low, high = np.quantile(values, [tail, 1 - tail], axis=0)
     return {name: (float(low[i]), float(high[i])) for i, name in enumerate(("accuracy", "macro_f1"))}
+
+
+def bootstrap_sums(
+    sums_NJ: NDArray[Any], statistic: Callable[[NDArray[Any]], float], confidence: float, seed: int
+) -> list[float]:
+    """Returns the interval of a statistic of sums over N units: percentiles over resamples of these with replacement.
+
+    Source: Efron, Tibshirani 1993, "An Introduction to the Bootstrap", chapter 13.
+    """
+    rng, size = np.random.default_rng(seed), len(sums_NJ)
+    values = [statistic(sums_NJ[rng.integers(0, size, size)].sum(axis=0)) for _ in range(NUM_RESAMPLES)]
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(values, [tail, 1 - tail]).tolist()
+    return [low, high]
 
 
 def _counts(labels_N: Indices, predicted_N: Indices, num_classes: int) -> tuple[Indices, Indices, Indices]:

@@ -10,13 +10,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoModelForTokenClassification, PreTrainedModel, PreTrainedTokenizerBase
 
-from worker.engine.classification import Classification
+from worker.engine.classification import SPEED_NOTE, Classification
 from worker.engine.data import Encoded
-from worker.engine.entities import bootstrap_f1, count_entities, entity_f1, per_kind, split_texts
+from worker.engine.entities import count_entities, entity_f1, per_kind, split_texts
 from worker.engine.evaluation import Card, Column, Measured, Quality, Row
 from worker.engine.inference import predict_logits
 from worker.engine.rendering import if_known, percent, percent_range
-from worker.engine.scores import accuracy
+from worker.engine.scores import accuracy, bootstrap_sums
 from worker.engine.tasks import Kept, Scores
 from worker.engine.teaching import load_teacher
 from worker.engine.words import Sentences, Words, encode_words, labels_of, read_sentences
@@ -87,7 +87,7 @@ class Tagging(Classification):
         counts_S3 = count_entities(labelled, predicted)
         return {
             "f1": entity_f1(counts_S3.sum(axis=0)),
-            "f1_ci": bootstrap_f1(counts_S3, settings.confidence, self.ctx.spec.seed),
+            "f1_ci": bootstrap_sums(counts_S3, entity_f1, settings.confidence, self.ctx.spec.seed),
             "accuracy": accuracy(labels_of(test).numpy(), predicted_N),
         }
 
@@ -118,8 +118,7 @@ COLUMNS = [
 NOTES = (
     "Entity F1: an entity is right only with its kind and both ends (CoNLL 2003). Words that were cut off count as O.",
     "Intervals: percentile bootstrap over the test texts, 1,000 resamples, without the randomness of training.",
-    "Latency: one text at a time, without padding, the models in turn. Throughput: batches of 32 sorted by length. "
-    "A warm-up comes first; tokenising is not timed.",
+    SPEED_NOTE,
     "Agreement: share of the test split's words with the tag that the teacher gives.",
 )
 

@@ -87,7 +87,8 @@ class Trainer:
         kept = self._best_state or (self.average.tensors if self.average else None)
         if kept is not None:
             self.model.load_state_dict(kept)
-        self.model.gradient_checkpointing_disable()
+        if self.settings.gradient_checkpointing:
+            self.model.gradient_checkpointing_disable()
         self.model.eval()
         return {
             "num_examples": len(self.train_data),

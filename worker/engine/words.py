@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from core.errors import StageFailed
-from worker.engine.data import IGNORED, TOKENIZE_CHUNK, Batch, Encoded
+from worker.engine.data import IGNORED, TOKENIZE_CHUNK, Batch, Encoded, pad_values, read_rows
 
 
 class Sentences(NamedTuple):
@@ -60,24 +59,15 @@ class Words(Encoded):
 def read_sentences(path: Path, columns: dict[str, str], labels: list[str]) -> Sentences:
     """Returns the sentences of a JSON Lines file. Raises StageFailed naming the line that does not fit."""
     index_of = {label: index for index, label in enumerate(labels)}
-    words: list[list[str]] = []
-    tags: list[list[int]] = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                words.append([str(word) for word in row[columns["tokens"]]])
-                tags.append([index_of[tag] for tag in row[columns["tags"]]])
-                if len(words[-1]) != len(tags[-1]):
-                    raise ValueError(f"{len(words[-1])} words have {len(tags[-1])} tags")
-            except (ValueError, KeyError, TypeError) as error:
-                message = f"{path.name}, line {number}: {type(error).__name__} {error}"
-                raise StageFailed("dataset_invalid", message) from error
-    if not words:
-        raise StageFailed("dataset_invalid", f"{path.name} has no rows.")
-    return Sentences(words, tags)
+
+    def read(row: dict[str, Any]) -> tuple[list[str], list[int]]:
+        words, tags = [str(word) for word in row[columns["tokens"]]], [index_of[tag] for tag in row[columns["tags"]]]
+        if len(words) != len(tags):
+            raise ValueError(f"{len(words)} words have {len(tags)} tags")
+        return words, tags
+
+    rows = read_rows(path, read)
+    return Sentences([words for words, _ in rows], [tags for _, tags in rows])
 
 
 def encode_words(sentences: Sentences, tokenizer: PreTrainedTokenizerBase, names: list[str]) -> Words:
@@ -98,11 +88,11 @@ def encode_words(sentences: Sentences, tokenizer: PreTrainedTokenizerBase, names
             numbers.append(first + np.array(list(found), dtype=np.int64))
             num_cut += bool(chunk.encodings[index].overflowing)
             first += len(words)
-    pads = {"input_ids": tokenizer.pad_token_id, "attention_mask": 0, "token_type_ids": tokenizer.pad_token_type_id}
-    pad_values = {name: pads[name] for name in names}
     sizes = [len(words) for words in sentences.words]
     tags_N = labels_of(sentences)
-    return Words(columns, pad_values, tags_N, limit, num_cut, digest_of(sentences), places, numbers, sizes)
+    return Words(
+        columns, pad_values(tokenizer, names), tags_N, limit, num_cut, digest_of(sentences), places, numbers, sizes
+    )
 
 
 def _first_pieces(word_ids: list[int | None]) -> dict[int, int]:

@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, JsonValue
 
-from core.methods import Problem, Teacher
+from core.methods import Api, Problem, Teacher
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -90,6 +90,10 @@ class OpenAI(Teacher):
         if self.max_cost is not None and not self.prompt_price + self.completion_price:
             problems.append(Problem("max_cost", "costs need prompt_price and completion_price; both are 0"))
         return problems
+
+    def api(self) -> Api:
+        """Returns the API's address and the name of its key."""
+        return Api(self.base_url, self.secret)
 
     def content(self) -> dict[str, Any]:
         """Returns the settings on which the answers depend."""
