@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -17,7 +18,7 @@ import httpx
 from stillhouse.connection import find_stack
 from stillhouse.embedded import EmbeddedPostgres, EmbeddedRedis
 from stillhouse.folders import make_folder, take_lock
-from stillhouse.processes import LocalError, port_is_free, tail
+from stillhouse.processes import LocalError, claim_port, tail
 from stillhouse.services import Program, Say, Service
 
 __all__ = ["AlreadyRunning", "EmbeddedPostgres", "EmbeddedRedis", "LocalError", "Options", "PortTaken", "Stack"]
@@ -59,6 +60,7 @@ class Stack:
     services: list[Service] = field(default_factory=list)
     stopping: bool = False
     _lock: IO[str] | None = None
+    _claim: socket.socket | None = None
 
     @property
     def data_dir(self) -> Path:
@@ -85,7 +87,7 @@ class Stack:
         make_folder(self.data_dir, 0o711)  # Postgres's user passes through it, and can't list it
         self._take_lock()
         try:
-            port = self._choose_port()  # first, so that a taken one costs nothing
+            port = self._claim_port()  # first, so that a taken one costs nothing
             for private in (self.logs, self.data_dir / "blobs"):
                 make_folder(private, 0o700)
             shutil.rmtree(self.data_dir / "staging", ignore_errors=True)  # what killed stages of a former life left
@@ -124,9 +126,10 @@ class Stack:
         while self.services:
             self.services[-1].server.stop()
             self.services.pop()
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        for held in (self._claim, self._lock):
+            if held is not None:
+                held.close()
+        self._claim = self._lock = None
 
     def kill(self) -> None:
         """Kills the programs at once, so that an orderly `stop()` under way has nothing left to wait for."""
@@ -202,16 +205,15 @@ class Stack:
         self.api_key = kept
         get_engine().dispose()
 
-    def _choose_port(self) -> int:
+    def _claim_port(self) -> int:
         host, asked = self.options.host, self.options.port
-        if asked is not None:
-            if not port_is_free(asked, host):
-                raise PortTaken(f"Port {asked} is taken. Choose another with --port, or leave --port out.")
-            return asked
-        for port in range(FIRST_PORT, FIRST_PORT + 1000):
-            if port_is_free(port, host):
+        for port in range(FIRST_PORT, FIRST_PORT + 1000) if asked is None else [asked]:
+            self._claim = claim_port(port, host)
+            if self._claim is not None:
                 return port
-        raise LocalError(f"No port from {FIRST_PORT} to {FIRST_PORT + 999} is free.")
+        if asked is None:
+            raise LocalError(f"No port from {FIRST_PORT} to {FIRST_PORT + 999} is free.")
+        raise PortTaken(f"Port {asked} is taken. Choose another with --port, or leave --port out.")
 
     def _start_programs(self, port: int) -> None:
         api = ["uvicorn", "app.main:app", "--host", self.options.host, "--port", str(port)]

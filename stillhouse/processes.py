@@ -120,17 +120,28 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def port_is_free(port: int, host: str = "127.0.0.1") -> bool:
-    """Tells whether a server could listen on the port now. Raises LocalError for an address that isn't ours."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
+def claim_port(port: int, host: str = "127.0.0.1") -> socket.socket | None:
+    """Returns a claim on a port on which a server could listen now, held until it is closed; None if it is taken.
+
+    The claim is the datagram port of that number: it leaves the port itself to the server, and two stacks that start at
+    once do not choose one port, though neither listens yet.
+
+    Raises:
+        LocalError: The address isn't ours.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    claim = socket.socket(family, socket.SOCK_DGRAM)
+    try:
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, port))
-        except OSError as error:
-            if error.errno in (errno.EADDRINUSE, errno.EACCES):
-                return False
-            raise LocalError(f"Cannot listen on '{host}': {error.strerror}. Choose an address with --host.") from error
-        return True
+        claim.bind((host, port))
+    except OSError as error:
+        claim.close()
+        if error.errno in (errno.EADDRINUSE, errno.EACCES):
+            return None
+        raise LocalError(f"Cannot listen on '{host}': {error.strerror}. Choose an address with --host.") from error
+    return claim
 
 
 def tail(path: Path, lines: int = 15) -> str:
