@@ -24,6 +24,7 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
+from core.datasets.reading import RowProblem as RowProblem
 from core.models.facts import ModelFacts as ModelFacts
 from core.models.refs import ModelRef as ModelRef
 
@@ -87,16 +88,25 @@ class Task(Method):
     """What the model is to do, and which columns of the data say so.
 
     `forms` names the exporters for its models; `shares_tokens` says whether tokens are what teacher and student choose
-    among.
+    among, and `gives_values` whether its models give numbers, where others give probabilities. `label_loss` is what is
+    learned from labels alone, and `stage_defaults` holds, by the kind of a stage, settings that a spec may leave out.
     """
 
     family: ClassVar[str] = "tasks"
     forms: ClassVar[tuple[str, ...]] = ("safetensors",)
     shares_tokens: ClassVar[bool] = False
+    gives_values: ClassVar[bool] = False
+    min_labels: ClassVar[int] = 0
+    label_loss: ClassVar[str] = "cross_entropy"
+    stage_defaults: ClassVar[dict[str, dict[str, Any]]] = {}
 
     def columns(self) -> dict[str, str]:
         """Returns the columns the data must have, by their role (`text`, `label`)."""
         raise NotImplementedError
+
+    def read_labels(self, row: dict[str, Any]) -> "tuple[list[RowProblem], list[str]]":  # noqa: ARG002
+        """Returns what is wrong with a row, and the labels that it names; a job's labels are those of its rows."""
+        return [], []
 
     def default_stages(self, teacher: "Teacher") -> list[dict[str, Any]]:
         """Returns the stages of a spec that names none: a model is fine-tuned first, another teacher asked."""
@@ -200,6 +210,7 @@ class Loss(Method):
 
     family: ClassVar[str] = "losses"
     needs_logits: ClassVar[bool] = False  # of the teacher, where distributions are not enough
+    compares: ClassVar[Literal["probabilities", "values", "both"]] = "probabilities"  # what the task's models give
 
     weight: Weight = 1.0
 
@@ -265,6 +276,7 @@ class Divergence(Loss):
 class FeatureLoss(Loss):
     """A distance between what layers of teacher and student compute; it has no kind of its own."""
 
+    compares: ClassVar[Literal["probabilities", "values", "both"]] = "both"
     needs_projections: ClassVar[bool] = False  # queries, keys and values, not only states
     needs_same: ClassVar[str | None] = None  # setting of both models' configs
     denominator: ClassVar[Literal["tokens", "examples"]] = "tokens"

@@ -151,5 +151,5 @@ def teach_classes(root: Path, prompt: str, words: dict[str, str]) -> Path:
         pairs = [{"prompt": prompt.format(text=row["text"]), "text": words[row["label"]].strip()} for row in rows]
         path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     task = {"kind": "causal_lm", "prompt": "prompt", "block_tokens": 32}
-    learn = {"kind": "finetune", "epochs": 30, "learning_rate": 5e-3, "batch_size": 4}
+    learn = {"kind": "finetune", "epochs": 30, "learning_rate": 2e-3, "batch_size": 4, "dropout": 0.0}
     return bench.succeed(make_spec([learn], task=task), labels=[]).outputs / "teacher"

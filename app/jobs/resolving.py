@@ -13,14 +13,12 @@ from urllib.parse import urlsplit
 
 from sqlalchemy.orm import Session
 
-from core.datasets.checking import check_row, check_tags, label_name
 from core.datasets.models import Dataset
-from core.datasets.reading import RowProblem
 from core.datasets.repository import find_dataset, list_dataset_names
 from core.errors import Gone, ModelInvalid, NotFound
 from core.jobs.repository import find_artifact, get_job
 from core.jobs.spec import JobSpec, ModelSource, spec_invalid
-from core.methods import SPLITS, Api, suggest
+from core.methods import SPLITS, Api, Task, suggest
 from core.models.facts import ModelFacts, read_facts
 from core.models.hub import resolve as resolve_hub
 from core.models.repository import files_of, find_model, get_manifest, list_model_names
@@ -158,8 +156,7 @@ def resolve(spec: JobSpec, sources: Sources) -> Plan:
     models, facts = describe_models(spec, sources, problems)
     counts = {role: _label_counts(spec, role, split, problems) for role, split in sources.splits.items()}
     labels = sorted(counts.get("train") or {})
-    if {"label", "tags"} & spec.task.columns().keys():
-        _check_labels(counts, problems)
+    _check_labels(spec.task, counts, problems)
     if problems:
         raise spec_invalid(problems)
     kept = ("sha256", "size_bytes", "num_rows", "dataset_id", "split")
@@ -244,38 +241,18 @@ def _label_counts(spec: JobSpec, role: str, split: dict[str, Any], problems: Pro
         _add(problems, f"data.{role}", f"'{split['ref']}' has no column '{name}'; {hint}, or set it in task")
     if missing:
         return None
-    if "tags" in columns:
-        tokens, tags = columns["tokens"], columns["tags"]
-        return _count_classes(role, split, tags, lambda row: _read_tags(row, tokens, tags), problems)
-    text, label = columns.get("text"), columns.get("label")
-    if text == split["text_column"] and label == split["label_column"]:
+    if "label" in columns and (columns["text"], columns["label"]) == (split["text_column"], split["label_column"]):
         return dict(split["label_counts"])
-    return _count_classes(role, split, label, lambda row: _read_label(row, text, label), problems)
+    return _count_labels(spec.task, role, split, problems)
 
 
-Read = tuple[list[RowProblem], list[str]]  # what is wrong with a row, and the classes that it names
-
-
-def _read_label(row: dict[str, Any], text: str | None, label: str | None) -> Read:
-    name = label_name(row.get(label)) if label else None
-    return check_row(row, text, label), [] if name is None else [name]
-
-
-def _read_tags(row: dict[str, Any], tokens: str, tags: str) -> Read:
-    wrong = check_tags(row, tokens, tags)
-    return wrong, [] if wrong else row[tags]
-
-
-def _count_classes(
-    role: str, split: dict[str, Any], column: str | None, read: Callable[[dict[str, Any]], Read], problems: Problems
-) -> dict[str, int] | None:
+def _count_labels(task: Task, role: str, split: dict[str, Any], problems: Problems) -> dict[str, int] | None:
     counts: Counter[str] = Counter()
     for number, row in _rows(split):
-        wrong, names = read(row)
+        wrong, names = task.read_labels(row)
         counts.update(names)
         if wrong or len(counts) > MAX_CLASSES:
-            many = f"'{column}' has more than {MAX_CLASSES:,} classes"
-            why = f"{wrong[0].field}: {wrong[0].message}" if wrong else many
+            why = f"{wrong[0].field}: {wrong[0].message}" if wrong else f"more than {MAX_CLASSES:,} labels"
             _add(problems, f"data.{role}", f"'{split['ref']}', row {number:,}, {why}")
             return None
     return dict(counts)
@@ -287,12 +264,13 @@ def _rows(split: dict[str, Any]) -> Iterator[tuple[int, dict[str, Any]]]:
             yield number, json.loads(line)
 
 
-def _check_labels(counts: dict[str, dict[str, int] | None], problems: Problems) -> None:
+def _check_labels(task: Task, counts: dict[str, dict[str, int] | None], problems: Problems) -> None:
     train = counts.get("train")
     if train is None:
         return
-    if len(train) < 2:
-        _add(problems, "data.train", "the split has one class only; a classifier needs at least two")
+    if len(train) < task.min_labels:
+        named = ", ".join(f"'{label[:80]}'" for label in train) or "none"
+        _add(problems, "data.train", f"a {task.kind} needs at least {task.min_labels} labels; the split has {named}")
     for role, found in counts.items():
         unknown = sorted(set(found or ()) - set(train))
         if unknown:

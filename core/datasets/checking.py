@@ -15,6 +15,7 @@ from core.settings import get_settings
 from core.storage import BlobWriter
 
 MAX_DETAILS = 20
+MAX_VALUE = 1e9
 MAX_CLASSES = 10_000
 MAX_COLUMNS = 1_000
 MAX_REMEMBERED_TEXTS = 500_000
@@ -95,7 +96,9 @@ def check_row(row: dict[str, Any], text: str | None, label: str | None) -> list[
         )
     if label in row and label_name(row[label]) is None:
         found = "an empty label" if row[label] == "" else f"{_type_name(row[label])} as label"
-        problems.append(RowProblem(f"found {found}; write a string or an integer", label or ""))
+        hint = {list: "; several labels go into a column 'labels'", float: "; a number to learn goes into 'value'"}
+        other = hint.get(type(row[label]), "")
+        problems.append(RowProblem(f"found {found}; write a string or an integer{other}", label or ""))
     return problems
 
 
@@ -111,6 +114,27 @@ def check_tags(row: dict[str, Any], tokens: str, tags: str) -> list[RowProblem]:
     if wrong is not None:
         return [RowProblem(f"found {wrong!r:.60}; a tag is 'O', 'B-kind' or 'I-kind'", tags)]
     return []
+
+
+def check_labels(row: dict[str, Any], labels: str) -> list[RowProblem]:
+    """Returns what is wrong with the labels of a row, which may have none."""
+    given = row.get(labels)
+    if not isinstance(given, list):
+        return [RowProblem(f"found {_type_name(given)}; write the labels as a list of strings, [] for none", labels)]
+    wrong = next((label for label in given if not isinstance(label, str) or label_name(label) is None), None)
+    if wrong is not None:
+        return [RowProblem(f"found {wrong!r:.60}; a label is a string that is not empty", labels)]
+    twice = next((label for label in given if given.count(label) > 1), None)
+    return [] if twice is None else [RowProblem(f"the label '{twice:.60}' is there twice; name it once", labels)]
+
+
+def check_value(row: dict[str, Any], value: str) -> list[RowProblem]:
+    """Returns what is wrong with the number of a row."""
+    given = row.get(value)
+    is_number = isinstance(given, int | float) and not isinstance(given, bool) and abs(given) <= MAX_VALUE
+    if is_number:
+        return []
+    return [RowProblem(f"found {given!r:.60}; write a number between -1e9 and 1e9, without quotes", value)]
 
 
 def label_name(value: Any) -> str | None:

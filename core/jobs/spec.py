@@ -6,7 +6,7 @@ import re
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import yaml
-from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from core.errors import SpecInvalid
@@ -106,6 +106,15 @@ class JobSpec(StrictModel):
                 "metadata", "a key has 1 to 64 characters, a value at most 512, and neither holds a NUL", {}
             )
         return value
+
+    @field_validator("stages", mode="before")
+    @classmethod
+    def _fill_in(cls, value: Any, info: ValidationInfo) -> Any:
+        """Adds what the task sets where a stage leaves it out."""
+        known = info.data["task"].stage_defaults if "task" in info.data else {}
+        if not known or not isinstance(value, list):
+            return value
+        return [{**known.get(str(s.get("kind")), {}), **s} if isinstance(s, dict) else s for s in value]
 
     def digest(self) -> str:
         """Returns the sha256 of the normalised spec."""

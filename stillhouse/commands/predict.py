@@ -19,7 +19,7 @@ def predict(
     top: Annotated[int, typer.Option(min=1, help="How many labels to show of each text.")] = 1,
     as_json: Json = False,
 ) -> None:
-    """Classify texts with a downloaded ONNX model. No server is needed.
+    """Give texts labels, or a number, with a downloaded ONNX model. No server is needed.
 
     stillhouse predict build/tickets/onnx_int8 "my parcel is late"
     cat tickets.txt | stillhouse predict build/tickets/onnx_int8 --top 3 --json
@@ -36,10 +36,10 @@ def predict(
     if as_json:
         print_json(
             [
-                {"text": text, "labels": [{"label": label, "probability": p} for label, p in labels]}
+                {"text": text, "labels": [{"label": label, classifier.gives: p} for label, p in labels]}
                 for text, labels in found
             ]
         )
         return
-    rows = [(label, f"{probability:.3f}", text) for text, labels in found for label, probability in labels]
-    print_table(("LABEL", "PROBABILITY", "TEXT"), rows, "No text.")
+    rows = [(label, f"{number:.3f}", text) for text, labels in found for label, number in labels]
+    print_table(("LABEL", classifier.gives.upper(), "TEXT"), rows, "No text.")

@@ -85,6 +85,7 @@ ORACLES: dict[str, Oracle] = {
             dtype=z.dtype,
         )
     ),
+    "squared_error": lambda loss, z, u, y: F.mse_loss(z[:, 0], y.to(z.dtype), reduction="none"),
     "logit_mse": lambda loss, z, u, y: F.mse_loss(
         *(x - x.mean(-1, keepdim=True) if loss.centred else x for x in (z, u)), reduction="none"
     ).mean(-1),
@@ -104,7 +105,8 @@ SWITCHES: list[tuple[str, dict[str, Any]]] = [
     ("total_variation", {"temperature": 3.0, "temperature_scaling": False}),
     ("logit_mse", {"centred": False}),
 ]
-NOT_ZERO_AT_EQUALITY = {"cross_entropy", "soft_cross_entropy"}
+OF_VALUES = {kind for kind, loss in LOSSES.items() if loss.compares == "values"}
+NOT_ZERO_AT_EQUALITY = {"cross_entropy", "soft_cross_entropy"} | OF_VALUES
 WEIGHTS_WITHOUT_GRADIENT = {"adaptive_kl"}  # differences of its values see its weights move
 
 
@@ -170,13 +172,18 @@ def test_switches_reach_the_computation(kind: str, switches: dict[str, Any]) -> 
     torch.testing.assert_close(built(kind, **switches)(*inputs), ORACLES[kind](method, *inputs))
 
 
-@every_loss
+@pytest.mark.parametrize("kind", sorted(set(LOSSES) - OF_VALUES))
 def test_it_does_not_see_a_shift_or_the_order_of_the_classes(kind: str) -> None:
     z_BC, u_BC, labels_B = (tensor.detach() for tensor in draw())
     loss, order = built(kind), torch.tensor([6, 2, 0, 5, 1, 3, 4])
     found_B = loss(z_BC, u_BC, labels_B)
     torch.testing.assert_close(loss(z_BC + 7, u_BC - 5, labels_B), found_B)
     torch.testing.assert_close(loss(z_BC[:, order], u_BC[:, order], order.argsort()[labels_B]), found_B)
+
+
+def test_a_single_number_is_compared_as_it_is() -> None:
+    z_B1, u_B1 = torch.tensor([[1.0], [3.0]]), torch.tensor([[1.5], [0.0]])
+    assert built("logit_mse")(z_B1, u_B1, torch.zeros(2)).tolist() == [0.25, 9.0]
 
 
 @pytest.mark.parametrize("kind", sorted(set(LOSSES) - NOT_ZERO_AT_EQUALITY))

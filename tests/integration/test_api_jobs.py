@@ -218,29 +218,50 @@ def test_a_teachers_api_must_be_allowed_and_its_secret_stored(api: Api) -> None:
     assert api("DELETE", f"/v1/jobs/{job['id']}").status_code == 204
 
 
-BAD_TAGS = [
-    ({"tokens": ["a", "b"], "tags": ["O"]}, "tags: found 1 tags for 2 words"),
-    ({"tokens": "a b", "tags": ["O", "O"]}, "tokens: write the words as a list"),
-    ({"tokens": ["a"], "tags": ["LOC"]}, "a tag is 'O', 'B-kind' or 'I-kind'"),
-    ({"tokens": ["a"], "tags": "O"}, "tags: found string for 1 words"),
+GOOD = {
+    "token_classification": [
+        {"tokens": ["in", "Paris"], "tags": ["O", "B-place"]},
+        {"tokens": ["New", "York"], "tags": ["B-place", "I-place"]},
+    ],
+    "multi_label_classification": [{"text": "a", "labels": ["late", "paid"]}, {"text": "b", "labels": []}],
+    "text_regression": [{"text": "a", "value": 1.5}, {"text": "b", "value": 2}],
+}
+LABELS = {
+    "token_classification": ["B-place", "I-place", "O"],
+    "multi_label_classification": ["late", "paid"],
+    "text_regression": ["value"],
+}
+BAD_ROWS = [
+    ("token_classification", {"tokens": ["a", "b"], "tags": ["O"]}, "tags: found 1 tags for 2 words"),
+    ("token_classification", {"tokens": "a b", "tags": ["O", "O"]}, "tokens: write the words as a list"),
+    ("token_classification", {"tokens": ["a"], "tags": ["LOC"]}, "a tag is 'O', 'B-kind' or 'I-kind'"),
+    ("token_classification", {"tokens": ["a"], "tags": "O"}, "tags: found string for 1 words"),
+    ("multi_label_classification", {"text": "c", "labels": "late"}, "labels: found string; write the labels as a list"),
+    ("multi_label_classification", {"text": "c", "labels": [1]}, "labels: found 1; a label is a string"),
+    (
+        "multi_label_classification",
+        {"text": "c", "labels": ["late", "late"]},
+        "labels: the label 'late' is there twice",
+    ),
+    ("text_regression", {"text": "c", "value": "1.5"}, "value: found '1.5'; write a number"),
+    ("text_regression", {"text": "c", "value": True}, "value: found True; write a number"),
+    ("text_regression", {"text": "c", "value": 1e12}, "value: found 1000000000000.0; write a number between"),
 ]
 
 
-def test_tags_are_counted_and_checked_at_submit(api: Api) -> None:
+@pytest.mark.parametrize("kind", GOOD)
+def test_labels_are_found_and_rows_checked_at_submit(api: Api, kind: str) -> None:
     api.push_model()
-    good = [
-        {"tokens": ["in", "Paris"], "tags": ["O", "B-place"]},
-        {"tokens": ["New", "York"], "tags": ["B-place", "I-place"]},
-    ]
-    assert api.push_dataset("places", {"train": jsonl(good), "test": jsonl(good)}).status_code == 201
-    data = {"train": "places/train", "test": "places/test"}
-    spec = api.spec(task={"kind": "token_classification"}, data=data)
+    good = GOOD[kind]
+    assert api.push_dataset("good", {"train": jsonl(good), "test": jsonl(good)}).status_code == 201
+    data = {"train": "good/train", "test": "good/test"}
+    spec = api.spec(task={"kind": kind}, data=data)
     answer = api("POST", "/v1/jobs", json=spec)
     assert answer.status_code == 202, answer.text
-    assert answer.json()["inputs"]["labels"] == ["B-place", "I-place", "O"]
-    for number, (row, hint) in enumerate(BAD_TAGS):
+    assert answer.json()["inputs"]["labels"] == LABELS[kind]
+    for number, (_, row, hint) in enumerate(bad for bad in BAD_ROWS if bad[0] == kind):
         api.push_dataset(f"bad{number}", {"train": jsonl([*good, row]), "test": jsonl(good)})
-        data = {"train": f"bad{number}/train", "test": "places/test"}
+        data = {"train": f"bad{number}/train", "test": "good/test"}
         [detail] = api("POST", "/v1/jobs", json=spec | {"data": data}).json()["error"]["details"]
         assert detail["field"] == "data.train"
         assert "row 3" in detail["message"]

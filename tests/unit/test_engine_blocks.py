@@ -12,7 +12,6 @@ from transformers import PreTrainedTokenizerBase
 from core.errors import StageFailed
 from tests import pico
 from worker.engine.blocks import Blocks, read_stream
-from worker.engine.data import IGNORED
 from worker.engine.loading import load_tokenizer
 
 CPU = torch.device("cpu")
@@ -41,8 +40,7 @@ def test_prompts_are_read_and_not_learned(tmp_path: Path, tokenizer: PreTrainedT
     batch = Blocks(ids, is_learned, 64).batch(np.array([0]), CPU)
     pairs = [
         (tokenizer.convert_ids_to_tokens(int(seen)), tokenizer.convert_ids_to_tokens(int(label)))
-        for seen, label in zip(batch.inputs["input_ids"][0], batch.labels[0], strict=True)
-        if label != IGNORED
+        for seen, label in zip(batch.inputs["input_ids"][batch.is_row], batch.row_labels, strict=True)
     ]
     assert pairs == [("is", "late"), ("late", "<end>"), ("refund", "paid"), ("paid", "back"), ("back", "<end>")]
 

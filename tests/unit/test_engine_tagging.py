@@ -19,9 +19,9 @@ from stillhouse.classifier import Classifier
 from stillhouse.errors import InvalidInput
 from tests import pico
 from tests.engine_bench import Bench, Finished, make_spec
-from worker.engine.data import IGNORED
-from worker.engine.entities import count_entities, entity_f1, find_entities
+from worker.engine.entities import count_entities, find_entities
 from worker.engine.loading import load_tokenizer
+from worker.engine.scores import f1_of
 from worker.engine.words import Sentences, encode_words, read_sentences
 
 WNUT = Path(__file__).parents[3] / "shared" / "data" / "wnut17"
@@ -37,7 +37,7 @@ def test_entities_and_their_f1_are_those_of_seqeval(texts: list[list[tuple[str, 
     labelled, predicted = ([[pair[side] for pair in text] for text in texts] for side in (0, 1))
     for tags in labelled:
         assert find_entities(tags) == set(get_entities(tags))
-    found = entity_f1(count_entities(labelled, predicted).sum(axis=0))
+    found = f1_of(count_entities(labelled, predicted).sum(axis=0))
     with np.errstate(all="ignore"):
         assert found == pytest.approx(f1_score(labelled, predicted, zero_division=0))
 
@@ -54,7 +54,7 @@ def test_a_row_is_a_words_first_piece(tmp_path: Path) -> None:
     assert batch.row_labels.tolist() == [1] * 5 + [0, 1, 2, 0]
     places = batch.is_row.nonzero()[:, 1].tolist()
     assert places == [1, 2, 3, 4, 5, 1, 2, 3, 4]
-    assert (batch.labels[:, 0] == IGNORED).all()
+    assert (batch.rows[:, 0] == -1).all()
     assert split.is_seen.tolist() == [True] * 10 + [False] * 4
 
 

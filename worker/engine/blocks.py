@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from core.errors import StageFailed
-from worker.engine.data import IGNORED, Batch, read_rows
+from worker.engine.data import Batch, read_rows
 
 TOKENIZE_CHUNK = 1024
 CPU = torch.device("cpu")
@@ -45,9 +45,10 @@ class Blocks:
         is_there_BT = places_BT < self.num_places
         places_BT = np.where(is_there_BT, places_BT, 0)
         is_row_BT = is_there_BT & self.is_learned_S[places_BT + 1]
-        ids_BT = torch.from_numpy(self.ids_S[places_BT].astype(np.int64))
-        labels_BT = torch.from_numpy(np.where(is_row_BT, self.ids_S[places_BT + 1], IGNORED).astype(np.int64))
-        return Batch({"input_ids": ids_BT.to(device)}, labels_BT.to(device), torch.from_numpy(places_BT))
+        seen = (self.ids_S[places].astype(np.int64) for places in (places_BT, places_BT + 1))
+        ids_BT, labels_BT = (torch.from_numpy(ids) for ids in seen)
+        rows_BT = torch.from_numpy(np.where(is_row_BT, places_BT, -1))
+        return Batch({"input_ids": ids_BT.to(device)}, labels_BT.to(device), rows_BT)
 
     def single(self, row: int) -> dict[str, Tensor]:
         """Returns the inputs of one block, a batch of one."""

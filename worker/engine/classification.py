@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from worker.engine.loading import (
 from worker.engine.measuring import answer_all, count_bytes, time_singles
 from worker.engine.rendering import if_known, percent, percent_range
 from worker.engine.runtimes import Forward, open_model
-from worker.engine.scores import accuracy, bootstrap, macro_f1, per_class
+from worker.engine.scores import accuracy, bootstrap, macro_f1, per_class, same_first
 from worker.engine.tasks import Kept, Scores
 from worker.engine.teaching import AnswersAhead, AnswersKept, AnswersOnline, Masking, Teaching, load_teacher
 
@@ -46,13 +46,17 @@ class Classification:
 
     headline = "accuracy"
     auto_class: Any = AutoModelForSequenceClassification
+    problem_type: str | None = "single_label_classification"  # what stock `transformers` is told of it
 
     def __init__(self, ctx: "StageContext", columns: dict[str, str]) -> None:
         self.ctx, self.columns, self.labels = ctx, columns, ctx.labels
+        self.index_of = {label: index for index, label in enumerate(self.labels)}
 
     def load_model(self, folder: Path, **options: Any) -> PreTrainedModel:
         """Returns the folder's classifier over this job's labels."""
         model = load_classifier(folder, self.labels, self.auto_class, **options)
+        if self.problem_type:
+            model.config.problem_type = self.problem_type
         if model.has_new_head:
             log.info("%s has no head for these %d classes and gets a new one", folder.name, len(self.labels))
         return model
@@ -62,12 +66,20 @@ class Classification:
         save_classifier(model, tokenizer, self.labels, folder)
 
     def read(self, path: Path) -> Any:
-        """Returns a split's texts and classes."""
-        return read_examples(path, self.columns, self.labels)
+        """Returns a split's texts and what is to be found of them."""
+        return read_examples(path, self.columns, self.read_label)
+
+    def read_label(self, row: dict[str, Any]) -> Any:
+        """Returns the class of a row."""
+        return self.index_of[str(row[self.columns["label"]])]
+
+    def labels_of(self, examples: Any) -> Tensor:
+        """Returns what is to be found of each row, labels_N."""
+        return torch.tensor(examples.labels, dtype=torch.int64)
 
     def tokenise(self, examples: Any, tokenizer: PreTrainedTokenizerBase, names: list[str]) -> Encoded:
         """Returns examples as a model reads them that takes inputs of these names."""
-        return encode(examples, tokenizer, names)
+        return encode(examples, tokenizer, names, self.labels_of(examples))
 
     def encode(
         self, path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int
@@ -83,8 +95,7 @@ class Classification:
 
     def answer(self, model: PreTrainedModel, batch: Batch) -> Tensor:
         """Returns the logits of each row."""
-        logits_NC: Tensor = model(**batch.inputs).logits[batch.is_row]
-        return logits_NC
+        return batch.row_logits(model(**batch.inputs).logits)
 
     def score(self, model: PreTrainedModel, data: Encoded, between: Callable[[], None]) -> Scores:
         """Returns accuracy, macro-F1 and cross entropy."""
@@ -105,6 +116,10 @@ class Classification:
     def logits(self, model: PreTrainedModel, data: Encoded, between: Callable[[], None]) -> Tensor:
         """Returns the logits of every row, in the order of the split."""
         return predict_logits(model, data, between, SAMPLE_BATCH)
+
+    def agreement(self, logits_NC: Tensor, others_NC: Tensor) -> float:
+        """Returns the share of rows that get the same class."""
+        return same_first(logits_NC, others_NC)
 
     def rank(self, scores: Scores) -> tuple[float, ...]:
         """Returns the accuracy, and among equals the smaller loss."""
@@ -144,7 +159,7 @@ class Classification:
                 log.info("the teacher answered %d texts of %s", len(answers[split]), split)
         scores = None
         if "validation" in found:
-            scores = self._score(answers["validation"], torch.tensor(found["validation"].labels))
+            scores = self._score(answers["validation"], self.labels_of(found["validation"]))
         tensors = {"logits": answers["train"]} | {name: answers[name] for name in ("test",) if name in answers}
         num_rows = {split: len(examples.texts) for split, examples in found.items()}
         return Kept(tensors, digest(found["train"]), scores, {"num_rows": num_rows})
@@ -165,28 +180,28 @@ class Classification:
         ctx = self.ctx
         test = self.read(ctx.get_split("test"))
         names = list_candidates(ctx)
-        rows, answers, timed = [], {}, []
+        found = {}
         for index, name in enumerate(names):
             ctx.progress(index, len(names) + 1)
-            row, answers[name], model = self._measure_one(settings, name, test)
-            rows.append(row)
-            timed.append(model)
+            found[name] = self._measure_one(settings, name, test)
         ctx.progress(len(names), len(names) + 1)
+        timed = [(one.forward, one.data) for one in found.values()]
         latencies = time_singles(timed, settings.latency_samples, ctx.check_stop)
         ctx.progress(len(names) + 1, len(names) + 1)
-        rows = [row | latency for row, latency in zip(rows, latencies, strict=True)]
+        rows = [one.row | latency for one, latency in zip(found.values(), latencies, strict=True)]
+        answers = {name: one.logits_NC for name, one in found.items()}
         if not ctx.spec.teacher.is_model and ctx.has_input("answers"):
             heard_NC = AnswersKept(ctx.input("answers")).test_logits
             if heard_NC is not None:
-                answers["teacher"] = heard_NC.argmax(dim=-1).numpy()
-                known = {"name": "teacher", "runtime": "answers", **self.assess(settings, test, answers["teacher"])}
-                rows.insert(0, known | dict.fromkeys(COSTS))
+                answers["teacher"] = heard_NC
+                known = {"name": "teacher", "runtime": "answers"} | dict.fromkeys(COSTS)
+                rows.insert(0, known | self.assess(settings, test, heard_NC.argmax(-1).numpy()))
         for row in rows:
-            agrees = "teacher" in answers
-            row["agreement"] = float((answers[row["name"]] == answers["teacher"]).mean()) if agrees else None
-        return self.describe(test, rows, answers["student"])
+            heard = answers.get("teacher")
+            row["agreement"] = None if heard is None else self.agreement(answers[row["name"]], heard)
+        return self.describe(test, rows, found["student"].predicted_N)
 
-    def describe(self, test: Any, rows: list[Row], student_N: NDArray[np.int64]) -> Measured:
+    def describe(self, test: Any, rows: list[Row], student_N: NDArray[Any]) -> Measured:
         """Returns what was measured, with how to show it; `student_N` are the classes that the student gives."""
         return Measured(
             num_examples=len(test.texts),
@@ -195,18 +210,16 @@ class Classification:
             quality=Quality("accuracy", "accuracy, %", 100),
             card=Card("classifier_card.md.j2", "text-classification", _card_metrics),
             notes=NOTES,
-            details={"per_class": per_class(np.array(test.labels, dtype=np.int64), student_N, self.labels)},
+            details={"per_class": per_class(self.labels_of(test).numpy(), student_N, self.labels)},
         )
 
-    def _measure_one(
-        self, settings: "Evaluate", name: str, test: Any
-    ) -> tuple[dict[str, Any], NDArray[np.int64], tuple[Forward, Encoded]]:
-        """Returns one row of the main table without latency, the predicted classes, and what to time."""
+    def _measure_one(self, settings: "Evaluate", name: str, test: Any) -> "Candidate":
+        """Returns a model with one row of the main table, all but the latency."""
         ctx, folder, tokenizer = self.ctx, self.ctx.input(name), self.ctx.load_tokenizer(name)
         model = open_model(folder, self.load_model, tokenizer, ctx.num_threads)
         data = self.tokenise(test, tokenizer, model.input_names)
-        found = answer_all(model.forward, data, len(self.labels), ctx.check_stop)
-        predicted_N = self.choose(torch.from_numpy(found.logits_NC), data)
+        found = answer_all(model.forward, data, ctx.check_stop)
+        predicted_N = self.choose(found.logits_NC, data)
         row = {
             "name": name,
             "runtime": model.runtime,
@@ -215,16 +228,16 @@ class Classification:
             "num_parameters": model.num_parameters,
             "throughput_per_s": found.throughput_per_s,
         }
-        return row, predicted_N, (model.forward, data)
+        return Candidate(row, found.logits_NC, predicted_N, model.forward, data)
 
-    def choose(self, logits_NC: Tensor, data: Encoded) -> NDArray[np.int64]:  # noqa: ARG002
+    def choose(self, logits_NC: Tensor, data: Encoded) -> NDArray[Any]:  # noqa: ARG002
         """Returns the class that each row gets."""
         predicted_N: NDArray[np.int64] = logits_NC.argmax(dim=-1).numpy()
         return predicted_N
 
-    def assess(self, settings: "Evaluate", test: Any, predicted_N: NDArray[np.int64]) -> Row:
+    def assess(self, settings: "Evaluate", test: Any, predicted_N: NDArray[Any]) -> Row:
         """Returns how good predictions for the test split are, with intervals."""
-        labels_N, num_classes = np.array(test.labels, dtype=np.int64), len(self.labels)
+        labels_N, num_classes = self.labels_of(test).numpy(), len(self.labels)
         intervals = bootstrap(labels_N, predicted_N, num_classes, settings.confidence, self.ctx.spec.seed)
         return {
             "accuracy": accuracy(labels_N, predicted_N),
@@ -232,6 +245,16 @@ class Classification:
             "macro_f1": macro_f1(labels_N, predicted_N, num_classes),
             "macro_f1_ci": list(intervals["macro_f1"]),
         }
+
+
+class Candidate(NamedTuple):
+    """A measured model: its row, what it answered, and what to time."""
+
+    row: Row
+    logits_NC: Tensor
+    predicted_N: NDArray[Any]
+    forward: Forward
+    data: Encoded
 
 
 COSTS = ("size_bytes", "num_parameters", "throughput_per_s", "latency_p50_ms", "latency_p95_ms")

@@ -18,14 +18,13 @@ from core.errors import StageFailed
 LENGTH_MULTIPLE = 8
 TOKENIZE_CHUNK = 4096
 T = TypeVar("T")
-IGNORED = -100  # the label of a place where nothing is to be found
 
 
 class Examples(NamedTuple):
-    """The texts of a split, second texts if it has pairs, and their classes, as indices into the job's labels."""
+    """The texts of a split, second texts if it has pairs, and what is to be found of each: as a class, its index."""
 
     texts: list[str]
-    labels: list[int]
+    labels: list[Any]
     pairs: list[str] | None = None
 
     def head(self, count: int) -> "Examples":
@@ -47,10 +46,10 @@ def fill(prompt: str, values: dict[str, str]) -> str:
 
 
 class Batch(NamedTuple):
-    """Inputs `{name: ids_BT}`, and the class that is to be found, of each example or of each token.
+    """Inputs `{name: ids_BT}`, and what is to be found: a class or a value an example, or a class a token or a label.
 
-    `labels` is labels_B or labels_BT; where it is not IGNORED is a row. `rows`, of the same shape and on the processor,
-    is the number that each row has in the whole split.
+    `labels` is labels_B, labels_BT or labels_BC. `rows`, of the same shape and on the processor, is the number that
+    each row has in the whole split, and -1 where there is none.
     """
 
     inputs: dict[str, Tensor]
@@ -59,18 +58,27 @@ class Batch(NamedTuple):
 
     @property
     def is_row(self) -> Tensor:
-        """Where a class is to be found."""
-        return self.labels != IGNORED
+        """Where something is to be found."""
+        return (self.rows >= 0).to(self.labels.device)
 
     @property
     def row_labels(self) -> Tensor:
-        """The classes of the rows."""
+        """What is to be found of the rows."""
         return self.labels[self.is_row]
 
     @property
     def row_numbers(self) -> Tensor:
         """The numbers of the rows."""
-        return self.rows[self.is_row.to(self.rows.device)]
+        return self.rows[self.rows >= 0]
+
+    def row_logits(self, logits: Tensor) -> Tensor:
+        """Returns the rows of what a model answers, logits_NC.
+
+        Where it answers a row with a single number z, as whether a label fits, these are 0 for no and z for yes, whose
+        softmax is the sigmoid of z.
+        """
+        found = logits[(self.rows >= 0).to(logits.device)]
+        return found if found.dim() > 1 else torch.stack([torch.zeros_like(found), found], dim=-1)
 
     def parts(self, size: int) -> Iterator["Batch"]:
         """Yields the batch in parts of at most so many examples."""
@@ -96,7 +104,7 @@ class Encoded:
 
     @property
     def num_rows(self) -> int:
-        """Places with a class, which is one a text."""
+        """Places where something is to be found, one a text."""
         return len(self.labels_N)
 
     def digest(self) -> str:
@@ -173,21 +181,22 @@ def read_rows(path: Path, read: Callable[[dict[str, Any]], T]) -> list[T]:
     return found
 
 
-def read_examples(path: Path, columns: dict[str, str], labels: list[str]) -> Examples:
-    """Returns the examples of a JSON Lines file. Raises StageFailed naming the line that does not fit."""
-    index_of = {label: index for index, label in enumerate(labels)}
+def read_examples(path: Path, columns: dict[str, str], read_label: Callable[[dict[str, Any]], Any]) -> Examples:
+    """Returns the examples of a JSON Lines file. Raises StageFailed naming the line that does not fit.
+
+    Args:
+        path: The file.
+        columns: The columns by role.
+        read_label: Gives what is to be found of a row; may raise ValueError, KeyError or TypeError.
+    """
     names = [columns[role] for role in ("text", "pair") if role in columns]
-
-    def read(row: dict[str, Any]) -> tuple[list[str], int]:
-        return [str(row[name]) for name in names], index_of[str(row[columns["label"]])]
-
-    rows = read_rows(path, read)
+    rows = read_rows(path, lambda row: ([str(row[name]) for name in names], read_label(row)))
     texts, *pairs = ([found[place] for found, _ in rows] for place in range(len(names)))
     return Examples(texts, [label for _, label in rows], pairs[0] if pairs else None)
 
 
-def encode(examples: Examples, tokenizer: PreTrainedTokenizerBase, names: list[str]) -> Encoded:
-    """Returns the split tokenised, each text cut at the tokenizer's `model_max_length`."""
+def encode(examples: Examples, tokenizer: PreTrainedTokenizerBase, names: list[str], labels_N: Tensor) -> Encoded:
+    """Returns the split tokenised, each text cut at the tokenizer's `model_max_length`; `labels_N` are of its rows."""
     limit = tokenizer.model_max_length
     columns: dict[str, list[np.ndarray]] = {name: [] for name in names}
     num_cut = 0
@@ -204,7 +213,6 @@ def encode(examples: Examples, tokenizer: PreTrainedTokenizerBase, names: list[s
         num_cut += sum(bool(encoding.overflowing) for encoding in chunk.encodings or [])
         for name in names:
             columns[name] += [np.array(ids, dtype=np.int32) for ids in chunk[name]]
-    labels_N = torch.tensor(examples.labels, dtype=torch.int64)
     return Encoded(columns, pad_values(tokenizer, names), labels_N, limit, num_cut, digest(examples))
 
 

@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from worker.engine.scores import per_label
+
 Entity = tuple[str, int, int]  # kind, first word, last word
 Counts = NDArray[np.int64]  # right, predicted, labelled
 
@@ -41,26 +43,7 @@ def count_entities(labelled: Sequence[list[str]], predicted: Sequence[list[str]]
     return counts_S3
 
 
-def entity_f1(counts_3: Counts) -> float:
-    """Returns F1 = 2 · right / (predicted + labelled); 0 without any."""
-    right, predicted, labelled = (int(count) for count in counts_3)
-    return 2 * right / (predicted + labelled) if predicted + labelled else 0.0
-
-
 def per_kind(labelled: Sequence[list[str]], predicted: Sequence[list[str]]) -> list[dict[str, Any]]:
     """Returns precision, recall, F1 and support of each kind of entity; a ratio with nothing below the line is 0."""
     kinds = sorted({entity[0] for tags in labelled for entity in find_entities(tags)})
-    rows = []
-    for kind in kinds:
-        counts_3 = count_entities(labelled, predicted, kind).sum(axis=0)
-        right, given, wanted = (int(count) for count in counts_3)
-        rows.append(
-            {
-                "label": kind,
-                "precision": right / given if given else 0.0,
-                "recall": right / wanted if wanted else 0.0,
-                "f1": entity_f1(counts_3),
-                "support": wanted,
-            }
-        )
-    return rows
+    return [per_label(kind, count_entities(labelled, predicted, kind).sum(axis=0)) for kind in kinds]

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 import torch
-from numpy.typing import NDArray
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -17,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from core.errors import StageFailed
 from worker.engine.context import StageContext
 from worker.engine.data import Encoded
+from worker.engine.inference import answer_rows
 from worker.engine.loading import save_labels, save_tokenizer
 from worker.engine.runtimes import open_session, run_session
 
@@ -42,7 +42,7 @@ class Reference:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     data: Any
-    logits_NC: NDArray[np.float32]
+    logits_NC: Tensor
 
 
 def export(ctx: StageContext, settings: "Export") -> dict[str, Any]:
@@ -64,8 +64,8 @@ def write_safetensors(ctx: StageContext, folder: Path) -> dict[str, float]:
     reference = get_reference(ctx)
     ctx.task.save_model(reference.model, reference.tokenizer, folder)
     again = ctx.task.load_model(folder, attn_implementation="eager").eval()
-    logits_NC = ctx.task.logits(again, reference.data, ctx.check_stop).numpy()
-    return _measure(reference, logits_NC, "safetensors", EQUAL_LOGITS)
+    logits_NC = ctx.task.logits(again, reference.data, ctx.check_stop)
+    return _measure(ctx, reference, logits_NC, "safetensors", EQUAL_LOGITS)
 
 
 def write_onnx(ctx: StageContext, settings: "Onnx", folder: Path) -> dict[str, float]:
@@ -73,7 +73,7 @@ def write_onnx(ctx: StageContext, settings: "Onnx", folder: Path) -> dict[str, f
     reference = get_reference(ctx)
     shutil.copyfile(make_onnx(ctx), folder / "model.onnx")
     _write_companions(ctx, reference, folder)
-    return _measure(reference, run_onnx(ctx, reference.data, folder), "onnx", settings.tolerance)
+    return _measure(ctx, reference, run_onnx(ctx, reference.data, folder), "onnx", settings.tolerance)
 
 
 def write_onnx_int8(ctx: StageContext, settings: "OnnxInt8", folder: Path) -> dict[str, float]:
@@ -92,12 +92,12 @@ def write_onnx_int8(ctx: StageContext, settings: "OnnxInt8", folder: Path) -> di
         op_types_to_quantize=["MatMul", "Gemm", "Gather"],
     )
     _write_companions(ctx, reference, folder)
-    measured = _measure(reference, run_onnx(ctx, reference.data, folder), "onnx_int8", None)
+    measured = _measure(ctx, reference, run_onnx(ctx, reference.data, folder), "onnx_int8", None)
     if measured["agreement"] < settings.min_agreement:
         raise StageFailed(
             "goal_missed",
-            f"onnx_int8 gives the student's label to {measured['agreement']:.2%} of {len(reference.data)} texts, "
-            f"and min_agreement is {settings.min_agreement:.2%}.",
+            f"onnx_int8 agrees with the student to {measured['agreement']:.2%} on {len(reference.data)} texts, and "
+            f"min_agreement is {settings.min_agreement:.2%}.",
             suggestion="Lower min_agreement, or leave this form out.",
         )
     return measured
@@ -110,7 +110,7 @@ def get_reference(ctx: StageContext) -> Reference:
         model = ctx.load_model("student", attn_implementation="eager").eval()
         tokenizer = ctx.load_tokenizer("student")
         data = ctx.task.sample(ctx.find_split("validation") or ctx.get_split("train"), model, tokenizer)
-        return Reference(model, tokenizer, data, ctx.task.logits(model, data, ctx.check_stop).numpy())
+        return Reference(model, tokenizer, data, ctx.task.logits(model, data, ctx.check_stop))
 
     return ctx.remember("reference", make)
 
@@ -124,14 +124,11 @@ def make_onnx(ctx: StageContext) -> Path:
     return ctx.remember("onnx", lambda: _export_graph(get_reference(ctx), ctx.scratch_dir / "model.onnx"))
 
 
-def run_onnx(ctx: StageContext, data: Encoded, folder: Path) -> NDArray[np.float32]:
+def run_onnx(ctx: StageContext, data: Encoded, folder: Path) -> Tensor:
     """Returns the logits logits_NC of a folder with `model.onnx`, in the order of the split."""
     session = open_session(folder, ctx.num_threads)
-    logits_NC: NDArray[np.float32] = np.zeros((data.num_rows, len(ctx.labels)), dtype=np.float32)
-    for batch in data.by_length(CHECK_BATCH, torch.device("cpu")):
-        logits_NC[batch.row_numbers.numpy()] = run_session(session, batch.inputs)[batch.is_row.numpy()]
-        ctx.check_stop()
-    return logits_NC
+    batches = data.by_length(CHECK_BATCH, torch.device("cpu"))
+    return answer_rows(data, batches, lambda inputs: torch.from_numpy(run_session(session, inputs)), ctx.check_stop)
 
 
 class Logits(torch.nn.Module):
@@ -159,8 +156,10 @@ def _export_graph(reference: Reference, path: Path) -> Path:
     names = list(reference.data.columns)
     batch = reference.data.batch(np.arange(min(2, len(reference.data))), torch.device("cpu"))
     both = {0: "batch", 1: "sequence"}
-    axes = dict.fromkeys(names, both) | {"logits": both if batch.labels.dim() > 1 else {0: "batch"}}
     wrapper = Logits(reference.model, names).eval()  # the exporter restores this flag, so it must be set on the wrapper
+    with torch.inference_mode():
+        is_of_tokens = wrapper(*batch.inputs.values()).dim() == 3
+    axes = dict.fromkeys(names, both) | {"logits": both if is_of_tokens else {0: "batch"}}
     try:
         torch.onnx.export(
             wrapper,
@@ -186,11 +185,11 @@ def _write_companions(ctx: StageContext, reference: Reference, folder: Path) -> 
 
 
 def _measure(
-    reference: Reference, logits_NC: NDArray[np.float32], form: str, tolerance: float | None
+    ctx: StageContext, reference: Reference, logits_NC: Tensor, form: str, tolerance: float | None
 ) -> dict[str, float]:
-    difference = float(np.abs(logits_NC - reference.logits_NC).max())
-    agreement = float((logits_NC.argmax(-1) == reference.logits_NC.argmax(-1)).mean())
-    if not np.isfinite(logits_NC).all() or (tolerance is not None and difference > tolerance):
+    difference = (logits_NC - reference.logits_NC).abs().max().item()
+    agreement = ctx.task.agreement(logits_NC, reference.logits_NC)
+    if not logits_NC.isfinite().all() or (tolerance is not None and difference > tolerance):
         raise StageFailed(
             "export_unsupported",
             f"The logits of {form} differ from the student's by up to {difference:.3g}; {tolerance:g} is accepted."

@@ -1,16 +1,20 @@
 """Fine-tuning on the labels."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+from pydantic import TypeAdapter
+
+from core.methods import Loss, OneOf
 from worker.engine.context import StageContext
-from worker.engine.objective import Objective, Term
+from worker.engine.objective import Objective, make_term
 from worker.engine.optimization import open_pooler
 from worker.engine.students import load_student, load_student_tokenizer
 from worker.engine.training import Trainer
-from worker.kernels.divergences import cross_entropy
 
 if TYPE_CHECKING:
     from worker.methods.stages.finetune import Finetune
+
+LOSS: TypeAdapter[Loss] = TypeAdapter(Annotated[Loss, OneOf()])
 
 
 def finetune(ctx: StageContext, settings: "Finetune") -> dict[str, Any]:
@@ -21,7 +25,8 @@ def finetune(ctx: StageContext, settings: "Finetune") -> dict[str, Any]:
         model, tokenizer = load_student(ctx), load_student_tokenizer(ctx)
     if settings.open_pooler and model.has_new_head:
         open_pooler(model)
-    term = Term("cross_entropy", 1.0, lambda logits_BC, _, labels_B: cross_entropy(logits_BC, labels_B))
+    loss = LOSS.validate_python({"kind": ctx.spec.task.label_loss})
+    term = make_term(ctx, loss.kind, loss)
     trainer = Trainer(ctx, model, tokenizer, settings, Objective([term]))
     summary = trainer.run()
     trainer.save(settings.of)

@@ -1,12 +1,12 @@
 """A model's answers to a whole split."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from worker.engine.data import Encoded
+from worker.engine.data import Batch, Encoded
 
 INFERENCE_BATCH = 64
 
@@ -30,10 +30,33 @@ def predict_logits(
     """
     was_training = model.training
     model.eval()
-    logits_NC = torch.zeros(data.num_rows, model.config.num_labels)
     with torch.inference_mode():
-        for batch in data.by_length(batch_size, model.device):
-            logits_NC[batch.row_numbers] = model(**batch.inputs).logits[batch.is_row].float().cpu()
-            between()
+        batches = data.by_length(batch_size, model.device)
+        logits_NC = answer_rows(data, batches, lambda inputs: model(**inputs).logits, between)
     model.train(was_training)
+    return logits_NC
+
+
+def answer_rows(
+    data: Encoded,
+    batches: Iterable[Batch],
+    answer: Callable[[dict[str, Tensor]], Tensor],
+    between: Callable[[], None],
+) -> Tensor:
+    """Returns the logits of every row, logits_NC in the order of the split; zeros of one that no batch has.
+
+    Args:
+        data: The tokenised split.
+        batches: All of it.
+        answer: A model, as a function from a batch's inputs to logits.
+        between: Called after each batch; may raise to stop.
+    """
+    logits_NC: Tensor | None = None
+    for batch in batches:
+        found = batch.row_logits(answer(batch.inputs)).float().cpu()
+        if logits_NC is None:
+            logits_NC = torch.zeros(data.num_rows, found.shape[-1])
+        logits_NC[batch.row_numbers] = found
+        between()
+    assert logits_NC is not None  # noqa: S101 - a split has rows
     return logits_NC

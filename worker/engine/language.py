@@ -23,7 +23,7 @@ from worker.engine.loading import load_language_model, save_language_model
 from worker.engine.measuring import count_bytes, time_singles
 from worker.engine.rendering import percent
 from worker.engine.runtimes import Forward
-from worker.engine.scores import bootstrap_sums
+from worker.engine.scores import bootstrap_sums, same_first
 from worker.engine.tasks import Kept, Scores
 from worker.engine.teaching import AnswersKept, AnswersOnline, Teaching, load_teacher
 from worker.kernels.divergences import forward_kl
@@ -130,6 +130,10 @@ class LanguageModelling:
                 found.append(model(**batch.inputs, use_cache=False).logits[batch.is_row].float().cpu())
             between()
         return torch.cat(found)
+
+    def agreement(self, logits_NC: Tensor, others_NC: Tensor) -> float:
+        """Returns the share of tokens for which both put the same one first."""
+        return same_first(logits_NC, others_NC)
 
     def rank(self, scores: Scores) -> tuple[float, ...]:
         """Returns what rises as the loss falls."""

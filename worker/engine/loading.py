@@ -42,8 +42,6 @@ def load_classifier(
     model, found, new_keys = _read(auto_class, folder, options | {"num_labels": len(labels)})
     _refuse_lost([key for key in new_keys if not is_head(model, key)])
     _settle_head(model, labels, found, new_keys)
-    if auto_class is AutoModelForSequenceClassification:
-        model.config.problem_type = "single_label_classification"
     return model
 
 

@@ -7,10 +7,10 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from worker.engine.data import Encoded
+from worker.engine.inference import answer_rows
 from worker.engine.runtimes import Forward
 
 ROUNDS = 5
@@ -31,7 +31,7 @@ class Singles(Protocol):
 class Answers(NamedTuple):
     """A model's logits for a split, and how many texts a second it answered."""
 
-    logits_NC: NDArray[np.float32]
+    logits_NC: Tensor
     throughput_per_s: float
 
 
@@ -40,19 +40,19 @@ def count_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def answer_all(forward: Forward, data: Encoded, num_classes: int, between: Callable[[], None]) -> Answers:
+def answer_all(forward: Forward, data: Encoded, between: Callable[[], None]) -> Answers:
     """Returns the logits of every row, in batches of 32 sorted by length; padding and tokenising are not timed."""
-    logits_NC: NDArray[np.float32] = np.zeros((data.num_rows, num_classes), dtype=np.float32)
-    elapsed_s = 0.0
-    for index, batch in enumerate(data.by_length(THROUGHPUT_BATCH, CPU)):
-        if index == 0:
-            forward(batch.inputs)
+    batches, times_s = data.by_length(THROUGHPUT_BATCH, CPU), []
+    forward(next(data.by_length(THROUGHPUT_BATCH, CPU)).inputs)
+
+    def answer(inputs: dict[str, Tensor]) -> Tensor:
         began = time.perf_counter()
-        found = forward(batch.inputs)
-        elapsed_s += time.perf_counter() - began
-        logits_NC[batch.row_numbers.numpy()] = found[batch.is_row.numpy()]
-        between()
-    return Answers(logits_NC, len(data) / elapsed_s)
+        found = forward(inputs)
+        times_s.append(time.perf_counter() - began)
+        return torch.from_numpy(found)
+
+    logits_NC = answer_rows(data, batches, answer, between)
+    return Answers(logits_NC, len(data) / sum(times_s))
 
 
 def time_singles(

@@ -5,9 +5,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 NUM_RESAMPLES = 1000
 Indices = NDArray[np.int64]
+Values = NDArray[Any]
 
 
 def accuracy(labels_N: Indices, predicted_N: Indices) -> float:
@@ -15,26 +17,46 @@ def accuracy(labels_N: Indices, predicted_N: Indices) -> float:
     return float((labels_N == predicted_N).mean())
 
 
+def same_first(logits_NC: Tensor, others_NC: Tensor) -> float:
+    """Returns the share of rows for which both put the same class first."""
+    return (logits_NC.argmax(-1) == others_NC.argmax(-1)).double().mean().item()
+
+
+def correlation(values_N: Values, others_N: Values) -> float:
+    """Returns Pearson's correlation; 0 where one of the two is constant, of which nothing can be said."""
+    if np.ptp(values_N) == 0 or np.ptp(others_N) == 0:
+        return 0.0
+    return float(np.corrcoef(values_N, others_N)[0, 1])
+
+
 def macro_f1(labels_N: Indices, predicted_N: Indices, num_classes: int) -> float:
     """Returns the mean F1 over the classes that occur among labels or predictions."""
-    right_C, labelled_C, predicted_C = _counts(labels_N, predicted_N, num_classes)
+    right_C, predicted_C, labelled_C = _counts(labels_N, predicted_N, num_classes).T
     seen_C = labelled_C + predicted_C > 0
     return float((2 * right_C[seen_C] / (labelled_C + predicted_C)[seen_C]).mean())
 
 
 def per_class(labels_N: Indices, predicted_N: Indices, names: list[str]) -> list[dict[str, Any]]:
     """Returns precision, recall, F1 and support of each class; a ratio with nothing below the line is 0."""
-    right_C, labelled_C, predicted_C = _counts(labels_N, predicted_N, len(names))
-    return [
-        {
-            "label": name,
-            "precision": _ratio(right_C[index], predicted_C[index]),
-            "recall": _ratio(right_C[index], labelled_C[index]),
-            "f1": _ratio(2 * right_C[index], labelled_C[index] + predicted_C[index]),
-            "support": int(labelled_C[index]),
-        }
-        for index, name in enumerate(names)
-    ]
+    return [per_label(*pair) for pair in zip(names, _counts(labels_N, predicted_N, len(names)), strict=True)]
+
+
+def f1_of(counts_3: Indices) -> float:
+    """Returns F1 = 2 · right / (predicted + labelled) of these three counts; 0 where the last two are."""
+    right, predicted, labelled = (int(count) for count in counts_3)
+    return _ratio(2 * right, predicted + labelled)
+
+
+def per_label(name: str, counts_3: Indices) -> dict[str, Any]:
+    """Returns precision, recall, F1 and support by what is right, predicted and labelled; x / 0 is 0."""
+    right, predicted, labelled = (int(count) for count in counts_3)
+    return {
+        "label": name,
+        "precision": _ratio(right, predicted),
+        "recall": _ratio(right, labelled),
+        "f1": f1_of(counts_3),
+        "support": labelled,
+    }
 
 
 def bootstrap(
@@ -69,9 +91,10 @@ def bootstrap_sums(
     return [low, high]
 
 
-def _counts(labels_N: Indices, predicted_N: Indices, num_classes: int) -> tuple[Indices, Indices, Indices]:
-    right_C = np.bincount(labels_N[labels_N == predicted_N], minlength=num_classes)
-    return right_C, np.bincount(labels_N, minlength=num_classes), np.bincount(predicted_N, minlength=num_classes)
+def _counts(labels_N: Indices, predicted_N: Indices, num_classes: int) -> Indices:
+    """Returns how often each class is right, predicted and there, counts_C3."""
+    found = (labels_N[labels_N == predicted_N], predicted_N, labels_N)
+    return np.stack([np.bincount(some_N, minlength=num_classes) for some_N in found], axis=-1)
 
 
 def _ratio(above: int, below: int) -> float:

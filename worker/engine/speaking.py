@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from core.errors import StageFailed
 from worker.engine.context import StageContext
-from worker.engine.data import Examples, encode
+from worker.engine.data import Examples
 from worker.engine.devices import autocast
 from worker.engine.inference import predict_logits
 from worker.engine.language import predict_next
@@ -21,6 +21,7 @@ from worker.engine.teaching import load_teacher
 from worker.kernels.heads import Head
 
 if TYPE_CHECKING:
+    from worker.engine.classification import Classification
     from worker.methods.teachers.label_space import LabelSpace
 
 Speak = Callable[[Examples, int], Tensor]
@@ -33,7 +34,7 @@ def speak_as_classifier(ctx: StageContext) -> Speak:
 
     def speak(examples: Examples, max_length: int) -> Tensor:
         limit_length(teacher, tokenizer, max_length)
-        data = encode(examples, tokenizer, input_names(teacher, tokenizer))
+        data = cast("Classification", ctx.task).tokenise(examples, tokenizer, input_names(teacher, tokenizer))
         return predict_logits(teacher, data, ctx.check_stop)
 
     return speak

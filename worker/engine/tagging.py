@@ -12,11 +12,11 @@ from transformers import AutoModelForTokenClassification, PreTrainedModel, PreTr
 
 from worker.engine.classification import SPEED_NOTE, Classification
 from worker.engine.data import Encoded
-from worker.engine.entities import count_entities, entity_f1, per_kind, split_texts
+from worker.engine.entities import count_entities, per_kind, split_texts
 from worker.engine.evaluation import Card, Column, Measured, Quality, Row
 from worker.engine.inference import predict_logits
 from worker.engine.rendering import if_known, percent, percent_range
-from worker.engine.scores import accuracy, bootstrap_sums
+from worker.engine.scores import accuracy, bootstrap_sums, f1_of
 from worker.engine.tasks import Kept, Scores
 from worker.engine.teaching import load_teacher
 from worker.engine.words import Sentences, Words, encode_words, labels_of, read_sentences
@@ -33,10 +33,15 @@ class Tagging(Classification):
 
     headline = "f1"
     auto_class = AutoModelForTokenClassification
+    problem_type = None
 
     def read(self, path: Path) -> Sentences:
         """Returns a split's words and tags."""
         return read_sentences(path, self.columns, self.labels)
+
+    def labels_of(self, examples: Sentences) -> Tensor:
+        """Returns the tag of each word."""
+        return labels_of(examples)
 
     def tokenise(self, examples: Sentences, tokenizer: PreTrainedTokenizerBase, names: list[str]) -> Words:
         """Returns sentences as a model reads them that takes inputs of these names."""
@@ -57,7 +62,7 @@ class Tagging(Classification):
         predicted = list(split_texts(predicted_N, self.labels, data.sizes))
         loss = torch.nn.functional.cross_entropy(logits_NC[seen_N], labels_N[seen_N])
         return {
-            "f1": entity_f1(count_entities(labelled, predicted).sum(axis=0)),
+            "f1": f1_of(count_entities(labelled, predicted).sum(axis=0)),
             "accuracy": accuracy(labels_N.numpy(), predicted_N),
             "loss": loss.item(),
         }
@@ -66,7 +71,7 @@ class Tagging(Classification):
         """Returns the F1, and among equals the smaller loss."""
         return scores["f1"], -scores["loss"]
 
-    def choose(self, logits_NC: Tensor, data: Encoded) -> NDArray[np.int64]:
+    def choose(self, logits_NC: Tensor, data: Encoded) -> NDArray[Any]:
         """Returns the tag that each word gets; one that was cut off is outside of all entities."""
         predicted_N = super().choose(logits_NC, data)
         if OUTSIDE in self.labels and isinstance(data, Words):
@@ -81,22 +86,22 @@ class Tagging(Classification):
         scores = self.score(teacher, validation, self.ctx.check_stop) if validation else None
         return Kept({"logits": logits_NC}, train.digest(), scores, {"num_rows": len(logits_NC)})
 
-    def assess(self, settings: "Evaluate", test: Sentences, predicted_N: NDArray[np.int64]) -> Row:
+    def assess(self, settings: "Evaluate", test: Sentences, predicted_N: NDArray[Any]) -> Row:
         """Returns how good predictions for the test split are, with intervals."""
-        labelled, predicted = self._texts(test, labels_of(test).numpy()), self._texts(test, predicted_N)
+        labelled, predicted = self._texts(test, self.labels_of(test).numpy()), self._texts(test, predicted_N)
         counts_S3 = count_entities(labelled, predicted)
         return {
-            "f1": entity_f1(counts_S3.sum(axis=0)),
-            "f1_ci": bootstrap_sums(counts_S3, entity_f1, settings.confidence, self.ctx.spec.seed),
-            "accuracy": accuracy(labels_of(test).numpy(), predicted_N),
+            "f1": f1_of(counts_S3.sum(axis=0)),
+            "f1_ci": bootstrap_sums(counts_S3, f1_of, settings.confidence, self.ctx.spec.seed),
+            "accuracy": accuracy(self.labels_of(test).numpy(), predicted_N),
         }
 
     def _texts(self, test: Sentences, tags_N: NDArray[np.int64]) -> list[list[str]]:
         return list(split_texts(tags_N, self.labels, [len(tags) for tags in test.tags]))
 
-    def describe(self, test: Sentences, rows: list[Row], student_N: NDArray[np.int64]) -> Measured:
+    def describe(self, test: Sentences, rows: list[Row], student_N: NDArray[Any]) -> Measured:
         """Returns what was measured, with how to show it; `student_N` are the tags that the student gives."""
-        texts = self._texts(test, labels_of(test).numpy()), self._texts(test, student_N)
+        texts = self._texts(test, self.labels_of(test).numpy()), self._texts(test, student_N)
         return Measured(
             num_examples=len(test.words),
             models=rows,

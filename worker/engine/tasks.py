@@ -85,6 +85,9 @@ class TaskRun(Protocol):
     def logits(self, model: PreTrainedModel, data: Any, between: Callable[[], None]) -> Tensor:
         """Returns the logits of every row of a split, logits_NC in float32 on the processor, as a user gets them."""
 
+    def agreement(self, logits_NC: Tensor, others_NC: Tensor) -> float:
+        """Returns how far two models give the same answers, 1 if all are the same."""
+
     def rank(self, scores: Scores) -> tuple[float, ...]:
         """Returns scores as what is larger for a better model."""
 

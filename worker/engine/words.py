@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from worker.engine.data import IGNORED, TOKENIZE_CHUNK, Batch, Encoded, pad_values, read_rows
+from worker.engine.data import TOKENIZE_CHUNK, Batch, Encoded, pad_values, read_rows
 
 
 class Sentences(NamedTuple):
@@ -48,8 +48,8 @@ class Words(Encoded):
     def batch(self, rows: NDArray[np.int64], device: torch.device) -> Batch:
         """Returns these texts, with a label at the first piece of each word."""
         inputs = super().batch(rows, device).inputs
-        labels_BT = torch.full(inputs["input_ids"].shape, IGNORED)
-        numbers_BT = torch.zeros_like(labels_BT)
+        labels_BT = torch.zeros(inputs["input_ids"].shape, dtype=torch.int64)
+        numbers_BT = torch.full_like(labels_BT, -1)
         for index, row in enumerate(rows):
             places, numbers = (torch.from_numpy(found[row]) for found in (self.places, self.numbers))
             labels_BT[index, places], numbers_BT[index, places] = self.labels_N[numbers], numbers

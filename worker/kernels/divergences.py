@@ -28,6 +28,16 @@ def cross_entropy(logits_BC: Tensor, labels_B: Tensor, label_smoothing: float = 
     return F.cross_entropy(widen(logits_BC), labels_B, reduction="none", label_smoothing=label_smoothing)
 
 
+def squared_error(values_B1: Tensor, labels_B: Tensor) -> Tensor:
+    """Returns (z - y)² of each row.
+
+    Args:
+        values_B1: What the student says, z.
+        labels_B: What is true, y.
+    """
+    return (widen(values_B1)[..., 0] - labels_B).square()
+
+
 def forward_kl(log_p_BC: Tensor, log_q_BC: Tensor) -> Tensor:
     """Returns KL(p ‖ q), with the gradient (q - p)/T by the student's logits.
 
@@ -113,12 +123,12 @@ def total_variation(log_p_BC: Tensor, log_q_BC: Tensor) -> Tensor:
 
 
 def logit_mse(student_BC: Tensor, teacher_BC: Tensor, centred: bool = True) -> Tensor:
-    """Returns the mean of (z - u)² over the classes, of logits without their mean if `centred`.
+    """Returns the mean of (z - u)² over the classes, of logits without their mean if `centred` and there are several.
 
     Paper: Ba, Caruana 2014, "Do Deep Nets Really Need to be Deep?", section 2.2.
     """
     gap_BC = widen(student_BC) - widen(teacher_BC.detach())
-    if centred:
+    if centred and gap_BC.shape[-1] > 1:
         gap_BC = gap_BC - gap_BC.mean(dim=-1, keepdim=True)
     return gap_BC.square().mean(dim=-1)
 

@@ -13,11 +13,15 @@ if TYPE_CHECKING:
 
 
 class OnnxInt8(Exporter):
-    """Writes `model.onnx` with dynamically quantised matrices; its labels must agree with the student's."""
+    """Writes `model.onnx` with dynamically quantised matrices; its answers must agree with the student's."""
 
     kind: Literal["onnx_int8"] = "onnx_int8"
     min_agreement: float = Field(
-        0.95, gt=0, le=1, description="Least accepted share of validation texts with the student's label."
+        0.95,
+        gt=0,
+        le=1,
+        description="Least accepted share of validation texts with the student's label, or, of a regression, "
+        "correlation with its numbers.",
     )
     weights: Literal["uint8", "int8"] = Field(
         "uint8",

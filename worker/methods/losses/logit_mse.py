@@ -20,9 +20,14 @@ class LogitMSE(Loss):
     """
 
     needs_logits: ClassVar[bool] = True
+    compares: ClassVar[Literal["probabilities", "values", "both"]] = "both"
 
     kind: Literal["logit_mse"] = "logit_mse"
-    centred: bool = Field(True, description="Compare logits without their mean, which no probability depends on.")
+    centred: bool = Field(
+        True,
+        description="Compare logits without their mean, which no probability depends on; a single "
+        "one, as of a regression, is compared as it is.",
+    )
 
     def build(self, ctx: Any) -> "Callable[[Tensor, DenseSignal, Tensor], Tensor]":
         """Returns the loss of each row; the labels are not used."""

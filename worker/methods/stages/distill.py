@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from core.methods import FeatureLoss, Loss, OneOf, Problem
+from core.methods import FeatureLoss, Loss, Method, OneOf, Problem, Task, list_methods
 from core.training import Training
 
 if TYPE_CHECKING:
@@ -49,6 +49,11 @@ class Distill(Training):
 
     def check(self, spec: "JobSpec") -> list[Problem]:
         """Returns what is wrong with the terms: one must say how large the sum is, and layers need a model."""
+        unfit = [i for i, loss in enumerate(self.losses) if not fits(type(loss), spec.task)]
+        if unfit:
+            known = ", ".join(k for k, loss in list_methods("losses").items() if fits(loss, spec.task))
+            why = f"'{self.losses[unfit[0]].kind}' fits no {spec.task.kind}; those that do: {known}"
+            return [Problem(f"losses.{unfit[0]}", why)]
         if self.feature_losses and not spec.teacher.is_model:
             kind = self.feature_losses[0].kind
             return [Problem("losses", f"'{kind}' compares layers, and this teacher only answers; leave it out")]
@@ -74,3 +79,8 @@ class Distill(Training):
         from worker.engine.distillation import distill
 
         return lambda: distill(ctx, self)
+
+
+def fits(loss: type[Method], task: Task) -> bool:
+    """Returns whether a loss compares what the task's models give."""
+    return issubclass(loss, Loss) and loss.compares in {"both", "values" if task.gives_values else "probabilities"}

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from core.methods import Task, Teacher
+from core.datasets.checking import check_row
+from core.methods import RowProblem, Task
 
 if TYPE_CHECKING:
     from worker.engine.context import StageContext
@@ -21,6 +22,9 @@ class CausalLM(Task):
     """
 
     shares_tokens: ClassVar[bool] = True
+    stage_defaults: ClassVar[dict[str, dict[str, Any]]] = {
+        "distill": {"losses": [{"kind": "cross_entropy"}, {"kind": "forward_kl", "temperature": 1.0}]}
+    }
 
     kind: Literal["causal_lm"] = "causal_lm"
     text: str = Field("text", description="Column that holds the text, or what follows the prompt.")
@@ -43,13 +47,9 @@ class CausalLM(Task):
         """Returns the columns by role."""
         return {"text": self.text} | ({"prompt": self.prompt} if self.prompt else {})
 
-    def default_stages(self, teacher: Teacher) -> list[dict[str, Any]]:
-        """Returns the stages of a spec that names none; the teacher is heard at temperature 1."""
-        losses = [{"kind": "cross_entropy"}, {"kind": "forward_kl", "temperature": 1.0}]
-        return [
-            stage | ({"losses": losses} if stage["kind"] == "distill" else {})
-            for stage in super().default_stages(teacher)
-        ]
+    def read_labels(self, row: dict[str, Any]) -> tuple[list[RowProblem], list[str]]:
+        """Returns what is wrong with the text; it has no labels."""
+        return check_row(row, self.text, None), []
 
     def build(self, ctx: "StageContext") -> "LanguageModelling":
         """Returns the language modelling run."""

@@ -1,10 +1,11 @@
 """Single-label text classification."""
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from core.methods import Task
+from core.datasets.checking import check_row, label_name
+from core.methods import RowProblem, Task
 
 if TYPE_CHECKING:
     from worker.engine.classification import Classification
@@ -15,6 +16,7 @@ class TextClassification(Task):
     """Puts each text, or each pair of texts, into one of the classes that the training split names."""
 
     forms: ClassVar[tuple[str, ...]] = ("safetensors", "onnx", "onnx_int8")
+    min_labels: ClassVar[int] = 2
 
     kind: Literal["text_classification"] = "text_classification"
     text: str = Field("text", description="Column that holds the text.")
@@ -26,6 +28,11 @@ class TextClassification(Task):
     def columns(self) -> dict[str, str]:
         """Returns the columns by role."""
         return {"text": self.text, "label": self.label} | ({"pair": self.pair} if self.pair else {})
+
+    def read_labels(self, row: dict[str, Any]) -> tuple[list[RowProblem], list[str]]:
+        """Returns what is wrong with text and class, and the class."""
+        name = label_name(row.get(self.label))
+        return check_row(row, self.text, self.label), [] if name is None else [name]
 
     def build(self, ctx: "StageContext") -> "Classification":
         """Returns the classifying run."""

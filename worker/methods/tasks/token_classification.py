@@ -1,10 +1,11 @@
 """Token classification, as named entities."""
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from core.methods import Task
+from core.datasets.checking import check_tags
+from core.methods import RowProblem, Task
 
 if TYPE_CHECKING:
     from worker.engine.context import StageContext
@@ -21,6 +22,7 @@ class TokenClassification(Task):
     """
 
     forms: ClassVar[tuple[str, ...]] = ("safetensors", "onnx", "onnx_int8")
+    min_labels: ClassVar[int] = 2
 
     kind: Literal["token_classification"] = "token_classification"
     tokens: str = Field("tokens", description="Column that holds the words, a list of strings.")
@@ -29,6 +31,11 @@ class TokenClassification(Task):
     def columns(self) -> dict[str, str]:
         """Returns the columns by role."""
         return {"tokens": self.tokens, "tags": self.tags}
+
+    def read_labels(self, row: dict[str, Any]) -> tuple[list[RowProblem], list[str]]:
+        """Returns what is wrong with words and tags, and the tags."""
+        wrong = check_tags(row, self.tokens, self.tags)
+        return wrong, [] if wrong else row[self.tags]
 
     def build(self, ctx: "StageContext") -> "Tagging":
         """Returns the tagging run."""

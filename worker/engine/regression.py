@@ -1,0 +1,128 @@
+"""Regression on texts, inside a stage."""
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from worker.engine.classification import SPEED_NOTE, Classification
+from worker.engine.data import Encoded, Examples
+from worker.engine.evaluation import Card, Column, Measured, Quality, Row
+from worker.engine.loading import output_layer
+from worker.engine.rendering import if_known
+from worker.engine.scores import bootstrap_sums, correlation
+from worker.engine.tasks import Scores
+
+if TYPE_CHECKING:
+    from worker.methods.stages.evaluate import Evaluate
+
+
+class Regression(Classification):
+    """A model that gives each text a number."""
+
+    headline = "rmse"
+    problem_type = "regression"
+
+    def load_model(self, folder: Path, **options: Any) -> PreTrainedModel:
+        """Returns the folder's model; a new head begins with the mean of the training split."""
+        model = super().load_model(folder, **options)
+        if model.has_new_head:
+            layer = model.get_submodule(output_layer(model))
+            if isinstance(layer.bias, Tensor):
+                torch.nn.init.constant_(layer.bias, self.ctx.remember("mean", self._find_mean))
+        return model
+
+    def _find_mean(self) -> float:
+        return self.labels_of(self.read(self.ctx.get_split("train"))).mean().item()
+
+    def read_label(self, row: dict[str, Any]) -> float:
+        """Returns the number of a row."""
+        return float(row[self.columns["value"]])
+
+    def labels_of(self, examples: Examples) -> Tensor:
+        """Returns the numbers."""
+        return torch.tensor(examples.labels, dtype=torch.float32)
+
+    def _score(self, logits_NC: Tensor, labels_N: Tensor) -> Scores:
+        return _rate(labels_N.numpy(), logits_NC[:, 0].numpy())
+
+    def agreement(self, logits_NC: Tensor, others_NC: Tensor) -> float:
+        """Returns the correlation of the numbers."""
+        return correlation(logits_NC[:, 0].numpy(), others_NC[:, 0].numpy())
+
+    def rank(self, scores: Scores) -> tuple[float, ...]:
+        """Returns what rises as the error falls."""
+        return (-scores["rmse"],)
+
+    def choose(self, logits_NC: Tensor, data: Encoded) -> NDArray[Any]:  # noqa: ARG002
+        """Returns the number that each row gets."""
+        return logits_NC[:, 0].numpy()
+
+    def assess(self, settings: "Evaluate", test: Examples, predicted_N: NDArray[Any]) -> Row:
+        """Returns how near predictions for the test split are, with an interval."""
+        labels_N = self.labels_of(test).numpy()
+        sums_N2 = np.stack([np.ones(len(labels_N)), np.square(predicted_N - labels_N, dtype=np.float64)], axis=-1)
+        interval = bootstrap_sums(sums_N2, _root_mean, settings.confidence, self.ctx.spec.seed)
+        return {**_rate(labels_N, predicted_N), "rmse_ci": interval}
+
+    def describe(self, test: Examples, rows: list[Row], student_N: NDArray[Any]) -> Measured:  # noqa: ARG002
+        """Returns what was measured, with how to show it."""
+        return Measured(
+            num_examples=len(test.texts),
+            models=rows,
+            columns=COLUMNS,
+            quality=Quality("rmse", "root mean squared error", 1.0),
+            card=Card("regression_card.md.j2", "text-classification", _card_metrics),
+            notes=NOTES,
+            details={},
+        )
+
+
+COLUMNS = [
+    Column("RMSE", lambda row: f"{row['rmse']:.4g}"),
+    Column("interval", lambda row: "{:.4g} to {:.4g}".format(*row["rmse_ci"])),
+    Column("mean error", lambda row: f"{row['mae']:.4g}"),
+    Column("Pearson", lambda row: f"{row['pearson']:.4f}"),
+    Column("Spearman", lambda row: f"{row['spearman']:.4f}"),
+    Column("correlation with the teacher", if_known("agreement", "{:.4f}".format)),
+    Column("texts/s", if_known("throughput_per_s", "{:.0f}".format)),
+]
+NOTES = (
+    "RMSE: root of the mean squared error, in the unit of the data. Mean error: of its absolute value.",
+    "Pearson and Spearman: correlation of numbers and of their ranks; 0 where a model gives one number to all texts.",
+    "Intervals: percentile bootstrap over the test texts, 1,000 resamples, without the randomness of training.",
+    SPEED_NOTE,
+)
+
+
+def _rate(labels_N: NDArray[Any], predicted_N: NDArray[Any]) -> Scores:
+    gap_N = predicted_N.astype(np.float64) - labels_N
+    return {
+        "rmse": math.sqrt(np.square(gap_N).mean()),
+        "mae": float(np.abs(gap_N).mean()),
+        "pearson": correlation(labels_N, predicted_N),
+        "spearman": correlation(_ranks(labels_N), _ranks(predicted_N)),
+    }
+
+
+def _ranks(values_N: NDArray[Any]) -> NDArray[np.float64]:
+    """Returns the ranks, equal values with the mean of theirs."""
+    _, places_N, counts = np.unique(values_N, return_inverse=True, return_counts=True)
+    ranks: NDArray[np.float64] = (np.cumsum(counts) - (counts - 1) / 2)[places_N]
+    return ranks
+
+
+def _root_mean(sums_2: NDArray[Any]) -> float:
+    return math.sqrt(sums_2[1] / sums_2[0])
+
+
+def _card_metrics(student: Row) -> list[dict[str, Any]]:
+    return [
+        {"type": "rmse", "value": round(student["rmse"], 4), "name": "Root mean squared error"},
+        {"type": "pearsonr", "value": round(student["pearson"], 4), "name": "Pearson"},
+    ]
