@@ -27,6 +27,7 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 from core.datasets.reading import RowProblem as RowProblem
 from core.models.facts import ModelFacts as ModelFacts
 from core.models.refs import ModelRef as ModelRef
+from core.models.refs import ModelSource as ModelSource
 
 if TYPE_CHECKING:
     from core.jobs.spec import JobSpec
@@ -141,9 +142,9 @@ class Teacher(Method):
 
     model: str
 
-    def source(self) -> str | None:
-        """Returns the reference of the model whose files have the role `teacher`, if there is one."""
-        return None
+    def sources(self) -> dict[str, ModelSource]:
+        """Returns the models that it is made of, by the role that their files have; fields relative to the teacher."""
+        return {}
 
     def api(self) -> Api | None:
         """Returns the API that is to be asked, if it is behind one."""
@@ -151,7 +152,7 @@ class Teacher(Method):
 
     def content(self) -> dict[str, Any]:
         """Returns the settings on which its answers depend; what a name of files stands for is told by their bytes."""
-        return self.model_dump(mode="json") | ({"model": "teacher"} if self.source() else {})
+        return self.model_dump(mode="json") | ({"model": "teacher"} if self.sources() else {})
 
     def check(self, spec: "JobSpec") -> list[Problem]:  # noqa: ARG002 - most teachers have nothing to check
         """Returns what is wrong with these settings inside that spec; fields are relative to the teacher."""

@@ -21,8 +21,9 @@ from core.errors import BlobDamaged, StageFailed
 from core.jobs.checkpoints import list_checkpoints, record_checkpoint, reject_checkpoint
 from core.jobs.models import Metric, StageRun
 from core.jobs.ownership import Claim, list_done, owned
-from core.jobs.spec import MODEL_ROLES, load_spec
+from core.jobs.spec import load_spec
 from core.models.hub import fetch
+from core.models.refs import MODEL_ROLES
 from core.models.repository import files_of, get_manifest, put_manifest
 from core.settings import get_settings
 from core.storage import Blob, ManifestFile, get_store

@@ -17,8 +17,8 @@ from core.datasets.models import Dataset
 from core.datasets.repository import find_dataset, list_dataset_names
 from core.errors import Gone, ModelInvalid, NotFound
 from core.jobs.repository import find_artifact, get_job
-from core.jobs.spec import JobSpec, ModelSource, spec_invalid
-from core.methods import SPLITS, Api, Task, suggest
+from core.jobs.spec import JobSpec, spec_invalid
+from core.methods import SPLITS, Api, ModelSource, Task, suggest
 from core.models.facts import ModelFacts, read_facts
 from core.models.hub import resolve as resolve_hub
 from core.models.repository import files_of, find_model, get_manifest, list_model_names
@@ -157,6 +157,8 @@ def resolve(spec: JobSpec, sources: Sources) -> Plan:
     counts = {role: _label_counts(spec, role, split, problems) for role, split in sources.splits.items()}
     labels = sorted(counts.get("train") or {})
     _check_labels(spec.task, counts, problems)
+    if not spec.teacher.is_model and labels:
+        problems += _check_known_labels(spec, facts, labels)
     if problems:
         raise spec_invalid(problems)
     kept = ("sha256", "size_bytes", "num_rows", "dataset_id", "split")
@@ -181,6 +183,18 @@ def describe_models(
         problems += _check_vocabulary(named["base"].field, *(found[role] for role in ("teacher", "base")))
     inputs = {role: model.source for role, model in found.items() if model}
     return inputs | {f"{role}_facts": known.model_dump() for role, known in facts.items()}, facts
+
+
+def _check_known_labels(spec: JobSpec, facts: dict[str, ModelFacts], labels: list[str]) -> Problems:
+    """Returns which of a teacher's several models, which are not trained in this job, have other labels."""
+    problems: Problems = []
+    for role in facts.keys() & spec.teacher.sources().keys() - {"teacher"}:
+        found = facts[role].labels or []
+        if sorted(found) != labels:
+            shown = ", ".join(found[:10]) or "none"
+            why = f"its labels ({shown}) are not those of the data; name a model that was fine-tuned on these"
+            _add(problems, spec.models()[role].field, why)
+    return problems
 
 
 def check_student(spec: JobSpec, teacher: ModelFacts) -> Problems:

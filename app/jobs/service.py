@@ -15,8 +15,9 @@ from core.db import session_scope
 from core.errors import Conflict, NotFound
 from core.jobs import repository
 from core.jobs.models import Artifact, Job, StageRun
-from core.jobs.spec import MODEL_ROLES, JobSpec
+from core.jobs.spec import JobSpec
 from core.models.models import Manifest
+from core.models.refs import MODEL_ROLES
 from core.models.repository import files_of, get_manifest, hold_model
 from core.settings import get_settings
 from core.storage import Blob

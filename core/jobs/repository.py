@@ -10,9 +10,10 @@ from sqlalchemy.orm import Session, aliased, defer
 from core.errors import Conflict, Gone, IdempotencyMismatch, NotFound
 from core.ids import new_id
 from core.jobs.models import Artifact, Checkpoint, Event, IdempotencyKey, Job, JobLabel, Metric, StageRun, Usage
-from core.jobs.spec import MODEL_ROLES, JobSpec
+from core.jobs.spec import JobSpec
 from core.jobs.state import TERMINAL, UNFINISHED, can_change
 from core.models.models import Manifest
+from core.models.refs import MODEL_ROLES
 from core.settings import get_settings
 
 # Who polls a job asks this again and again, so it is put together once, and reads nothing of the spec.

@@ -3,17 +3,28 @@
 import hashlib
 import json
 import re
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from core.errors import SpecInvalid
-from core.methods import FAMILIES, SPLITS, OneOf, Problem, Stage, StrictModel, Student, Task, Teacher, list_methods
+from core.methods import (
+    FAMILIES,
+    SPLITS,
+    ModelSource,
+    OneOf,
+    Problem,
+    Stage,
+    StrictModel,
+    Student,
+    Task,
+    Teacher,
+    list_methods,
+)
 
 DATA_REF = re.compile(r"^[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,63}$")
-MODEL_ROLES = frozenset({"teacher", "base"})  # of the models that a spec can name
 NEEDED = {
     "teacher": "a teacher that is a model of the task, and this one only answers; leave the stage out",
     "answers": "the answers of a teacher that only answers; add stage 'answer' before it",
@@ -28,13 +39,6 @@ def _or_name(schema: dict[str, Any]) -> None:
     schema.clear()
     name = {"type": "string", "description": "A data set; its train, validation and test splits are used."}
     schema |= {"description": whole.get("description", ""), "anyOf": [whole, name]}
-
-
-class ModelSource(NamedTuple):
-    """A model that a spec names, and the field that does."""
-
-    field: str
-    ref: str
 
 
 class DataSpec(StrictModel):
@@ -123,8 +127,9 @@ class JobSpec(StrictModel):
 
     def models(self) -> dict[str, ModelSource]:
         """Returns the models that the spec names, by the role in which a stage finds their files."""
-        named = {"teacher": ("teacher.model", self.teacher.source()), "base": ("student.model", self.student.source())}
-        return {role: ModelSource(field, ref) for role, (field, ref) in named.items() if ref is not None}
+        taught = {role: ModelSource(f"teacher.{s.field}", s.ref) for role, s in self.teacher.sources().items()}
+        base = self.student.source()
+        return taught | ({} if base is None else {"base": ModelSource("student.model", base)})
 
     def seen_by(self, stage: Stage) -> dict[str, Any]:
         """Returns the spec as one of its stages sees it, without what its result must not depend on.

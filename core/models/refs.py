@@ -1,14 +1,22 @@
 """How a spec names a model."""
 
 import re
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
+MODEL_ROLES = frozenset({"teacher", "base", *(f"teacher_{number}" for number in range(1, 9))})
 MODEL_REF = re.compile(
     r"^(hub:[\w.-]+/[\w.-]+(@[\w.-]+)?|job:job_[0-9a-f]{32}(/[\w.-]+)?|([\w.-]+/)?[A-Za-z0-9][\w.-]{0,95})$"
 )
+
+
+class ModelSource(NamedTuple):
+    """A model that a spec names, and the field that does."""
+
+    field: str
+    ref: str
 
 
 def _check(value: str) -> str:

@@ -15,12 +15,13 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple, cast
 from sqlalchemy import Connection, text
 
 from core import db
+from core.models.refs import MODEL_ROLES
 from core.storage import Blob
 
 if TYPE_CHECKING:
     import psycopg
 
-MANIFESTS = """
+MANIFESTS = f"""
     select manifest_id, tenant_id, 'model ' || id as place from models
     union all
     select manifest_id, tenant_id, 'artifact ' || job_id || '/' || name from artifacts
@@ -30,7 +31,7 @@ MANIFESTS = """
      where j.deleted_at is null
     union all
     select inputs #>> array[role, 'manifest_id'], tenant_id, role || ' of ' || id
-      from jobs cross join unnest(array['teacher', 'base']) role
+      from jobs cross join unnest(array{sorted(MODEL_ROLES)}) role
      where deleted_at is null and inputs #>> array[role, 'manifest_id'] is not null
 """
 BLOBS = """

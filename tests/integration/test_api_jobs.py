@@ -249,6 +249,28 @@ BAD_ROWS = [
 ]
 
 
+def test_an_ensembles_models_are_found_and_their_labels_checked(api: Api) -> None:
+    api.push_dataset()
+    labels = {"id2label": {"0": "delivery", "1": "login", "2": "refund"}}
+    api.push_model("one", model_files(**labels))
+    api.push_model("two", model_files(**labels))
+    api.push_model("other")
+    teacher = {"kind": "ensemble", "members": [{"model": "one"}, {"model": "two"}]}
+    spec = api.spec(teacher=teacher, student={"kind": "pretrained", "model": "other"}, stages=[{"kind": "answer"}])
+    answer = api("POST", "/v1/jobs", json=spec)
+    assert answer.status_code == 202, answer.text
+    inputs = answer.json()["inputs"]
+    assert {"teacher_1", "teacher_2"} <= inputs.keys()
+    assert "teacher" not in inputs
+    for wrong, hint in (("other", "its labels (none) are not those of the data"), ("gone", "there is no model 'gone'")):
+        members = [{"model": "one"}, {"model": wrong}]
+        [detail] = api("POST", "/v1/jobs", json=spec | {"teacher": teacher | {"members": members}}).json()["error"][
+            "details"
+        ]
+        assert detail["field"] == "teacher.members.1.model"
+        assert hint in detail["message"]
+
+
 @pytest.mark.parametrize("kind", GOOD)
 def test_labels_are_found_and_rows_checked_at_submit(api: Api, kind: str) -> None:
     api.push_model()

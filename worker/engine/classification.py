@@ -195,7 +195,7 @@ class Classification:
             if heard_NC is not None:
                 answers["teacher"] = heard_NC
                 known = {"name": "teacher", "runtime": "answers"} | dict.fromkeys(COSTS)
-                rows.insert(0, known | self.assess(settings, test, heard_NC.argmax(-1).numpy()))
+                rows.insert(0, known | self.assess(settings, test, self.choose(heard_NC, found["student"].data)))
         for row in rows:
             heard = answers.get("teacher")
             row["agreement"] = None if heard is None else self.agreement(answers[row["name"]], heard)

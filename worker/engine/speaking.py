@@ -22,22 +22,73 @@ from worker.kernels.heads import Head
 
 if TYPE_CHECKING:
     from worker.engine.classification import Classification
+    from worker.methods.teachers.ensemble import Ensemble
     from worker.methods.teachers.label_space import LabelSpace
 
 Speak = Callable[[Examples, int], Tensor]
 READ_TOKENS = 4096  # in one batch
+LEAST_ENTROPY = 1e-3  # in nats; below, an answer is as good as certain
 
 
 def speak_as_classifier(ctx: StageContext) -> Speak:
     """Returns what gives the teacher's logits for examples, each cut at so many tokens."""
-    teacher, tokenizer = load_teacher(ctx), ctx.load_tokenizer("teacher")
+    return _speak_with(ctx, load_teacher(ctx), ctx.load_tokenizer("teacher"))
+
+
+def speak_as_ensemble(ctx: StageContext, settings: "Ensemble") -> Speak:
+    """Returns what gives the common answer of several models to examples, each cut at so many tokens.
+
+    Raises:
+        StageFailed: `teacher_unavailable` for a model without a head for the job's labels.
+    """
+    speakers = []
+    for role in settings.sources():
+        model = ctx.load_model(role).to(ctx.device).eval()
+        if model.has_new_head:
+            message = f"The {role.replace('_', ' ')} has no head for the labels {', '.join(ctx.labels[:20])}."
+            hint = "Name a model that was fine-tuned on these labels, as 'job:<id>/teacher'."
+            raise StageFailed("teacher_unavailable", message, suggestion=hint)
+        speakers.append(_speak_with(ctx, model, ctx.load_tokenizer(role)))
+    weights_M = torch.tensor([member.weight for member in settings.members], dtype=torch.float64)
 
     def speak(examples: Examples, max_length: int) -> Tensor:
-        limit_length(teacher, tokenizer, max_length)
-        data = cast("Classification", ctx.task).tokenise(examples, tokenizer, input_names(teacher, tokenizer))
-        return predict_logits(teacher, data, ctx.check_stop)
+        answers_MNC = torch.stack([one(examples, max_length) for one in speakers])
+        if ctx.spec.task.gives_values:
+            return average_values(answers_MNC, weights_M)
+        return average_probabilities(answers_MNC, weights_M, by_entropy=settings.weighting == "entropy")
 
     return speak
+
+
+def _speak_with(ctx: StageContext, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Speak:
+    def speak(examples: Examples, max_length: int) -> Tensor:
+        limit_length(model, tokenizer, max_length)
+        data = cast("Classification", ctx.task).tokenise(examples, tokenizer, input_names(model, tokenizer))
+        return predict_logits(model, data, ctx.check_stop)
+
+    return speak
+
+
+def average_values(values_MN1: Tensor, weights_M: Tensor) -> Tensor:
+    """Returns the weighted mean over models, values_N1."""
+    return torch.tensordot(weights_M / weights_M.sum(), values_MN1.double(), dims=1).float()
+
+
+def average_probabilities(logits_MNC: Tensor, weights_M: Tensor, *, by_entropy: bool) -> Tensor:
+    """Returns the logarithm of the weighted mean of the models' probabilities, log_p_NC.
+
+    Args:
+        logits_MNC: Of each model.
+        weights_M: Of each model; they need not sum to 1.
+        by_entropy: Divide a model's weight on an example by the entropy of its answer to it, in nats.
+    """
+    log_p_MNC = F.log_softmax(logits_MNC.double(), dim=-1)
+    weights_MN = weights_M[:, None].expand(log_p_MNC.shape[:2])
+    if by_entropy:
+        entropy_MN = -(log_p_MNC.exp() * log_p_MNC).sum(dim=-1)
+        weights_MN = weights_MN / entropy_MN.clamp_min(LEAST_ENTROPY)
+    log_share_MN = (weights_MN / weights_MN.sum(dim=0)).log()
+    return (log_p_MNC + log_share_MN[..., None]).logsumexp(dim=0).float()
 
 
 def speak_by_scoring(ctx: StageContext, settings: "LabelSpace") -> Speak:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from core.methods import ModelRef, Problem, Teacher
+from core.methods import ModelRef, ModelSource, Problem, Teacher
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,9 +49,9 @@ class LabelSpace(Teacher):
         "out of all answers.",
     )
 
-    def source(self) -> str:
-        """Returns the model's reference."""
-        return self.model
+    def sources(self) -> dict[str, ModelSource]:
+        """Returns the model."""
+        return {"teacher": ModelSource("model", self.model)}
 
     def check(self, spec: "JobSpec") -> list[Problem]:
         """Returns what is wrong with the task, the prompt or the words."""

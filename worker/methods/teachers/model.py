@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from core.methods import ModelRef, Teacher
+from core.methods import ModelRef, ModelSource, Teacher
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,9 +20,9 @@ class Model(Teacher):
     kind: Literal["model"] = "model"
     model: ModelRef
 
-    def source(self) -> str:
-        """Returns the model's reference."""
-        return self.model
+    def sources(self) -> dict[str, ModelSource]:
+        """Returns the model."""
+        return {"teacher": ModelSource("model", self.model)}
 
     def build(self, ctx: "StageContext") -> "Callable[[Examples, int], Tensor]":
         """Returns what gives a classifier's logits for texts."""

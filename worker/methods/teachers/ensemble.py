@@ -1,0 +1,73 @@
+"""Several models as one teacher."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from core.methods import ModelRef, ModelSource, Problem, StrictModel, Teacher
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from core.jobs.spec import JobSpec
+    from worker.engine.context import StageContext
+    from worker.engine.data import Examples
+
+TASKS = ("text_classification", "multi_label_classification", "text_regression")
+
+
+class Member(StrictModel):
+    """One model of an ensemble."""
+
+    model: ModelRef
+    weight: float = Field(1.0, gt=0, le=1e6, description="How much it counts beside the others.")
+
+
+class Ensemble(Teacher):
+    """Several models that were trained for the task; their answer is the mean of their probabilities, or numbers.
+
+    With `weighting: entropy` a model counts the more on an example, the surer it is of it: its weight is divided by the
+    entropy of its answer.
+
+    Paper: Hinton, Vinyals, Dean 2015, "Distilling the Knowledge in a Neural Network", section 2 (ensembles as
+    teachers); Kwon, Na, Lee, Kim 2020, "Adaptive Knowledge Distillation Based on Entropy", section 3 (`entropy`).
+    """
+
+    kind: Literal["ensemble"] = "ensemble"
+    model: str = Field("ensemble", max_length=200, description="What it is called in the report.")
+    members: list[Member] = Field(
+        min_length=2,
+        max_length=8,
+        description="The models; each has a head for the job's labels.",
+        examples=[[{"model": "acme/large"}, {"model": "acme/other", "weight": 0.5}]],
+    )
+    weighting: Literal["fixed", "entropy"] = Field(
+        "fixed", description="`fixed` gives each model its weight on all examples, `entropy` more where it is sure."
+    )
+
+    def sources(self) -> dict[str, ModelSource]:
+        """Returns the members' models."""
+        return {
+            f"teacher_{number}": ModelSource(f"members.{number - 1}.model", member.model)
+            for number, member in enumerate(self.members, 1)
+        }
+
+    def content(self) -> dict[str, Any]:
+        """Returns the settings on which the answers depend."""
+        weights = [member.weight for member in self.members]
+        return {"kind": self.kind, "weights": weights, "weighting": self.weighting}
+
+    def check(self, spec: "JobSpec") -> list[Problem]:
+        """Returns what is wrong with the task or the weighting."""
+        if spec.task.kind not in TASKS:
+            return [Problem("kind", f"'ensemble' answers whole texts, and a {spec.task.kind} does not ask for that")]
+        if self.weighting == "entropy" and spec.task.gives_values:
+            return [Problem("weighting", "numbers have no entropy; use 'fixed'")]
+        return []
+
+    def build(self, ctx: "StageContext") -> "Callable[[Examples, int], Tensor]":
+        """Returns what gives the members' common answer to texts."""
+        from worker.engine.speaking import speak_as_ensemble
+
+        return speak_as_ensemble(ctx, self)
