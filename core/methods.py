@@ -234,12 +234,48 @@ class Course(StrictModel):
         return self.start + share * (self.end - self.start)
 
 
+class PerExample(StrictModel):
+    """A temperature for each example: the harder it is for the student, the lower, so that the teacher is clearer.
+
+    T_i = max(least, base - slope · w_i), where w_i is (1 - cos(z_i, u_i))^power by `distance`, and by `confidence`
+    1/max softmax(z_i) - 1. It has no gradient, and no mean over the batch: an example's temperature is its own.
+
+    Paper: Wen, Lai, Qian 2019, "Preparing Lessons: Improve Knowledge Distillation with Better Supervision", section 3.3
+    (dynamic temperature, with the mean of w over the batch beside it).
+    """
+
+    by: Literal["distance", "confidence"] = Field(
+        description="What makes an example hard: logits that point elsewhere than the teacher's, or little confidence."
+    )
+    base: float = Field(4.0, gt=0, le=1000, description="Of an example that is not hard at all.")
+    slope: float = Field(1.0, gt=0, le=1000, description="How much hardness lowers it.")
+    power: float = Field(1.0, gt=0, le=10, description="Of the distance.")
+    least: float = Field(1.0, gt=0, le=1000, description="No example gets less.")
+
+    def of(self, student_NC: Any, signal: Any) -> Any:
+        """Returns the temperatures, temperature_N1 (torch); `distance` takes a signal of logits."""
+        z_NC = student_NC.detach().double()
+        if self.by == "distance":
+            u_NC = signal.logits_NC.to(z_NC)
+            cosine_N1 = (z_NC * u_NC).sum(-1, keepdim=True) / (
+                z_NC.norm(dim=-1, keepdim=True) * u_NC.norm(dim=-1, keepdim=True)
+            ).clamp_min(1e-12)
+            hardness_N1 = (1 - cosine_N1).clamp_min(0) ** self.power
+        else:
+            hardness_N1 = 1 / z_NC.softmax(-1).amax(-1, keepdim=True) - 1
+        return (self.base - self.slope * hardness_N1).clamp_min(self.least).to(student_NC.dtype)
+
+
 Temperature = Annotated[
-    Annotated[float, Field(gt=0, le=1000)] | Course,
-    one_message("temperature", "a temperature is a number above 0 and at most 1000, or {start: …, end: …} of such"),
+    Annotated[float, Field(gt=0, le=1000)] | Course | PerExample,
+    one_message(
+        "temperature",
+        "a temperature is a number above 0 and at most 1000, {start: …, end: …} of such, or {by: distance or "
+        "confidence, base: …}",
+    ),
     Field(
-        description="Temperature T that softens both distributions, or `{start, end}` for one that moves linearly over "
-        "the steps."
+        description="Temperature T that softens both distributions; `{start, end}` for one that moves linearly over "
+        "the steps, `{by, base, slope}` for one of each example."
     ),
 ]
 
@@ -268,6 +304,9 @@ class Divergence(Loss):
         power = self.scaling_power if self.temperature_scaling else 0
 
         def loss(student_NC: Any, signal: Any, _: Any) -> Any:
+            if isinstance(wanted, PerExample):
+                temperature_N1 = wanted.of(student_NC, signal)
+                return temperature_N1[..., 0] ** power * distance(*signal.compare(student_NC, temperature_N1))
             temperature = wanted.at(ctx.share_done) if isinstance(wanted, Course) else wanted
             return temperature**power * distance(*signal.compare(student_NC, temperature))
 

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from scipy.spatial.distance import cityblock
-from scipy.special import rel_entr
+from scipy.spatial.distance import cityblock, cosine
+from scipy.special import rel_entr, softmax
 from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
@@ -207,3 +207,28 @@ def test_a_temperature_can_move_over_the_steps() -> None:
         Context.share_done = share
         expected = built("forward_kl", temperature=temperature)(z_BC, u_BC, labels_B)
         torch.testing.assert_close(moving(z_BC, DenseSignal(u_BC), labels_B), expected)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"by": "distance", "power": 2.0, "slope": 3.0}, {"by": "confidence", "base": 3.0}]
+)
+@pytest.mark.parametrize("kind", ["forward_kl", "jensen_shannon", "total_variation"])
+def test_a_temperature_of_each_example_is_that_of_the_example_alone(kind: str, settings: dict[str, Any]) -> None:
+    z_BC, u_BC, y_B = draw()
+    method = LOSSES[kind](temperature=settings)
+    found_B = method.build(None)(z_BC, DenseSignal(u_BC), y_B)
+    used = set()
+    for z_C, u_C, found in zip(z_BC.detach(), u_BC, found_B, strict=True):
+        hardness = cosine(z_C, u_C) ** 2 if settings["by"] == "distance" else 1 / softmax(z_C.numpy()).max() - 1
+        t = method.temperature
+        used.add(float(max(t.least, t.base - t.slope * hardness)))
+        alone = built(kind, temperature=max(t.least, float(t.base - t.slope * hardness)))(z_C[None], u_C[None], y_B[:1])
+        assert found.item() == pytest.approx(alone.item())
+    assert len(used) > 2
+    [found_BC] = torch.autograd.grad(found_B.sum(), z_BC)
+    fixed_BC = torch.zeros_like(z_BC)
+    for row in range(len(z_BC)):  # the temperature itself has no gradient
+        t_1 = method.temperature.of(z_BC[row : row + 1], DenseSignal(u_BC[row : row + 1])).item()
+        alone = built(kind, temperature=t_1)(z_BC[row : row + 1], u_BC[row : row + 1], y_B[:1])
+        fixed_BC += torch.autograd.grad(alone.sum(), z_BC)[0]
+    torch.testing.assert_close(found_BC, fixed_BC)

@@ -6,7 +6,7 @@ gradient. Everything is computed in float32 at least.
 
 import math
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -24,12 +24,12 @@ class Signal(Protocol):
     def take(self, rows: Rows) -> "Signal":
         """Returns what it says of some of the rows."""
 
-    def compare(self, student_NC: Tensor, temperature: float) -> Pair:
+    def compare(self, student_NC: Tensor, temperature: Any) -> Pair:
         """Returns log p of the teacher and log q of the student over the same classes.
 
         Args:
             student_NC: The student's logits z over all `C` classes.
-            temperature: T > 0, of both.
+            temperature: T > 0, of both; a number, or of dense logits also one a row, temperature_N1.
         """
 
 
@@ -43,7 +43,7 @@ class DenseSignal:
         """Returns what it says of some of the rows."""
         return type(self)(self.logits_NC[rows])
 
-    def compare(self, student_NC: Tensor, temperature: float) -> Pair:
+    def compare(self, student_NC: Tensor, temperature: float | Tensor) -> Pair:
         """Returns log softmax(u/T) and log softmax(z/T)."""
         teacher_NC = self.logits_NC.detach().to(student_NC.device)
         return _log_softmax(teacher_NC, temperature), _log_softmax(student_NC, temperature)
@@ -141,7 +141,7 @@ class SampledSignal:
         return self.log_target_NM.to(log_q_NM), log_q_NM
 
 
-def _log_softmax(logits_NC: Tensor, temperature: float) -> Tensor:
+def _log_softmax(logits_NC: Tensor, temperature: float | Tensor) -> Tensor:
     return F.log_softmax(widen(logits_NC) / temperature, dim=-1)
 
 
