@@ -319,6 +319,7 @@ class FeatureLoss(Loss):
     compares: ClassVar[Literal["probabilities", "values", "both"]] = "both"
     needs_projections: ClassVar[bool] = False  # queries, keys and values, not only states
     needs_same: ClassVar[str | None] = None  # setting of both models' configs
+    projects: ClassVar[bool] = False  # states of another width, by a matrix that is trained beside the student
     denominator: ClassVar[Literal["tokens", "examples"]] = "tokens"
 
     layers: Annotated[

@@ -1,7 +1,9 @@
 """Stages run through the real child process, on a pico model, without a supervisor."""
 
 import json
+import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -124,6 +126,22 @@ class Bench:
         finished = self.run(spec, ordinal, name, **changes)
         assert finished.last["type"] == "result", finished.log
         return finished
+
+    def interrupt(self, order: Path, after: int, how: str) -> tuple[list[Path], list[list[Any]]]:
+        """Runs a stage until its `after`-th checkpoint and ends it; returns its checkpoints in order, and points."""
+        found, points = [], []
+        with self.start(order) as stage:
+            for line in stage.reports:
+                report = json.loads(line)
+                if report["type"] == "metrics":
+                    points += report["points"]
+                if report["type"] == "checkpoint":
+                    found.append(order.parent / "checkpoints" / report["name"])
+                    if len(found) == after and how == "kill":
+                        os.kill(stage.pid, signal.SIGKILL)
+                    elif len(found) == after:
+                        stage.stdin.write(b'{"order": "stop"}\n')
+        return found, points
 
     def adopt(self, finished: Finished, ordinal: int, kind: str) -> None:
         """Makes a stage's outputs the inputs of the next one, read-only."""

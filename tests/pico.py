@@ -12,7 +12,7 @@ WORDS = {
 FILLER = "please my the i it was is now still help with for not and".split()
 
 
-def write_model(folder: Path, num_layers: int = 3, *, is_reversed: bool = False) -> Path:
+def write_model(folder: Path, num_layers: int = 3, *, width: int = 32, is_reversed: bool = False) -> Path:
     """Writes a BERT folder (safetensors, config, tokenizer) and returns it; reversed, words have other ids."""
     import torch
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -42,7 +42,7 @@ def write_model(folder: Path, num_layers: int = 3, *, is_reversed: bool = False)
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=len(vocab),
-        hidden_size=32,
+        hidden_size=width,
         num_hidden_layers=num_layers,
         num_attention_heads=2,
         intermediate_size=48,

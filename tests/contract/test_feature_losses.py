@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from scipy.special import rel_entr
 from torch import Tensor
 from transformers import (
@@ -21,6 +23,7 @@ from transformers import (
 
 from core.errors import SpecInvalid, StageFailed
 from core.methods import FeatureLoss, list_methods
+from tests import pico
 from tests.engine_bench import FAST, Bench, make_spec
 from worker.engine.data import Batch
 from worker.engine.features import Features, Watched, map_layers
@@ -211,3 +214,41 @@ def test_layers_alone_can_be_learned_and_in_parts(bench: Bench, tmp_path: Path) 
     for (_, one), (_, other) in zip(whole.series("loss/total"), parts.series("loss/total"), strict=True):
         assert one == pytest.approx(other, rel=2e-2)
     assert whole.series("loss/total")[-1][1] < whole.series("loss/total")[0][1]
+
+
+PROJECTED = sorted(kind for kind, loss in LOSSES.items() if loss.projects)
+
+
+@pytest.mark.parametrize("kind", PROJECTED)
+def test_states_of_another_width_are_projected(kind: str) -> None:
+    _, teacher, batch = make(CONFIGS[0])
+    student, _, _ = make(BertConfig(**SIZES, **BERT | {"hidden_size": 16}))
+    loss = LOSSES[kind].model_validate({"kind": kind, "layers": "last"})
+    features = Features(Context(), [(kind, loss)], student, teacher)  # type: ignore[arg-type]
+    found = {name: states(model, batch) for name, model in (("s", student), ("t", teacher))}
+    value, _ = features.compare(batch, batch)
+    [matrix] = features.projections.parameters()
+    assert matrix.shape == (32, 16)
+    projected = SimpleNamespace(hidden_states=[found["s"].hidden_states[-1] @ matrix.detach().T])
+    size = len(batch.rows) if loss.denominator == "examples" else batch.inputs["attention_mask"].sum().item()
+    assert value.item() == pytest.approx(ORACLES[kind](projected, found["t"], batch) / size, rel=1e-4)
+
+
+def test_projections_are_trained_kept_over_a_crash_and_no_part_of_the_student(bench: Bench, tmp_path: Path) -> None:
+    bench = bench.copy(tmp_path / "bench")
+    pico.write_model(bench.inputs / "base", num_layers=1, width=16)
+    losses = [{"kind": "cross_entropy"}, *({"kind": kind} for kind in PROJECTED)]
+    stage = {"kind": "distill", **FAST, "losses": losses}
+    spec = make_spec([stage], student={"kind": "pretrained", "model": "small"})
+    whole = bench.succeed(spec, 0, "undisturbed")
+    for kind in PROJECTED:
+        values = [value for _, value in whole.series(f"loss/{kind}")]
+        assert values[-1] < 0.9 * values[0], kind
+    saved = load_file(whole.outputs / "student" / "model.safetensors")
+    assert all(name.startswith(("bert.", "classifier.")) for name in saved)
+    found, _ = bench.interrupt(bench.write_order(spec, 0, "killed", checkpoint_s=0), 2, "kill")
+    again = bench.succeed(spec, 0, "again", checkpoint=str(found[-1]))
+    assert "going on from step" in again.log
+    assert (again.outputs / "student" / "model.safetensors").read_bytes() == (
+        whole.outputs / "student" / "model.safetensors"
+    ).read_bytes()

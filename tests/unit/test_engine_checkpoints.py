@@ -1,9 +1,6 @@
 """A training that was interrupted ends with the bytes of one that was not."""
 
-import json
-import os
 import random
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -37,23 +34,6 @@ def clean(tmp_path_factory: pytest.TempPathFactory) -> tuple[Bench, list[dict[st
     return bench, made, points
 
 
-def interrupt(bench: Bench, order: Path, after: int, how: str) -> tuple[list[Path], list[list[Any]]]:
-    """Runs a stage until its `after`-th checkpoint and ends it; returns the checkpoints it handed over, in order."""
-    found, points = [], []
-    with bench.start(order) as stage:
-        for line in stage.reports:
-            report = json.loads(line)
-            if report["type"] == "metrics":
-                points += report["points"]
-            if report["type"] == "checkpoint":
-                found.append(order.parent / "checkpoints" / report["name"])
-                if len(found) == after and how == "kill":
-                    os.kill(stage.pid, signal.SIGKILL)
-                elif len(found) == after:
-                    stage.stdin.write(b'{"order": "stop"}\n')
-    return found, points
-
-
 @pytest.mark.parametrize("ordinal", [0, 1])
 def test_an_interrupted_stage_makes_the_same_bytes(clean, ordinal: int, tmp_path: Path) -> None:
     _, made, points = clean
@@ -63,7 +43,7 @@ def test_an_interrupted_stage_makes_the_same_bytes(clean, ordinal: int, tmp_path
         order = bench.write_order(
             spec, ordinal, f"attempt-{attempt}", checkpoint=checkpoint and str(checkpoint), checkpoint_s=0
         )
-        found, reported = interrupt(bench, order, 2, how)
+        found, reported = bench.interrupt(order, 2, how)
         if not found:
             break
         seen += reported

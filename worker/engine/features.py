@@ -13,6 +13,7 @@ from core.errors import StageFailed
 from core.methods import FeatureLoss
 from worker.engine.data import Batch
 from worker.engine.students import find_layers
+from worker.kernels.divergences import widen
 
 if TYPE_CHECKING:
     from worker.engine.context import StageContext
@@ -113,7 +114,11 @@ def map_layers(layers: str | list[list[int]], num_student: int, num_teacher: int
 
 
 class Features:
-    """The feature losses of one distillation; both models must have run on a batch before it is compared."""
+    """The feature losses of one distillation; both models must have run on a batch before it is compared.
+
+    Attributes:
+        projections: What makes the student's states as wide as the teacher's; they are trained with it.
+    """
 
     def __init__(
         self,
@@ -128,6 +133,15 @@ class Features:
         _check_sizes([loss for _, loss in losses], student, teacher)
         counts = self._student.num_layers, self._teacher.num_layers
         self._terms = [(name, loss, loss.build(ctx), map_layers(loss.layers, *counts)) for name, loss in losses]
+        narrow, wide = (model.config.hidden_size for model in (student, teacher))
+        self.projections = torch.nn.ModuleDict(
+            {
+                _key(name, s): Linear(narrow, wide, bias=False)
+                for name, loss, _, pairs in self._terms
+                for s, _ in pairs
+                if loss.projects and narrow != wide
+            }
+        )
         self._is_causal = ctx.spec.task.kind == "causal_lm"
 
     def compare(self, part: Batch, whole: Batch) -> tuple[Tensor, dict[str, float]]:
@@ -138,11 +152,18 @@ class Features:
         seen, sizes = self._look(part), {"tokens": int(mask_of(whole).sum()), "examples": len(whole.rows)}
         total, values = torch.zeros((), device=seen.mask_BT.device), {}
         for name, loss, measure, pairs in self._terms:
-            found = [measure(self._student.take(s), self._teacher.take(t), seen) for s, t in pairs]
+            found = [measure(self._take(name, s), self._teacher.take(t), seen) for s, t in pairs]
             value = torch.stack(found).sum() / (len(pairs) * sizes[loss.denominator])
             total = total + loss.weight * value  # type: ignore[operator]  # a feature loss has no other weight
             values[name] = value.item()
         return total, values
+
+    def _take(self, name: str, index: int) -> Layer:
+        """Returns what a layer of the student computed, its states as wide as the teacher's where a loss needs that."""
+        layer = self._student.take(index)
+        if _key(name, index) not in self.projections:
+            return layer
+        return layer._replace(hidden_BTD=self.projections[_key(name, index)](widen(layer.hidden_BTD)))
 
     def shares(self, numbers: dict[str, float]) -> dict[str, float]:
         """Returns each term's share of the loss."""
@@ -153,6 +174,10 @@ class Features:
         mask_BT = mask_of(batch)
         pairs_BTT = mask_BT[:, :, None] & mask_BT[:, None, :]
         return Seen(mask_BT, pairs_BTT.tril() if self._is_causal else pairs_BTT)
+
+
+def _key(name: str, index: int) -> str:
+    return f"{name}-{index}"
 
 
 def _check_sizes(losses: Sequence[FeatureLoss], student: PreTrainedModel, teacher: PreTrainedModel) -> None:

@@ -43,6 +43,7 @@ class Trainer:
     train_data: Split = field(init=False)
     validation_data: Split | None = field(init=False)
     watch: ShareWatch = field(init=False)
+    beside: torch.nn.ModuleDict = field(init=False)
     _window: list[dict[str, float]] = field(default_factory=list)
     _best: dict[str, Any] = field(default_factory=dict)
     _best_state: dict[str, Tensor] | None = None
@@ -58,6 +59,11 @@ class Trainer:
         if self.settings.dropout is not None:
             set_dropout(self.model, self.settings.dropout)
         self.optimizer = make_optimizer(self.model, self.settings, self.task.is_head)
+        self.beside = self.features.projections.to(self.ctx.device) if self.features else torch.nn.ModuleDict()
+        if len(self.beside):
+            self.optimizer.add_param_group(
+                {"params": [*self.beside.parameters()], "lr": self.settings.head_learning_rate, "weight_decay": 0.0}
+            )
         self.steps_per_epoch = math.ceil(len(self.train_data) / self.settings.batch_size)
         self.num_steps = max(1, round(self.settings.epochs * self.steps_per_epoch))
         self.schedule = make_schedule(self.optimizer, self.num_steps, self.settings)
@@ -136,6 +142,7 @@ class Trainer:
             **checkpoints.add_prefix("optimizer", checkpoints.optimizer_tensors(self.optimizer)),
             **checkpoints.add_prefix("random", checkpoints.random_tensors()),
             **checkpoints.add_prefix("teacher", heard),
+            **checkpoints.add_prefix("beside", self.beside.state_dict()),
         }
         state = {
             "groups": self.optimizer.state_dict()["param_groups"],
@@ -161,6 +168,7 @@ class Trainer:
 
     def _go_on_from(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         self.model.load_state_dict(checkpoints.select(tensors, "model"))
+        self.beside.load_state_dict(checkpoints.select(tensors, "beside"))
         checkpoints.restore_optimizer(self.optimizer, checkpoints.select(tensors, "optimizer"), state["groups"])
         self.schedule.load_state_dict(state["schedule"])
         if self.teaching:
@@ -206,7 +214,8 @@ class Trainer:
             numbers = add_numbers(numbers, added)
         self._check_finite("loss", numbers["total"])
         limit = self.settings.max_gradient_norm
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), math.inf if limit is None else limit)
+        trained = [*self.model.parameters(), *self.beside.parameters()]
+        norm = torch.nn.utils.clip_grad_norm_(trained, math.inf if limit is None else limit)
         self._check_finite("gradient", norm.item())
         self.objective.learn(numbers)
         self.optimizer.step()

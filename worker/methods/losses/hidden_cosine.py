@@ -17,7 +17,7 @@ class HiddenCosine(FeatureLoss):
     Paper: Sanh et al. 2019, "DistilBERT, a distilled version of BERT", section 3.
     """
 
-    needs_same: ClassVar[str | None] = "hidden_size"
+    projects: ClassVar[bool] = True
 
     kind: Literal["hidden_cosine"] = "hidden_cosine"
 

@@ -14,10 +14,13 @@ if TYPE_CHECKING:
 class HiddenMSE(FeatureLoss):
     """The mean over the width of (s - t)², of each token's states.
 
+    States of another width are taken as W s, with a matrix W for each of the student's layers that is trained beside
+    the student and is no part of it.
+
     Paper: Jiao et al. 2020, "TinyBERT: Distilling BERT for Natural Language Understanding", section 3.1, equation 8.
     """
 
-    needs_same: ClassVar[str | None] = "hidden_size"
+    projects: ClassVar[bool] = True
 
     kind: Literal["hidden_mse"] = "hidden_mse"
 

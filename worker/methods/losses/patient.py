@@ -17,7 +17,7 @@ class Patient(FeatureLoss):
     Paper: Sun et al. 2019, "Patient Knowledge Distillation for BERT Model Compression", section 3.2, equation 7.
     """
 
-    needs_same: ClassVar[str | None] = "hidden_size"
+    projects: ClassVar[bool] = True
     denominator: ClassVar[Literal["tokens", "examples"]] = "examples"
 
     kind: Literal["patient"] = "patient"
