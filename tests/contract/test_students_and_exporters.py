@@ -21,7 +21,11 @@ from worker.engine.mailbox import Mailbox
 from worker.engine.reporting import Reporter
 from worker.engine.students import load_student
 
-STUDENTS: dict[str, dict[str, Any]] = {"teacher_layers": {"keep": [0, 2]}, "pretrained": {"model": "other"}}
+STUDENTS: dict[str, dict[str, Any]] = {
+    "teacher_layers": {"keep": [0, 2]},
+    "pretrained": {"model": "other"},
+    "fresh": {"num_layers": 1},
+}
 TEXTS = ["my parcel is late", "please help with the password reset code now", "refund"]
 
 

@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from transformers import (
     DistilBertConfig,
     ElectraConfig,
     GPT2Config,
+    LlamaConfig,
     ModernBertConfig,
     PreTrainedConfig,
     RobertaConfig,
@@ -21,11 +23,13 @@ from transformers import (
 from transformers import AutoModelForSequenceClassification as Classifier
 
 from core.errors import StageFailed
+from core.models.facts import ModelFacts
 from tests import pico
 from worker.engine.loading import is_head, limit_length, load_classifier, load_tokenizer, save_classifier
 from worker.engine.optimization import Average, make_optimizer, make_schedule, open_pooler, set_dropout
-from worker.engine.students import find_layers, keep_layers
+from worker.engine.students import choose_layers, find_layers, keep_layers, make_fresh
 from worker.methods.stages.finetune import Finetune
+from worker.methods.students.fresh import Fresh
 
 SIZES = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_hidden_layers": 4}
 CONFIGS: list[PreTrainedConfig] = [
@@ -44,6 +48,7 @@ CONFIGS: list[PreTrainedConfig] = [
     ),
     GPT2Config(vocab_size=60, n_embd=32, n_layer=4, n_head=2, pad_token_id=0, bos_token_id=2, eos_token_id=3),
 ]
+LLAMA = LlamaConfig(**SIZES, num_key_value_heads=2, pad_token_id=0)
 LABELS = ["a", "b", "c"]
 
 
@@ -260,3 +265,61 @@ def test_an_open_pooler_passes_the_first_token_on() -> None:
         output = model.bert(input_ids=torch.randint(4, 60, (2, 9)))
     torch.testing.assert_close(output.pooler_output, torch.tanh(output.last_hidden_state[:, 0]))
     assert not open_pooler(make(CONFIGS[2]))
+
+
+@pytest.mark.parametrize("config", [*CONFIGS, LLAMA], ids=lambda config: config.model_type)
+def test_a_fresh_model_has_the_sizes_and_loads_again(config: PreTrainedConfig, tmp_path: Path) -> None:
+    teacher = make(config)
+    for sizes, width, heads, layers in (
+        (Fresh(num_layers=2, hidden_size=16), 16, 1, 2),
+        (Fresh(num_layers=6, hidden_size=48, num_heads=4, intermediate_size=20), 48, 4, 6),
+    ):
+        student = make_fresh(teacher, sizes).eval()
+        student.config.name_or_path = ""
+        found = student.config
+        assert (found.hidden_size, found.num_attention_heads, found.num_hidden_layers) == (width, heads, layers)
+        assert find_layers(student)[1] == layers
+        student.save_pretrained(tmp_path / str(width))
+        again, info = Classifier.from_pretrained(tmp_path / str(width), output_loading_info=True)
+        assert not info["missing_keys"] | info["unexpected_keys"]
+        ids_BT = torch.arange(4, 12)[None]
+        with torch.no_grad():
+            torch.testing.assert_close(again.eval()(ids_BT).logits, student(ids_BT).logits)
+
+
+def test_sizes_that_cannot_be_are_told() -> None:
+    with pytest.raises(StageFailed, match="A 'bert' cannot have 2 heads and a width of 17"):
+        make_fresh(make(CONFIGS[0]), Fresh(hidden_size=17, num_heads=2))
+    assert Fresh(num_heads=3).check(ModelFacts(model_type="bert", hidden_size=32))[0].field == "num_heads"
+
+
+def test_layers_are_chosen_by_a_rule() -> None:
+    teacher = make(CONFIGS[0])
+    chosen = {rule: choose_layers(None, teacher, 2, rule) for rule in ("first", "last", "uniform")}  # type: ignore[arg-type]
+    assert chosen == {"first": [0, 1], "last": [2, 3], "uniform": [1, 3]}
+
+
+def test_the_layers_that_matter_most_are_kept() -> None:
+    """By a score that falls with each layer that is missing, by as much as the layer is worth."""
+    teacher, worth = make(CONFIGS[0]), [3.0, 0.5, 2.0, 1.0]
+    marks = [layer.attention.self.query.weight[0, 0].item() for layer in teacher.bert.encoder.layer]
+    seen = []
+
+    class Task:
+        def sample(self, *_: object) -> None: ...
+        def score(self, model: Any, *_: object) -> float:
+            left = [marks.index(layer.attention.self.query.weight[0, 0].item()) for layer in model.bert.encoder.layer]
+            seen.append(left)
+            return sum(worth[layer] for layer in left)
+
+        def rank(self, score: float) -> tuple[float, ...]:
+            return 0.0, score
+
+    ctx: Any = SimpleNamespace(
+        task=Task(), device="cpu", find_split=lambda _: "path", load_tokenizer=lambda _: None, check_stop=None
+    )
+    assert choose_layers(ctx, teacher, 2, "importance") == [0, 2]
+    assert len(seen) == 4 + 3
+    teacher.has_new_head = True
+    with pytest.raises(StageFailed, match="nothing tells which of its layers"):
+        choose_layers(ctx, teacher, 2, "importance")

@@ -2,14 +2,20 @@
 
 import copy
 import logging
+import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from core.errors import StageFailed
 from worker.engine.context import StageContext
 
+if TYPE_CHECKING:
+    from worker.methods.students.fresh import Fresh
+
+INNER_WIDTHS = ("intermediate_size", "n_inner", "hidden_dim")
 log = logging.getLogger(__name__)
 
 
@@ -24,6 +30,39 @@ def load_student_tokenizer(ctx: StageContext) -> PreTrainedTokenizerBase:
     return ctx.load_tokenizer(next(role for role in ("student", "base", "teacher") if ctx.has_input(role)))
 
 
+def choose_layers(ctx: StageContext, teacher: PreTrainedModel, count: int, rule: str) -> list[int]:
+    """Returns the layers that a rule keeps.
+
+    Raises:
+        StageFailed: By importance, of a teacher that has learned nothing of the task.
+    """
+    num_layers = find_layers(teacher)[1]
+    if rule == "importance":
+        return _keep_important(ctx, teacher, num_layers, count)
+    first = list(range(count))
+    uniform = [(index + 1) * num_layers // count - 1 for index in first]
+    return {"first": first, "last": [num_layers - count + index for index in first], "uniform": uniform}[rule]
+
+
+def _keep_important(ctx: StageContext, teacher: PreTrainedModel, num_layers: int, count: int) -> list[int]:
+    if teacher.has_new_head:
+        message = "The teacher has no head for the task, so nothing tells which of its layers are important."
+        hint = "Put a finetune stage before this one, or choose layers by another rule."
+        raise StageFailed("spec_invalid", message, suggestion=hint)
+    path = ctx.find_split("validation") or ctx.get_split("train")
+    data = ctx.task.sample(path, teacher, ctx.load_tokenizer("teacher"))
+    kept = list(range(num_layers))
+    while len(kept) > count:
+        scored = []
+        for layer in kept:
+            rest = [other for other in kept if other != layer]
+            model = keep_layers(teacher, rest).to(ctx.device)
+            scored.append((ctx.task.rank(ctx.task.score(model, data, ctx.check_stop))[-1], rest))
+        kept = max(scored)[1]
+        log.info("layers %s are left, with a score of %.4f", kept, max(scored)[0])
+    return kept
+
+
 def keep_layers(teacher: PreTrainedModel, keep: list[int]) -> PreTrainedModel:
     """Returns a model of the teacher's class with these layers of it, renumbered from 0, and all its other weights.
 
@@ -32,17 +71,52 @@ def keep_layers(teacher: PreTrainedModel, keep: list[int]) -> PreTrainedModel:
     Raises:
         StageFailed: The model keeps its layers in no single list as long as its config says.
     """
-    stack, num_layers = find_layers(teacher)
-    config = copy.deepcopy(teacher.config)
+    stack, _ = find_layers(teacher)
+    student = type(teacher)._from_config(_with_layers(teacher, keep), dtype=torch.float32)
+    student.has_new_head = teacher.has_new_head
+    student.load_state_dict(renumber(teacher.state_dict(), stack, keep))
+    return student
+
+
+def make_fresh(teacher: PreTrainedModel, sizes: "Fresh") -> PreTrainedModel:
+    """Returns a model of the teacher's class in other sizes, with random weights.
+
+    Raises:
+        StageFailed: The architecture cannot have these sizes.
+    """
+    old = teacher.config
+    num_layers = sizes.num_layers or old.num_hidden_layers
+    config = _with_layers(teacher, [index % old.num_hidden_layers for index in range(num_layers)])
+    width = sizes.hidden_size or old.hidden_size
+    heads = sizes.num_heads or max(1, width * old.num_attention_heads // old.hidden_size)
+    config.hidden_size, config.num_attention_heads = width, heads
+    if getattr(old, "num_key_value_heads", None):
+        config.num_key_value_heads = math.gcd(heads, old.num_key_value_heads)
+    if getattr(old, "head_dim", None):
+        config.head_dim = width // heads
+    inner = next((name for name in INNER_WIDTHS if getattr(old, name, None)), None)
+    if inner is not None:
+        scaled = round(getattr(old, inner) * width / old.hidden_size)
+        setattr(config, inner, sizes.intermediate_size or scaled)
+    elif sizes.intermediate_size:
+        config.n_inner = sizes.intermediate_size
+    try:
+        student = type(teacher)._from_config(config, dtype=torch.float32)
+    except (ValueError, RuntimeError, AssertionError) as error:
+        message = f"A '{old.model_type}' cannot have {heads} heads and a width of {width}: {error}"
+        raise StageFailed("spec_invalid", message, suggestion="Choose a width that the heads divide.") from error
+    student.has_new_head = True
+    return student
+
+
+def _with_layers(teacher: PreTrainedModel, keep: list[int]) -> PreTrainedConfig:
+    """Returns the teacher's config with these of its layers."""
+    config, num_layers = copy.deepcopy(teacher.config), teacher.config.num_hidden_layers
     for name, value in vars(teacher.config).items():
         if isinstance(value, list) and len(value) == num_layers:
             setattr(config, name, [value[index] for index in keep])  # a setting for each layer, as `layer_types`
     config.num_hidden_layers = len(keep)
-    student = type(teacher)._from_config(config, dtype=torch.float32)
-    student.has_new_head = teacher.has_new_head
-    student.load_state_dict(renumber(teacher.state_dict(), stack, keep))
-    log.info("kept layers %s of %s", keep, stack)
-    return student
+    return config
 
 
 def find_layers(model: PreTrainedModel) -> tuple[str, int]:

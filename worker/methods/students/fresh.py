@@ -1,0 +1,46 @@
+"""A student of the teacher's architecture in other sizes, with random weights."""
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from core.methods import ModelFacts, Problem, Student
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from worker.engine.context import StageContext
+
+
+class Fresh(Student):
+    """Starts from nothing: the teacher's architecture and tokenizer, in sizes of your own, with random weights.
+
+    It learns all from the data and the teacher, so it needs many more texts and epochs than one that starts from
+    trained weights; losses on layers help.
+
+    Paper: Jiao et al. 2020, "TinyBERT: Distilling BERT for Natural Language Understanding", section 3 (general
+    distillation of a small model that begins at random).
+    """
+
+    kind: Literal["fresh"] = "fresh"
+    num_layers: int | None = Field(None, ge=1, le=512, description="Layers; null as many as the teacher.")
+    hidden_size: int | None = Field(None, ge=1, le=65_536, description="Width of the states; null the teacher's.")
+    num_heads: int | None = Field(
+        None, ge=1, le=1024, description="Attention heads; null as many as keep the width of the teacher's heads."
+    )
+    intermediate_size: int | None = Field(
+        None, ge=1, le=262_144, description="Width inside the feed-forward layers; null keeps the teacher's proportion."
+    )
+
+    def check(self, teacher: ModelFacts) -> list[Problem]:
+        """Returns a problem for a width that its heads cannot share."""
+        width = self.hidden_size or teacher.hidden_size
+        if self.num_heads and width and width % self.num_heads:
+            return [Problem("num_heads", f"{self.num_heads} heads cannot share a width of {width}; choose a divisor")]
+        return []
+
+    def build(self, ctx: "StageContext") -> "PreTrainedModel":
+        """Returns a new model."""
+        from worker.engine.students import make_fresh
+
+        return make_fresh(ctx.load_model("teacher"), self)
