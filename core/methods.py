@@ -212,6 +212,7 @@ class Loss(Method):
     family: ClassVar[str] = "losses"
     needs_logits: ClassVar[bool] = False  # of the teacher, where distributions are not enough
     compares: ClassVar[Literal["probabilities", "values", "both"]] = "probabilities"  # what the task's models give
+    is_of_labels: ClassVar[bool] = False  # and does not hear the teacher
 
     weight: Weight = 1.0
 

@@ -105,6 +105,28 @@ def read_stream(
     return np.concatenate(ids), np.concatenate(is_learned)
 
 
+def read_prompts(
+    path: Path, columns: dict[str, str], tokenizer: PreTrainedTokenizerBase, longest: int, *, is_chat: bool = False
+) -> list[NDArray[np.int32]]:
+    """Returns the tokens of each prompt of a split, or without prompts of the beginning of each text.
+
+    Of a prompt the last `longest` tokens are taken, of a text at most the first half. One without tokens is left out.
+
+    Raises:
+        StageFailed: As `read_stream` does.
+    """
+    texts, prompts = _read_columns(path, columns)
+    found = []
+    for start in range(0, len(texts), TOKENIZE_CHUNK):
+        some = slice(start, start + TOKENIZE_CHUNK)
+        if is_chat:
+            read = [_read_chat(tokenizer, *pair)[0] for pair in zip(prompts[some], texts[some], strict=True)]
+        else:
+            read = _tokenize(tokenizer, prompts[some] if prompts else texts[some], whole=True)
+        found += [ids[-longest:] if prompts else ids[: min(longest, (len(ids) + 1) // 2)] for ids in read]
+    return [np.array(ids, dtype=np.int32) for ids in found if ids]
+
+
 def _read_chat(tokenizer: PreTrainedTokenizerBase, prompt: str, text: str) -> tuple[list[int], list[int]]:
     """Returns the tokens up to where the assistant begins, and its answer's up to its last end token."""
     if not tokenizer.chat_template:

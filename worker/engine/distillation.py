@@ -1,15 +1,19 @@
 """Distillation from the teacher's answers."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from core.methods import FeatureLoss
 from worker.engine.context import StageContext
 from worker.engine.features import Features
 from worker.engine.objective import Objective, make_term, name_losses
+from worker.engine.rollouts import Rollouts
 from worker.engine.students import load_student, load_student_tokenizer
 from worker.engine.training import Trainer
 
 if TYPE_CHECKING:
+    from worker.engine.language import LanguageModelling
     from worker.methods.stages.distill import Distill
 
 
@@ -28,6 +32,7 @@ def distill(ctx: StageContext, settings: "Distill") -> dict[str, Any]:
         Objective(terms, is_sum=settings.reduction == "sum"),
         teaching,
         Features(ctx, compared, student, teaching.model) if compared and teaching.model else None,
+        make_rollouts(ctx, student, tokenizer, settings),
     )
     teacher_scores = teaching.score(trainer.validation_data)
     summary = trainer.run()
@@ -35,6 +40,17 @@ def distill(ctx: StageContext, settings: "Distill") -> dict[str, Any]:
     if teacher_scores and summary["validation"]:
         compare(ctx, teacher_scores, summary["validation"])
     return {**summary, "teacher_validation": teacher_scores}
+
+
+def make_rollouts(
+    ctx: StageContext, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: "Distill"
+) -> Rollouts | None:
+    """Returns the student's own texts, if it is to learn from them."""
+    if settings.on_policy is None:
+        return None
+    task = cast("LanguageModelling", ctx.task)
+    prompts = task.prompts(ctx.get_split("train"), student, tokenizer, settings.on_policy)
+    return Rollouts(ctx, prompts, tokenizer, settings.on_policy, settings.batch_size)
 
 
 def compare(ctx: StageContext, teacher: dict[str, float], student: dict[str, float]) -> None:

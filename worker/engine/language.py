@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from core.errors import StageFailed
 from core.models.vocabulary import VocabularyDiffers, count_common
 from worker.engine.answering import keep_likeliest
-from worker.engine.blocks import Blocks, read_stream
+from worker.engine.blocks import Blocks, read_prompts, read_stream
 from worker.engine.data import Batch
 from worker.engine.evaluation import Card, Column, Measured, Quality, Row, list_candidates
 from worker.engine.loading import load_language_model, save_language_model
@@ -32,7 +32,7 @@ from worker.kernels.heads import CHUNK_ELEMENTS, Head
 if TYPE_CHECKING:
     from worker.engine.context import StageContext
     from worker.methods.stages.answer import Answer
-    from worker.methods.stages.distill import Distill
+    from worker.methods.stages.distill import Distill, OnPolicy
     from worker.methods.stages.evaluate import Evaluate
     from worker.methods.tasks.causal_lm import CausalLM
 
@@ -141,7 +141,7 @@ class LanguageModelling:
 
     def teach(self, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: "Distill") -> Teaching:
         """Returns the answers that an earlier stage kept, or else the teacher, answering batch by batch."""
-        if self.ctx.has_input("answers") and not settings.feature_losses:
+        if self.ctx.has_input("answers") and not settings.feature_losses and not settings.on_policy:
             kept = AnswersKept(self.ctx.input("answers"))
             if kept.num_classes > student.config.vocab_size:
                 message = f"The kept answers are over {kept.num_classes} tokens, and the student has fewer."
@@ -151,6 +151,21 @@ class LanguageModelling:
         teacher = load_teacher(self.ctx)
         self._agree(tokenizer, teacher.config.vocab_size, student.config.vocab_size)
         return AnswersOnline(self.ctx, teacher)
+
+    def prompts(
+        self, path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: "OnPolicy"
+    ) -> list[NDArray[np.int32]]:
+        """Returns what the student goes on after, in tokens.
+
+        Raises:
+            StageFailed: `spec_invalid` if the model has too few positions.
+        """
+        longest = getattr(model.config, "max_position_embeddings", None)
+        wanted = settings.prompt_tokens + settings.new_tokens
+        if longest is not None and wanted > longest:
+            message = f"prompt_tokens and new_tokens are {wanted} together; the student has places for {longest}."
+            raise StageFailed("spec_invalid", message, suggestion="Lower one of them.")
+        return read_prompts(path, self.task.columns(), tokenizer, settings.prompt_tokens, is_chat=self.task.chat)
 
     def _agree(self, tokenizer: PreTrainedTokenizerBase, *widths: int) -> None:
         """Sees to it that teacher and student choose among the same tokens. Raises StageFailed if they cannot.

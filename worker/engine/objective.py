@@ -24,6 +24,7 @@ class Term:
     name: str
     weight: float | None
     loss: Callable[[Tensor, Signal | None, Tensor], Tensor]
+    is_of_labels: bool = False
 
 
 def name_losses(losses: Sequence[Loss]) -> dict[str, Loss]:
@@ -36,7 +37,7 @@ def name_losses(losses: Sequence[Loss]) -> dict[str, Loss]:
 
 def make_term(ctx: StageContext, name: str, loss: Loss) -> Term:
     """Returns a loss on logits as a term."""
-    return Term(name, None if loss.weight == "auto" else loss.weight, loss.build(ctx))
+    return Term(name, None if loss.weight == "auto" else loss.weight, loss.build(ctx), loss.is_of_labels)
 
 
 class Objective:
@@ -68,14 +69,14 @@ class Objective:
         return min(max(wanted / norm, 1 / MAX_BALANCE), MAX_BALANCE) if norm else 1.0
 
     def learn(self, numbers: dict[str, float]) -> None:
-        """Notes the norms of a whole step, of which `numbers` are the sums of the parts."""
+        """Notes the norms of a whole step, of which `numbers` are the sums of the parts; a term that rests has none."""
         for name, weight in self.weights().items():
-            if weight:
+            if weight and numbers[f"gradient/{name}"]:
                 norm = numbers[f"gradient/{name}"] ** 0.5 / weight
                 self.norms[name] = norm + NORM_MEMORY * (self.norms.get(name, norm) - norm)
 
     def __call__(
-        self, student_NC: Tensor, signal: Signal | None, labels_N: Tensor, num_rows: int
+        self, student_NC: Tensor, signal: Signal | None, labels_N: Tensor, num_rows: int, *, with_labels: bool = True
     ) -> tuple[Tensor, dict[str, float]]:
         """Returns the gradient of a part's share of L by the logits, and what the part adds to the step's numbers.
 
@@ -87,12 +88,16 @@ class Objective:
             signal: What the teacher says of these rows; None if no term hears one.
             labels_N: Their classes.
             num_rows: Rows of the whole step.
+            with_labels: Whether the labels are true; if not, the terms of them rest.
         """
         divisor = 1 if self.is_sum else max(1, num_rows)
         logits_NC = widen(student_NC.detach()).requires_grad_()
         gradient_NC = torch.zeros_like(logits_NC, requires_grad=False)
         numbers_J2, weights = [], self.weights()
         for term in self.terms:
+            if term.is_of_labels and not with_labels:
+                numbers_J2 += [gradient_NC.new_zeros(())] * 2
+                continue
             value = term.loss(logits_NC, signal, labels_N).sum() / divisor
             [term_NC] = torch.autograd.grad(weights[term.name] * value, logits_NC)
             gradient_NC += term_NC

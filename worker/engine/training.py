@@ -4,6 +4,7 @@ import logging
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from worker.engine.failures import CheckpointUnfit, StopRequested, is_out_of_mem
 from worker.engine.features import Features
 from worker.engine.objective import Objective, ShareWatch, warn_of_share
 from worker.engine.optimization import Average, make_optimizer, make_schedule, set_dropout
+from worker.engine.rollouts import Rollouts
 from worker.engine.tasks import Split
 from worker.engine.teaching import Teaching
 from worker.kernels.heads import add_numbers, backward
@@ -40,6 +42,7 @@ class Trainer:
     objective: Objective
     teaching: Teaching | None = None
     features: Features | None = None
+    rollouts: Rollouts | None = None
     train_data: Split = field(init=False)
     validation_data: Split | None = field(init=False)
     watch: ShareWatch = field(init=False)
@@ -116,7 +119,8 @@ class Trainer:
             for batch in data.shuffled(batch_size, seed, first, self.ctx.device):
                 if self._step == self.num_steps:
                     break
-                numbers = self._update(batch)
+                own = self.rollouts.take_if_due(self._step, self.model) if self.rollouts else None
+                numbers = self._update(own or batch, is_own=own is not None)
                 self._step += 1
                 self._log(numbers)
                 if self.ctx.wants_checkpoint():
@@ -135,6 +139,7 @@ class Trainer:
 
     def _save_checkpoint(self) -> None:
         heard, heard_state = self.teaching.save() if self.teaching else ({}, {})
+        written, written_state = self.rollouts.save() if self.rollouts else ({}, {})
         tensors = {
             **checkpoints.add_prefix("model", self.model.state_dict()),
             **checkpoints.add_prefix("best", self._best_state or {}),
@@ -142,6 +147,7 @@ class Trainer:
             **checkpoints.add_prefix("optimizer", checkpoints.optimizer_tensors(self.optimizer)),
             **checkpoints.add_prefix("random", checkpoints.random_tensors()),
             **checkpoints.add_prefix("teacher", heard),
+            **checkpoints.add_prefix("rollouts", written),
             **checkpoints.add_prefix("beside", self.beside.state_dict()),
         }
         state = {
@@ -153,6 +159,7 @@ class Trainer:
             "best": self._best,
             "validated_step": self._validated_step,
             "teacher": heard_state,
+            "rollouts": written_state,
         }
         self.ctx.save_checkpoint(self._step, tensors, state)
 
@@ -173,6 +180,8 @@ class Trainer:
         self.schedule.load_state_dict(state["schedule"])
         if self.teaching:
             self.teaching.restore(checkpoints.select(tensors, "teacher"), state["teacher"])
+        if self.rollouts:
+            self.rollouts.restore(checkpoints.select(tensors, "rollouts"), state["rollouts"])
         self._best_state = checkpoints.select(tensors, "best") or None
         if self.average:
             self.average.tensors = checkpoints.select(tensors, "average")
@@ -197,8 +206,12 @@ class Trainer:
             message = f"{cut} of {total} training texts are longer than {limit} tokens and are cut."
             self.ctx.warn("texts_cut", message, num_cut=cut, num_examples=total, max_length=limit)
 
-    def _update(self, batch: Batch) -> dict[str, float]:
-        """Makes one step of the optimiser; its parts add up to what the whole batch would be at once."""
+    def _update(self, batch: Batch, *, is_own: bool) -> dict[str, float]:
+        """Makes one step of the optimiser; its parts add up to what the whole batch would be at once.
+
+        Labels of a batch that the student wrote itself are not to be learned.
+        """
+        objective = partial(self.objective, with_labels=not is_own)
         num_rows = int(batch.is_row.sum())
         self.ctx.share_done = self._step / max(1, self.num_steps - 1)
         numbers: dict[str, float] = {}
@@ -209,7 +222,7 @@ class Trainer:
             signal = self.teaching.answer(part) if self.teaching else None
             beside, values = self.features.compare(part, batch) if self.features else (None, {})
             others = () if beside is None else (beside,)
-            added = backward(answer, self.objective, signal, part.row_labels, num_rows, others) | values
+            added = backward(answer, objective, signal, part.row_labels, num_rows, others) | values
             added["total"] += sum(other.item() for other in others)
             numbers = add_numbers(numbers, added)
         self._check_finite("loss", numbers["total"])

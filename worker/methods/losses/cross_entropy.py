@@ -1,7 +1,7 @@
 """Cross entropy with the labels."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 class CrossEntropy(Loss):
     """The usual loss on the labels, always at temperature 1: -log softmax(z)_y."""
+
+    is_of_labels: ClassVar[bool] = True
 
     kind: Literal["cross_entropy"] = "cross_entropy"
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="Share of probability spread over all classes.")

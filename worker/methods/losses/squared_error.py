@@ -15,6 +15,7 @@ class SquaredError(Loss):
     """The usual loss of a regression on the labels: (z - y)²."""
 
     compares: ClassVar[Literal["probabilities", "values", "both"]] = "values"
+    is_of_labels: ClassVar[bool] = True
 
     kind: Literal["squared_error"] = "squared_error"
 

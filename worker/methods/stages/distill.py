@@ -5,12 +5,40 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from core.methods import FeatureLoss, Loss, Method, OneOf, Problem, Task, list_methods
+from core.methods import FeatureLoss, Loss, Method, OneOf, Problem, StrictModel, Task, list_methods
 from core.training import Training
 
 if TYPE_CHECKING:
     from core.jobs.spec import JobSpec
     from worker.engine.context import StageContext
+
+
+class OnPolicy(StrictModel):
+    """Steps that learn from what the student writes itself: it is then taught where it will be when it is used.
+
+    The student goes on after prompts of the training split, and hears what the teacher would have said at each token
+    that it wrote. Losses on labels rest in such a step.
+
+    Paper: Agarwal et al. 2024, "On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes",
+    section 3, algorithm 1 (`share` is its λ).
+    """
+
+    share: float = Field(0.5, gt=0, le=1, description="Share of the steps, drawn at random.")
+    new_tokens: int = Field(64, ge=1, le=8192, description="Tokens that are written after a prompt, at most.")
+    prompt_tokens: int = Field(
+        64,
+        ge=1,
+        le=8192,
+        description="Longest prompt; of a longer one the end is taken. Without a prompt column it is the beginning of "
+        "a text, at most half of it.",
+    )
+    temperature: float = Field(1.0, gt=0, le=10, description="At which the student writes.")
+    buffer_steps: int = Field(
+        8,
+        ge=1,
+        le=1024,
+        description="Steps for which texts are written at once: 1 by the newest student, more is faster.",
+    )
 
 
 class Distill(Training):
@@ -47,8 +75,16 @@ class Distill(Training):
         "tokens.",
     )
 
+    on_policy: OnPolicy | None = Field(
+        None, description="Let a language model learn from its own texts in some of the steps."
+    )
+
     def check(self, spec: "JobSpec") -> list[Problem]:
         """Returns what is wrong with the terms: one must say how large the sum is, and layers need a model."""
+        if self.on_policy and not spec.task.shares_tokens:
+            return [Problem("on_policy", f"a {spec.task.kind} writes no texts; leave it out, or use task causal_lm")]
+        if self.on_policy and all(loss.is_of_labels for loss in self.losses):
+            return [Problem("on_policy", "no loss hears the teacher; add one, as 'reverse_kl'")]
         unfit = [i for i, loss in enumerate(self.losses) if not fits(type(loss), spec.task)]
         if unfit:
             known = ", ".join(k for k, loss in list_methods("losses").items() if fits(loss, spec.task))

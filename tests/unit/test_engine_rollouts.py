@@ -1,0 +1,138 @@
+"""Steps on texts that the student writes itself: how they are written and read, and whole stages of them."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from core.errors import SpecInvalid
+from tests import pico
+from tests.engine_bench import Bench, make_spec
+from worker.engine.blocks import read_prompts
+from worker.engine.loading import load_tokenizer
+from worker.engine.rollouts import Rollouts, make_batch
+from worker.methods.stages.distill import OnPolicy
+
+TASK = {"kind": "causal_lm", "block_tokens": 32}
+STUDENT = {"kind": "teacher_layers", "keep": [0, 2]}
+LEARN = {"kind": "finetune", "epochs": 15, "learning_rate": 5e-3, "batch_size": 4}
+POLICY = {"share": 0.5, "new_tokens": 8, "prompt_tokens": 4, "buffer_steps": 4}
+DISTILL = {
+    "kind": "distill",
+    "epochs": 6,
+    "learning_rate": 3e-3,
+    "batch_size": 4,
+    "losses": [{"kind": "cross_entropy"}, {"kind": "reverse_kl", "temperature": 1.0}],
+}
+PROMPTS = [np.array(ids, dtype=np.int32) for ids in ([5, 6, 7], [9], [11, 3, 4, 8, 10])]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    folder = pico.write_language_model(tmp_path_factory.mktemp("model"))
+    return AutoModelForCausalLM.from_pretrained(folder).eval(), load_tokenizer(folder)
+
+
+def make(tokenizer: PreTrainedTokenizerBase, batch_size: int = 3, **settings: Any) -> Rollouts:
+    ctx: Any = SimpleNamespace(seed=3, check_stop=lambda: None)
+    return Rollouts(ctx, PROMPTS, tokenizer, OnPolicy(**{"share": 1.0, "new_tokens": 8, **settings}), batch_size)
+
+
+def test_a_row_is_a_token_that_was_written() -> None:
+    batch = make_batch([(np.array([5, 6, 7, 8]), 2), (np.array([9, 1]), 1)], 0, torch.device("cpu"))
+    assert batch.inputs["input_ids"].tolist() == [[5, 6, 7], [9, 1, 0]]
+    assert batch.inputs["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert batch.row_labels.tolist() == [7, 8, 1]
+    assert batch.is_row.tolist() == [[False, True, True], [True, False, False]]
+
+
+def test_texts_go_on_as_the_model_alone_would_after_each_prompt(model: Any) -> None:
+    """Nearly at temperature 0, whatever prompts of other lengths are written beside it."""
+    network, tokenizer = model
+    rollouts = make(tokenizer, buffer_steps=1, new_tokens=6, temperature=1e-3)
+    texts = rollouts._write(network)
+    assert sorted(length for _, length in texts) == [1, 3, 5]
+    for ids, length in texts:
+        alone = network.generate(
+            torch.tensor(ids[None, :length]), do_sample=False, max_new_tokens=6, pad_token_id=0, eos_token_id=0
+        )[0]
+        assert ids.tolist() == alone.tolist()
+
+
+def test_what_is_written_is_a_function_of_seed_and_weights_and_survives_a_checkpoint(model: Any) -> None:
+    network, tokenizer = model
+    one, other = make(tokenizer, 2), make(tokenizer, 2)
+    torch.manual_seed(1)
+    first = [one.take_if_due(step, network) for step in range(3)]
+    torch.manual_seed(2)
+    state = torch.get_rng_state()
+    again = [other.take_if_due(step, network) for step in range(2)]
+    assert torch.equal(torch.get_rng_state(), state)  # nothing else of the run is disturbed
+    restored = make(tokenizer, 2)
+    restored.restore(*other.save())
+    again.append(restored.take_if_due(2, network))
+    for a, b in zip(first, again, strict=True):
+        assert a is not None
+        assert b is not None
+        assert torch.equal(a.inputs["input_ids"], b.inputs["input_ids"])
+        assert torch.equal(a.rows, b.rows)
+
+
+def test_a_share_of_the_steps_is_due(model: Any) -> None:
+    network, tokenizer = model
+    rollouts = make(tokenizer, 1, share=0.25, new_tokens=1, buffer_steps=64)
+    taken = [rollouts.take_if_due(step, network) is not None for step in range(400)]
+    assert 70 < sum(taken) < 130
+
+
+def test_prompts_are_ends_of_prompts_or_beginnings_of_texts(tmp_path: Path, model: Any) -> None:
+    _, tokenizer = model
+    path = tmp_path / "train.jsonl"
+    path.write_text('{"q": "please my the parcel is", "a": "late"}\n{"q": "refund", "a": "paid back"}\n')
+    ends = read_prompts(path, {"text": "a", "prompt": "q"}, tokenizer, 2)
+    assert [tokenizer.decode(ids) for ids in ends] == ["parcel is", "refund"]
+    starts = read_prompts(path, {"text": "q"}, tokenizer, 2)
+    assert [tokenizer.decode(ids) for ids in starts] == ["please my", "refund"]
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    bench = Bench(tmp_path_factory.mktemp("bench")).lay_language()
+    bench.adopt(bench.succeed(make_spec([LEARN], task=TASK), labels=[]), 0, "finetune")
+    return bench
+
+
+def test_a_student_learns_from_its_own_texts_alone(bench: Bench) -> None:
+    stage = DISTILL | {"on_policy": POLICY | {"share": 1.0}}
+    finished = bench.succeed(make_spec([stage], task=TASK, student=STUDENT), 0, "own", labels=[])
+    losses = [value for _, value in finished.series("loss/reverse_kl")]
+    assert np.mean(losses[-5:]) < 0.5 * np.mean(losses[:5])
+    assert {value for _, value in finished.series("loss/cross_entropy")} == {0.0}
+
+
+def test_a_stopped_stage_ends_with_the_same_bytes(bench: Bench, tmp_path: Path) -> None:
+    bench = bench.copy(tmp_path / "bench")
+    spec = make_spec([DISTILL | {"on_policy": POLICY}], task=TASK, student=STUDENT)
+    whole = bench.succeed(spec, 0, "undisturbed", labels=[])
+    order = bench.write_order(spec, 0, "stopped", labels=[], checkpoint_s=0)
+    found, _ = bench.interrupt(order, 3, "stop")
+    again = bench.succeed(spec, 0, "again", labels=[], checkpoint=str(found[-1]))
+    assert "going on from step" in again.log
+    weights = [finished.outputs / "student" / "model.safetensors" for finished in (whole, again)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    assert len({value > 0 for _, value in whole.series("loss/cross_entropy")}) == 2  # some steps are of each kind
+
+
+def test_specs_that_cannot_be(bench: Bench) -> None:
+    with pytest.raises(SpecInvalid, match="a text_classification writes no texts"):
+        make_spec([{"kind": "distill", "on_policy": POLICY}])
+    with pytest.raises(SpecInvalid, match="no loss hears the teacher"):
+        make_spec([DISTILL | {"on_policy": POLICY, "losses": [{"kind": "cross_entropy"}]}], task=TASK)
+    stage = DISTILL | {"on_policy": POLICY | {"new_tokens": 100}}
+    error = bench.run(make_spec([stage], task=TASK, student=STUDENT), 0, "long", labels=[]).last
+    assert error["reason"] == "spec_invalid"
+    assert "104 together; the student has places for 64" in error["message"]
