@@ -1,4 +1,4 @@
-"""The peer of `causal_lm.py`: TRL's GKDTrainer, off-policy and with the forward KL."""
+"""The peer of `causal_lm.py`: TRL's GKDTrainer with the forward KL, on texts or on what the student writes."""
 
 from pathlib import Path
 from typing import Any
@@ -46,10 +46,26 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     }
 
 
+def collate_prompts(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """The examples as prompts; what follows them is written in each step."""
+    ids = torch.tensor([row["input_ids"] for row in rows])
+    mask = torch.ones_like(ids)
+    whole = {"input_ids": ids, "attention_mask": mask, "labels": ids.clone()}
+    return whole | {"prompts": ids, "prompt_attention_mask": mask}
+
+
 def distil(
-    teacher: Any, student: Any, examples: list[list[int]], work: Path, course: Any, *, batch_size: int, rate: float
+    teacher: Any,
+    student: Any,
+    examples: list[list[int]],
+    work: Path,
+    course: Any,
+    *,
+    batch_size: int,
+    rate: float,
+    new_tokens: int = 0,
 ) -> None:
-    """Trains the student on the examples, in order."""
+    """Trains the student on the examples, in order; with `new_tokens`, on so many that it writes after each."""
     settings = GKDConfig(
         output_dir=str(work / "trl"),
         per_device_train_batch_size=batch_size,
@@ -59,7 +75,8 @@ def distil(
         warmup_steps=round(0.1 * len(examples) / batch_size),
         weight_decay=0.01,
         max_grad_norm=1.0,
-        lmbda=0.0,
+        lmbda=1.0 if new_tokens else 0.0,
+        max_new_tokens=max(1, new_tokens),
         beta=0.0,
         temperature=1.0,
         max_length=None,
@@ -75,7 +92,7 @@ def distil(
         model=student,
         teacher_model=teacher,
         args=settings,
-        data_collator=collate,
+        data_collator=collate_prompts if new_tokens else collate,
         train_dataset=Dataset.from_dict({"input_ids": examples}),
         processing_class=load_tokenizer(work / "in" / "teacher"),
         callbacks=[Timer(course)],
