@@ -364,6 +364,7 @@ class Stage(Method):
     family: ClassVar[str] = "stages"
     queue: ClassVar[str] = "cpu"
     reports_on_job: ClassVar[bool] = False
+    compares_tokens: ClassVar[bool] = False  # of teacher and student, one by one
 
     def check(self, spec: "JobSpec") -> list[Problem]:  # noqa: ARG002 - most stages have nothing to check
         """Returns what is wrong with these settings inside that spec; fields are relative to the stage."""

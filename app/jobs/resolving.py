@@ -62,7 +62,7 @@ def find_sources(session: Session, principal: Principal, spec: JobSpec) -> Sourc
     """Returns what the spec's references name in the database."""
     problems: Problems = []
     models = {}
-    compares_tokens = spec.task.shares_tokens and spec.student.source() is not None
+    compares_tokens = spec.compares_tokens() and spec.student.source() is not None
     for role, source in spec.models().items():
         model = _find_model(session, principal, source, problems)
         if model:
@@ -179,7 +179,7 @@ def describe_models(
     facts = {role: model.facts for role, model in found.items() if model and model.facts}
     if "teacher" in facts and spec.teacher.is_model:
         problems += check_student(spec, facts["teacher"])
-    if spec.task.shares_tokens and {"teacher", "base"} <= found.keys():
+    if spec.compares_tokens() and {"teacher", "base"} <= found.keys():
         problems += _check_vocabulary(named["base"].field, *(found[role] for role in ("teacher", "base")))
     inputs = {role: model.source for role, model in found.items() if model}
     return inputs | {f"{role}_facts": known.model_dump() for role, known in facts.items()}, facts

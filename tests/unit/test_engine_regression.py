@@ -87,3 +87,14 @@ def test_only_losses_on_values_fit() -> None:
         make_spec([{"kind": "distill", "losses": [{"kind": "forward_kl"}]}], task=TASK)
     with pytest.raises(Exception, match="'squared_error' fits no text_classification"):
         make_spec([{"kind": "distill", "losses": [{"kind": "squared_error"}]}])
+
+
+def test_numbers_of_another_size_are_warned_of(bench: Bench, tmp_path: Path) -> None:
+    bench = bench.copy(tmp_path / "job")
+    path = bench.inputs / "data" / "train.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(row | {"score": 1000 * row["score"]}) + "\n" for row in rows))
+    finished = bench.succeed(make_spec([{"kind": "finetune", **FAST, "epochs": 1}], task=TASK), labels=LABELS)
+    [event] = [report["event"] for report in finished.of("event")]
+    assert event["type"] == "values_spread"
+    assert "scale them to about 1" in event["message"]

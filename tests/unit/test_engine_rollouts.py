@@ -135,4 +135,4 @@ def test_specs_that_cannot_be(bench: Bench) -> None:
     stage = DISTILL | {"on_policy": POLICY | {"new_tokens": 100}}
     error = bench.run(make_spec([stage], task=TASK, student=STUDENT), 0, "long", labels=[]).last
     assert error["reason"] == "spec_invalid"
-    assert "104 together; the student has places for 64" in error["message"]
+    assert "104 together; the model has places for 64" in error["message"]

@@ -110,7 +110,7 @@ def read_prompts(
 ) -> list[NDArray[np.int32]]:
     """Returns the tokens of each prompt of a split, or without prompts of the beginning of each text.
 
-    Of a prompt the last `longest` tokens are taken, of a text at most the first half. One without tokens is left out.
+    Of a prompt the last `longest` tokens are taken, of a text at most the first half.
 
     Raises:
         StageFailed: As `read_stream` does.
@@ -124,7 +124,7 @@ def read_prompts(
         else:
             read = _tokenize(tokenizer, prompts[some] if prompts else texts[some], whole=True)
         found += [ids[-longest:] if prompts else ids[: min(longest, (len(ids) + 1) // 2)] for ids in read]
-    return [np.array(ids, dtype=np.int32) for ids in found if ids]
+    return [np.array(ids, dtype=np.int32) for ids in found]
 
 
 def _read_chat(tokenizer: PreTrainedTokenizerBase, prompt: str, text: str) -> tuple[list[int], list[int]]:

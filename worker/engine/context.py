@@ -197,7 +197,8 @@ class StageContext:
 
     def find_split(self, name: str) -> Path | None:
         """Returns the file of a split, JSON Lines, or None when the spec has none of that name."""
-        path = self.order.inputs_dir / "data" / f"{name}.jsonl"
+        written = self.order.inputs_dir / "texts" / f"{name}.jsonl"  # by the teacher, in an earlier stage
+        path = written if written.is_file() else self.order.inputs_dir / "data" / f"{name}.jsonl"
         return path if path.is_file() else None
 
     def get_split(self, name: str) -> Path:

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from core.errors import StageFailed
 from core.methods import FeatureLoss
 from worker.engine.context import StageContext
 from worker.engine.features import Features
@@ -49,7 +50,10 @@ def make_rollouts(
     if settings.on_policy is None:
         return None
     task = cast("LanguageModelling", ctx.task)
-    prompts = task.prompts(ctx.get_split("train"), student, tokenizer, settings.on_policy)
+    found = task.prompts(ctx.get_split("train"), student, tokenizer, settings.on_policy)
+    prompts = [ids for ids in found if len(ids)]
+    if not prompts:
+        raise StageFailed("dataset_invalid", "No row of the training split has a prompt to go on after.")
     return Rollouts(ctx, prompts, tokenizer, settings.on_policy, settings.batch_size)
 
 

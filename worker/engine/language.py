@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from worker.methods.stages.answer import Answer
     from worker.methods.stages.distill import Distill, OnPolicy
     from worker.methods.stages.evaluate import Evaluate
+    from worker.methods.stages.generate import Generate
     from worker.methods.tasks.causal_lm import CausalLM
 
 SAMPLED_ROWS = 1024
@@ -153,9 +154,9 @@ class LanguageModelling:
         return AnswersOnline(self.ctx, teacher)
 
     def prompts(
-        self, path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: "OnPolicy"
+        self, path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: "OnPolicy | Generate"
     ) -> list[NDArray[np.int32]]:
-        """Returns what the student goes on after, in tokens.
+        """Returns what a model goes on after of each row, in tokens.
 
         Raises:
             StageFailed: `spec_invalid` if the model has too few positions.
@@ -163,7 +164,7 @@ class LanguageModelling:
         longest = getattr(model.config, "max_position_embeddings", None)
         wanted = settings.prompt_tokens + settings.new_tokens
         if longest is not None and wanted > longest:
-            message = f"prompt_tokens and new_tokens are {wanted} together; the student has places for {longest}."
+            message = f"prompt_tokens and new_tokens are {wanted} together; the model has places for {longest}."
             raise StageFailed("spec_invalid", message, suggestion="Lower one of them.")
         return read_prompts(path, self.task.columns(), tokenizer, settings.prompt_tokens, is_chat=self.task.chat)
 

@@ -92,18 +92,20 @@ class Objective:
         """
         divisor = 1 if self.is_sum else max(1, num_rows)
         logits_NC = widen(student_NC.detach()).requires_grad_()
-        gradient_NC = torch.zeros_like(logits_NC, requires_grad=False)
+        gradient_NC: Tensor | None = None
         numbers_J2, weights = [], self.weights()
         for term in self.terms:
             if term.is_of_labels and not with_labels:
-                numbers_J2 += [gradient_NC.new_zeros(())] * 2
+                numbers_J2 += [logits_NC.new_zeros(())] * 2
                 continue
             value = term.loss(logits_NC, signal, labels_N).sum() / divisor
             [term_NC] = torch.autograd.grad(weights[term.name] * value, logits_NC)
-            gradient_NC += term_NC
-            numbers_J2 += [value.detach(), term_NC.square().sum()]
+            numbers_J2 += [value.detach(), torch.linalg.vector_norm(term_NC).square()]
+            gradient_NC = term_NC if gradient_NC is None else gradient_NC.add_(term_NC)
         values = iter(torch.stack(numbers_J2).tolist() if numbers_J2 else ())  # one wait for the device
         numbers = {name: next(values) for term in self.terms for name in (term.name, f"gradient/{term.name}")}
+        if gradient_NC is None:
+            gradient_NC = torch.zeros_like(logits_NC, requires_grad=False)
         return gradient_NC, {"total": sum(weight * numbers[name] for name, weight in weights.items()), **numbers}
 
     def shares(self, numbers: dict[str, float]) -> dict[str, float]:

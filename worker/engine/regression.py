@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from worker.methods.stages.evaluate import Evaluate
 
 
+LEAST_SPREAD, MOST_SPREAD = 0.1, 10.0
+
+
 class Regression(Classification):
     """A model that gives each text a number."""
 
@@ -38,7 +41,13 @@ class Regression(Classification):
         return model
 
     def _find_mean(self) -> float:
-        return self.labels_of(self.read(self.ctx.get_split("train"))).mean().item()
+        """Returns the mean of what is to be learned; warns of numbers for which learning rates are not made."""
+        values_N = self.labels_of(self.read(self.ctx.get_split("train")))
+        spread = values_N.std(correction=0).item()
+        if not LEAST_SPREAD <= spread <= MOST_SPREAD:
+            what = f"The numbers to learn have a standard deviation of {spread:.3g}; scale them to about 1."
+            self.ctx.warn("values_spread", what, standard_deviation=spread)
+        return values_N.mean().item()
 
     def read_label(self, row: dict[str, Any]) -> float:
         """Returns the number of a row."""

@@ -6,11 +6,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from worker.engine.context import StageContext
 from worker.engine.data import Batch
-from worker.engine.devices import autocast
+from worker.engine.generating import go_on
 
 if TYPE_CHECKING:
     from worker.methods.stages.distill import OnPolicy
@@ -36,7 +36,7 @@ class Rollouts:
         batch_size: int,
     ) -> None:
         self._ctx, self._prompts, self._settings, self._batch_size = ctx, prompts, settings, batch_size
-        self._end, self._pad = tokenizer.eos_token_id, tokenizer.pad_token_id or 0
+        self._tokenizer = tokenizer
         self._texts: list[Text] = []
         self._round = 0
 
@@ -48,7 +48,7 @@ class Rollouts:
             self._texts = self._write(model)
             self._round += 1
         taken, self._texts = self._texts[: self._batch_size], self._texts[self._batch_size :]
-        return make_batch(taken, self._pad, model.device)
+        return make_batch(taken, self._tokenizer.pad_token_id or 0, model.device)
 
     def _write(self, model: PreTrainedModel) -> list[Text]:
         dice = np.random.default_rng([self._ctx.seed, self._round, 3])
@@ -61,38 +61,11 @@ class Rollouts:
             some = [self._prompts[index] for index in order[start : min(start + WRITTEN_AT_ONCE, num_texts)]]
             with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
                 torch.manual_seed(int(dice.integers(2**31)))  # a stop in between leaves nothing drawn
-                texts += self._write_some(model, some)
+                written = go_on(model, self._tokenizer, some, self._settings.new_tokens, self._settings.temperature)
+            texts += [(np.concatenate(pair), len(pair[0])) for pair in zip(some, written, strict=True)]
             self._ctx.check_stop()
         model.train(was_training)
         return texts
-
-    def _write_some(self, model: PreTrainedModel, prompts: list[NDArray[np.int32]]) -> list[Text]:
-        width = max(len(prompt) for prompt in prompts)
-        ids_BT = torch.full((len(prompts), width), self._pad)
-        mask_BT = torch.zeros_like(ids_BT)
-        for row, prompt in enumerate(prompts):
-            ids_BT[row, width - len(prompt) :] = torch.from_numpy(prompt.astype(np.int64))
-            mask_BT[row, width - len(prompt) :] = 1
-        config = GenerationConfig(
-            do_sample=True,
-            temperature=self._settings.temperature,
-            top_k=0,
-            top_p=1.0,
-            max_new_tokens=self._settings.new_tokens,
-            eos_token_id=self._end,
-            pad_token_id=self._pad,
-            use_cache=True,
-        )
-        with torch.no_grad(), autocast(model.device):
-            written_BT = model.generate(
-                ids_BT.to(model.device), attention_mask=mask_BT.to(model.device), generation_config=config
-            )[:, width:].cpu()
-        found = []
-        for prompt, written_T in zip(prompts, written_BT.numpy().astype(np.int32), strict=True):
-            ends = np.flatnonzero(written_T == self._end) if self._end is not None else np.array([], dtype=np.int64)
-            length = int(ends[0]) + 1 if len(ends) else len(written_T)
-            found.append((np.concatenate([prompt, written_T[:length]]), len(prompt)))
-        return found
 
     def save(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Returns the texts that are written and not used yet."""

@@ -10,7 +10,8 @@ from torch import Tensor
 from worker.kernels.divergences import widen
 from worker.kernels.signals import DenseSignal, Pair, Rows, Signal
 
-CHUNK_ELEMENTS = 2**24  # of logits, 64 MB: enough rows for the matrix product to run at full speed
+CHUNK_ELEMENTS = 2**23  # of logits, 32 MB: enough rows for the matrix product to run at full speed
+BLOCK_ELEMENTS = 2**19  # of logits, 2 MB: what a loss makes of them stays in a processor's cache
 
 Objective = Callable[[Tensor, Signal | None, Tensor, int], tuple[Tensor, dict[str, float]]]
 
@@ -111,7 +112,7 @@ def backward_through_head(
     for start in range(0, max(1, len(frozen.hidden_ND)), chunk):
         rows = slice(start, start + chunk)
         heard = None if signal is None else signal.take(rows)
-        by_logits_NC, numbers = objective(frozen.logits(rows), heard, labels_N[rows], num_rows)
+        by_logits_NC, numbers = _by_logits(frozen.logits(rows), objective, heard, labels_N[rows], num_rows)
         torch.mm(by_logits_NC, frozen.weight_CD, out=gradients.hidden_ND[rows])
         gradients.weight_CD.addmm_(by_logits_NC.T, frozen.hidden_ND[rows])
         if gradients.bias_C is not None:
@@ -122,3 +123,23 @@ def backward_through_head(
     trained += [(loss, torch.ones_like(loss)) for loss in beside]
     torch.autograd.backward([x for x, _ in trained], [g for _, g in trained])
     return sums
+
+
+def _by_logits(
+    logits_NC: Tensor, objective: Objective, signal: Signal | None, labels_N: Tensor, num_rows: int
+) -> tuple[Tensor, dict[str, float]]:
+    """Returns the objective's gradient and numbers; the gradient takes the place of the logits.
+
+    A processor does it few rows at a time: the dozen tensors that a loss makes of the logits would else each go through
+    memory, which takes longer than to compute them.
+    """
+    num_logits, width = logits_NC.shape
+    block = max(1, BLOCK_ELEMENTS // width if logits_NC.device.type == "cpu" else num_logits)
+    sums: dict[str, float] = {}
+    for start in range(0, max(1, num_logits), block):
+        rows = slice(start, start + block)
+        heard = None if signal is None else signal.take(rows)
+        gradient_NC, numbers = objective(logits_NC[rows], heard, labels_N[rows], num_rows)
+        logits_NC[rows] = gradient_NC
+        sums = add_numbers(sums, numbers)
+    return logits_NC, sums

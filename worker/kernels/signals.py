@@ -142,7 +142,9 @@ class SampledSignal:
 
 
 def _log_softmax(logits_NC: Tensor, temperature: float | Tensor) -> Tensor:
-    return F.log_softmax(widen(logits_NC) / temperature, dim=-1)
+    logits_NC = widen(logits_NC)
+    is_plain = not isinstance(temperature, Tensor) and temperature == 1
+    return F.log_softmax(logits_NC if is_plain else logits_NC / temperature, dim=-1)
 
 
 def _log_rest(log_p_NC: Tensor, classes_NK: Tensor) -> Tensor:

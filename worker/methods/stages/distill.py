@@ -1,7 +1,7 @@
 """Distillation of the teacher into the student."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -50,6 +50,8 @@ class Distill(Training):
     Paper: Hinton, Vinyals, Dean 2015, "Distilling the Knowledge in a Neural Network"; masking: Tang et al. 2019,
     "Distilling Task-Specific Knowledge from BERT into Simple Neural Networks", section 3.2.
     """
+
+    compares_tokens: ClassVar[bool] = True
 
     kind: Literal["distill"] = "distill"
     epochs: float = Field(5.0, gt=0, le=1000, description="Passes over the training split.")

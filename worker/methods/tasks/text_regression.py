@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 class TextRegression(Task):
     """Gives each text, or each pair of texts, a number: a rating, a price, how alike the two are.
 
-    The numbers are learned as they are, from their mean on; a spread of about 1 suits the default learning rates.
+    The numbers are learned as they are, from their mean on. A spread of about 1 suits the default learning rates; an
+    event warns of one that is far from it.
     """
 
     forms: ClassVar[tuple[str, ...]] = ("safetensors", "onnx", "onnx_int8")

@@ -1,0 +1,93 @@
+"""What a teacher writes for its student: the texts against plain `generate`, and jobs that learn from them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from core.errors import SpecInvalid
+from tests import pico
+from tests.engine_bench import Bench, make_spec
+from worker.engine.loading import load_tokenizer
+
+TASK = {"kind": "causal_lm", "block_tokens": 32}
+LEARN = {"kind": "finetune", "epochs": 15, "learning_rate": 5e-3, "batch_size": 4}
+WRITE = {"kind": "generate", "new_tokens": 6, "prompt_tokens": 4, "batch_size": 16}
+OTHER = {"kind": "pretrained", "model": "small"}
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    bench = Bench(tmp_path_factory.mktemp("bench")).lay_language()
+    bench.adopt(bench.succeed(make_spec([LEARN], task=TASK), labels=[]), 0, "finetune")
+    return bench
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_each_text_goes_on_as_the_teacher_alone_would(bench: Bench) -> None:
+    finished = bench.succeed(make_spec([WRITE], task=TASK), 0, "write", labels=[])
+    given, written = read(bench.inputs / "data" / "train.jsonl"), read(finished.outputs / "texts" / "train.jsonl")
+    assert finished.last["summary"] == {"num_texts": len(given), "num_left_out": 0}
+    folder = bench.inputs / "teacher"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), load_tokenizer(folder)
+    for row, found in list(zip(given, written, strict=True))[:40]:
+        ids = tokenizer(row["text"])["input_ids"]
+        prompt = torch.tensor([ids[: min(4, (len(ids) + 1) // 2)]])
+        alone = model.generate(prompt, do_sample=False, max_new_tokens=6, pad_token_id=0, eos_token_id=0)[0]
+        assert found["text"] == tokenizer.decode(alone, skip_special_tokens=True)
+
+
+def test_rows_keep_their_prompts_and_rows_without_one_are_left_out(bench: Bench, tmp_path: Path) -> None:
+    bench = bench.copy(tmp_path / "bench")
+    rows = [{"id": n, "q": question, "a": "late"} for n, question in enumerate(("the parcel", "", "my refund is"))]
+    (bench.inputs / "data" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    spec = make_spec([WRITE | {"temperature": 1.0}], task=TASK | {"prompt": "q", "text": "a"})
+    finished = bench.succeed(spec, 0, "asked", labels=[])
+    assert finished.last["summary"] == {"num_texts": 2, "num_left_out": 1}
+    written = read(finished.outputs / "texts" / "train.jsonl")
+    assert [(row["id"], row["q"]) for row in written] == [(0, "the parcel"), (2, "my refund is")]
+    assert all(not row["a"].startswith(row["q"]) for row in written)
+
+
+def test_an_interrupted_stage_writes_the_same_texts(bench: Bench, tmp_path: Path) -> None:
+    bench = bench.copy(tmp_path / "bench")
+    spec = make_spec([WRITE | {"temperature": 1.0, "batch_size": 8}], task=TASK)
+    whole = bench.succeed(spec, 0, "undisturbed", labels=[])
+    found, _ = bench.interrupt(bench.write_order(spec, 0, "killed", labels=[], checkpoint_s=0), 2, "kill")
+    again = bench.succeed(spec, 0, "again", labels=[], checkpoint=str(found[-1]))
+    assert "going on from text" in again.log
+    texts = [(finished.outputs / "texts" / "train.jsonl").read_bytes() for finished in (whole, again)]
+    assert texts[0] == texts[1]
+
+
+def test_a_student_with_other_tokens_learns_the_teachers_texts(bench: Bench, tmp_path: Path) -> None:
+    bench = bench.copy(tmp_path / "bench")
+    pico.write_language_model(bench.inputs / "base", num_layers=2, is_reversed=True)
+    stages = [WRITE, LEARN | {"of": "student"}]
+    spec = make_spec(stages, task=TASK, student=OTHER)
+    bench.adopt(bench.succeed(spec, 0, "written", labels=[]), 0, "generate")
+    finished = bench.succeed(spec, 1, "learned", labels=[])
+    assert finished.series("loss/cross_entropy")[-1][1] < 0.5 * finished.series("loss/cross_entropy")[0][1]
+    folder = finished.outputs / "student"
+    student, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), load_tokenizer(folder)
+    agreed = total = 0
+    for row in read(bench.inputs / "texts" / "train.jsonl")[:40]:
+        ids = tokenizer(row["text"], return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            predicted = student(ids).logits[0, 3:-1].argmax(-1)
+        agreed += int((predicted == ids[0, 4:]).sum())
+        total += len(predicted)
+    assert agreed / total > 0.8
+
+
+def test_specs_that_cannot_be() -> None:
+    with pytest.raises(SpecInvalid, match="a text_classification writes no texts"):
+        make_spec([{"kind": "generate"}])
+    with pytest.raises(SpecInvalid, match="a later stage changes the teacher"):
+        make_spec([WRITE, LEARN], task=TASK)

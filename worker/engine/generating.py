@@ -1,0 +1,114 @@
+"""What a language model writes after prompts, a batch at a time."""
+
+import json
+import logging
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from core.errors import StageFailed
+from worker.engine.context import StageContext
+from worker.engine.data import read_rows
+from worker.engine.devices import autocast
+from worker.engine.failures import CheckpointUnfit, StopRequested
+from worker.engine.teaching import load_teacher
+
+if TYPE_CHECKING:
+    from worker.engine.language import LanguageModelling
+    from worker.methods.stages.generate import Generate
+
+TEXTS_FILE = "train.jsonl"
+Ids = NDArray[np.int32]
+log = logging.getLogger(__name__)
+
+
+def go_on(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[Ids], new_tokens: int, temperature: float
+) -> list[Ids]:
+    """Returns what the model writes after each prompt, with the end token if it came to one.
+
+    At temperature 0 it takes the likeliest token each time, else it draws from all of them, by torch's generator.
+    """
+    width, pad = max(len(prompt) for prompt in prompts), tokenizer.pad_token_id or 0
+    ids_BT = torch.full((len(prompts), width), pad)
+    mask_BT = torch.zeros_like(ids_BT)
+    for row, prompt in enumerate(prompts):
+        ids_BT[row, width - len(prompt) :] = torch.from_numpy(prompt.astype(np.int64))
+        mask_BT[row, width - len(prompt) :] = 1
+    drawing = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": pad}
+    config = GenerationConfig(max_new_tokens=new_tokens, use_cache=True, **ends, **drawing)
+    with torch.no_grad(), autocast(model.device):
+        written_BT = model.generate(
+            ids_BT.to(model.device), attention_mask=mask_BT.to(model.device), generation_config=config
+        )
+    return [_up_to(written_T, tokenizer.eos_token_id) for written_T in written_BT[:, width:].cpu().numpy()]
+
+
+def _up_to(ids_T: NDArray[np.int64], end: int | None) -> Ids:
+    ends = np.flatnonzero(ids_T == end)
+    return ids_T[: ends[0] + 1 if len(ends) else None].astype(np.int32)
+
+
+def generate(ctx: StageContext, settings: "Generate") -> dict[str, Any]:
+    """Writes the training split that later stages read: the rows that have a prompt, with what the teacher wrote.
+
+    Raises:
+        StageFailed: `dataset_invalid` if no row has a prompt.
+        StopRequested: After handing over a checkpoint; a run that goes on from it writes the same texts.
+    """
+    task, path = cast("LanguageModelling", ctx.task), ctx.get_split("train")
+    model, tokenizer = load_teacher(ctx), ctx.load_tokenizer("teacher")
+    prompts = task.prompts(path, model, tokenizer, settings)
+    order = sorted((row for row, ids in enumerate(prompts) if len(ids)), key=lambda row: len(prompts[row]))
+    if not order:
+        raise StageFailed("dataset_invalid", f"No row of {path.name} has a prompt to go on after.")
+    texts, done = _restore(ctx)
+    try:
+        for start in range(done, len(order), settings.batch_size):
+            ctx.progress(start, len(order))
+            some = order[start : start + settings.batch_size]
+            torch.manual_seed(ctx.seed + start)
+            asked = [prompts[row] for row in some]
+            written = go_on(model, tokenizer, asked, settings.new_tokens, settings.temperature)
+            texts |= {row: _decode(task, tokenizer, *pair) for row, *pair in zip(some, asked, written, strict=True)}
+            done = start + len(some)
+            if ctx.wants_checkpoint():
+                _save(ctx, texts, done)
+    except StopRequested:
+        _save(ctx, texts, done)
+        raise
+    ctx.progress(len(order), len(order))
+    rows: list[dict[str, Any]] = read_rows(path, dict)
+    with (ctx.output("texts") / TEXTS_FILE).open("w", encoding="utf-8") as file:
+        for row in sorted(texts):
+            file.write(json.dumps(rows[row] | {task.task.text: texts[row]}, ensure_ascii=False) + "\n")
+    log.info("the teacher wrote %d texts", len(texts))
+    return {"num_texts": len(texts), "num_left_out": len(rows) - len(texts)}
+
+
+def _decode(task: "LanguageModelling", tokenizer: PreTrainedTokenizerBase, prompt: Ids, written: Ids) -> str:
+    """Returns what was written as a text; without a prompt column it begins with what it went on after."""
+    whole = written if task.task.prompt else np.concatenate([prompt, written])
+    return str(tokenizer.decode(whole, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def _save(ctx: StageContext, texts: dict[int, str], done: int) -> None:
+    raw = json.dumps(list(texts.items())).encode()
+    ctx.save_checkpoint(done, {"texts": torch.frombuffer(bytearray(raw), dtype=torch.uint8)}, {})
+
+
+def _restore(ctx: StageContext) -> tuple[dict[int, str], int]:
+    found = ctx.find_checkpoint()
+    if found is None:
+        return {}, 0
+    tensors, state = found
+    try:
+        texts = dict(json.loads(tensors["texts"].numpy().tobytes()))
+    except (KeyError, ValueError) as error:
+        raise CheckpointUnfit(f"{type(error).__name__}: {error}") from error
+    log.info("going on from text %d", state["step"])
+    return texts, state["step"]

@@ -1,0 +1,59 @@
+"""Texts that the teacher writes."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from core.methods import Problem, Stage
+
+if TYPE_CHECKING:
+    from core.jobs.spec import JobSpec
+    from worker.engine.context import StageContext
+
+
+class Generate(Stage):
+    """Has a language model go on after the prompts of the training split; every later stage trains on what it wrote.
+
+    With a stage that trains the student on these texts this is sequence-level distillation. It needs no common tokens:
+    `{kind: finetune, of: student}` learns them with any tokenizer.
+
+    Paper: Kim, Rush 2016, "Sequence-Level Knowledge Distillation", section 3.2.
+    """
+
+    kind: Literal["generate"] = "generate"
+    new_tokens: int = Field(256, ge=1, le=32_768, description="Tokens that are written after a prompt, at most.")
+    prompt_tokens: int = Field(
+        256,
+        ge=1,
+        le=32_768,
+        description="Longest prompt; of a longer one the end is read. Without a prompt column it is the beginning of a "
+        "text, at most half of it.",
+    )
+    temperature: float = Field(
+        0.0, ge=0, le=10, description="At which the teacher writes; 0 takes the likeliest token each time."
+    )
+    batch_size: int = Field(64, ge=1, le=4096, description="Texts that are written at once.")
+
+    def check(self, spec: "JobSpec") -> list[Problem]:
+        """Returns what is wrong with the task or the teacher, or a later change of the teacher."""
+        if not spec.task.shares_tokens:
+            return [Problem("kind", f"a {spec.task.kind} writes no texts; leave it out, or use task causal_lm")]
+        later = spec.stages[spec.stages.index(self) + 1 :]
+        if any("teacher" in stage.writes() for stage in later):
+            return [Problem("kind", "a later stage changes the teacher; put 'generate' after it")]
+        return []
+
+    def reads(self, spec: "JobSpec") -> set[str]:
+        """Returns the teacher's role."""
+        return {"teacher"}
+
+    def writes(self) -> set[str]:
+        """Returns the role of the texts."""
+        return {"texts"}
+
+    def build(self, ctx: "StageContext") -> Callable[[], dict[str, Any]]:
+        """Returns the writing run."""
+        from worker.engine.generating import generate
+
+        return lambda: generate(ctx, self)
