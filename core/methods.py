@@ -4,62 +4,27 @@ A file `worker/methods/<family>/<kind>.py` defines one subclass of a family belo
 here imports those files by name: `discover()` finds them, so that a new method edits no existing file.
 """
 
-import difflib
 import importlib
 import pkgutil
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, LiteralString, NamedTuple, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    GetCoreSchemaHandler,
-    ValidationError,
-    ValidatorFunctionWrapHandler,
-    WrapValidator,
-    model_validator,
-)
+from pydantic import Field, GetCoreSchemaHandler, model_validator
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from core.datasets.reading import RowProblem as RowProblem
 from core.models.facts import ModelFacts as ModelFacts
 from core.models.refs import ModelRef as ModelRef
 from core.models.refs import ModelSource as ModelSource
+from core.strict import StrictModel, one_message, suggest
+from core.weights import Course, PerExample, Temperature, Weight
 
 if TYPE_CHECKING:
     from core.jobs.spec import JobSpec
 
 METHODS_PACKAGE = "worker.methods"
 SPLITS = ("train", "validation", "test")
-
-
-def suggest(found: str, known: Iterable[str]) -> str:
-    """Returns "did you mean …?" for a near miss, else the list of what is known."""
-    names = sorted(known)
-    near = difflib.get_close_matches(found, names, n=1, cutoff=0.6)
-    return f"did you mean '{near[0]}'?" if near else f"known: {', '.join(names)}"
-
-
-class StrictModel(BaseModel):
-    """A frozen model that refuses unknown fields and says which known one was probably meant."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, defer_build=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_unknown(cls, data: Any) -> Any:
-        if isinstance(data, dict):
-            for key in data:
-                if key not in cls.model_fields:
-                    raise PydanticCustomError(
-                        "unknown_field",
-                        "unknown field '{field}'; {hint}",
-                        {"field": str(key), "hint": suggest(str(key), cls.model_fields)},
-                    )
-        return data
 
 
 @dataclass(frozen=True)
@@ -184,28 +149,6 @@ class Student(Method):
         raise NotImplementedError
 
 
-def one_message(type: LiteralString, message: LiteralString) -> WrapValidator:
-    """Returns what gives a union one message, where pydantic would give one for each of its types."""
-
-    def validate(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
-        try:
-            return check(value)
-        except ValidationError as error:
-            raise PydanticCustomError(type, message) from error
-
-    return WrapValidator(validate)
-
-
-Weight = Annotated[
-    Annotated[float, Field(ge=0)] | Literal["auto"],
-    one_message("weight", "a weight is a number of at least 0, or 'auto'"),
-    Field(
-        description="Weight of this term in the sum. `auto` gives it as large a gradient as the terms with a number "
-        "have on average, from the second step on."
-    ),
-]
-
-
 class Loss(Method):
     """One term of the training objective."""
 
@@ -222,63 +165,6 @@ class Loss(Method):
         `signal` is a `worker.kernels.signals.Signal`: what the teacher says of the same rows.
         """
         raise NotImplementedError
-
-
-class Course(StrictModel):
-    """A value that moves linearly from the first step of a stage to its last."""
-
-    start: float = Field(gt=0, le=1000, description="At the first step.")
-    end: float = Field(gt=0, le=1000, description="At the last step.")
-
-    def at(self, share: float) -> float:
-        """Returns the value at a share of the way, from 0 to 1."""
-        return self.start + share * (self.end - self.start)
-
-
-class PerExample(StrictModel):
-    """A temperature for each example: the harder it is for the student, the lower, so that the teacher is clearer.
-
-    T_i = max(least, base - slope · w_i), where w_i is (1 - cos(z_i, u_i))^power by `distance`, and by `confidence`
-    1/max softmax(z_i) - 1. It has no gradient, and no mean over the batch: an example's temperature is its own.
-
-    Paper: Wen, Lai, Qian 2019, "Preparing Lessons: Improve Knowledge Distillation with Better Supervision", section 3.3
-    (dynamic temperature, with the mean of w over the batch beside it).
-    """
-
-    by: Literal["distance", "confidence"] = Field(
-        description="What makes an example hard: logits that point elsewhere than the teacher's, or little confidence."
-    )
-    base: float = Field(4.0, gt=0, le=1000, description="Of an example that is not hard at all.")
-    slope: float = Field(1.0, gt=0, le=1000, description="How much hardness lowers it.")
-    power: float = Field(1.0, gt=0, le=10, description="Of the distance.")
-    least: float = Field(1.0, gt=0, le=1000, description="No example gets less.")
-
-    def of(self, student_NC: Any, signal: Any) -> Any:
-        """Returns the temperatures, temperature_N1 (torch); `distance` takes a signal of logits."""
-        z_NC = student_NC.detach().double()
-        if self.by == "distance":
-            u_NC = signal.logits_NC.to(z_NC)
-            cosine_N1 = (z_NC * u_NC).sum(-1, keepdim=True) / (
-                z_NC.norm(dim=-1, keepdim=True) * u_NC.norm(dim=-1, keepdim=True)
-            ).clamp_min(1e-12)
-            hardness_N1 = (1 - cosine_N1).clamp_min(0) ** self.power
-        else:
-            hardness_N1 = 1 / z_NC.softmax(-1).amax(-1, keepdim=True) - 1
-        return (self.base - self.slope * hardness_N1).clamp_min(self.least).to(student_NC.dtype)
-
-
-Temperature = Annotated[
-    Annotated[float, Field(gt=0, le=1000)] | Course | PerExample,
-    one_message(
-        "temperature",
-        "a temperature is a number above 0 and at most 1000, {start: …, end: …} of such, or {by: distance or "
-        "confidence, base: …}",
-    ),
-    Field(
-        description="Temperature T that softens both distributions; `{start, end}` for one that moves linearly over "
-        "the steps, `{by, base, slope}` for one of each example."
-    ),
-]
 
 
 class Divergence(Loss):

@@ -12,7 +12,14 @@ from typing import Any
 from core.storage import ManifestFile, manifest_digest
 
 ROOT = Path(__file__).parents[1]
-SOURCES = ("worker/engine", "worker/kernels", "worker/methods", "core/jobs/spec.py", "core/methods.py")
+SOURCES = (
+    "worker/engine",
+    "worker/kernels",
+    "worker/methods",
+    "core/jobs/spec.py",
+    "core/methods.py",
+    "core/weights.py",
+)
 LIBRARIES = (
     "numpy",
     "onnx",

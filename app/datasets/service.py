@@ -13,8 +13,8 @@ from core.datasets.models import Dataset
 from core.datasets.reading import format_of
 from core.datasets.repository import create_dataset, get_dataset
 from core.errors import DatasetInvalid, NotFound
-from core.methods import suggest
 from core.storage import BlobWriter, get_store
+from core.strict import suggest
 
 SPLIT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 FIELDS = {"name", "text", "label"}

@@ -18,7 +18,7 @@ from core.datasets.repository import find_dataset, list_dataset_names
 from core.errors import Gone, ModelInvalid, NotFound
 from core.jobs.repository import find_artifact, get_job
 from core.jobs.spec import JobSpec, spec_invalid
-from core.methods import SPLITS, Api, ModelSource, Task, suggest
+from core.methods import SPLITS, Api, ModelSource, Task
 from core.models.facts import ModelFacts, read_facts
 from core.models.hub import resolve as resolve_hub
 from core.models.repository import files_of, find_model, get_manifest, list_model_names
@@ -26,6 +26,7 @@ from core.models.safetensors_header import read_tensors
 from core.models.vocabulary import VocabularyDiffers, count_common, read_vocabulary
 from core.settings import get_settings
 from core.storage import ManifestFile, get_store
+from core.strict import suggest
 from core.tenants.keys import Principal
 from core.tenants.models import Secret
 from core.tenants.secrets import list_secrets

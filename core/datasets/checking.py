@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 from core.datasets.reading import RowProblem, read_lines
 from core.errors import DatasetInvalid
-from core.methods import suggest
 from core.settings import get_settings
 from core.storage import BlobWriter
+from core.strict import suggest
 
 MAX_DETAILS = 20
 MAX_VALUE = 1e9

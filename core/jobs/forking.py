@@ -13,7 +13,8 @@ from core.jobs.repository import create_job, get_job, list_stages
 from core.jobs.reuse import copy_metrics, take_over
 from core.jobs.spec import JobSpec, load_spec, parse_mapping, spec_invalid, validate
 from core.jobs.state import DONE
-from core.methods import Stage, StrictModel, one_message, suggest
+from core.methods import Stage
+from core.strict import StrictModel, one_message, suggest
 
 INPUT_FIELDS = frozenset({"task", "teacher", "data"})
 RETRIED = frozenset({"failed", "cancelled"})

@@ -17,12 +17,12 @@ from core.methods import (
     OneOf,
     Problem,
     Stage,
-    StrictModel,
     Student,
     Task,
     Teacher,
     list_methods,
 )
+from core.strict import StrictModel
 
 DATA_REF = re.compile(r"^[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,63}$")
 NEEDED = {

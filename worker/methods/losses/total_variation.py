@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from core.methods import Divergence, Temperature
+from core.methods import Divergence
+from core.weights import Temperature
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from core.methods import FeatureLoss, Loss, Method, OneOf, Problem, StrictModel, Task, list_methods
+from core.methods import FeatureLoss, Loss, Method, OneOf, Problem, Task, list_methods
+from core.strict import StrictModel
 from core.training import Training
 
 if TYPE_CHECKING:

@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from core.methods import ModelFacts, Problem, StrictModel, Student, one_message
+from core.methods import ModelFacts, Problem, Student
+from core.strict import StrictModel, one_message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from core.methods import ModelRef, ModelSource, Problem, StrictModel, Teacher
+from core.methods import ModelRef, ModelSource, Problem, Teacher
+from core.strict import StrictModel
 
 if TYPE_CHECKING:
     from torch import Tensor
