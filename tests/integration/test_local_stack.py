@@ -63,7 +63,7 @@ class Up:
 
     def end(self, number: int) -> int:
         self.process.send_signal(number)
-        return self.process.wait(60)
+        return self.process.wait(120)  # longer than all programs together may take before they are killed
 
 
 @pytest.fixture(scope="module")
