@@ -118,11 +118,7 @@ def test_a_job_goes_from_teacher_to_report(bench: Bench, tmp_path: Path, answers
         {"kind": "export"},
         {"kind": "evaluate", "latency_samples": 10},
     ]
-    spec = make_spec(stages, task=TASK)
-    done = []
-    for ordinal, stage in enumerate(stages):
-        done.append(bench.succeed(spec, ordinal))
-        bench.adopt(done[-1], ordinal, stage["kind"])
+    done = bench.succeed_all(make_spec(stages, task=TASK))
     rows = {row["name"]: row for row in done[-1].last["summary"]["models"]}
     assert list(rows) == ["teacher", "student", "safetensors", "onnx", "onnx_int8"]
     for row in rows.values():

@@ -4,13 +4,7 @@ import socket
 
 import pytest
 
-from stillhouse.processes import LocalError, claim_port
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+from stillhouse.processes import LocalError, claim_port, free_port
 
 
 def test_two_that_start_at_once_do_not_choose_one_port() -> None:

@@ -258,18 +258,23 @@ class Candidate(NamedTuple):
 
 
 COSTS = ("size_bytes", "num_parameters", "throughput_per_s", "latency_p50_ms", "latency_p95_ms")
+AGREEMENT = Column("agreement, %", if_known("agreement", percent))
+SPEED = Column("texts/s", if_known("throughput_per_s", "{:.0f}".format))
+INTERVAL_NOTE = (
+    "Intervals: percentile bootstrap over the test texts, 1,000 resamples, without the randomness of training."
+)
+SPEED_NOTE = (
+    "Latency: one text at a time, without padding, the models in turn. Throughput: batches of 32 sorted by length. "
+    "A warm-up comes first; tokenising is not timed."
+)
 COLUMNS = [
     Column("accuracy, %", lambda row: percent(row["accuracy"])),
     Column("interval", lambda row: percent_range(row["accuracy_ci"])),
     Column("macro F1, %", lambda row: percent(row["macro_f1"])),
     Column("interval", lambda row: percent_range(row["macro_f1_ci"])),
-    Column("agreement, %", if_known("agreement", percent)),
-    Column("texts/s", if_known("throughput_per_s", "{:.0f}".format)),
+    AGREEMENT,
+    SPEED,
 ]
-SPEED_NOTE = (
-    "Latency: one text at a time, without padding, the models in turn. Throughput: batches of 32 sorted by length. "
-    "A warm-up comes first; tokenising is not timed."
-)
 NOTES = (
     "Intervals: percentile bootstrap over the test examples, 1,000 resamples, without the randomness of training.",
     SPEED_NOTE,

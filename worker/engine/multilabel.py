@@ -9,10 +9,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from worker.engine.classification import SPEED_NOTE, Classification
+from worker.engine.classification import AGREEMENT, INTERVAL_NOTE, SPEED, SPEED_NOTE, Classification
 from worker.engine.data import Batch, Encoded, Examples
 from worker.engine.evaluation import Card, Column, Measured, Quality, Row
-from worker.engine.rendering import if_known, percent, percent_range
+from worker.engine.rendering import percent, percent_range
 from worker.engine.scores import bootstrap_sums, f1_of, per_label
 from worker.engine.tasks import Scores
 
@@ -105,13 +105,13 @@ COLUMNS = [
     Column("interval", lambda row: percent_range(row["f1_ci"])),
     Column("macro F1, %", lambda row: percent(row["macro_f1"])),
     Column("all right, %", lambda row: percent(row["exact"])),
-    Column("agreement, %", if_known("agreement", percent)),
-    Column("texts/s", if_known("throughput_per_s", "{:.0f}".format)),
+    AGREEMENT,
+    SPEED,
 ]
 NOTES = (
     "F1 is of all decisions together (micro), macro F1 the mean over labels; a label fits above one half.",
     "All right: share of texts that get all of their labels and no other.",
-    "Intervals: percentile bootstrap over the test texts, 1,000 resamples, without the randomness of training.",
+    INTERVAL_NOTE,
     SPEED_NOTE,
     "Agreement: share of decisions on test texts that are the teacher's.",
 )

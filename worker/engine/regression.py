@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from worker.engine.classification import SPEED_NOTE, Classification
+from worker.engine.classification import INTERVAL_NOTE, SPEED, SPEED_NOTE, Classification
 from worker.engine.data import Encoded, Examples
 from worker.engine.evaluation import Card, Column, Measured, Quality, Row
 from worker.engine.loading import output_layer
@@ -99,12 +99,12 @@ COLUMNS = [
     Column("Pearson", lambda row: f"{row['pearson']:.4f}"),
     Column("Spearman", lambda row: f"{row['spearman']:.4f}"),
     Column("correlation with the teacher", if_known("agreement", "{:.4f}".format)),
-    Column("texts/s", if_known("throughput_per_s", "{:.0f}".format)),
+    SPEED,
 ]
 NOTES = (
     "RMSE: root of the mean squared error, in the unit of the data. Mean error: of its absolute value.",
     "Pearson and Spearman: correlation of numbers and of their ranks; 0 where a model gives one number to all texts.",
-    "Intervals: percentile bootstrap over the test texts, 1,000 resamples, without the randomness of training.",
+    INTERVAL_NOTE,
     SPEED_NOTE,
 )
 

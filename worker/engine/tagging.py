@@ -10,12 +10,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoModelForTokenClassification, PreTrainedModel, PreTrainedTokenizerBase
 
-from worker.engine.classification import SPEED_NOTE, Classification
+from worker.engine.classification import AGREEMENT, INTERVAL_NOTE, SPEED, SPEED_NOTE, Classification
 from worker.engine.data import Encoded
 from worker.engine.entities import count_entities, per_kind, split_texts
 from worker.engine.evaluation import Card, Column, Measured, Quality, Row
 from worker.engine.inference import predict_logits
-from worker.engine.rendering import if_known, percent, percent_range
+from worker.engine.rendering import percent, percent_range
 from worker.engine.scores import accuracy, bootstrap_sums, f1_of
 from worker.engine.tasks import Kept, Scores
 from worker.engine.teaching import load_teacher
@@ -117,12 +117,12 @@ COLUMNS = [
     Column("entity F1, %", lambda row: percent(row["f1"])),
     Column("interval", lambda row: percent_range(row["f1_ci"])),
     Column("tags right, %", lambda row: percent(row["accuracy"])),
-    Column("agreement, %", if_known("agreement", percent)),
-    Column("texts/s", if_known("throughput_per_s", "{:.0f}".format)),
+    AGREEMENT,
+    SPEED,
 ]
 NOTES = (
     "Entity F1: an entity is right only with its kind and both ends (CoNLL 2003). Words that were cut off count as O.",
-    "Intervals: percentile bootstrap over the test texts, 1,000 resamples, without the randomness of training.",
+    INTERVAL_NOTE,
     SPEED_NOTE,
     "Agreement: share of the test split's words with the tag that the teacher gives.",
 )
