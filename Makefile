@@ -39,10 +39,10 @@ format: setup ## Formats the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: setup ## Measures Banking77 against a plain script, language models against TRL, their loss, and the API under load; writes bench/out/
+bench: setup ## Measures Banking77 against a plain script, classifiers against TextBrewer and a Trainer, language models against TRL, their loss, and the API under load; writes bench/out/
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,bench]'
-	$(BIN)/python bench/banking77.py; quality=$$?; $(BIN)/python bench/causal_lm.py; language=$$?; \
-	  $(BIN)/python bench/loss_alone.py; loss=$$?; $(BIN)/python bench/load.py && exit $$((quality + language + loss))
+	missed=0; for name in banking77 encoder causal_lm loss_alone load; do \
+	  $(BIN)/python bench/$$name.py || missed=1; done; exit $$missed
 
 chaos: setup ## Runs the long tests that kill processes
 	$(BIN)/python -m pytest tests/chaos -m chaos -n 2 --maxschedchunk 1

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from rich.console import Console
+from duel import console, show_goals
 from rich.table import Table
 
 from stillhouse import Client
@@ -36,7 +36,6 @@ GOALS = {
     "int8 times faster than teacher at batch 1": (4.0, "at least"),
     "seconds, ours over script's": (0.7, "at most"),
 }
-console = Console()
 
 
 def run_jobs(data: Path, work: Path, seed: int, with_ce: bool) -> dict[str, Any]:
@@ -126,8 +125,8 @@ def compare(ours: dict[str, Any], peer: dict[str, Any] | None) -> dict[str, floa
     return figures
 
 
-def show(ours: dict[str, Any], peer: dict[str, Any] | None, figures: dict[str, float]) -> bool:
-    """Prints both tables; returns whether every goal is met."""
+def show(ours: dict[str, Any], peer: dict[str, Any] | None) -> None:
+    """Prints what each model reached, and the seconds."""
     table = Table("model", "accuracy", "macro-F1", "MB", "p50 ms", "per s", title="Banking77, test split")
     for name, row in ours["models"].items():
         table.add_row(
@@ -141,17 +140,9 @@ def show(ours: dict[str, Any], peer: dict[str, Any] | None, figures: dict[str, f
     for name, value in (peer or {"test_accuracy": {}})["test_accuracy"].items():
         table.add_row(f"script: {name}", f"{value:.4f}", "", "", "", "")
     console.print(table)
-    goals, met = Table("figure", "seen", "goal", ""), True
-    for name, value in figures.items():
-        goal, sense = GOALS[name]
-        good = {"at least": value >= goal, "above": value > goal, "at most": value <= goal}[sense]
-        met &= good
-        goals.add_row(name, f"{value:.3f}", f"{sense} {goal}", "met" if good else "[red]missed")
-    console.print(goals)
     console.print(
         {"seconds": round(ours["seconds"]), "stages": ours["stage_seconds"], "script": (peer or {}).get("seconds")}
     )
-    return met
 
 
 def main() -> int:
@@ -171,7 +162,8 @@ def main() -> int:
         ours = run_jobs(arguments.data, Path(folder), arguments.seed, with_ce)
         peer = None if arguments.skip_peer else run_peer(arguments.data, Path(folder), with_ce)
     figures = compare(ours, peer)
-    met = show(ours, peer, figures)
+    show(ours, peer)
+    met = show_goals(GOALS, figures)
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "banking77.json").write_text(
         json.dumps({"ours": ours, "peer": peer, "figures": figures}, indent=1)

@@ -19,11 +19,8 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
-import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from rich.console import Console
+from duel import Course, answer_alone, console, lay, measure_alone, run_stage, show_goals
 from rich.table import Table
 
 HERE = Path(__file__).parent
@@ -50,37 +47,6 @@ GOALS = {
     "own, times faster than trl own": (1.2, "at least"),
 }
 CPU = torch.device("cpu")
-console = Console()
-
-
-class Course:
-    """Notes when each step ended, and what was resident before the first and at the worst moment."""
-
-    def __init__(self) -> None:
-        self.ends: list[float] = []
-        self.before = 0
-
-    def begin(self) -> None:
-        Path("/proc/self/clear_refs").write_text("5")  # forgets the highest mark
-        self.before = resident("VmRSS")
-        self.ends.append(time.perf_counter())
-
-    def note(self) -> None:
-        self.ends.append(time.perf_counter())
-
-    def result(self) -> dict[str, Any]:
-        steps = np.diff(self.ends)[WARM_UP:]
-        mean = (self.ends[-1] - self.ends[0]) / (len(self.ends) - 1)
-        return {
-            "seconds": statistics.median(steps),
-            "mean_seconds": mean,
-            "added_bytes": resident("VmHWM") - self.before,
-        }
-
-
-def resident(mark: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{mark}:"))
 
 
 def prepare(data: Path, work: Path) -> None:
@@ -250,16 +216,7 @@ def run_trl_own(work: Path) -> tuple[Any, Course]:
 def run_ours(work: Path, steps: int, *, cached: bool = False, own: bool = False) -> tuple[Any, Course]:
     """Runs the stage as its process does, without the supervisor."""
     from core.jobs.spec import load_spec
-    from worker.engine.context import Order, StageContext
     from worker.engine.loading import load_language_model
-    from worker.engine.mailbox import Mailbox
-    from worker.engine.reporting import Reporter
-
-    class Clock(Reporter):
-        def progress(self, step: int, total: int) -> None:
-            if training:
-                course.note() if course.ends else course.begin()
-            super().progress(step, total)
 
     split = "prompts" if own else "train"
     columns = {"prompt": "prompt"} if own else {}
@@ -281,47 +238,20 @@ def run_ours(work: Path, steps: int, *, cached: bool = False, own: bool = False)
             "student": {"kind": "teacher_layers", "keep": [0, 3]},
             "data": {"train": "wikitext/train"},
             "stages": [{"kind": "answer", "top_k": 64}, distill] if cached else [distill],
+            "seed": SEED,
         }
     )
-    course, training, answers = Course(), False, None
+    course, answers = Course(), {}
     for ordinal, stage in enumerate(spec.stages):
         folder = work / f"ours-{ordinal}-{os.getpid()}"
-        inputs = folder / "in"
-        (inputs / "data").mkdir(parents=True)
-        (inputs / "data" / "train.jsonl").symlink_to((work / "in" / "data" / f"{split}.jsonl").resolve())
-        (inputs / "teacher").symlink_to(work / "in" / "teacher")
-        (folder / "out").mkdir()
-        if answers:
-            (inputs / "answers").symlink_to(answers)
-        order = Order.parse(
-            {
-                "stage": stage.model_dump(mode="json"),
-                "spec": spec.model_dump(mode="json") | {"seed": SEED},
-                "ordinal": 0,
-                "labels": [],
-                "inputs_dir": str(inputs),
-                "outputs_dir": str(folder / "out"),
-                "num_threads": 0,
-                "max_memory_bytes": 0,
-                "job_id": "job",
-                "earlier": [],
-                "checkpoint": None,
-                "checkpoint_s": 1e9,
-            }
-        )
-        training = stage.kind == "distill"
-        with open(os.devnull, "wb") as nowhere:
-            ctx = StageContext(order, Clock(nowhere.fileno()), threading.Event(), Mailbox())
-            stage.build(ctx)()
-            ctx.close()
-        answers = folder / "out" / "answers"
-    return load_language_model(folder / "out" / "student"), course
+        data = {"data/train.jsonl": work / "in" / "data" / f"{split}.jsonl"}
+        lay(folder / "in", {**data, "teacher": work / "in" / "teacher", **answers})
+        outputs = run_stage(folder, spec, stage, [], course if stage.kind == "distill" else Course())
+        answers = {"answers": outputs / "answers"}
+    return load_language_model(outputs / "student"), course
 
 
 def measure(name: str, work: Path, steps: int) -> dict[str, Any]:
-    from worker.engine.devices import configure_torch
-
-    configure_torch(len(os.sched_getaffinity(0)))
     if name == "trl":
         student, course = run_trl(work, steps)
     elif name == "trl own":
@@ -332,7 +262,12 @@ def measure(name: str, work: Path, steps: int) -> dict[str, Any]:
         student, course = run_loop(work, steps, floor=name == "floor")
     else:
         student, course = run_ours(work, steps, cached=name == "cached")
-    return course.result() | {"kl": validation_kl(work, student)}
+    return {
+        "seconds": statistics.median(np.diff(course.ends)[WARM_UP:]),
+        "mean_seconds": course.seconds / (len(course.ends) - 1),
+        "added_bytes": course.added_bytes,
+        "kl": validation_kl(work, student),
+    }
 
 
 def validation_kl(work: Path, student: Any) -> float:
@@ -359,20 +294,13 @@ def compare(seen: dict[str, dict[str, Any]]) -> dict[str, float]:
     }
 
 
-def show(seen: dict[str, dict[str, Any]], figures: dict[str, float]) -> bool:
+def show(seen: dict[str, dict[str, Any]]) -> None:
     table = Table("", "s a step", "tokens/s", "MB on top", "validation KL", title=f"{BATCH} × {TOKENS} tokens a step")
     for name, row in seen.items():
         seconds, tokens = (row["mean_seconds"], WRITTEN) if "own" in name else (row["seconds"], TOKENS)
         cells = f"{seconds:.3f}", f"{BATCH * tokens / seconds:,.0f}", f"{row['added_bytes'] / 1e6:,.0f}"
         table.add_row(name, *cells, f"{row['kl']:.4f}")
     console.print(table, f"{os.cpu_count()} cores")
-    table, all_met = Table("figure", "seen", "goal"), True
-    for name, (goal, kind) in GOALS.items():
-        met = figures[name] >= goal if kind == "at least" else figures[name] <= goal
-        all_met &= met
-        table.add_row(name, f"{figures[name]:.3f}", f"{kind} {goal}{'' if met else ' [red]missed[/]'}")
-    console.print(table)
-    return all_met
 
 
 def main() -> int:
@@ -385,8 +313,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=HERE / "out")
     arguments = parser.parse_args()
     if arguments.only:
-        print(json.dumps(measure(arguments.only, arguments.work, arguments.steps)))
-        return 0
+        return answer_alone(lambda: measure(arguments.only, arguments.work, arguments.steps))
     if not arguments.data.is_dir():
         console.print(f"no WikiText-2 in {arguments.data}: nothing to measure")
         return 0
@@ -396,13 +323,11 @@ def main() -> int:
         prepare(arguments.data, work)
         for _ in range(arguments.rounds):
             for name in CONTENDERS:
-                command = [sys.executable, __file__, "--work", folder, "--steps", str(arguments.steps), "--only", name]
-                found = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-                rounds[name].append(json.loads(found.splitlines()[-1]))
-                console.print(name, rounds[name][-1])
+                rounds[name].append(measure_alone(__file__, name, work, "--steps", str(arguments.steps)))
     seen = {name: min(found, key=lambda row: row["seconds"]) for name, found in rounds.items()}
     figures = compare(seen)
-    all_met = show(seen, figures)
+    show(seen)
+    all_met = show_goals(GOALS, figures)
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "causal_lm.json").write_text(json.dumps({"rounds": rounds, "figures": figures}, indent=1))
     return 0 if all_met else 1
