@@ -144,6 +144,10 @@ class Student(Method):
         """Returns what makes this student impossible for that teacher, which is a model of the task."""
         raise NotImplementedError
 
+    def count_parameters(self, start: ModelFacts) -> int | None:  # noqa: ARG002 - not every kind can tell
+        """Returns how many parameters it will have, made of that model, without a new head; None if unknown."""
+        return None
+
     def build(self, ctx: Any) -> Any:
         """Returns the student model (torch); `ctx` is a `worker.engine.context.StageContext`."""
         raise NotImplementedError
@@ -235,9 +239,10 @@ class FeatureLoss(Loss):
 
 
 class Exporter(Method):
-    """One deployable form of the student."""
+    """One deployable form of the student; `bytes_per_parameter` is about what it takes to store one."""
 
     family: ClassVar[str] = "exporters"
+    bytes_per_parameter: ClassVar[float]
 
     def build(self, ctx: Any) -> Any:
         """Returns a callable that writes and checks the form."""
@@ -263,6 +268,10 @@ class Stage(Method):
     def writes(self) -> set[str]:
         """Returns the roles that this stage makes; each becomes an artifact of that name."""
         raise NotImplementedError
+
+    def forms(self) -> list[Exporter]:
+        """Returns the forms of the student that this stage writes."""
+        return []
 
     def measures(self) -> set[str]:
         """Returns those of the roles whose bytes hold times, so that no two runs make the same ones."""

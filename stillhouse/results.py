@@ -81,6 +81,7 @@ class Validation(Result):
     spec: dict[str, Any]
     spec_sha256: str
     inputs: dict[str, Any]
+    student: dict[str, Any]
     warnings: list[dict[str, Any]]
 
 

@@ -82,6 +82,7 @@ def validate_job(body: Body, principal: Writer) -> Any:
         spec_sha256=spec.digest(),
         inputs=made.inputs,
         models=made.facts,
+        student=service.expect_student(spec, made),
         warnings=made.warnings,
     )
 

@@ -241,8 +241,8 @@ def _read_output(files: list[ManifestFile]) -> ModelFacts:
     if "config.json" not in by_path or not weights:
         raise ModelInvalid("this artifact holds no config.json with safetensors weights; name the artifact 'student'")
     try:
-        num_parameters = sum(tensor.num_elements for path in weights for tensor in read_tensors(path))
-        return read_facts(json.loads(by_path["config.json"].read_bytes()), num_parameters)
+        tensors = [tensor for path in weights for tensor in read_tensors(path)]
+        return read_facts(json.loads(by_path["config.json"].read_bytes()), tensors=tensors)
     except ValueError as error:
         raise ModelInvalid(f"this artifact cannot be used as a model: {error}") from error
 

@@ -107,6 +107,17 @@ class UsageView(BaseModel):
     teacher: TeacherUsage = Field(description="What was paid for at the API of a teacher that is behind one.")
 
 
+class ExpectedStudent(BaseModel):
+    """How large the student will be, as far as the files tell before it is made."""
+
+    num_parameters: int | None = Field(
+        description="Without the head of a new task. Null: not known, as of a fresh student.", examples=[17_600_000]
+    )
+    size_bytes: dict[str, int] = Field(
+        description="About what each form that the spec exports takes.", examples=[{"safetensors": 70_400_000}]
+    )
+
+
 class ValidatedSpec(BaseModel):
     """A good spec: with its defaults, what its references mean, and what is worth knowing."""
 
@@ -116,6 +127,7 @@ class ValidatedSpec(BaseModel):
     models: dict[str, ModelFacts] = Field(
         description="By role: the teacher, and as `base` the model that the student starts from, if that is another."
     )
+    student: ExpectedStudent
     warnings: list[Problem]
 
 

@@ -9,7 +9,7 @@ from sqlalchemy.orm import Session
 
 from app.jobs.resolving import Plan, find_sources, resolve
 from app.jobs.sampling import Point, downsample
-from app.jobs.schemas import ArtifactView, JobSummary, JobView, Series, StageView
+from app.jobs.schemas import ArtifactView, ExpectedStudent, JobSummary, JobView, Series, StageView
 from core.datasets.repository import hold_dataset
 from core.db import session_scope
 from core.errors import Conflict, NotFound
@@ -36,6 +36,15 @@ def plan(principal: Principal, spec: JobSpec) -> Plan:
     with session_scope() as session:
         sources = find_sources(session, principal, spec)
     return resolve(spec, sources)
+
+
+def expect_student(spec: JobSpec, made: Plan) -> ExpectedStudent:
+    """Returns how large the student of a planned job will be."""
+    start = made.facts.get("base" if spec.student.source() else "teacher")
+    count = spec.student.count_parameters(start) if start else None
+    forms = [form for stage in spec.stages for form in stage.forms()]
+    sizes = {form.kind: round(count * form.bytes_per_parameter) for form in forms} if count else {}
+    return ExpectedStudent(num_parameters=count, size_bytes=sizes)
 
 
 def find_replay(session: Session, tenant_id: str, key: str | None, fingerprint: str) -> Accepted | None:

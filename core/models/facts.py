@@ -1,10 +1,15 @@
-"""What can be read from a model's config.json without loading it."""
+"""What can be read from a model's config.json, and from the headers of its weights, without loading it."""
 
 import json
+import re
+from collections.abc import Iterable
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
+from core.models.safetensors_header import Tensor
+
+NUMBERED = re.compile(r"(.*?)\.(\d+)\.")
 LAYER_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 WIDTH_KEYS = ("hidden_size", "n_embd", "dim", "d_model")
 
@@ -20,26 +25,48 @@ class ModelFacts(BaseModel):
     hidden_size: int | None = None
     vocab_size: int | None = None
     num_parameters: int | None = None
+    layer_parameters: list[int] | None = Field(None, description="How many of the parameters each layer has.")
     labels: list[str] | None = None
 
 
-def read_facts(config: dict[str, Any], num_parameters: int | None = None) -> ModelFacts:
-    """Returns the facts in a parsed config.json. Raises ValueError when `model_type` is missing."""
+def read_facts(
+    config: dict[str, Any], num_parameters: int | None = None, tensors: Iterable[Tensor] | None = None
+) -> ModelFacts:
+    """Returns the facts in a parsed config.json, and in its weights where they are at hand.
+
+    Raises:
+        ValueError: `model_type` is missing.
+    """
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or not model_type:
         raise ValueError('config.json has no \'model_type\'; add it, such as "model_type": "bert"')
     if "\\u0000" in json.dumps(config):
         raise ValueError("config.json holds a NUL character; remove it")
     labels = config.get("id2label")
+    weights = list(tensors or ())
+    num_layers = _first_int(config, LAYER_KEYS)
     return ModelFacts(
         model_type=model_type,
         architectures=config.get("architectures") or [],
-        num_layers=_first_int(config, LAYER_KEYS),
+        num_layers=num_layers,
         hidden_size=_first_int(config, WIDTH_KEYS),
         vocab_size=_first_int(config, ("vocab_size",)),
-        num_parameters=num_parameters,
+        num_parameters=sum(tensor.num_elements for tensor in weights) if weights else num_parameters,
+        layer_parameters=_count_layers(weights, num_layers),
         labels=[labels[key] for key in sorted(labels, key=int)] if isinstance(labels, dict) and labels else None,
     )
+
+
+def _count_layers(weights: list[Tensor], num_layers: int | None) -> list[int] | None:
+    """Returns the parameters of each layer, or None unless just one list of tensors is numbered as the layers are."""
+    stacks: dict[str, dict[int, int]] = {}
+    for tensor in weights:
+        found = NUMBERED.match(tensor.name)
+        if found:
+            counts = stacks.setdefault(found[1], {})
+            counts[int(found[2])] = counts.get(int(found[2]), 0) + tensor.num_elements
+    fitting = [counts for counts in stacks.values() if sorted(counts) == list(range(num_layers or 0))]
+    return [fitting[0][number] for number in sorted(fitting[0])] if len(fitting) == 1 else None
 
 
 def _first_int(config: dict[str, Any], keys: tuple[str, ...]) -> int | None:

@@ -1,7 +1,7 @@
 """`stillhouse jobs`: make, follow and end jobs."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -39,7 +39,16 @@ def validate(spec: SpecFile, changes: Changes = None, as_json: Json = False) -> 
     if as_json:
         print_json(found)
     else:
+        say(_describe_student(found.student))
         typer.echo(yaml.safe_dump(found.spec, sort_keys=False, allow_unicode=True).rstrip())
+
+
+def _describe_student(student: dict[str, Any]) -> str:
+    count, sizes = student["num_parameters"], student["size_bytes"]
+    if count is None:
+        return "student: its size is known once it is made"
+    forms = "".join(f", {form} {size(num_bytes)}" for form, num_bytes in sizes.items())
+    return f"student: about {count:,} parameters{forms}"
 
 
 @app.command()

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.api import Api, claim_job, jsonl, model_files, rows, run_job
+from tests.api import Api, claim_job, jsonl, model_files, rows, run_job, safetensors
 
 
 def test_a_job_is_accepted_and_shown(api: Api) -> None:
@@ -48,7 +48,21 @@ def test_validate_creates_nothing(api: Api) -> None:
     found = answer.json()
     assert found["spec"]["stages"][1]["losses"][1]["temperature"] == 4.0
     assert found["models"]["teacher"]["num_parameters"] == 60
+    assert found["student"] == {"num_parameters": None, "size_bytes": {}}
     assert len(api("GET", "/v1/jobs").json()["data"]) == before
+
+
+def test_validate_tells_the_size_of_the_student(api: Api) -> None:
+    api.make_job()
+    shapes = {"embeddings": (10, 4)} | {f"encoder.layer.{n}.weight": (4, n + 1) for n in range(3)}
+    api.push_model("deep", model_files(3) | {"model.safetensors": safetensors(shapes)})
+    spec = api.spec(teacher={"model": "deep"}, student={"kind": "teacher_layers", "keep": [0, 2]})
+    found = api("POST", "/v1/jobs/validate", json=spec).json()
+    assert found["models"]["teacher"]["layer_parameters"] == [4, 8, 12]
+    assert found["student"] == {
+        "num_parameters": 40 + 4 + 12,
+        "size_bytes": {"safetensors": 224, "onnx": 224, "onnx_int8": 59},
+    }
 
 
 def test_etag_changes_with_the_job_only(api: Api) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -204,6 +205,8 @@ def test_the_journey_of_a_job_by_the_command_line(up: Up, folder: Path) -> None:
     wrong = up.cli("jobs", "validate", str(spec), "--set", "stages=[{kind: distil}]")
     assert wrong.returncode == 2
     assert "did you mean 'distill'?" in wrong.stderr
+    right = up.cli("jobs", "validate", str(spec))
+    assert re.search(r"student: about [\d,]+ parameters, onnx_int8 [\d.]+ .B", right.stderr), right.stderr
     watched = up.cli("jobs", "submit", str(spec), "--watch", "--set", "seed=3")
     assert watched.returncode == 0, watched.stderr
     assert "evaluate: succeeded 100%" in watched.stderr

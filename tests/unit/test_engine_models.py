@@ -1,6 +1,7 @@
 """Loading, cutting and optimising models of several architectures."""
 
 import copy
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,13 +24,16 @@ from transformers import (
 from transformers import AutoModelForSequenceClassification as Classifier
 
 from core.errors import StageFailed
-from core.models.facts import ModelFacts
+from core.models.facts import ModelFacts, read_facts
+from core.models.safetensors_header import read_tensors
 from tests import pico
 from worker.engine.loading import is_head, limit_length, load_classifier, load_tokenizer, save_classifier
 from worker.engine.optimization import Average, make_optimizer, make_schedule, open_pooler, set_dropout
 from worker.engine.students import choose_layers, find_layers, keep_layers, make_fresh
 from worker.methods.stages.finetune import Finetune
 from worker.methods.students.fresh import Fresh
+from worker.methods.students.pretrained import Pretrained
+from worker.methods.students.teacher_layers import Choice, TeacherLayers
 
 SIZES = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_hidden_layers": 4}
 CONFIGS: list[PreTrainedConfig] = [
@@ -291,6 +295,25 @@ def test_sizes_that_cannot_be_are_told() -> None:
     with pytest.raises(StageFailed, match="A 'bert' cannot have 2 heads and a width of 17"):
         make_fresh(make(CONFIGS[0]), Fresh(hidden_size=17, num_heads=2))
     assert Fresh(num_heads=3).check(ModelFacts(model_type="bert", hidden_size=32))[0].field == "num_heads"
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.model_type)
+def test_the_size_of_a_student_is_known_from_its_teachers_headers(config: PreTrainedConfig, tmp_path: Path) -> None:
+    teacher = make(config)
+    teacher.save_pretrained(tmp_path / "teacher")
+    keep_layers(teacher, [0, 2]).save_pretrained(tmp_path / "student")
+    found = {}
+    for name in ("teacher", "student"):
+        settings = json.loads((tmp_path / name / "config.json").read_text())
+        found[name] = read_facts(settings, tensors=read_tensors(tmp_path / name / "model.safetensors"))
+    expected = found["student"].num_parameters
+    assert TeacherLayers(keep=[0, 2]).count_parameters(found["teacher"]) == expected
+    layers = found["teacher"].layer_parameters
+    assert layers is not None
+    by_rule = TeacherLayers(keep=Choice(count=2, by="importance")).count_parameters(found["teacher"])
+    assert by_rule == (expected if len(set(layers)) == 1 else None)
+    assert Pretrained(model="small").count_parameters(found["student"]) == expected
+    assert Fresh(num_layers=2).count_parameters(found["teacher"]) is None
 
 
 def test_layers_are_chosen_by_a_rule() -> None:

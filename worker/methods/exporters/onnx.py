@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 class Onnx(Exporter):
     """Writes `model.onnx` with tokenizer and labels; its logits must equal the student's within `tolerance`."""
+
+    bytes_per_parameter: ClassVar[float] = 4.0
 
     kind: Literal["onnx"] = "onnx"
     tolerance: float = Field(1e-3, gt=0, description="Largest accepted difference of a logit.")

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 class OnnxInt8(Exporter):
     """Writes `model.onnx` with dynamically quantised matrices; its answers must agree with the student's."""
+
+    bytes_per_parameter: ClassVar[float] = 1.05  # scales, and norms and biases in single precision
 
     kind: Literal["onnx_int8"] = "onnx_int8"
     min_agreement: float = Field(

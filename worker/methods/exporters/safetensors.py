@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from core.methods import Exporter
 
@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 class Safetensors(Exporter):
     """Writes a folder that `transformers` loads with `from_pretrained`."""
+
+    bytes_per_parameter: ClassVar[float] = 4.0
 
     kind: Literal["safetensors"] = "safetensors"
 

@@ -41,6 +41,10 @@ class Export(Stage):
         """Returns the student's role."""
         return {"student"}
 
+    def forms(self) -> list[Exporter]:
+        """Returns the formats."""
+        return self.formats
+
     def writes(self) -> set[str]:
         """Returns one role a form."""
         return {form.kind for form in self.formats}

@@ -31,6 +31,10 @@ class Pretrained(Student):
         """Returns nothing: what must fit is the vocabulary, which the task asks for."""
         return []
 
+    def count_parameters(self, start: ModelFacts) -> int | None:
+        """Returns those of the model."""
+        return start.num_parameters
+
     def build(self, ctx: "StageContext") -> "PreTrainedModel":
         """Returns the model."""
         return ctx.load_model("base")

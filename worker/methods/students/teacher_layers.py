@@ -60,6 +60,17 @@ class TeacherLayers(Student):
             return [Problem(field, why)]
         return []
 
+    def count_parameters(self, start: ModelFacts) -> int | None:
+        """Returns those of the teacher without the layers that go; None where a rule chooses among unequal ones."""
+        if start.num_parameters is None or start.layer_parameters is None:
+            return None
+        layers = start.layer_parameters
+        if isinstance(self.keep, Choice):
+            kept = self.keep.count * layers[0] if len(set(layers)) == 1 else None
+        else:
+            kept = sum(layers[index] for index in self.keep)
+        return None if kept is None else start.num_parameters - sum(layers) + kept
+
     def build(self, ctx: "StageContext") -> "PreTrainedModel":
         """Returns the teacher cut down to the kept layers."""
         from worker.engine.students import choose_layers, keep_layers
