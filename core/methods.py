@@ -160,6 +160,8 @@ class Loss(Method):
     needs_logits: ClassVar[bool] = False  # of the teacher, where distributions are not enough
     compares: ClassVar[Literal["probabilities", "values", "both"]] = "probabilities"  # what the task's models give
     is_of_labels: ClassVar[bool] = False  # and does not hear the teacher
+    needs_same_tokens: ClassVar[bool] = True  # of a language model and its teacher
+    needs_own_texts: ClassVar[bool] = False  # that the student writes
 
     weight: Weight = 1.0
 
@@ -255,7 +257,6 @@ class Stage(Method):
     family: ClassVar[str] = "stages"
     queue: ClassVar[str] = "cpu"
     reports_on_job: ClassVar[bool] = False
-    compares_tokens: ClassVar[bool] = False  # of teacher and student, one by one
 
     def check(self, spec: "JobSpec") -> list[Problem]:  # noqa: ARG002 - most stages have nothing to check
         """Returns what is wrong with these settings inside that spec; fields are relative to the stage."""
@@ -268,6 +269,10 @@ class Stage(Method):
     def writes(self) -> set[str]:
         """Returns the roles that this stage makes; each becomes an artifact of that name."""
         raise NotImplementedError
+
+    def compares_tokens(self) -> bool:
+        """Returns whether it compares the tokens of teacher and student one by one."""
+        return False
 
     def forms(self) -> list[Exporter]:
         """Returns the forms of the student that this stage writes."""

@@ -216,7 +216,10 @@ def _check_vocabulary(field: str, *models: Found | None) -> Problems:
     try:
         count_common(*map(read_vocabulary, tokenizers))
     except (VocabularyDiffers, ValueError) as error:
-        why = f"{error}; choose a student with the teacher's tokenizer, as its tokens are compared one by one"
+        why = (
+            f"{error}; choose a student with the teacher's tokenizer, as its tokens are compared one by one, or a loss "
+            "that compares none, as 'uld'"
+        )
         return [{"field": field, "message": why}]
     return []
 

@@ -1,6 +1,7 @@
 """What holds for every loss on logits; a new one is tested by being there, once it names an oracle."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from scipy.spatial.distance import cityblock, cosine
 from scipy.special import rel_entr, softmax
+from scipy.stats import wasserstein_distance
 from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
@@ -21,7 +23,7 @@ Oracle = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
 
 def built(kind: str, **switches: Any) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """Returns the loss of a kind for a teacher who gives all logits."""
-    loss = LOSSES[kind](**switches).build(None)
+    loss = LOSSES[kind](**switches).build(SimpleNamespace(is_own_text=False))
     return lambda z, u, y: loss(z, DenseSignal(u), y)
 
 
@@ -85,6 +87,18 @@ ORACLES: dict[str, Oracle] = {
             dtype=z.dtype,
         )
     ),
+    "contrastive": lambda loss, z, u, y: (
+        (2 - loss.own_weight)
+        * loss.temperature**2
+        * kl_divergence(*(lambda p, q: (p, mix(loss.alpha, p, q)))(*distributions(loss, z, u)))
+    ),
+    "uld": lambda loss, z, u, y: torch.tensor(
+        [
+            z.shape[-1] * wasserstein_distance(p, q)
+            for p, q in zip(*(d.probs.numpy() for d in distributions(loss, z, u)), strict=True)
+        ],
+        dtype=z.dtype,
+    ),
     "squared_error": lambda loss, z, u, y: F.mse_loss(z[:, 0], y.to(z.dtype), reduction="none"),
     "logit_mse": lambda loss, z, u, y: F.mse_loss(
         *(x - x.mean(-1, keepdim=True) if loss.centred else x for x in (z, u)), reduction="none"
@@ -103,6 +117,8 @@ SWITCHES: list[tuple[str, dict[str, Any]]] = [
     ("adaptive_kl", {"head": 0.8, "temperature": 1.0}),
     ("total_variation", {"temperature": 3.0}),
     ("total_variation", {"temperature": 3.0, "temperature_scaling": False}),
+    ("contrastive", {"alpha": 0.3, "own_weight": 0.5, "temperature": 2.0}),
+    ("uld", {"temperature": 3.0}),
     ("logit_mse", {"centred": False}),
 ]
 OF_VALUES = {kind for kind, loss in LOSSES.items() if loss.compares == "values"}
@@ -195,6 +211,19 @@ def test_it_and_its_gradient_vanish_at_equality_alone(kind: str) -> None:
     loss_B.sum().backward()
     torch.testing.assert_close(loss_B, torch.zeros_like(loss_B))
     torch.testing.assert_close(z_BC.grad, torch.zeros_like(z_BC))
+
+
+def test_texts_of_the_students_own_are_heard_the_other_way_round() -> None:
+    z_BC, u_BC, labels_B = draw()
+    method = LOSSES["contrastive"](alpha=0.3, own_weight=0.5, temperature=2.0)
+    found_B = method.build(SimpleNamespace(is_own_text=True))(z_BC, DenseSignal(u_BC), labels_B)
+    p, q = Categorical(logits=u_BC / 2), Categorical(logits=z_BC / 2)
+    constant = Categorical(probs=mix(0.3, q, p).probs.detach())
+    torch.testing.assert_close(found_B, 0.5 * 4 * kl_divergence(q, constant))
+    found, expected = (
+        torch.autograd.grad(x.sum(), z_BC, retain_graph=True)[0] for x in (found_B, 2 * kl_divergence(q, constant))
+    )
+    torch.testing.assert_close(found, expected)
 
 
 def test_a_temperature_can_move_over_the_steps() -> None:

@@ -209,6 +209,13 @@ def test_language_models_must_have_the_same_tokens(api: Api) -> None:
     [detail] = answers["other"].json()["error"]["details"]
     assert detail["field"] == "student.model"
     assert "id 1 is 'a' to the teacher's tokenizer and 'b' to the student's" in detail["message"]
+    assert "as 'uld'" in detail["message"]
+    losses = [{"kind": "cross_entropy"}, {"kind": "uld"}]
+    sorting = spec | {
+        "student": {"kind": "pretrained", "model": "other"},
+        "stages": [{"kind": "distill", "losses": losses}, {"kind": "evaluate"}],
+    }
+    assert api("POST", "/v1/jobs/validate", json=sorting).status_code == 200
     texts = api.spec(student={"kind": "pretrained", "model": "other"}, teacher={"model": "teacher"})
     assert api("POST", "/v1/jobs/validate", json=texts).status_code == 200
 

@@ -89,6 +89,20 @@ def test_a_share_of_the_steps_is_due(model: Any) -> None:
     assert 70 < sum(taken) < 130
 
 
+def test_a_share_rises_after_each_epoch_that_was_worse(model: Any) -> None:
+    rollouts = make(model[1], share={"start": 0.0, "step": 0.4})
+    shares = []
+    for loss in (2.0, 1.5, 1.6, 1.4, 1.5, 1.7):
+        rollouts.note(loss)
+        shares.append(rollouts.share)
+    assert shares == pytest.approx([0, 0, 0.4, 0.4, 0.8, 1])
+    assert make(model[1], share={"start": 0.0, "step": 0.4}).take_if_due(0, model[0]) is None
+    restored = make(model[1], share={"start": 0.0, "step": 0.4})
+    restored.restore(*rollouts.save())
+    restored.note(1.8)
+    assert restored.share == 1
+
+
 def test_prompts_are_ends_of_prompts_or_beginnings_of_texts(tmp_path: Path, model: Any) -> None:
     _, tokenizer = model
     path = tmp_path / "train.jsonl"
@@ -127,11 +141,27 @@ def test_a_stopped_stage_ends_with_the_same_bytes(bench: Bench, tmp_path: Path) 
     assert len({value > 0 for _, value in whole.series("loss/cross_entropy")}) == 2  # some steps are of each kind
 
 
+def test_given_and_own_texts_are_told_apart(bench: Bench) -> None:
+    """The divergence of own texts alone is hundreds of times as heavy here, so that its steps stand out."""
+    loss = {"kind": "contrastive", "own_weight": 1.998}
+    policy = POLICY | {"share": {"start": 0.3, "step": 0.1}}
+    stage = DISTILL | {"losses": [loss], "on_policy": policy, "epochs": 1}
+    finished = bench.succeed(make_spec([stage], task=TASK, student=STUDENT), 0, "contrastive", labels=[])
+    losses = sorted(value for _, value in finished.series("loss/contrastive"))
+    assert losses[-1] > 100 * losses[0]
+    assert finished.series("on_policy/share") == [(len(losses), 0.3)]
+
+
 def test_specs_that_cannot_be(bench: Bench) -> None:
     with pytest.raises(SpecInvalid, match="a text_classification writes no texts"):
         make_spec([{"kind": "distill", "on_policy": POLICY}])
     with pytest.raises(SpecInvalid, match="no loss hears the teacher"):
         make_spec([DISTILL | {"on_policy": POLICY, "losses": [{"kind": "cross_entropy"}]}], task=TASK)
+    with pytest.raises(SpecInvalid, match=r"'contrastive' compares given texts .* set on_policy"):
+        make_spec([DISTILL | {"losses": [{"kind": "contrastive"}]}], task=TASK)
+    rising = DISTILL | {"on_policy": POLICY | {"share": {"step": 0.1}}}
+    with pytest.raises(SpecInvalid, match=r"set data.validation, or give a number"):
+        make_spec([rising], task=TASK, data={"train": "toy/train"})
     stage = DISTILL | {"on_policy": POLICY | {"new_tokens": 100}}
     error = bench.run(make_spec([stage], task=TASK, student=STUDENT), 0, "long", labels=[]).last
     assert error["reason"] == "spec_invalid"

@@ -16,6 +16,7 @@ from core.errors import StageFailed
 from worker.engine.data import Batch, read_rows
 
 TOKENIZE_CHUNK = 1024
+NOWHERE = -1
 CPU = torch.device("cpu")
 
 
@@ -103,6 +104,58 @@ def read_stream(
             ids.append(np.array(prompt + closed, dtype=np.int32))
             is_learned.append(np.arange(len(prompt) + len(closed)) >= len(prompt))
     return np.concatenate(ids), np.concatenate(is_learned)
+
+
+def read_starts(path: Path, columns: dict[str, str], tokenizer: PreTrainedTokenizerBase) -> NDArray[np.int64]:
+    """Returns at which letter of the whole split each token of `read_stream` begins, spaces before it left out.
+
+    The letters of all prompts and texts are counted through, with one more after each for its end. A token without
+    letters, or whose first letter another one has begun, is nowhere.
+
+    Raises:
+        StageFailed: `spec_invalid` if the tokenizer cannot tell.
+    """
+    if not tokenizer.is_fast:
+        hint = "Choose models whose folders have a tokenizer.json."
+        raise StageFailed("spec_invalid", "A tokenizer does not tell which letters a token has.", suggestion=hint)
+    texts, prompts = _read_columns(path, columns)
+    found: list[NDArray[np.int64]] = []
+    letter = 0
+    for start in range(0, len(texts), TOKENIZE_CHUNK):
+        some = slice(start, start + TOKENIZE_CHUNK)
+        pieces = [(prompts[some], True, False)] if prompts else []
+        pieces.append((texts[some], not prompts, True))
+        read = [_tokenize_with_starts(tokenizer, *piece) for piece in pieces]
+        for row in range(len(texts[some])):
+            for (piece, _, _), starts in zip(pieces, read, strict=True):
+                found.append(np.where(starts[row] == NOWHERE, NOWHERE, starts[row] + letter))
+                letter += len(piece[row]) + 1
+    return np.concatenate(found)
+
+
+def _tokenize_with_starts(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], whole: bool, is_last: bool
+) -> list[NDArray[np.int64]]:
+    """Returns where each token begins in its own text; the end token after the last piece of a row at its end."""
+    read = tokenizer(texts, add_special_tokens=whole, truncation=False, return_offsets_mapping=True, verbose=False)
+    found = []
+    for text, ids, offsets in zip(texts, read["input_ids"], read["offset_mapping"], strict=True):
+        starts = [_first_letter(text, begin, end) if end > begin else NOWHERE for begin, end in offsets]
+        if is_last and tokenizer.eos_token_id is not None:
+            starts = [*(starts[:-1] if ids[-1:] == [tokenizer.eos_token_id] else starts), len(text)]
+        starts_T = np.array(starts, dtype=np.int64)
+        before_T = np.maximum.accumulate(np.concatenate([[NOWHERE], starts_T[:-1]]))
+        found.append(np.where(starts_T > before_T, starts_T, NOWHERE))
+    return found
+
+
+def _first_letter(text: str, begin: int, end: int) -> int:
+    return next((place for place in range(begin, end) if not text[place].isspace()), begin)
+
+
+def count_bytes_of_texts(path: Path, columns: dict[str, str]) -> int:
+    """Returns how many bytes the texts of a split have in UTF-8."""
+    return sum(len(text.encode()) for text in _read_columns(path, columns)[0])
 
 
 def read_prompts(

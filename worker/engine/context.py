@@ -83,6 +83,7 @@ class StageContext:
         self.reporter = reporter
         self.device = choose_device()
         self.share_done = 0.0  # of a training stage, 0 at its first step and 1 at its last
+        self.is_own_text = False  # whether the student wrote what a training stage's step is about
         self._stop, self._mailbox = stop, mailbox
         self._remembered: dict[str, Any] = {}
         self.scratch_dir = Path(tempfile.mkdtemp(prefix="scratch-", dir=order.outputs_dir.parent))

@@ -1,5 +1,6 @@
 """Causal language modelling inside a stage."""
 
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -15,13 +16,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from core.errors import StageFailed
 from core.models.vocabulary import VocabularyDiffers, count_common
+from worker.engine.aligning import AnswersAcross, Stream
 from worker.engine.answering import keep_likeliest
-from worker.engine.blocks import Blocks, read_prompts, read_stream
+from worker.engine.blocks import NOWHERE, Blocks, count_bytes_of_texts, read_prompts, read_starts, read_stream
 from worker.engine.data import Batch
 from worker.engine.evaluation import Card, Column, Measured, Quality, Row, list_candidates
 from worker.engine.loading import load_language_model, save_language_model
 from worker.engine.measuring import count_bytes, time_singles
-from worker.engine.rendering import percent
+from worker.engine.rendering import if_known, percent
 from worker.engine.runtimes import Forward
 from worker.engine.scores import bootstrap_sums, same_first
 from worker.engine.tasks import Kept, Scores
@@ -43,6 +45,7 @@ SPEED_BLOCKS = 8
 MAX_LOSS = 700.0  # whose exponential is still a number
 SAME_TOKENS = "Choose a student with the teacher's tokenizer; other tokens cannot be compared one by one."
 CPU = torch.device("cpu")
+log = logging.getLogger(__name__)
 
 
 class LanguageModelling:
@@ -150,6 +153,8 @@ class LanguageModelling:
             self._agree(tokenizer, kept.num_classes, student.config.vocab_size)
             return kept
         teacher = load_teacher(self.ctx)
+        if not settings.compares_tokens() and not self._reads_alike(tokenizer):
+            return self._teach_across(teacher, tokenizer, settings)
         self._agree(tokenizer, teacher.config.vocab_size, student.config.vocab_size)
         return AnswersOnline(self.ctx, teacher)
 
@@ -167,6 +172,32 @@ class LanguageModelling:
             message = f"prompt_tokens and new_tokens are {wanted} together; the model has places for {longest}."
             raise StageFailed("spec_invalid", message, suggestion="Lower one of them.")
         return read_prompts(path, self.task.columns(), tokenizer, settings.prompt_tokens, is_chat=self.task.chat)
+
+    def _reads_alike(self, tokenizer: PreTrainedTokenizerBase) -> bool:
+        """Returns whether a student's tokens are the teacher's."""
+        try:
+            count_common(self.ctx.load_tokenizer("teacher").get_vocab(), tokenizer.get_vocab())
+        except VocabularyDiffers:
+            return False
+        return True
+
+    def _teach_across(
+        self, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: "Distill"
+    ) -> Teaching:
+        """Returns the teacher on its own tokens. Raises StageFailed for what that rules out."""
+        wrong = "on_policy" if settings.on_policy else "task.chat" if self.task.chat else None
+        if wrong:
+            message = f"Teacher and student have other tokens, and {wrong} needs the same ones."
+            raise StageFailed("vocab_incompatible", message, suggestion=f"Leave {wrong} out.")
+        path, columns, own = self.ctx.get_split("train"), self.task.columns(), self.ctx.load_tokenizer("teacher")
+        own_stream, stream = (
+            Stream(read_stream(path, columns, reader)[0], read_starts(path, columns, reader))
+            for reader in (own, tokenizer)
+        )
+        teaching = AnswersAcross(teacher, own_stream, stream, predict_next)
+        share = (teaching.asked_P != NOWHERE).mean()
+        log.info("the teacher is heard at %.1f %% of the student's tokens", 100 * share)
+        return teaching
 
     def _agree(self, tokenizer: PreTrainedTokenizerBase, *widths: int) -> None:
         """Sees to it that teacher and student choose among the same tokens. Raises StageFailed if they cannot.
@@ -193,33 +224,44 @@ class LanguageModelling:
         return Kept(tensors, data.digest(), scores, summary | {"kept_probability": kept_probability})
 
     def measure(self, settings: "Evaluate") -> Measured:
-        """Measures loss, perplexity and accuracy of the next token, the distance from the teacher, and speed."""
+        """Measures loss, perplexity and accuracy of the next token, the distance from the teacher, and speed.
+
+        A student with other tokens reads the split as its own; its distance from the teacher is not known then.
+        """
         ctx, names = self.ctx, list_candidates(self.ctx)
+        path, tokenizer = ctx.get_split("test"), ctx.load_tokenizer("student")
         models = {name: ctx.load_model(name).eval() for name in names}
-        widths = {model.config.vocab_size for model in models.values()}
-        self._agree(ctx.load_tokenizer("student"), *widths)
-        test = self.encode(ctx.get_split("test"), models["teacher"], ctx.load_tokenizer("teacher"), 0)
-        total = len(test) + 1
-        sums_MBJ = np.zeros((len(names), len(test), len(SUMS)))
-        for index, batch in enumerate(test.in_order(CPU)):
-            ctx.progress(index, total)
-            sums_MBJ[:, index] = self._compare(list(models.values()), batch)
-        ctx.progress(len(test), total)
-        forwards = [as_forward(model) for model in models.values()]
-        speeds = [measure_speed(forward, test, ctx.check_stop) for forward in forwards]
-        latencies = time_singles([(forward, test) for forward in forwards], settings.latency_samples, ctx.check_stop)
+        is_alike = self._reads_alike(tokenizer)
+        if is_alike:
+            self._agree(tokenizer, *{model.config.vocab_size for model in models.values()})
+        groups = [names] if is_alike else [names[:1], names[1:]]  # of models that read alike, the teacher first
+        tests = {
+            name: test
+            for group in groups
+            for test in [self.encode(path, models[group[0]], ctx.load_tokenizer(group[0]), 0)]
+            for name in group
+        }
+        total = sum(len(tests[group[0]]) for group in groups) + 1
+        sums_BJ = self._sum_up(models, tests, groups)
+        ctx.progress(total - 1, total)
+        timed = [(as_forward(models[name]), tests[name]) for name in names]
+        speeds = [measure_speed(*one, ctx.check_stop) for one in timed]
+        latencies = time_singles(timed, settings.latency_samples, ctx.check_stop)
         ctx.progress(total, total)
+        num_bytes = count_bytes_of_texts(path, self.task.columns())
         rows = [
             {"name": name, "runtime": "torch"}
-            | summarise(sums_BJ.sum(axis=0))
-            | {"perplexity_ci": bootstrap_sums(sums_BJ, _perplexity, settings.confidence, ctx.spec.seed)}
-            | {"size_bytes": count_bytes(ctx.input(name)), "num_parameters": model.num_parameters()}
+            | summarise(sums_BJ[name].sum(axis=0))
+            | ({} if name in groups[0] else {"kl_to_teacher": None, "agreement": None})
+            | {"bits_per_byte": float(sums_BJ[name].sum(axis=0)[1] / math.log(2) / num_bytes)}
+            | {"perplexity_ci": bootstrap_sums(sums_BJ[name], _perplexity, settings.confidence, ctx.spec.seed)}
+            | {"size_bytes": count_bytes(ctx.input(name)), "num_parameters": models[name].num_parameters()}
             | {"throughput_per_s": speed}
             | latency
-            for (name, model), sums_BJ, speed, latency in zip(models.items(), sums_MBJ, speeds, latencies, strict=True)
+            for name, speed, latency in zip(names, speeds, latencies, strict=True)
         ]
         return Measured(
-            num_examples=len(test),
+            num_examples=len(tests["student"]),
             models=rows,
             columns=COLUMNS,
             quality=Quality("perplexity", "perplexity", 1.0),
@@ -228,6 +270,21 @@ class LanguageModelling:
             details={},
         )
 
+    def _sum_up(
+        self, models: dict[str, PreTrainedModel], tests: dict[str, Blocks], groups: list[list[str]]
+    ) -> dict[str, NDArray[np.float64]]:
+        """Returns SUMS of each block of its split by model, sums_BJ; each group is compared with its first model."""
+        done, total = 0, sum(len(tests[group[0]]) for group in groups) + 1
+        found: dict[str, NDArray[np.float64]] = {}
+        for group in groups:
+            blocks = []
+            for batch in tests[group[0]].in_order(CPU):
+                self.ctx.progress(done, total)
+                blocks.append(self._compare([models[name] for name in group], batch))
+                done += 1
+            found |= dict(zip(group, np.stack(blocks, axis=1), strict=True))
+        return found
+
 
 SUMS = ("rows", "loss", "accuracy", "kl_to_teacher", "agreement")
 COLUMNS = [
@@ -235,14 +292,16 @@ COLUMNS = [
     Column("interval", lambda row: "{:.3f} to {:.3f}".format(*row["perplexity_ci"])),
     Column("loss, nats a token", lambda row: f"{row['loss']:.4f}"),
     Column("accuracy, %", lambda row: percent(row["accuracy"])),
-    Column("KL to the teacher, nats", lambda row: f"{row['kl_to_teacher']:.4f}"),
-    Column("agreement, %", lambda row: percent(row["agreement"])),
+    Column("bits per byte", lambda row: f"{row['bits_per_byte']:.4f}"),
+    Column("KL to the teacher, nats", if_known("kl_to_teacher", "{:.4f}".format)),
+    Column("agreement, %", if_known("agreement", percent)),
     Column("tokens/s", lambda row: f"{row['throughput_per_s']:.0f}"),
 ]
 NOTES = (
     "Perplexity, loss, accuracy and KL are of the next token, over all tokens of the test split but those of prompts.",
     "Intervals: percentile bootstrap over the blocks of the test split, 1,000 resamples, without the randomness of "
     "training.",
+    "Bits per byte: the loss of all tokens over the bytes of the texts, which models with other tokens have in common.",
     "Latency: one block read at once, the models in turn. Throughput: batches of 8 blocks. A warm-up comes first.",
     "Agreement: share of tokens for which the model puts the same one first as the teacher.",
 )

@@ -39,16 +39,25 @@ class Rollouts:
         self._tokenizer = tokenizer
         self._texts: list[Text] = []
         self._round = 0
+        self.share = settings.share if isinstance(settings.share, float) else settings.share.start
+        self._last_loss: float | None = None
 
     def take_if_due(self, step: int, model: PreTrainedModel) -> Batch | None:
         """Returns the next texts, if a step is to learn from the student's own; each token it wrote is a row."""
-        if np.random.default_rng([self._ctx.seed, step, 2]).random() >= self._settings.share:
+        if np.random.default_rng([self._ctx.seed, step, 2]).random() >= self.share:
             return None
         if not self._texts:
             self._texts = self._write(model)
             self._round += 1
         taken, self._texts = self._texts[: self._batch_size], self._texts[self._batch_size :]
         return make_batch(taken, self._tokenizer.pad_token_id or 0, model.device)
+
+    def note(self, validation_loss: float) -> None:
+        """Lets a share that rises do so where the loss did."""
+        rising, last = self._settings.share, self._last_loss
+        self._last_loss = validation_loss
+        if not isinstance(rising, float) and last is not None and validation_loss > last:
+            self.share = min(1.0, self.share + rising.step)
 
     def _write(self, model: PreTrainedModel) -> list[Text]:
         dice = np.random.default_rng([self._ctx.seed, self._round, 3])
@@ -69,16 +78,17 @@ class Rollouts:
 
     def save(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Returns the texts that are written and not used yet."""
+        state: dict[str, Any] = {"round": self._round, "share": self.share, "last_loss": self._last_loss}
         if not self._texts:
-            return {}, {"round": self._round}
+            return {}, state
         width = max(len(ids) for ids, _ in self._texts)
         padded = [np.pad(ids, (0, width - len(ids)), constant_values=NOTHING) for ids, _ in self._texts]
         lengths = [length for _, length in self._texts]
-        return {"texts": torch.from_numpy(np.stack(padded))}, {"round": self._round, "prompts": lengths}
+        return {"texts": torch.from_numpy(np.stack(padded))}, state | {"prompts": lengths}
 
     def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Takes over what `save` returned."""
-        self._round = state["round"]
+        self._round, self.share, self._last_loss = state["round"], state["share"], state["last_loss"]
         padded: list[NDArray[np.int32]] = [*tensors["texts"].numpy()] if "texts" in tensors else []
         lengths = state.get("prompts", [])
         self._texts = [(ids[ids != NOTHING], length) for ids, length in zip(padded, lengths, strict=True)]

@@ -213,7 +213,7 @@ class Trainer:
         """
         objective = partial(self.objective, with_labels=not is_own)
         num_rows = int(batch.is_row.sum())
-        self.ctx.share_done = self._step / max(1, self.num_steps - 1)
+        self.ctx.share_done, self.ctx.is_own_text = self._step / max(1, self.num_steps - 1), is_own
         numbers: dict[str, float] = {}
         self.optimizer.zero_grad(set_to_none=True)
         for part in batch.parts(self.settings.micro_batch_size or len(batch.rows)):
@@ -283,6 +283,9 @@ class Trainer:
             state = self.average.tensors if self.average else self.model.state_dict()
             self._best_state = {name: tensor.detach().clone() for name, tensor in state.items()}
         self._validated_step = step
+        if self.rollouts:
+            self.rollouts.note(scores["loss"])
+            self.ctx.reporter.metric("on_policy/share", step, self.rollouts.share)
 
     def score_validation(self) -> dict[str, float]:
         """Returns how well the model, or its average, does on the validation split, which must exist."""

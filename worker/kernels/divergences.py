@@ -122,6 +122,15 @@ def total_variation(log_p_BC: Tensor, log_q_BC: Tensor) -> Tensor:
     return 0.5 * (log_p_BC.exp() - log_q_BC.exp()).abs().sum(dim=-1)
 
 
+def sorted_distance(log_p_BC: Tensor, log_q_BC: Tensor) -> Tensor:
+    """Returns Σ|p - q| of both sorted, which is as many times their Wasserstein distance as there are classes.
+
+    Paper: Boizard et al. 2024, "Towards Cross-Tokenizer Distillation: the Universal Logit Distillation Loss for LLMs",
+    section 3.2, equation 4.
+    """
+    return (log_p_BC.exp().sort(dim=-1).values - log_q_BC.exp().sort(dim=-1).values).abs().sum(dim=-1)
+
+
 def logit_mse(student_BC: Tensor, teacher_BC: Tensor, centred: bool = True) -> Tensor:
     """Returns the mean of (z - u)² over the classes, of logits without their mean if `centred` and there are several.
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from worker.kernels.divergences import widen
@@ -46,6 +47,38 @@ class HeadSignal:
     def compare(self, student_NC: Tensor, temperature: float) -> Pair:
         """Returns log softmax(u/T) and log softmax(z/T) of all the rows."""
         return self.take(slice(None)).compare(student_NC, temperature)
+
+
+@dataclass(frozen=True, slots=True)
+class AcrossSignal:
+    """A teacher who chooses among other classes, and is heard in some rows; in the others it agrees with the student.
+
+    Attributes:
+        answer: The teacher's logits, or what makes them, of the rows in which it is heard.
+        index_N: For each of the student's rows the one of these, -1 where there is none.
+    """
+
+    answer: Head | Tensor
+    index_N: Tensor
+
+    def take(self, rows: Rows) -> "AcrossSignal":
+        """Returns what it says of some of the rows."""
+        return AcrossSignal(self.answer, self.index_N[rows])
+
+    def compare(self, student_NC: Tensor, temperature: float) -> Pair:
+        """Returns log softmax(u/T) and log softmax(z/T), the shorter one filled up with classes of no probability."""
+        index_M = self.index_N[self.index_N >= 0].to(student_NC.device)
+        teacher_MC = self.answer.logits(index_M) if isinstance(self.answer, Head) else widen(self.answer[index_M])
+        log_q_NC = F.log_softmax(widen(student_NC) / temperature, dim=-1)
+        width = max(teacher_MC.shape[-1], log_q_NC.shape[-1])
+        log_p_NC = _fill_up(log_q_NC.detach(), width)
+        is_heard_N = (self.index_N >= 0).to(student_NC.device)
+        log_p_NC[is_heard_N] = _fill_up(F.log_softmax(teacher_MC.detach() / temperature, dim=-1).to(log_p_NC), width)
+        return log_p_NC, _fill_up(log_q_NC, width)
+
+
+def _fill_up(log_p_NC: Tensor, width: int) -> Tensor:
+    return F.pad(log_p_NC, (0, width - log_p_NC.shape[-1]), value=-torch.inf)
 
 
 def add_numbers(total: dict[str, float], part: dict[str, float]) -> dict[str, float]:

@@ -1,5 +1,8 @@
 """The head and its loss in chunks are the head and its loss at once."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +10,7 @@ from torch import Tensor
 
 from core.methods import FeatureLoss, list_methods
 from worker.engine.objective import Objective, Term
-from worker.kernels.heads import Head, HeadSignal, backward_through_head
+from worker.kernels.heads import AcrossSignal, Head, HeadSignal, backward_through_head
 from worker.kernels.signals import DenseSignal, SparseSignal
 
 N, D, C = 11, 6, 17
@@ -32,7 +35,8 @@ def gradients(head: Head) -> list[Tensor]:
 
 
 def objective(*kinds: str) -> Objective:
-    return Objective([Term(kind, 0.5 + i, LOSSES[kind]().build(None)) for i, kind in enumerate(kinds)])
+    ctx = SimpleNamespace(is_own_text=False)
+    return Objective([Term(kind, 0.5 + i, LOSSES[kind]().build(ctx)) for i, kind in enumerate(kinds)])
 
 
 @pytest.mark.parametrize("chunk", [1, 4, N, 100, None])
@@ -78,6 +82,26 @@ def test_sparse_signals_go_along_with_their_rows() -> None:
         seen.append(gradients(head))
     for one, other in zip(*seen, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("num_others", [C - 4, C + 6])
+@pytest.mark.parametrize("chunk", [2, None])
+def test_a_teacher_of_other_classes_is_heard_in_some_rows(num_others: int, chunk: int | None) -> None:
+    head, index_N = make_head(1), torch.tensor([-1, 2, -1, 0, 1, -1, -1, 3, -1, -1, -1])
+    teacher_MC = draw(4, num_others, seed=5)
+    signal = AcrossSignal(teacher_MC, index_N)
+    numbers = backward_through_head(head, objective("uld"), signal, labels(), N, chunk)
+    p_MC, q_NC = (F.softmax(x.detach(), -1).numpy() for x in (teacher_MC, F.linear(*head)))
+    expected = 0.0
+    for row, index in enumerate(index_N.tolist()):
+        if index >= 0:
+            sizes = [np.zeros(C + 6), np.zeros(C + 6)]
+            for filled, found in zip(sizes, (p_MC[index], q_NC[row]), strict=True):
+                filled[: len(found)] = np.sort(found)[::-1]
+            expected += np.abs(sizes[0] - sizes[1]).sum() / N
+    assert numbers["uld"] == pytest.approx(expected)
+    assert (head.hidden_ND.grad[index_N < 0] == 0).all()
+    assert (head.hidden_ND.grad[index_N >= 0].abs().sum(-1) > 0).all()
 
 
 def test_the_gradient_goes_on_into_what_made_the_hidden_states() -> None:

@@ -1,17 +1,30 @@
 """Distillation of the teacher into the student."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
 from core.methods import FeatureLoss, Loss, Method, OneOf, Problem, Task, list_methods
-from core.strict import StrictModel
+from core.strict import StrictModel, one_message
 from core.training import Training
 
 if TYPE_CHECKING:
     from core.jobs.spec import JobSpec
     from worker.engine.context import StageContext
+
+
+class Rising(StrictModel):
+    """A share that rises by a step after each epoch whose validation loss was above the last one's.
+
+    Given texts teach quickly at first; the student's own are needed once it learns these by heart.
+
+    Paper: Ko, Kim, Chen, Yun 2024, "DistiLLM: Towards Streamlined Distillation for Large Language Models", section 3.2
+    (adaptive scheduler of student-generated outputs).
+    """
+
+    start: float = Field(0.0, ge=0, le=1, description="Share of the first steps.")
+    step: float = Field(0.1, gt=0, le=1, description="By how much it rises, up to 1.")
 
 
 class OnPolicy(StrictModel):
@@ -24,7 +37,14 @@ class OnPolicy(StrictModel):
     section 3, algorithm 1 (`share` is its λ).
     """
 
-    share: float = Field(0.5, gt=0, le=1, description="Share of the steps, drawn at random.")
+    share: Annotated[
+        Annotated[float, Field(gt=0, le=1)] | Rising,
+        one_message("share", "share is a number above 0 and at most 1, or {start: …, step: …}"),
+    ] = Field(
+        0.5,
+        description="Share of the steps, drawn at random; `{start, step}` for one that rises as the student stops "
+        "learning from given texts.",
+    )
     new_tokens: int = Field(64, ge=1, le=8192, description="Tokens that are written after a prompt, at most.")
     prompt_tokens: int = Field(
         64,
@@ -51,8 +71,6 @@ class Distill(Training):
     Paper: Hinton, Vinyals, Dean 2015, "Distilling the Knowledge in a Neural Network"; masking: Tang et al. 2019,
     "Distilling Task-Specific Knowledge from BERT into Simple Neural Networks", section 3.2.
     """
-
-    compares_tokens: ClassVar[bool] = True
 
     kind: Literal["distill"] = "distill"
     epochs: float = Field(5.0, gt=0, le=1000, description="Passes over the training split.")
@@ -88,6 +106,13 @@ class Distill(Training):
             return [Problem("on_policy", f"a {spec.task.kind} writes no texts; leave it out, or use task causal_lm")]
         if self.on_policy and all(loss.is_of_labels for loss in self.losses):
             return [Problem("on_policy", "no loss hears the teacher; add one, as 'reverse_kl'")]
+        if self.on_policy and isinstance(self.on_policy.share, Rising) and not spec.data.validation:
+            why = "it rises with the loss on the validation split; set data.validation, or give a number"
+            return [Problem("on_policy.share", why)]
+        alone = [i for i, loss in enumerate(self.losses) if loss.needs_own_texts and not self.on_policy]
+        if alone:
+            why = f"'{self.losses[alone[0]].kind}' compares given texts with the student's own; set on_policy"
+            return [Problem(f"losses.{alone[0]}", why)]
         unfit = [i for i, loss in enumerate(self.losses) if not fits(type(loss), spec.task)]
         if unfit:
             known = ", ".join(k for k, loss in list_methods("losses").items() if fits(loss, spec.task))
@@ -104,6 +129,10 @@ class Distill(Training):
     def feature_losses(self) -> list[FeatureLoss]:
         """The terms on what layers compute."""
         return [loss for loss in self.losses if isinstance(loss, FeatureLoss)]
+
+    def compares_tokens(self) -> bool:
+        """Returns whether a loss that hears the teacher does."""
+        return any(loss.needs_same_tokens and not loss.is_of_labels for loss in self.losses)
 
     def reads(self, spec: "JobSpec") -> set[str]:
         """Returns the role of the teacher, or of the answers of one that is no model."""

@@ -17,8 +17,6 @@ class Evaluate(Stage):
 
     reports_on_job: ClassVar[bool] = True
 
-    compares_tokens: ClassVar[bool] = True
-
     kind: Literal["evaluate"] = "evaluate"
     confidence: float = Field(
         0.95, gt=0.5, lt=1, description="Level of the confidence intervals (bootstrap over examples)."
