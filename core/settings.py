@@ -35,6 +35,13 @@ class Settings(BaseSettings):
         90 * 24 * 3600, ge=0, description="How long the answers of teachers' APIs are kept, so that none is paid twice."
     )
     num_threads: int = Field(0, ge=0, description="Threads of a stage's child process; 0 means all cores.")
+    num_processes: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="Processes that train a model together, each on a GPU of its own where there are GPUs; they share "
+        "the threads.",
+    )
     max_child_memory_bytes: int = Field(0, ge=0, description="Address-space limit of a child; 0 means none.")
     lease_s: int = Field(60, ge=2, description="How long a claim holds without a heartbeat.")
     heartbeat_s: float = Field(10.0, gt=0, description="Pause between two heartbeats of a supervisor.")

@@ -97,6 +97,7 @@ class Bench:
             "inputs_dir": str(self.inputs),
             "outputs_dir": str(outputs),
             "num_threads": 1,
+            "num_processes": 1,
             "max_memory_bytes": 0,
             "job_id": "job_0",
             "earlier": [],

@@ -1,8 +1,8 @@
 """What the process of one stage does, from its order to its last report.
 
-It has no database and no network. Orders come as JSON lines on stdin, reports leave on the file descriptor, and what is
-logged (with the stack trace of a failure) goes to stderr, which is the stage's log; SIGUSR1 writes the stacks of all
-threads there.
+It has no database, and no network but the loopback, over which the processes of one training talk. Orders come as JSON
+lines on stdin, reports leave on the file descriptor, and what is logged (with the stack trace of a failure) goes to
+stderr, which is the stage's log; SIGUSR1 writes the stacks of all threads there.
 """
 
 import ctypes
@@ -25,14 +25,17 @@ from worker.engine.reporting import Reporter
 if TYPE_CHECKING:
     from worker.engine.context import Order
 
-PR_SET_PDEATHSIG = 1
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 log = logging.getLogger("worker.engine.child")
 
 
 def run_stage(order: Path, report_fd: int) -> int:
     """Runs the stage of the order; returns the exit status, 0 for a result or an ordered stop, 1 for a failure."""
+    from worker.engine import ranks  # torch, which may not be imported before its environment is set
+
     faulthandler.register(signal.SIGUSR1, all_threads=True)
-    logging.getLogger("worker").setLevel(logging.INFO)
+    ranks.fork_others(order, report_fd)
+    logging.getLogger("worker").setLevel(logging.WARNING if ranks.number() else logging.INFO)
     reporter, stop, mailbox = Reporter(report_fd), threading.Event(), Mailbox()
     threading.Thread(target=listen, args=(sys.stdin.fileno(), stop, mailbox), daemon=True).start()
     last = run(order, reporter, stop, mailbox)
@@ -48,11 +51,12 @@ def run(path: Path, reporter: Reporter, stop: threading.Event, mailbox: Mailbox)
     """Returns the last report of the stage: result, stopped or error."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
+        from worker.engine import ranks
+        from worker.engine.context import Order, StageContext
         from worker.engine.devices import configure_torch
 
-        configure_torch(data["num_threads"] or len(os.sched_getaffinity(0)))
-        from worker.engine.context import Order, StageContext
-
+        configure_torch(max(1, (data["num_threads"] or len(os.sched_getaffinity(0))) // ranks.count()))
+        ranks.join(path.parent)
         order = Order.parse(data)
         ctx = StageContext(order, reporter, stop, mailbox)
         tempfile.tempdir = str(ctx.scratch_dir)  # what libraries put aside goes the same way
@@ -79,6 +83,11 @@ def die_with_parent(parent: int) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         os._exit(1)
+
+
+def adopt_orphans() -> None:
+    """Has the kernel give this process the children of those that it forked and that are dead, to be waited for."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def listen(fd: int, stop: threading.Event, mailbox: Mailbox) -> None:
@@ -117,6 +126,7 @@ def set_environment(num_threads: int) -> None:
         RAYON_NUM_THREADS=threads,
         TOKENIZERS_PARALLELISM="true",
         HF_HUB_OFFLINE="1",
+        GLOO_SOCKET_IFNAME="lo",
         TRANSFORMERS_OFFLINE="1",
         HF_HUB_DISABLE_TELEMETRY="1",
         CUBLAS_WORKSPACE_CONFIG=":4096:8",

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from core.errors import StageFailed
 from core.jobs.spec import JobSpec
 from core.methods import Stage, list_methods
-from worker.engine import checkpoints
+from worker.engine import checkpoints, ranks
 from worker.engine.devices import choose_device
 from worker.engine.failures import StopRequested, is_storage_full
 from worker.engine.loading import load_tokenizer
@@ -85,6 +85,7 @@ class StageContext:
         self.share_done = 0.0  # of a training stage, 0 at its first step and 1 at its last
         self.is_own_text = False  # whether the student wrote what a training stage's step is about
         self._stop, self._mailbox = stop, mailbox
+        self._all_stop = False  # as all processes of a training have agreed
         self._remembered: dict[str, Any] = {}
         self.scratch_dir = Path(tempfile.mkdtemp(prefix="scratch-", dir=order.outputs_dir.parent))
         self._pacer = checkpoints.Pacer(order.checkpoint_s)
@@ -101,17 +102,25 @@ class StageContext:
     @property
     def num_threads(self) -> int:
         """The number of threads to compute with."""
-        return self.order.num_threads or len(os.sched_getaffinity(0))
+        return max(1, (self.order.num_threads or len(os.sched_getaffinity(0))) // ranks.count())
 
     def close(self) -> None:
         """Removes the scratch folder."""
         shutil.rmtree(self.scratch_dir, ignore_errors=True)
 
     def check_stop(self) -> None:
-        """Raises StopRequested once the supervisor ordered a stop; else shows that the stage is alive."""
+        """Raises StopRequested once the supervisor ordered a stop; else shows that the stage is alive.
+
+        Processes that train together stop together, where they have agreed on it.
+        """
         self.reporter.beat()
-        if self._stop.is_set():
+        if self._all_stop if ranks.count() > 1 else self._stop.is_set():
             raise StopRequested
+
+    def agree_on_stop(self) -> None:
+        """Lets all processes of a training know whether the first one was ordered to stop; all must call it."""
+        if ranks.count() > 1:
+            self._all_stop = ranks.add_up(torch.tensor(float(self._stop.is_set()), device=self.device)).item() > 0
 
     def progress(self, step: int, total: int) -> None:
         """Reports how far the stage is, and stops here if that is ordered."""
@@ -142,11 +151,13 @@ class StageContext:
         return checkpoints.read(self.order.checkpoint) if self.order.checkpoint else None
 
     def wants_checkpoint(self) -> bool:
-        """Tells whether a checkpoint is due."""
-        return self._pacer.is_due()
+        """Tells whether a checkpoint is due, which the first process writes."""
+        return ranks.number() == 0 and self._pacer.is_due()
 
     def save_checkpoint(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Writes a checkpoint and hands it to the supervisor; without room for it, warns once and goes on."""
+        if ranks.number():
+            return
         began = time.monotonic()
         folder = self.order.outputs_dir.parent / "checkpoints"
         folder.mkdir(exist_ok=True)
@@ -183,8 +194,8 @@ class StageContext:
         return (self.order.inputs_dir / role).is_dir()
 
     def output(self, role: str) -> Path:
-        """Returns the folder, made if need be, for what this stage makes in a role."""
-        folder = self.order.outputs_dir / role
+        """Returns the folder, made if need be, for what this stage makes in a role; only the first process's counts."""
+        folder = (self.scratch_dir if ranks.number() else self.order.outputs_dir) / role
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 

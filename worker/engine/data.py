@@ -80,12 +80,19 @@ class Batch(NamedTuple):
         found = logits[(self.rows >= 0).to(logits.device)]
         return found if found.dim() > 1 else torch.stack([torch.zeros_like(found), found], dim=-1)
 
+    def share(self, number: int, count: int) -> "Batch":
+        """Returns one of so many equal shares of the examples; the last ones may be smaller, or empty."""
+        size = -(-len(self.rows) // count)
+        return self._take(slice(number * size, (number + 1) * size))
+
+    def _take(self, some: slice) -> "Batch":
+        inputs = {name: ids_BT[some] for name, ids_BT in self.inputs.items()}
+        return Batch(inputs, self.labels[some], self.rows[some])
+
     def parts(self, size: int) -> Iterator["Batch"]:
         """Yields the batch in parts of at most so many examples."""
         for start in range(0, len(self.rows), size):
-            some = slice(start, start + size)
-            inputs = {name: ids_BT[some] for name, ids_BT in self.inputs.items()}
-            yield Batch(inputs, self.labels[some], self.rows[some])
+            yield self._take(slice(start, start + size))
 
 
 @dataclass(frozen=True)

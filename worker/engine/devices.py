@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from torch.utils import deterministic
 
+from worker.engine import ranks
+
 BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
 
 
@@ -23,8 +25,8 @@ def configure_torch(num_threads: int) -> None:
 
 
 def choose_device() -> torch.device:
-    """Returns the GPU where there is one, else the processor."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """Returns the GPU where there is one, this process's own where several train together, else the processor."""
+    return torch.device("cuda", ranks.number()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 @cache

@@ -165,6 +165,11 @@ class Features:
             return layer
         return layer._replace(hidden_BTD=self.projections[_key(name, index)](widen(layer.hidden_BTD)))
 
+    @property
+    def names(self) -> list[str]:
+        """The losses' names."""
+        return [name for name, _, _, _ in self._terms]
+
     def shares(self, numbers: dict[str, float]) -> dict[str, float]:
         """Returns each term's share of the loss."""
         whole = numbers["total"] or 1.0

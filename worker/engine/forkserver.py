@@ -19,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-from worker.engine.child import die_with_parent, run_stage, set_environment
+from worker.engine.child import adopt_orphans, die_with_parent, run_stage, set_environment
 
 MAX_MESSAGE_BYTES = 64 * 1024
 PRELOADED = (
@@ -44,6 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):  # meant for the owner, which orders the stages to stop
         signal.signal(number, signal.SIG_IGN)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    adopt_orphans()
     set_environment(args.num_threads)
     preload()
     with socket.socket(fileno=args.fd) as owner:
@@ -108,6 +109,9 @@ class Server:
         os.close(pidfd)
         _kill_group(pid)
         _, status = os.waitpid(pid, 0)
+        with suppress(ChildProcessError):
+            while True:
+                os.waitpid(-pid, 0)  # what is left of its group, which we have adopted
         with suppress(BrokenPipeError):
             os.write(exit_fd, str(os.waitstatus_to_exitcode(status)).encode())
         os.close(exit_fd)

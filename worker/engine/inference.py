@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from worker.engine import ranks
 from worker.engine.data import Batch, Encoded
 
 INFERENCE_BATCH = 64
@@ -17,7 +18,8 @@ def predict_logits(
     """Returns the logits of every row, in the order of the split, in float32 on the processor.
 
     The model answers in evaluation and inference mode, on the device where it lies, in batches sorted by length, and
-    outside of `autocast` in the precision of its weights: these are the logits that its user gets.
+    outside of `autocast` in the precision of its weights: these are the logits that its user gets. Processes that train
+    together answer a share each.
 
     Args:
         model: The classifier; its training flag is left as it was.
@@ -31,8 +33,13 @@ def predict_logits(
     was_training = model.training
     model.eval()
     with torch.inference_mode():
-        batches = data.by_length(batch_size, model.device)
-        logits_NC = answer_rows(data, batches, lambda inputs: model(**inputs).logits, between)
+        batches: Iterable[Batch] = data.by_length(batch_size, model.device)
+        is_shared = len(data) > batch_size * ranks.count()
+        logits_NC = answer_rows(
+            data, ranks.share(batches) if is_shared else batches, lambda inputs: model(**inputs).logits, between
+        )
+        if is_shared:
+            logits_NC = ranks.add_up(logits_NC.to(model.device)).cpu()
     model.train(was_training)
     return logits_NC
 

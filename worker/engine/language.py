@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from core.errors import StageFailed
 from core.models.vocabulary import VocabularyDiffers, count_common
+from worker.engine import ranks
 from worker.engine.aligning import AnswersAcross, Stream
 from worker.engine.answering import keep_likeliest
 from worker.engine.blocks import NOWHERE, Blocks, count_bytes_of_texts, read_prompts, read_starts, read_stream
@@ -92,11 +93,11 @@ class LanguageModelling:
         """Returns the cross entropy of a token in nats, its exponential, and the share of tokens put first."""
         was_training, sums_J = model.training, np.zeros(len(SUMS))
         model.eval()
-        for batch in data.in_order(model.device):
+        for batch in ranks.share(data.in_order(model.device)):
             sums_J += self._compare([model], batch)[0]
             between()
         model.train(was_training)
-        found = summarise(sums_J)
+        found = summarise(ranks.add_up(torch.from_numpy(sums_J).to(model.device)).cpu().numpy())
         return {name: found[name] for name in ("loss", "perplexity", "accuracy")}
 
     def _compare(self, models: Sequence[PreTrainedModel], batch: Batch) -> NDArray[np.float64]:
@@ -226,15 +227,17 @@ class LanguageModelling:
     def measure(self, settings: "Evaluate") -> Measured:
         """Measures loss, perplexity and accuracy of the next token, the distance from the teacher, and speed.
 
-        A student with other tokens reads the split as its own; its distance from the teacher is not known then.
+        A student with other tokens reads the split as its own; its distance from the teacher is not known then, nor
+        from one that is no model.
         """
         ctx, names = self.ctx, list_candidates(self.ctx)
         path, tokenizer = ctx.get_split("test"), ctx.load_tokenizer("student")
         models = {name: ctx.load_model(name).eval() for name in names}
-        is_alike = self._reads_alike(tokenizer)
-        if is_alike:
+        has_teacher = ctx.spec.teacher.is_model
+        is_alike = not has_teacher or self._reads_alike(tokenizer)
+        if has_teacher and is_alike:
             self._agree(tokenizer, *{model.config.vocab_size for model in models.values()})
-        groups = [names] if is_alike else [names[:1], names[1:]]  # of models that read alike, the teacher first
+        groups = [names] if is_alike else [names[:1], names[1:]]  # of models that read alike
         tests = {
             name: test
             for group in groups
@@ -252,7 +255,7 @@ class LanguageModelling:
         rows = [
             {"name": name, "runtime": "torch"}
             | summarise(sums_BJ[name].sum(axis=0))
-            | ({} if name in groups[0] else {"kl_to_teacher": None, "agreement": None})
+            | ({} if has_teacher and name in groups[0] else {"kl_to_teacher": None, "agreement": None})
             | {"bits_per_byte": float(sums_BJ[name].sum(axis=0)[1] / math.log(2) / num_bytes)}
             | {"perplexity_ci": bootstrap_sums(sums_BJ[name], _perplexity, settings.confidence, ctx.spec.seed)}
             | {"size_bytes": count_bytes(ctx.input(name)), "num_parameters": models[name].num_parameters()}

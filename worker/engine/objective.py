@@ -56,6 +56,11 @@ class Objective:
         self.terms, self.is_sum = terms, is_sum
         self.norms: dict[str, float] = {}
 
+    @property
+    def names(self) -> list[str]:
+        """The names of the numbers that a step has."""
+        return ["total", *(name for term in self.terms for name in (term.name, f"gradient/{term.name}"))]
+
     def weights(self) -> dict[str, float]:
         """Returns each term's weight in the next step."""
         fixed = {term.name: term.weight for term in self.terms if term.weight}

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from core.errors import StageFailed
 from core.training import Training
-from worker.engine import checkpoints
+from worker.engine import checkpoints, ranks
 from worker.engine.context import StageContext
 from worker.engine.data import Batch
 from worker.engine.devices import autocast
@@ -212,11 +212,13 @@ class Trainer:
         Labels of a batch that the student wrote itself are not to be learned.
         """
         objective = partial(self.objective, with_labels=not is_own)
+        ranks.seed_step(self.ctx.seed, self._step)
         num_rows = int(batch.is_row.sum())
         self.ctx.share_done, self.ctx.is_own_text = self._step / max(1, self.num_steps - 1), is_own
-        numbers: dict[str, float] = {}
+        numbers = dict.fromkeys([*self.objective.names, *(self.features.names if self.features else ())], 0.0)
         self.optimizer.zero_grad(set_to_none=True)
-        for part in batch.parts(self.settings.micro_batch_size or len(batch.rows)):
+        mine = batch.share(ranks.number(), ranks.count())
+        for part in mine.parts(self.settings.micro_batch_size or len(batch.rows)):
             with autocast(self.ctx.device):
                 answer = self.task.answer(self.model, part)
             signal = self.teaching.answer(part) if self.teaching else None
@@ -225,9 +227,12 @@ class Trainer:
             added = backward(answer, objective, signal, part.row_labels, num_rows, others) | values
             added["total"] += sum(other.item() for other in others)
             numbers = add_numbers(numbers, added)
+        trained = [*self.model.parameters(), *self.beside.parameters()]
+        numbers = ranks.add_up_numbers(numbers, self.ctx.device)
+        ranks.add_up_gradients(trained)
+        self.ctx.agree_on_stop()
         self._check_finite("loss", numbers["total"])
         limit = self.settings.max_gradient_norm
-        trained = [*self.model.parameters(), *self.beside.parameters()]
         norm = torch.nn.utils.clip_grad_norm_(trained, math.inf if limit is None else limit)
         self._check_finite("gradient", norm.item())
         self.objective.learn(numbers)

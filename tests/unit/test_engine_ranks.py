@@ -1,0 +1,76 @@
+"""Two processes that train one model together do what one does."""
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.engine_bench import FAST, Bench, contents, make_spec
+from worker.engine.devices import has_fast_bf16
+
+CLOSE = (
+    2e-2 if has_fast_bf16("cpu") else 1e-4
+)  # half precision rounds the sum of a step's gradient once, and of each share
+LANGUAGE = {"kind": "causal_lm", "block_tokens": 32}
+STUDENT = {"kind": "teacher_layers", "keep": [0, 2]}
+SOFT = [{"kind": "cross_entropy"}, {"kind": "forward_kl"}, {"kind": "hidden_mse", "weight": 0.1}]
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "labels": ({"kind": "finetune", **FAST, "dropout": 0.0}, {}),
+    "an example left over": ({"kind": "finetune", **FAST, "epochs": 3, "dropout": 0.0, "batch_size": 179}, {}),
+    "the teacher ahead": ({"kind": "distill", **FAST, "mask_probability": 0.3}, {}),
+    "layers, in parts": ({"kind": "distill", **FAST, "losses": SOFT, "micro_batch_size": 3}, {}),
+    "a language model": ({"kind": "distill", **FAST, "batch_size": 5}, {"task": LANGUAGE}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_learn_what_one_does(case: str, tmp_path: Path) -> None:
+    stage, changes = CASES[case]
+    bench = Bench(tmp_path).lay_language() if changes else Bench(tmp_path).lay()
+    spec = make_spec([stage], **changes)
+    labels = {"labels": []} if changes else {}
+    one, two = (bench.succeed(spec, 0, str(n), num_processes=n, **labels) for n in (1, 2))
+    assert [point[:2] for point in one.points()] == [point[:2] for point in two.points()]
+    for name in ("loss/total", "validation/loss", "learning_rate"):
+        for (_, found), (_, expected) in zip(two.series(name), one.series(name), strict=True):
+            assert found == pytest.approx(expected, rel=CLOSE, abs=CLOSE), name
+    assert two.series("loss/total")[0][1] == pytest.approx(one.series("loss/total")[0][1], rel=1e-3)
+    made = [sorted(contents(finished.outputs)) for finished in (one, two)]
+    assert made[0] == made[1]
+    [weights] = [name for name in made[0] if name.endswith(".safetensors")]
+    models = [load_file(finished.outputs / weights) for finished in (one, two)]
+    moved = [(models[1][name] - tensor).norm() / (1e-6 + tensor.norm()) for name, tensor in models[0].items()]
+    assert torch.stack(moved).median() < 2 * CLOSE
+
+
+@pytest.mark.parametrize("how", ["kill", "stop"])
+def test_an_interrupted_pair_makes_the_same_bytes(how: str, tmp_path: Path) -> None:
+    bench = Bench(tmp_path).lay()
+    spec = make_spec([{"kind": "distill", **FAST, "dropout": 0.1}])
+    whole = bench.succeed(spec, 0, "whole", num_processes=2)
+    order = bench.write_order(spec, 0, "interrupted", num_processes=2, checkpoint_s=0)
+    found, _ = bench.interrupt(order, 2, how)
+    again = bench.succeed(spec, 0, "again", num_processes=2, checkpoint=str(found[-1]))
+    assert "going on from step" in again.log
+    assert contents(again.outputs) == contents(whole.outputs)
+
+
+def test_one_that_dies_ends_the_stage_and_leaves_nobody(tmp_path: Path) -> None:
+    bench = Bench(tmp_path).lay()
+    order = bench.write_order(make_spec([{"kind": "finetune", **FAST, "epochs": 1000}]), 0, "long", num_processes=2)
+    with bench.start(order) as stage:
+        reports = (json.loads(line) for line in stage.reports)
+        next(report for report in reports if report["type"] == "progress" and report["step"])
+        [other] = map(int, Path(f"/proc/{stage.pid}/task/{stage.pid}/children").read_text().split())
+        os.kill(other, signal.SIGKILL)
+        *_, last = reports
+        assert int(stage.exit_code.read()) == 1
+    assert (last["type"], last["reason"], last["retryable"]) == ("error", "internal", True)
+    assert "Another of the 2 processes" in last["message"]
+    with pytest.raises(ProcessLookupError):
+        os.killpg(stage.pid, 0)

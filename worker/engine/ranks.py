@@ -1,0 +1,140 @@
+"""Processes of one machine that train one model together.
+
+Each runs the whole stage with a copy of the model and draws the same batches. Of a step each computes the gradient of
+its share of the examples, divided by the rows of the whole step; their sum, which all get, is the gradient that one
+process would have computed, so the copies stay the same. The first one alone reports, writes and hears orders.
+
+Paper: Li et al. 2020, "PyTorch Distributed: Experiences on Accelerating Data Parallel Training", section 2.3.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from datetime import timedelta
+from itertools import islice
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor, distributed
+from torch.nn import Parameter
+
+from core.errors import StageFailed
+from core.methods import list_methods
+from core.training import Training
+from worker.engine.child import die_with_parent
+
+BUCKET_ELEMENTS = 2**23  # of gradients that are summed at once, 32 MB
+TIMEOUT = timedelta(hours=1)  # the supervisor notices much earlier that nothing goes on
+T = TypeVar("T")
+
+_number, _count = 0, 1
+
+
+def number() -> int:
+    """Returns which of the processes this is, 0 for the first."""
+    return _number
+
+
+def count() -> int:
+    """Returns how many there are."""
+    return _count
+
+
+def fork_others(order: Path, report_fd: int) -> None:
+    """Forks the other processes of a stage that trains; they return from here, too, deaf and mute.
+
+    No thread may run yet. The others are of this one's process group and die with it.
+    """
+    global _number, _count
+    data = json.loads(order.read_text(encoding="utf-8"))
+    if not issubclass(list_methods("stages")[data["stage"]["kind"]], Training):
+        return
+    first, _count = os.getpid(), data["num_processes"]
+    for other in range(1, _count):
+        if os.fork() == 0:
+            die_with_parent(first)
+            _number = other
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            for fd in (0, report_fd):
+                os.dup2(nowhere, fd)
+            os.close(nowhere)
+            return
+
+
+def join(folder: Path) -> None:
+    """Has the processes find each other by a file in a folder that all know."""
+    if _count == 1:
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(_number)
+    distributed.init_process_group(
+        "nccl" if torch.cuda.is_available() else "gloo",
+        store=distributed.FileStore(str(folder / "rendezvous"), _count),  # type: ignore[attr-defined]
+        rank=_number,
+        world_size=_count,
+        timeout=TIMEOUT,
+    )
+
+
+def share(items: Iterable[T]) -> Iterator[T]:
+    """Returns every item whose turn it is in this process."""
+    return islice(items, _number, None, _count)
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Lets what a step draws, as dropout, depend on nothing but seed, step and process, where there are several."""
+    if _count > 1:
+        torch.manual_seed((seed * 2**20 + step) * _count + _number)
+
+
+def add_up(tensor: Tensor) -> Tensor:
+    """Returns the sum over the processes, in the place of the tensor; all must call it, with the same shape.
+
+    Raises:
+        StageFailed: Another one has ended.
+    """
+    if _count > 1:
+        try:
+            distributed.all_reduce(tensor)
+        except RuntimeError as error:
+            what = f"Another of the {_count} processes of this stage ended: {error}"[:500]
+            raise StageFailed("internal", what, suggestion="See the stage's log.", retryable=True) from error
+    return tensor
+
+
+def add_up_numbers(numbers: dict[str, float], device: torch.device) -> dict[str, float]:
+    """Returns the sums of numbers that every process has by the same names, in the same order."""
+    if _count == 1:
+        return numbers
+    sums = add_up(torch.tensor([*numbers.values()], dtype=torch.float64, device=device))
+    return dict(zip(numbers, sums.tolist(), strict=True))
+
+
+def add_up_gradients(parameters: Iterable[Parameter]) -> None:
+    """Gives each parameter the sum of its gradients; one that has none in any process keeps none."""
+    if _count == 1:
+        return
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    has_one = torch.tensor([float(p.grad is not None) for p in trained], device=trained[0].device)
+    bucket: list[Parameter] = []
+    size = 0
+    for parameter, total in zip(trained, add_up(has_one).tolist(), strict=True):
+        if not total:
+            continue
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        bucket.append(parameter)
+        size += parameter.numel()
+        if size >= BUCKET_ELEMENTS:
+            _add_up_bucket(bucket)
+            bucket, size = [], 0
+    if bucket:
+        _add_up_bucket(bucket)
+
+
+def _add_up_bucket(bucket: list[Parameter]) -> None:
+    gradients = [p.grad for p in bucket if p.grad is not None]
+    whole = add_up(torch.cat([gradient.flatten() for gradient in gradients]))
+    for gradient, part in zip(gradients, whole.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
