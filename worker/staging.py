@@ -58,8 +58,13 @@ class Inputs(NamedTuple):
     def key(self) -> str:
         """Returns the key that only a stage with the same result has."""
         history = hashlib.sha256(self.history.encode()).hexdigest()
-        threads = get_settings().num_threads or len(os.sched_getaffinity(0))
-        return stage_key(self.order | {"history": history}, self.roles | {"data": self.splits}, threads)
+        settings = get_settings()
+        return stage_key(
+            self.order | {"history": history},
+            self.roles | {"data": self.splits},
+            settings.num_threads or len(os.sched_getaffinity(0)),
+            settings.num_processes,
+        )
 
 
 class Staging:
@@ -148,6 +153,7 @@ class Staging:
             "checkpoint": self._lay_checkpoint(stage_key),
             "checkpoint_s": settings.checkpoint_s,
             "num_threads": settings.num_threads,
+            "num_processes": settings.num_processes,
             "max_memory_bytes": settings.max_child_memory_bytes,
         }
         self.order_path.write_text(json.dumps(order))
@@ -238,7 +244,8 @@ def _fetch(claim: Claim, role: str, hub: dict[str, str]) -> list[ManifestFile]:
 def _account_of(run: StageRun) -> dict[str, Any]:
     began, ended = run.started_at, run.finished_at
     seconds = (ended - began).total_seconds() if began and ended else 0.0
-    return {"kind": run.kind, "state": run.state, "seconds": round(seconds, 3), "reused": run.reused}
+    told = {"kind": run.kind, "state": run.state, "seconds": round(seconds, 3), "reused": run.reused}
+    return told | {"summary": run.summary}
 
 
 def _history_line(metric: Metric, kind: str) -> str:

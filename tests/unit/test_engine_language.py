@@ -57,6 +57,8 @@ def test_a_job_goes_from_teacher_to_report(run_through: tuple[Bench, list[Finish
     made = [sorted(path.name for path in stage.outputs.iterdir()) for stage in run_through[1]]
     assert made == [["teacher"], ["answers"], ["student"], ["safetensors"], ["report"]]
     assert answer.last["summary"]["kept_probability"] == pytest.approx(1, abs=1e-6)  # all of the few words there are
+    model = AutoModelForCausalLM.from_pretrained(finetune.outputs / "teacher")
+    assert answer.last["summary"]["bytes_per_row"] == pytest.approx(8 * model.config.vocab_size + 4, rel=0.05)
     losses = [value for _, value in finetune.series("validation/loss")]
     assert losses[-1] < 2 < losses[0]
     assert distill.last["summary"]["validation"]["loss"] < 1.1 * distill.last["summary"]["teacher_validation"]["loss"]
@@ -138,6 +140,15 @@ def test_answers_to_another_text_are_refused(run_through: tuple[Bench, list[Fini
 def test_the_same_order_gives_the_same_bytes(run_through: tuple[Bench, list[Finished]]) -> None:
     bench, stages = run_through
     again = bench.run(spec_of(STAGES), 1, name="again", labels=[])
+    assert contents(again.outputs) == contents(stages[1].outputs)
+
+
+@pytest.mark.parametrize("how", ["kill", "stop"])
+def test_answers_go_on_from_a_checkpoint(run_through: tuple[Bench, list[Finished]], how: str, tmp_path: Path) -> None:
+    bench, stages = run_through[0].copy(tmp_path / "bench"), run_through[1]
+    found, _ = bench.interrupt(bench.write_order(spec_of(STAGES), 1, "cut", labels=[], checkpoint_s=0), 3, how)
+    again = bench.succeed(spec_of(STAGES), 1, "on", labels=[], checkpoint=str(found[-1]))
+    assert "going on from block" in again.log
     assert contents(again.outputs) == contents(stages[1].outputs)
 
 

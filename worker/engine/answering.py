@@ -1,8 +1,10 @@
 """The teacher's answers to the training split, kept for later."""
 
 import json
+import logging
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -10,7 +12,9 @@ from transformers import PreTrainedModel
 
 from worker.engine.blocks import Blocks
 from worker.engine.context import StageContext
+from worker.engine.data import Batch
 from worker.engine.devices import autocast
+from worker.engine.failures import CheckpointUnfit, StopRequested
 from worker.engine.teaching import ANSWERS_FILE
 from worker.kernels.heads import CHUNK_ELEMENTS, Head
 from worker.kernels.signals import SparseSignal
@@ -19,19 +23,30 @@ if TYPE_CHECKING:
     from worker.methods.stages.answer import Answer
 
 Tensors = dict[str, Tensor]
+log = logging.getLogger(__name__)
 
 
 def answer(ctx: StageContext, settings: "Answer") -> dict[str, Any]:
     """Has the teacher answer, and writes what it says.
 
     `answers.safetensors` holds a classifier's `logits` (and as `test` those of the test split), or of a language model
-    what `keep_likeliest` returns. Its metadata are the digest of the split, the temperature, and the teacher's scores
-    on the validation split.
+    what `keep_likeliest` returns. Its metadata hold, as JSON under `about`, the digest of the split, the temperature,
+    and the teacher's scores on the validation split.
     """
     kept = ctx.task.keep(settings)
-    metadata = {"split": kept.split, "temperature": repr(settings.temperature), "scores": json.dumps(kept.scores)}
-    save_file(kept.tensors, ctx.output("answers") / ANSWERS_FILE, metadata=metadata)
-    return {**kept.summary, "teacher_validation": kept.scores}
+    path = ctx.output("answers") / ANSWERS_FILE
+    about = {"split": kept.split, "temperature": settings.temperature, "scores": kept.scores}
+    save_file(kept.tensors, path, metadata={"about": json.dumps(about, sort_keys=True)})  # the library shuffles keys
+    told = kept.tensors.get("log_rest")
+    num_rows = sum(map(len, kept.tensors.values())) if told is None else len(told)
+    size_bytes = path.stat().st_size
+    sizes = {"size_bytes": size_bytes, "bytes_per_row": round(size_bytes / num_rows, 2)}
+    return {**kept.summary, **sizes, "teacher_validation": kept.scores}
+
+
+def _rows_of(tensors: Tensors) -> Tensors:
+    """Returns the tensors that have a row for each of the split."""
+    return {name: tensor for name, tensor in tensors.items() if tensor.dim()}
 
 
 def keep_likeliest(
@@ -41,6 +56,9 @@ def keep_likeliest(
 
     The tensors are `classes` (int32) and `log_p` (float32), `top_k` a row; `log_rest` (float32), of all other tokens;
     and `num_classes`, the tokens among which the teacher chose.
+
+    Raises:
+        StopRequested: After handing over a checkpoint; a run that goes on from it asks only for what is left.
     """
     num_kept = min(settings.top_k, num_classes)
     kept = {
@@ -49,20 +67,52 @@ def keep_likeliest(
         "log_rest": torch.zeros(data.num_places),
         "num_classes": torch.tensor(num_classes),
     }
-    sum_rest = num_rows = 0.0
-    for index, batch in enumerate(data.in_order(ctx.device)):
-        ctx.progress(index, len(data))
-        with torch.no_grad(), autocast(ctx.device):
-            found = ctx.task.answer(model, batch)
-        rows_N, chunk = batch.row_numbers, max(1, CHUNK_ELEMENTS // num_classes)
-        for start in range(0, len(rows_N), chunk):
-            some = slice(start, start + chunk)
-            logits_NC = found.logits(some) if isinstance(found, Head) else found[some]
-            signal = SparseSignal.from_logits(logits_NC, num_kept, settings.temperature)
-            kept["classes"][rows_N[some]] = signal.classes_NK.int().cpu()
-            kept["log_p"][rows_N[some]] = signal.log_p_NK.float().cpu()
-            kept["log_rest"][rows_N[some]] = signal.log_rest_N.float().cpu()
-            sum_rest += signal.log_rest_N.exp().sum().item()
-        num_rows += len(rows_N)
+    done = _restore(ctx, kept)
+    try:
+        for block in range(done, len(data)):
+            ctx.progress(block, len(data))
+            _answer_block(ctx, model, data.batch(np.array([block]), ctx.device), kept, settings.temperature)
+            done = block + 1
+            if ctx.wants_checkpoint():
+                _save(ctx, kept, done, data.max_length)
+    except StopRequested:
+        _save(ctx, kept, done, data.max_length)
+        raise
     ctx.progress(len(data), len(data))
-    return kept, 1 - sum_rest / max(1.0, num_rows)
+    rest = kept["log_rest"][torch.from_numpy(data.is_learned_S[1:])].exp()
+    return kept, 1 - rest.double().mean().item()
+
+
+def _answer_block(ctx: StageContext, model: PreTrainedModel, batch: Batch, kept: Tensors, temperature: float) -> None:
+    """Fills in what the teacher says of the rows of a batch."""
+    num_classes = int(kept["num_classes"])
+    with torch.no_grad(), autocast(ctx.device):
+        found = ctx.task.answer(model, batch)
+    rows_N, chunk = batch.row_numbers, max(1, CHUNK_ELEMENTS // num_classes)
+    for start in range(0, len(rows_N), chunk):
+        some = slice(start, start + chunk)
+        logits_NC = found.logits(some) if isinstance(found, Head) else found[some]
+        signal = SparseSignal.from_logits(logits_NC, kept["log_p"].shape[-1], temperature)
+        kept["classes"][rows_N[some]] = signal.classes_NK.int().cpu()
+        kept["log_p"][rows_N[some]] = signal.log_p_NK.float().cpu()
+        kept["log_rest"][rows_N[some]] = signal.log_rest_N.float().cpu()
+
+
+def _save(ctx: StageContext, kept: Tensors, done: int, block_tokens: int) -> None:
+    places = slice(done * block_tokens)
+    ctx.save_checkpoint(done, {name: tensor[places] for name, tensor in _rows_of(kept).items()}, {})
+
+
+def _restore(ctx: StageContext, kept: Tensors) -> int:
+    """Fills in what a checkpoint holds; returns how many blocks are done."""
+    found = ctx.find_checkpoint()
+    if found is None:
+        return 0
+    tensors, state = found
+    try:
+        for name, tensor in _rows_of(kept).items():
+            tensor[: len(tensors[name])] = tensors[name]
+    except (KeyError, RuntimeError) as error:
+        raise CheckpointUnfit(f"{type(error).__name__}: {error}") from error
+    log.info("going on from block %d", state["step"])
+    return int(state["step"])

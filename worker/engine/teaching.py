@@ -138,9 +138,9 @@ class AnswersKept:
     def __init__(self, folder: Path) -> None:
         path = folder / ANSWERS_FILE
         with safe_open(path, framework="pt") as file:
-            kept = file.metadata()
-        self._split, self._temperature = kept["split"], float(kept["temperature"])
-        self._scores: Scores | None = json.loads(kept["scores"])
+            about = json.loads(file.metadata()["about"])
+        self._split, self._temperature = about["split"], about["temperature"]
+        self._scores: Scores | None = about["scores"]
         self._tensors = load_file(path)  # mapped into memory, so that only what is asked for is read
 
     @property
