@@ -17,7 +17,7 @@ PROMPT_TOKENS, COMPLETION_TOKENS = 20, 1
 
 
 class TeacherApi:
-    """Names the class of a text by its words; `delivered` counts the answers to each prompt that reached the client.
+    """Names the class of a text by its words, or turns a prompt round; `delivered` counts what reached the client.
 
     Attributes:
         faults: What the next requests get instead of an answer.
@@ -63,6 +63,8 @@ class TeacherApi:
         """Returns the answer to a request."""
         is_chat = path.endswith("/chat/completions")
         prompt = body["messages"][-1]["content"] if is_chat else body["prompt"]
+        if "Text: " not in prompt:
+            return self.write(prompt, is_chat)
         text = prompt.partition("Text: ")[2].partition("\n")[0].split()
         counts = {label: sum(word in words.split() for word in text) for label, words in WORDS.items()}
         total = sum(2.0**count for count in counts.values())
@@ -76,6 +78,16 @@ class TeacherApi:
         elif self.with_logprobs and body.get("logprobs"):
             top = {f" {name[:3]}": value for name, value in log_p.items()}
             choice["logprobs"] = {"tokens": [f" {label[:3]}"], "top_logprobs": [top]}
+        return self.wrap(choice, is_chat)
+
+    def write(self, prompt: str, is_chat: bool) -> dict[str, Any]:
+        """Returns a text in answer to a prompt: its words the other way round, and nothing to one that says so."""
+        text = "" if prompt == "nothing" else " ".join(reversed(prompt.split()))
+        choice = {"message": {"role": "assistant", "content": f" {text}\n"}} if is_chat else {"text": f" {text}\n"}
+        return self.wrap({"index": 0, "finish_reason": "stop"} | choice, is_chat)
+
+    def wrap(self, choice: dict[str, Any], is_chat: bool) -> dict[str, Any]:
+        """Returns what is answered, with what it costs."""
         usage = {"prompt_tokens": PROMPT_TOKENS, "completion_tokens": COMPLETION_TOKENS}
         return {"object": "chat.completion" if is_chat else "text_completion", "choices": [choice], "usage": usage}
 

@@ -155,7 +155,7 @@ class JobSpec(StrictModel):
         return fields
 
     def _teacher_seen_by(self, stage: Stage) -> dict[str, Any]:
-        asks = "answers" in stage.writes() and not self.teacher.is_model
+        asks = stage.writes() & {"answers", "texts"} and not self.teacher.is_model
         return self.teacher.content() if asks else {"kind": "model", "model": "teacher"}
 
     def _student_seen_by(self, stage: Stage) -> dict[str, Any]:

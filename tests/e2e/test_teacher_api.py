@@ -118,6 +118,48 @@ def test_votes_are_counted_where_no_probabilities_are_told(stack: Stack) -> None
     assert {body["seed"] for body in api.seen} == {0, 1}
 
 
+def test_a_language_model_learns_what_an_api_wrote_and_pays_for_it_once(stack: Stack, tmp_path: Path) -> None:
+    words = sorted({word for some in pico.WORDS.values() for word in some.split()})
+    pairs = [f"{one} {other}" for one in words[:6] for other in words[:6] if one != other]
+    (tmp_path / "pairs").mkdir()
+    splits = {name: tmp_path / "pairs" / f"{name}.jsonl" for name in ("train", "validation", "test")}
+    for name, path in splits.items():
+        rows = [
+            {"prompt": pair, "text": "?" if name == "train" else " ".join(reversed(pair.split()))} for pair in pairs
+        ]
+        rows += [{"prompt": "nothing", "text": "?"}] if name == "train" else []
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    stack.push_data(splits, "pairs")
+    stack.push_model(pico.write_language_model(tmp_path / "writer", num_layers=2), "writer")
+    api = TeacherApi()
+    order: dict[str, Any] = {
+        "task": {"kind": "causal_lm", "prompt": "prompt", "text": "text", "block_tokens": 32},
+        "data": "pairs",
+        "student": {"kind": "pretrained", "model": "writer"},
+        "stages": [
+            {"kind": "generate", "new_tokens": 8},
+            {"kind": "finetune", "of": "student", "epochs": 40, "learning_rate": 5e-3, "batch_size": 4, "dropout": 0.0},
+            {"kind": "evaluate", "latency_samples": 10},
+        ],
+    }
+    with api.serving() as url:
+        stack.start_worker(**SETTINGS)
+        teacher = {"kind": "openai", "base_url": url, "model": "big", "secret": "teacher-key"}
+        job = stack.wait(stack.submit(**order, teacher=teacher))
+    assert job["state"] == "succeeded", json.dumps(job, indent=1)
+    assert len(api.delivered) == len(pairs) + 1
+    assert set(api.delivered.values()) == {1}
+    assert all("logprobs" not in body and body["max_tokens"] == 8 for body in api.seen)
+    assert job["stages"][0]["summary"] == {"num_texts": len(pairs), "num_left_out": 1}
+    assert "answers_empty" in {event["type"] for event in stack.events(job["id"])}
+    [student] = job["stages"][2]["summary"]["models"]
+    assert student["name"] == "student"
+    assert student["perplexity"] < 2
+    assert student["kl_to_teacher"] is None
+    again = stack.wait(stack.submit(**order, teacher=teacher | {"concurrency": 1}, seed=0))  # the API is gone
+    assert [stage["state"] for stage in again["stages"]] == ["cached", "cached", "succeeded"]
+
+
 def test_a_budget_ends_the_job_and_what_was_paid_is_kept(stack: Stack) -> None:
     api = TeacherApi()
     each = PROMPT_TOKENS + COMPLETION_TOKENS

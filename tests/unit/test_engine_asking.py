@@ -8,7 +8,7 @@ import torch
 from core.errors import SpecInvalid
 from core.jobs.spec import load_spec
 from worker.asking import read_answer
-from worker.engine.asking import make_request, name_label, read_labels, read_probabilities
+from worker.engine.asking import make_label_request, make_request, name_label, read_labels, read_probabilities
 
 WORDS = ["negative", "neutral", "positive"]
 SPEC = {"teacher": {"kind": "openai", "model": "m"}, "student": {"kind": "pretrained", "model": "s"}, "data": "d"}
@@ -64,17 +64,23 @@ def test_votes_are_smoothed_counts() -> None:
 
 
 def test_requests_are_what_the_api_expects() -> None:
-    chat = make_request(teacher(system="be brief"), "which?", 0)
+    chat = make_label_request(teacher(system="be brief"), "which?", 0)
     assert chat["messages"][0] == {"role": "system", "content": "be brief"}
     assert chat["messages"][1]["content"] == "which?"
     assert (chat["logprobs"], chat["top_logprobs"], chat["temperature"]) == (True, 20, 0.0)
     options = {"max_tokens": None, "max_completion_tokens": 4}
-    voted = make_request(teacher(top_logprobs=0, votes=3, options=options), "a", 2)
+    voted = make_label_request(teacher(top_logprobs=0, votes=3, options=options), "a", 2)
     assert (voted["seed"], voted["temperature"], voted["max_completion_tokens"]) == (2, 1.0, 4)
     assert not {"logprobs", "max_tokens"} & voted.keys()
-    plain = make_request(teacher(endpoint="completions", top_logprobs=5), "a", 0)
+    plain = make_label_request(teacher(endpoint="completions", top_logprobs=5), "a", 0)
     assert plain["logprobs"] == 5
     assert plain["prompt"] == "a"
+
+
+def test_a_text_is_asked_for_without_probabilities() -> None:
+    found = make_request(teacher(system="be brief", options={"stop": ["\n"]}), "go on", temperature=0.5, max_tokens=7)
+    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "go on"}]
+    assert found == {"model": "m", "messages": messages, "temperature": 0.5, "max_tokens": 7, "stop": ["\n"]}
 
 
 def test_answers_are_read_in_both_shapes() -> None:
@@ -114,6 +120,33 @@ def test_bad_settings_are_told(change: dict, field: str) -> None:
     with pytest.raises(SpecInvalid) as caught:
         teacher(**change)
     assert caught.value.details[0]["field"] == field
+
+
+LANGUAGE = {"kind": "causal_lm", "prompt": "q", "text": "a"}
+
+
+def test_a_language_model_learns_what_an_api_writes() -> None:
+    spec = load_spec(SPEC | {"task": LANGUAGE})
+    assert [stage.kind for stage in spec.stages] == ["generate", "finetune", "export", "evaluate"]
+    assert spec.stages[1].of == "student"
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"task": {"kind": "causal_lm"}}, "set task.prompt"),
+        ({"stages": [{"kind": "answer"}]}, "use 'generate' instead"),
+        ({"stages": [{"kind": "distill"}]}, "'distill' needs the answers of a teacher"),
+        (
+            {"teacher": {"kind": "label_space", "model": "m", "prompt": "{text}"}},
+            "'label_space' teacher writes no texts",
+        ),
+    ],
+)
+def test_what_an_api_cannot_do_for_a_language_model_is_told(change: dict, why: str) -> None:
+    with pytest.raises(SpecInvalid) as caught:
+        load_spec(SPEC | {"task": LANGUAGE} | change)
+    assert any(why in detail["message"] for detail in caught.value.details), caught.value.details
 
 
 def test_only_what_is_asked_is_content() -> None:

@@ -1,4 +1,4 @@
-"""Labels from answers of an API; the supervisor, which has the key and the network, asks it for us."""
+"""Labels and texts from answers of an API; the supervisor, which has the key and the network, asks it for us."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -9,9 +9,10 @@ from torch import Tensor
 
 from core.errors import StageFailed
 from worker.engine.context import StageContext
-from worker.engine.data import Examples
+from worker.engine.data import Examples, fill
 
 if TYPE_CHECKING:
+    from worker.methods.stages.generate import Generate
     from worker.methods.teachers.openai import OpenAI
 
 LEAST = 1e-6  # probability of a label that nothing speaks for
@@ -28,8 +29,8 @@ def speak_by_asking(ctx: StageContext, settings: "OpenAI") -> Callable[[Examples
 
     def speak(examples: Examples, max_length: int) -> Tensor:  # noqa: ARG001 - the API has a tokenizer of its own
         votes = 1 if settings.top_logprobs else settings.votes
-        prompts = examples.prompts(settings.prompt, labels=", ".join(words))
-        answers = ctx.ask([make_request(settings, prompt, vote) for prompt in prompts for vote in range(votes)])
+        prompts = examples.prompts(settings.label_prompt, labels=", ".join(words))
+        answers = ctx.ask([make_label_request(settings, prompt, vote) for prompt in prompts for vote in range(votes)])
         grouped = [answers[start : start + votes] for start in range(0, len(answers), votes)]
         found = [read_labels(group, words, settings.smoothing) for group in grouped]
         unread = [group[0]["text"] for group, one in zip(grouped, found, strict=True) if one is None]
@@ -50,18 +51,34 @@ def tell_unread(ctx: StageContext, settings: "OpenAI", unread: list[str], num_te
     ctx.warn("answers_unreadable", what, num_unread=len(unread), num_texts=num_texts)
 
 
-def make_request(settings: "OpenAI", prompt: str, vote: int) -> dict[str, Any]:
-    """Returns the body of the request for one answer."""
-    body: dict[str, Any] = {"model": settings.model, "max_tokens": settings.answer_tokens}
-    if settings.endpoint == "completions":
-        body |= {"prompt": prompt} | ({"logprobs": settings.top_logprobs} if settings.top_logprobs else {})
-    else:
-        system = [{"role": "system", "content": settings.system}] if settings.system else []
-        body |= {"messages": [*system, {"role": "user", "content": prompt}]}
-        body |= {"logprobs": True, "top_logprobs": settings.top_logprobs} if settings.top_logprobs else {}
+def write_by_asking(ctx: StageContext, settings: "OpenAI", prompts: Sequence[str], how: "Generate") -> list[str]:
+    """Returns what the API writes after each prompt."""
+    asked = [fill(settings.prompt or "{text}", {"text": prompt}) for prompt in prompts]
+    drawing = {"temperature": how.temperature, "max_tokens": how.new_tokens} | (
+        {"seed": ctx.seed} if how.temperature else {}
+    )
+    answers = ctx.ask([make_request(settings, prompt, **drawing) for prompt in asked])
+    return [answer["text"].strip() for answer in answers]
+
+
+def make_label_request(settings: "OpenAI", prompt: str, vote: int) -> dict[str, Any]:
+    """Returns the body of the request for one label."""
+    told: dict[str, Any] = {"max_tokens": settings.answer_tokens}
+    if settings.top_logprobs and settings.endpoint == "completions":
+        told |= {"logprobs": settings.top_logprobs}
+    elif settings.top_logprobs:
+        told |= {"logprobs": True, "top_logprobs": settings.top_logprobs}
     several = settings.votes > 1 and not settings.top_logprobs
-    body |= {"temperature": 1.0, "seed": vote} if several else {"temperature": 0.0}
-    return {name: value for name, value in (body | settings.options).items() if value is not None}
+    told |= {"temperature": 1.0, "seed": vote} if several else {"temperature": 0.0}
+    return make_request(settings, prompt, **told)
+
+
+def make_request(settings: "OpenAI", prompt: str, **fields: Any) -> dict[str, Any]:
+    """Returns the body of a request for an answer to a prompt, with these fields besides."""
+    system = [{"role": "system", "content": settings.system}] if settings.system else []
+    chat = {"messages": [*system, {"role": "user", "content": prompt}]}
+    body = {"model": settings.model} | (chat if settings.endpoint == "chat" else {"prompt": prompt})
+    return {name: value for name, value in (body | fields | settings.options).items() if value is not None}
 
 
 def read_labels(answers: Sequence[dict[str, Any]], words: Sequence[str], smoothing: float) -> Tensor | None:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from core.errors import StageFailed
+from worker.engine.asking import write_by_asking
 from worker.engine.context import StageContext
 from worker.engine.data import read_rows
 from worker.engine.devices import autocast
@@ -19,6 +20,7 @@ from worker.engine.teaching import load_teacher
 if TYPE_CHECKING:
     from worker.engine.language import LanguageModelling
     from worker.methods.stages.generate import Generate
+    from worker.methods.teachers.openai import OpenAI
 
 TEXTS_FILE = "train.jsonl"
 Ids = NDArray[np.int32]
@@ -60,6 +62,8 @@ def generate(ctx: StageContext, settings: "Generate") -> dict[str, Any]:
         StageFailed: `dataset_invalid` if no row has a prompt.
         StopRequested: After handing over a checkpoint; a run that goes on from it writes the same texts.
     """
+    if not ctx.spec.teacher.is_model:
+        return ask_for_texts(ctx, settings)
     task, path = cast("LanguageModelling", ctx.task), ctx.get_split("train")
     model, tokenizer = load_teacher(ctx), ctx.load_tokenizer("teacher")
     prompts = task.prompts(path, model, tokenizer, settings)
@@ -82,10 +86,38 @@ def generate(ctx: StageContext, settings: "Generate") -> dict[str, Any]:
         _save(ctx, texts, done)
         raise
     ctx.progress(len(order), len(order))
+    return _write(ctx, read_rows(path, dict), task.task.text, texts)
+
+
+def ask_for_texts(ctx: StageContext, settings: "Generate") -> dict[str, Any]:
+    """Writes the training split as `generate` does, of what the teacher's API answers to each prompt.
+
+    Raises:
+        StageFailed: `dataset_invalid` if no row has a prompt, or whatever ended the asking.
+    """
+    columns, path = ctx.spec.task.columns(), ctx.get_split("train")
     rows: list[dict[str, Any]] = read_rows(path, dict)
+    asked = [row for row, cells in enumerate(rows) if str(cells.get(columns["prompt"], "")).strip()]
+    if not asked:
+        raise StageFailed("dataset_invalid", f"No row of {path.name} has a prompt to go on after.")
+    prompts = [str(rows[row][columns["prompt"]]) for row in asked]
+    written = write_by_asking(ctx, cast("OpenAI", ctx.spec.teacher), prompts, settings)
+    texts = {row: text for row, text in zip(asked, written, strict=True) if text}
+    if len(texts) < len(asked):
+        num_empty = len(asked) - len(texts)
+        message = f"{num_empty} of {len(asked)} prompts got an empty answer; their rows are left out."
+        ctx.warn("answers_empty", message, num_empty=num_empty, num_prompts=len(asked))
+    if not texts:
+        hint = "See teacher.prompt, teacher.system and the stage's new_tokens."
+        raise StageFailed("teacher_unavailable", "The teacher's API wrote nothing.", suggestion=hint)
+    return _write(ctx, rows, columns["text"], texts)
+
+
+def _write(ctx: StageContext, rows: list[dict[str, Any]], column: str, texts: dict[int, str]) -> dict[str, Any]:
+    """Writes the rows that have a text with it in that column; returns the stage's summary."""
     with (ctx.output("texts") / TEXTS_FILE).open("w", encoding="utf-8") as file:
         for row in sorted(texts):
-            file.write(json.dumps(rows[row] | {task.task.text: texts[row]}, ensure_ascii=False) + "\n")
+            file.write(json.dumps(rows[row] | {column: texts[row]}, ensure_ascii=False) + "\n")
     log.info("the teacher wrote %d texts", len(texts))
     return {"num_texts": len(texts), "num_left_out": len(rows) - len(texts)}
 

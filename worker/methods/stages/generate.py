@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 class Generate(Stage):
     """Has a language model go on after the prompts of the training split; every later stage trains on what it wrote.
 
-    With a stage that trains the student on these texts this is sequence-level distillation. It needs no common tokens:
-    `{kind: finetune, of: student}` learns them with any tokenizer.
+    The teacher may be a model, or behind an API, which is asked once for each prompt. With a stage that trains the
+    student on these texts this is sequence-level distillation. It needs no common tokens: `{kind: finetune, of:
+    student}` learns them with any tokenizer.
 
     Paper: Kim, Rush 2016, "Sequence-Level Knowledge Distillation", section 3.2.
     """
@@ -28,7 +29,7 @@ class Generate(Stage):
         ge=1,
         le=32_768,
         description="Longest prompt; of a longer one the end is read. Without a prompt column it is the beginning of a "
-        "text, at most half of it.",
+        "text, at most half of it. An API reads whole prompts.",
     )
     temperature: float = Field(
         0.0, ge=0, le=10, description="At which the teacher writes; 0 takes the likeliest token each time."
@@ -39,14 +40,18 @@ class Generate(Stage):
         """Returns what is wrong with the task or the teacher, or a later change of the teacher."""
         if not spec.task.shares_tokens:
             return [Problem("kind", f"a {spec.task.kind} writes no texts; leave it out, or use task causal_lm")]
+        if not spec.teacher.is_model and spec.teacher.api() is None:
+            return [Problem("kind", f"a '{spec.teacher.kind}' teacher writes no texts; leave it out")]
+        if not spec.teacher.is_model and "prompt" not in spec.task.columns():
+            return [Problem("kind", "an API is asked what follows a prompt; set task.prompt to the column of prompts")]
         later = spec.stages[spec.stages.index(self) + 1 :]
         if any("teacher" in stage.writes() for stage in later):
             return [Problem("kind", "a later stage changes the teacher; put 'generate' after it")]
         return []
 
     def reads(self, spec: "JobSpec") -> set[str]:
-        """Returns the teacher's role."""
-        return {"teacher"}
+        """Returns the teacher's role, if it is a model."""
+        return {"teacher"} if spec.teacher.is_model else set()
 
     def writes(self) -> set[str]:
         """Returns the role of the texts."""

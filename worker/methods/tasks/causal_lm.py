@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from core.datasets.checking import check_row
-from core.methods import RowProblem, Task
+from core.methods import RowProblem, Task, Teacher
 
 if TYPE_CHECKING:
     from worker.engine.context import StageContext
@@ -46,6 +46,13 @@ class CausalLM(Task):
     def columns(self) -> dict[str, str]:
         """Returns the columns by role."""
         return {"text": self.text} | ({"prompt": self.prompt} if self.prompt else {})
+
+    def default_stages(self, teacher: Teacher) -> list[dict[str, Any]]:
+        """Returns the stages of a spec that names none; a student learns what a teacher behind an API writes."""
+        if teacher.is_model:
+            return super().default_stages(teacher)
+        learned = [{"kind": "generate"}, {"kind": "finetune", "of": "student"}]
+        return [*learned, *super().default_stages(teacher)[-2:]]
 
     def read_labels(self, row: dict[str, Any]) -> tuple[list[RowProblem], list[str]]:
         """Returns what is wrong with the text; it has no labels."""

@@ -17,15 +17,17 @@ if TYPE_CHECKING:
     from worker.engine.data import Examples
 
 HOW = {"secret", "concurrency", "timeout_s", "tries"}  # settings that change no answer
+LABEL_PROMPT = "Classify the text. Answer with one of these labels and nothing else: {labels}\n\nText: {text}\n\nLabel:"
 BUDGETS = {"max_requests", "max_tokens", "max_cost", "prompt_price", "completion_price"}
 
 
 class OpenAI(Teacher):
-    """A model behind an OpenAI-compatible API, which is asked for the label of each text.
+    """A model behind an OpenAI-compatible API, which is asked for the label of each text, or to write texts.
 
-    Where the API tells the likeliest tokens of an answer, a label has the probability of those that begin its word;
-    where it does not, the labels of `votes` answers are counted. Each answer is paid for once: it is kept for the
-    tenant by the content of its request, so that neither a crash nor a second job asks again.
+    A language model's teacher writes what follows each prompt (stage `generate`), whatever its tokens are. Of labels,
+    where the API tells the likeliest tokens of an answer, each has the probability of those that begin its word; where
+    it does not, the labels of `votes` answers are counted. Each answer is paid for once: it is kept for the tenant by
+    the content of its request, so that neither a crash nor a second job asks again.
 
     Paper: Gilardi, Alizadeh, Kubli 2023, "ChatGPT outperforms crowd workers for text-annotation tasks" (labels by an
     API); Hinton, Vinyals, Dean 2015, "Distilling the Knowledge in a Neural Network" (their probabilities as targets).
@@ -45,10 +47,11 @@ class OpenAI(Teacher):
         "chat", description="`chat` sends `prompt` as a user's message, `completions` as the text to be gone on with."
     )
     system: str | None = Field(None, max_length=20_000, description="System message of a chat.")
-    prompt: str = Field(
-        "Classify the text. Answer with one of these labels and nothing else: {labels}\n\nText: {text}\n\nLabel:",
+    prompt: str | None = Field(
+        None,
         max_length=100_000,
-        description="What is asked; `{text}` stands for the text, `{pair}` for a second one, `{labels}` for all words.",
+        description="What is asked; `{text}` stands for the text, `{pair}` for a second one, `{labels}` for all words. "
+        f"Null is for a label {LABEL_PROMPT!r}, and of a language model's teacher the prompt as it is.",
     )
     words: dict[str, str] = Field(
         {}, max_length=10_000, description="What the answer is to say for a label, if that is not its name."
@@ -81,15 +84,20 @@ class OpenAI(Teacher):
     def check(self, spec: "JobSpec") -> list[Problem]:
         """Returns what is wrong with the task, the address, the prompt or the budget."""
         problems = []
-        if spec.task.kind != "text_classification":
-            problems.append(Problem("kind", f"'openai' is asked for labels, and a {spec.task.kind} has none"))
+        if spec.task.kind not in {"text_classification", "causal_lm"}:
+            problems.append(Problem("kind", f"'openai' gives labels or texts, and a {spec.task.kind} needs neither"))
         if not is_address(self.base_url):
             problems.append(Problem("base_url", "this is no http(s) address such as 'https://api.openai.com/v1'"))
-        if "{text}" not in self.prompt:
+        if self.prompt is not None and "{text}" not in self.prompt:
             problems.append(Problem("prompt", "'{text}', which stands for the text, is missing"))
         if self.max_cost is not None and not self.prompt_price + self.completion_price:
             problems.append(Problem("max_cost", "costs need prompt_price and completion_price; both are 0"))
         return problems
+
+    @property
+    def label_prompt(self) -> str:
+        """What is asked for a label."""
+        return self.prompt or LABEL_PROMPT
 
     def api(self) -> Api:
         """Returns the API's address and the name of its key."""
