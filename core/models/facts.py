@@ -11,6 +11,7 @@ from core.models.safetensors_header import Tensor
 
 NUMBERED = re.compile(r"(.*?)\.(\d+)\.")
 LAYER_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+HEAD_KEYS = ("num_attention_heads", "n_head", "n_heads")
 WIDTH_KEYS = ("hidden_size", "n_embd", "dim", "d_model")
 
 
@@ -23,6 +24,7 @@ class ModelFacts(BaseModel):
     architectures: list[str] = []
     num_layers: int | None = None
     hidden_size: int | None = None
+    num_heads: int | None = None
     vocab_size: int | None = None
     num_parameters: int | None = None
     layer_parameters: list[int] | None = Field(None, description="How many of the parameters each layer has.")
@@ -50,6 +52,7 @@ def read_facts(
         architectures=config.get("architectures") or [],
         num_layers=num_layers,
         hidden_size=_first_int(config, WIDTH_KEYS),
+        num_heads=_first_int(config, HEAD_KEYS),
         vocab_size=_first_int(config, ("vocab_size",)),
         num_parameters=sum(tensor.num_elements for tensor in weights) if weights else num_parameters,
         layer_parameters=_count_layers(weights, num_layers),

@@ -27,8 +27,12 @@ class Choice(StrictModel):
 class TeacherLayers(Student):
     """Keeps some layers of the teacher, with embeddings and head, as the student's first weights.
 
+    They can be narrower, too: of the states between layers, of the heads and of the feed-forward neurons those are kept
+    that the validation split uses most.
+
     Paper: Sanh et al. 2019, "DistilBERT, a distilled version of BERT", section 3 (student initialisation); Sajjad,
-    Dalvi, Durrani, Nakov 2023, "On the Effect of Dropping Layers of Pre-trained Transformer Models", section 3 (rules).
+    Dalvi, Durrani, Nakov 2023, "On the Effect of Dropping Layers of Pre-trained Transformer Models", section 3 (rules);
+    Muralidharan et al. 2024, "Compact Language Models via Pruning and Knowledge Distillation", section 2.2 (widths).
     """
 
     kind: Literal["teacher_layers"] = "teacher_layers"
@@ -42,8 +46,28 @@ class TeacherLayers(Student):
         examples=[[0, 2, 5], {"count": 3, "by": "importance"}],
     )
 
+    hidden_size: int | None = Field(
+        None, ge=1, le=65_536, description="Width of the states, with heads of the teacher's width; null the teacher's."
+    )
+    intermediate_size: int | None = Field(
+        None, ge=1, le=262_144, description="Neurons inside each feed-forward layer; null as many as the teacher's."
+    )
+
+    @property
+    def is_narrower(self) -> bool:
+        """Whether it has widths of its own."""
+        return bool(self.hidden_size or self.intermediate_size)
+
     def check(self, teacher: ModelFacts) -> list[Problem]:
-        """Returns a problem for layers that the teacher lacks, or that are not in order."""
+        """Returns a problem for layers that the teacher lacks or that are not in order, or for an impossible width."""
+        width, heads = teacher.hidden_size, teacher.num_heads
+        if self.hidden_size and width and self.hidden_size > width:
+            return [
+                Problem("hidden_size", f"the teacher has {width} states; a student cannot be wider than its teacher")
+            ]
+        if self.hidden_size and width and heads and (self.hidden_size * heads) % width:
+            why = f"heads of the teacher are {width // heads} wide; choose a multiple of that"
+            return [Problem("hidden_size", why)]
         if teacher.num_layers is None:
             return [Problem("keep", f"a '{teacher.model_type}' config names no number of layers")]
         if isinstance(self.keep, Choice):
@@ -62,7 +86,7 @@ class TeacherLayers(Student):
 
     def count_parameters(self, start: ModelFacts) -> int | None:
         """Returns those of the teacher without the layers that go; None where a rule chooses among unequal ones."""
-        if start.num_parameters is None or start.layer_parameters is None:
+        if start.num_parameters is None or start.layer_parameters is None or self.is_narrower:
             return None
         layers = start.layer_parameters
         if isinstance(self.keep, Choice):
@@ -72,11 +96,13 @@ class TeacherLayers(Student):
         return None if kept is None else start.num_parameters - sum(layers) + kept
 
     def build(self, ctx: "StageContext") -> "PreTrainedModel":
-        """Returns the teacher cut down to the kept layers."""
+        """Returns the teacher cut down to the kept layers and widths."""
+        from worker.engine.narrowing import narrow
         from worker.engine.students import choose_layers, keep_layers
 
         teacher = ctx.load_model("teacher")
         keep = (
             choose_layers(ctx, teacher, self.keep.count, self.keep.by) if isinstance(self.keep, Choice) else self.keep
         )
-        return keep_layers(teacher, keep)
+        student = keep_layers(teacher, keep)
+        return narrow(ctx, student, self.hidden_size, self.intermediate_size) if self.is_narrower else student

@@ -1,0 +1,136 @@
+"""Narrower copies: what they keep, that stock `transformers` loads them, and that they compute what is kept."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification as Classifier
+from transformers import LlamaConfig, PreTrainedConfig
+from transformers.pytorch_utils import Conv1D
+
+from core.errors import StageFailed
+from core.models.facts import ModelFacts
+from tests.engine_bench import FAST, Bench, make_spec
+from tests.unit.test_engine_models import CONFIGS, make
+from worker.engine.narrowing import _find_part, narrow
+from worker.engine.students import find_layers
+from worker.methods.students.teacher_layers import TeacherLayers
+
+GROUPED = LlamaConfig(
+    vocab_size=60,
+    hidden_size=32,
+    intermediate_size=48,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    num_hidden_layers=2,
+    pad_token_id=0,
+)
+KNOWN = [config for config in [*CONFIGS, GROUPED] if config.model_type != "electra"]
+IDS_BT = torch.arange(4, 40).reshape(3, 12)
+each = pytest.mark.parametrize("config", KNOWN, ids=lambda config: config.model_type)
+
+
+def context() -> Any:
+    """A task that shows the model some tokens."""
+
+    def score(model: Any, data: Any, between: Any) -> None:
+        with torch.no_grad():
+            model(input_ids=data, attention_mask=torch.ones_like(data))
+
+    task = SimpleNamespace(sample=lambda *_: IDS_BT, score=score)
+    return SimpleNamespace(
+        task=task,
+        device=torch.device("cpu"),
+        find_split=lambda _: Path("validation.jsonl"),
+        load_tokenizer=lambda _: None,
+        check_stop=lambda: None,
+    )
+
+
+def parts_of(model: torch.nn.Module) -> list[Any]:
+    stack, _ = find_layers(model)
+    return [_find_part(layer, model.config) for layer in model.get_submodule(stack)]
+
+
+def weight_of(module: torch.nn.Module) -> torch.Tensor:
+    """Returns a linear map's weight with a row for each of its inputs."""
+    return module.weight if isinstance(module, Conv1D) else module.weight.T
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS_BT, attention_mask=torch.ones_like(IDS_BT)).logits
+
+
+@each
+def test_neurons_that_say_nothing_go_first_and_nothing_changes(config: PreTrainedConfig) -> None:
+    model = make(config)
+    width = weight_of(parts_of(model)[0].down).shape[0]
+    silent = [torch.randperm(width)[: width // 4] for _ in parts_of(model)]
+    with torch.no_grad():
+        for part, places in zip(parts_of(model), silent, strict=True):
+            weight_of(part.down)[places] = 0
+    student = narrow(context(), model, None, width - width // 4)
+    torch.testing.assert_close(logits(student), logits(model))
+    assert all(weight_of(part.down).shape[0] == width - width // 4 for part in parts_of(student))
+
+
+@each
+def test_half_as_wide_loads_again_and_as_wide_is_the_same(config: PreTrainedConfig, tmp_path: Path) -> None:
+    model = make(config)
+    student = narrow(context(), model, 16, None)
+    found = student.config
+    assert (found.hidden_size, found.num_attention_heads) == (16, config.num_attention_heads // 2)
+    student.save_pretrained(tmp_path)
+    again, info = Classifier.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] | info["unexpected_keys"]
+    torch.testing.assert_close(logits(again), logits(student))
+    whole = narrow(context(), model, 32, None)
+    torch.testing.assert_close(logits(whole), logits(model))
+
+
+@pytest.mark.parametrize("config", [GROUPED, CONFIGS[0]], ids=lambda config: config.model_type)
+def test_heads_that_say_nothing_go_first(config: PreTrainedConfig) -> None:
+    """The half of the heads that says something is kept, with its weights, along the states that are kept."""
+    model = make(config)
+    for part in parts_of(model):
+        values = part.projections[2]
+        half = weight_of(values).shape[1] // 2
+        with torch.no_grad():
+            weight_of(values)[:, :half] = 0
+            if values.bias is not None:
+                values.bias[:half] = 0
+    student = narrow(context(), model, 16, None)
+    for old, new in zip(parts_of(model), parts_of(student), strict=True):
+        kept = weight_of(old.out)[-weight_of(old.out).shape[0] // 2 :]
+        columns = [column for column in kept.T if any(torch.equal(column, other) for other in weight_of(new.out).T)]
+        assert len(columns) == 16
+
+
+def test_what_cannot_be_narrowed_is_told() -> None:
+    bert = CONFIGS[0]
+    with pytest.raises(StageFailed, match="cannot have 20 states"):
+        narrow(context(), make(bert), 20, None)
+    with pytest.raises(StageFailed, match="and 99 neurons"):
+        narrow(context(), make(bert), None, 99)
+    electra = next(config for config in CONFIGS if config.model_type == "electra")
+    with pytest.raises(StageFailed, match="are not built as narrowing knows them"):
+        narrow(context(), make(electra), 16, None)
+    facts = ModelFacts(model_type="bert", num_layers=4, hidden_size=32, num_heads=2)
+    for width, why in ((64, "cannot be wider"), (20, "16 wide; choose a multiple")):
+        [problem] = TeacherLayers(keep=[0], hidden_size=width).check(facts)
+        assert (problem.field, why in problem.message) == ("hidden_size", True)
+    assert TeacherLayers(keep=[0], hidden_size=16).count_parameters(facts) is None
+
+
+def test_a_narrower_student_learns(tmp_path: Path) -> None:
+    bench = Bench(tmp_path).lay()
+    student = {"kind": "teacher_layers", "keep": [0, 2], "hidden_size": 16, "intermediate_size": 24}
+    stages = [{"kind": "finetune", **FAST}, {"kind": "distill", **FAST, "epochs": 12}]
+    _, distil = bench.succeed_all(make_spec(stages, student=student))
+    made = Classifier.from_pretrained(distil.outputs / "student")
+    assert (made.config.hidden_size, made.config.intermediate_size, made.config.num_hidden_layers) == (16, 24, 2)
+    assert distil.last["summary"]["validation"]["accuracy"] > 0.9
+    assert "of 32 states are kept" in distil.log

@@ -1,0 +1,245 @@
+"""A narrower copy of a model: of its states, heads and neurons those that its data use most."""
+
+import copy
+import logging
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias, cast
+
+import torch
+from torch import Tensor
+from torch.nn import Linear, Module
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from core.errors import StageFailed
+from worker.engine.context import StageContext
+from worker.engine.features import find_projections
+from worker.engine.students import INNER_WIDTHS, find_layers
+
+Map: TypeAlias = Linear | Conv1D
+log = logging.getLogger(__name__)
+
+
+class Widths(NamedTuple):
+    """The widths of a model: states, neurons of a layer, a head, and heads, in groups that share keys and values."""
+
+    states: int
+    inner: int
+    head: int
+    num_heads: int
+    num_groups: int
+
+
+class Seen(NamedTuple):
+    """How much is said along each place of the widths, over a sample of the data, or which places are kept.
+
+    Attributes:
+        states: Between layers, one for each state.
+        groups: Of each layer, one for each group of heads.
+        neurons: Of each layer, one for each neuron.
+    """
+
+    states: Tensor
+    groups: list[Tensor]
+    neurons: list[Tensor]
+
+
+class Part(NamedTuple):
+    """The linear maps of one layer that have widths of their own."""
+
+    projections: list[Map]  # queries, keys and values, or one for all three
+    out: Map  # what the heads say, into the states
+    down: Map  # what the neurons say, into the states
+
+
+def narrow(
+    ctx: StageContext, model: PreTrainedModel, hidden_size: int | None, intermediate_size: int | None
+) -> PreTrainedModel:
+    """Returns a model of the same class that has the most important places of each width, so that stock code loads it.
+
+    States count by their mean size after each layer, heads and neurons by the mean size of what they add to the states.
+    The width of a head stays; with fewer states there are fewer heads, whole groups of those that share keys.
+
+    Paper: Muralidharan et al. 2024, "Compact Language Models via Pruning and Knowledge Distillation", section 2.2
+    (importance by activations, of width).
+
+    Raises:
+        StageFailed: The architecture cannot have these widths, or they are not found in it.
+    """
+    stack, _ = find_layers(model)
+    layers = {f"{stack}.{number}": layer for number, layer in model.get_submodule(stack).named_children()}
+    parts = {name: _find_part(layer, model.config) for name, layer in layers.items()}
+    widths = _read_widths(model.config)
+    config = _narrow_config(model.config, widths, hidden_size, intermediate_size)
+    new = _read_widths(config)
+    seen = _look(ctx, model, [*layers.values()], [*parts.values()], widths)
+    kept = Seen(
+        _most(seen.states, new.states),
+        [_most(groups, new.num_groups) for groups in seen.groups],
+        [_most(neurons, new.inner) for neurons in seen.neurons],
+    )
+    student = type(model)._from_config(config, dtype=torch.float32)
+    student.has_new_head = model.has_new_head
+    wanted, cutter = student.state_dict(), Cutter(model, parts, widths, kept)
+    try:
+        student.load_state_dict({name: cutter.cut(name, x, wanted[name]) for name, x in model.state_dict().items()})
+    except (KeyError, RuntimeError) as error:  # other weights than the model's
+        raise _unknown(model.config) from error
+    log.info("%d of %d states are kept: %s", new.states, widths.states, kept.states.tolist())
+    return student
+
+
+def _by_input(linear: Map) -> Tensor:
+    """Returns a linear map's weight with a row for each of its inputs."""
+    weight: Tensor = linear.weight.detach()
+    return weight if isinstance(linear, Conv1D) else weight.T
+
+
+def _inner_name(config: PreTrainedConfig) -> str | None:
+    return next((name for name in INNER_WIDTHS if getattr(config, name, None)), None)
+
+
+def _read_widths(config: PreTrainedConfig) -> Widths:
+    heads, name = config.num_attention_heads, _inner_name(config)
+    return Widths(
+        states=config.hidden_size,
+        inner=getattr(config, name) if name else 4 * config.hidden_size,  # GPT-2 leaves it out
+        head=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        num_heads=heads,
+        num_groups=getattr(config, "num_key_value_heads", None) or heads,
+    )
+
+
+def _narrow_config(
+    config: PreTrainedConfig, old: Widths, hidden_size: int | None, intermediate_size: int | None
+) -> PreTrainedConfig:
+    width, inner = hidden_size or old.states, intermediate_size or old.inner
+    heads = old.num_heads * width // old.states
+    groups = old.num_groups * width // old.states
+    is_whole = (old.num_heads * width) % old.states == 0 and (old.num_groups * width) % old.states == 0
+    if width > old.states or inner > old.inner or not is_whole or not groups:
+        message = (
+            f"A '{config.model_type}' of {old.states} states, {old.num_heads} heads in {old.num_groups} groups and "
+            f"{old.inner} neurons cannot have {width} states and {inner} neurons."
+        )
+        step = old.states // old.num_groups
+        raise StageFailed("spec_invalid", message, suggestion=f"Choose fewer; a number of states is {step} times some.")
+    new = copy.deepcopy(config)
+    new.hidden_size, new.num_attention_heads = width, heads
+    if getattr(config, "num_key_value_heads", None):
+        new.num_key_value_heads = groups
+    if getattr(config, "head_dim", None):
+        new.head_dim = old.head
+    setattr(new, _inner_name(config) or "n_inner", inner)
+    return new
+
+
+def _find_part(layer: Module, config: PreTrainedConfig) -> Part:
+    """Returns a layer's linear maps. Raises StageFailed where they cannot be told apart."""
+    widths = _read_widths(config)
+    linear = [module for module in layer.modules() if isinstance(module, Map)]
+    attention = next((module for module in layer.modules() if "Attention" in type(module).__name__), layer)
+    inside = [module for module in attention.modules() if isinstance(module, Map)]
+    projections = cast("list[Map]", find_projections(layer))
+    outs = [
+        module
+        for module in inside[len(projections) :]
+        if tuple(_by_input(module).shape) == (widths.num_heads * widths.head, widths.states)
+    ]
+    downs = [
+        module
+        for module in linear
+        if tuple(_by_input(module).shape) == (widths.inner, widths.states) and module not in inside
+    ]
+    if len(outs) != 1 or len(downs) != 1 or widths.states in {widths.inner, 2 * widths.inner}:
+        raise _unknown(config)
+    return Part(projections, outs[0], downs[0])
+
+
+def _unknown(config: PreTrainedConfig) -> StageFailed:
+    message = f"The layers of a '{config.model_type}' are not built as narrowing knows them."
+    return StageFailed("spec_invalid", message, suggestion="Leave hidden_size and intermediate_size out.")
+
+
+def _look(ctx: StageContext, model: PreTrainedModel, layers: list[Module], parts: list[Part], widths: Widths) -> Seen:
+    """Runs the model over a sample of the data and returns how much is said where."""
+    states_D = torch.zeros(widths.states)
+    heads_LH = torch.zeros(len(parts), widths.num_heads)
+    neurons_LI = torch.zeros(len(parts), widths.inner)
+
+    def note_states(_: Module, __: Any, output: Any) -> None:
+        states_D.add_(_sum(output[0] if isinstance(output, tuple) else output))
+
+    def note_heads(number: int, _: Module, inputs: Any) -> None:
+        heads_LH[number] += _sum(inputs[0].unflatten(-1, (widths.num_heads, widths.head)).float().norm(dim=-1))
+
+    def note_neurons(number: int, _: Module, inputs: Any) -> None:
+        neurons_LI[number] += _sum(inputs[0])
+
+    hooks = [layer.register_forward_hook(note_states) for layer in layers]
+    for number, part in enumerate(parts):
+        hooks.append(part.out.register_forward_pre_hook(partial(note_heads, number)))
+        hooks.append(part.down.register_forward_pre_hook(partial(note_neurons, number)))
+    try:
+        path = ctx.find_split("validation") or ctx.get_split("train")
+        model.to(ctx.device)
+        ctx.task.score(model, ctx.task.sample(path, model, ctx.load_tokenizer("teacher")), ctx.check_stop)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.cpu()
+    added_LI = neurons_LI * torch.stack([_by_input(part.down).float().norm(dim=1) for part in parts])
+    return Seen(states_D, [*heads_LH.unflatten(-1, (widths.num_groups, -1)).sum(-1)], [*added_LI])
+
+
+def _sum(said: Tensor) -> Tensor:
+    """Returns the size of what is said along the last dimension, over all tokens."""
+    return said.detach().float().abs().flatten(0, -2).sum(0).cpu()
+
+
+def _most(importance: Tensor, count: int) -> Tensor:
+    """Returns the places of the greatest, in rising order."""
+    return importance.topk(count).indices.sort().values
+
+
+class Cutter:
+    """Takes the kept places out of a model's tensors."""
+
+    def __init__(self, model: PreTrainedModel, parts: dict[str, Part], widths: Widths, kept: Seen) -> None:
+        self._model, self._parts, self._widths, self._kept = model, parts, widths, kept
+
+    def cut(self, name: str, tensor: Tensor, wanted: Tensor) -> Tensor:
+        """Returns what is kept of one tensor, which is to have the wanted one's shape."""
+        owner = self._model.get_submodule(name.rpartition(".")[0])
+        layer = next((number for number, stack in enumerate(self._parts) if name.startswith(f"{stack}.")), None)
+        for dim, (old, new) in enumerate(zip(tensor.shape, wanted.shape, strict=True)):
+            if old != new:
+                is_out = dim == (tensor.dim() - 1 if isinstance(owner, Conv1D) else 0)
+                places = None if layer is None else self._inside(layer, owner, old, is_out=is_out)
+                if places is None and old == self._widths.states:
+                    places = self._kept.states
+                if places is None or len(places) != new:
+                    raise _unknown(self._model.config)
+                tensor = tensor.index_select(dim, places)
+        return tensor.contiguous()
+
+    def _inside(self, layer: int, owner: Module, size: int, *, is_out: bool) -> Tensor | None:
+        """Returns which places are kept of a width that is not that of the states; None if it is."""
+        part, widths = [*self._parts.values()][layer], self._widths
+        per_group = widths.num_heads // widths.num_groups
+        values = _spread(self._kept.groups[layer], widths.head)
+        heads = _spread(self._kept.groups[layer], per_group * widths.head)
+        if owner is part.out and not is_out:
+            return heads
+        if is_out and any(owner is one for one in part.projections):
+            if len(part.projections) == 1:
+                return torch.cat([heads + number * widths.num_heads * widths.head for number in range(3)])
+            return heads if owner is part.projections[0] else values
+        if size in (widths.inner, 2 * widths.inner):  # twice where a gate lies beside them
+            return torch.cat([self._kept.neurons[layer] + start for start in range(0, size, widths.inner)])
+        return None
+
+
+def _spread(kept: Tensor, width: int) -> Tensor:
+    """Returns the places of blocks of that width."""
+    return (kept[:, None] * width + torch.arange(width)).flatten()
