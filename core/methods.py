@@ -162,6 +162,7 @@ class Loss(Method):
     is_of_labels: ClassVar[bool] = False  # and does not hear the teacher
     needs_same_tokens: ClassVar[bool] = True  # of a language model and its teacher
     needs_own_texts: ClassVar[bool] = False  # that the student writes
+    is_linear: ClassVar[bool] = False  # in the teacher's probabilities, but for their entropy
 
     weight: Weight = 1.0
 

@@ -143,6 +143,25 @@ def test_the_same_order_gives_the_same_bytes(run_through: tuple[Bench, list[Fini
     assert contents(again.outputs) == contents(stages[1].outputs)
 
 
+@pytest.mark.parametrize("rest", ["samples", "dropped"])
+def test_the_rest_can_be_drawn_from_or_dropped(
+    run_through: tuple[Bench, list[Finished]], rest: str, tmp_path: Path
+) -> None:
+    """Two tokens at each place: with draws from the rest the student is as sure as its teacher, without them surer."""
+    shutil.copytree(run_through[0].inputs, tmp_path / "in")
+    bench = without(Bench(tmp_path), "answers", "student", "safetensors", "report")
+    answer = {"kind": "answer", "top_k": 2, "rest": rest, "num_samples": 6}
+    stages = [answer, {**STAGES[2], "losses": KL}, STAGES[4]]
+    kept, distil, evaluate = bench.succeed_all(spec_of(stages), labels=[])
+    assert 0.3 < kept.last["summary"]["kept_probability"] < 0.9
+    assert kept.last["summary"]["bytes_per_row"] == pytest.approx(8 * (8 if rest == "samples" else 2) + 4, rel=0.1)
+    warned = [report["event"]["type"] for report in kept.of("event")]
+    assert ("answers_renormalised" in warned) == (rest == "dropped")
+    _, student = evaluate.last["summary"]["models"]
+    assert (student["kl_to_teacher"] < 0.15) == (rest == "samples"), student["kl_to_teacher"]
+    assert distil.last["summary"]["validation"]["accuracy"] > 0.6
+
+
 @pytest.mark.parametrize("how", ["kill", "stop"])
 def test_answers_go_on_from_a_checkpoint(run_through: tuple[Bench, list[Finished]], how: str, tmp_path: Path) -> None:
     bench, stages = run_through[0].copy(tmp_path / "bench"), run_through[1]
@@ -158,6 +177,10 @@ def test_answers_go_on_from_a_checkpoint(run_through: tuple[Bench, list[Finished
         ([{"kind": "distill", "losses": KL}, {"kind": "export"}], "stages.1.formats.1"),
         ([{"kind": "answer", "temperature": 2.0}, {"kind": "distill", "losses": KL}], "stages.0.temperature"),
         ([{"kind": "answer"}, {"kind": "distill", "losses": [*KL, {"kind": "logit_mse"}]}], "stages.0.kind"),
+        (
+            [{"kind": "answer", "rest": "samples"}, {"kind": "distill", "losses": [{"kind": "reverse_kl"}]}],
+            "stages.0.rest",
+        ),
         ([{"kind": "answer"}, {"kind": "finetune"}, {"kind": "distill", "losses": KL}], "stages.0.kind"),
     ],
 )

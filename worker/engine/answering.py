@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from core.errors import StageFailed
 from worker.engine.blocks import Blocks
 from worker.engine.context import StageContext
 from worker.engine.data import Batch
@@ -17,7 +18,7 @@ from worker.engine.devices import autocast
 from worker.engine.failures import CheckpointUnfit, StopRequested
 from worker.engine.teaching import ANSWERS_FILE
 from worker.kernels.heads import CHUNK_ELEMENTS, Head
-from worker.kernels.signals import SparseSignal
+from worker.kernels.signals import SampledSignal, SparseSignal
 
 if TYPE_CHECKING:
     from worker.methods.stages.answer import Answer
@@ -31,11 +32,15 @@ def answer(ctx: StageContext, settings: "Answer") -> dict[str, Any]:
 
     `answers.safetensors` holds a classifier's `logits` (and as `test` those of the test split), or of a language model
     what `keep_likeliest` returns. Its metadata hold, as JSON under `about`, the digest of the split, the temperature,
-    and the teacher's scores on the validation split.
+    the teacher's scores on the validation split, and what became of the rest.
     """
+    if settings.rest == "dropped":
+        ctx.warn(
+            "answers_renormalised", "The other tokens are left out, so that the student will be too sure of these."
+        )
     kept = ctx.task.keep(settings)
     path = ctx.output("answers") / ANSWERS_FILE
-    about = {"split": kept.split, "temperature": settings.temperature, "scores": kept.scores}
+    about = {"split": kept.split, "temperature": settings.temperature, "scores": kept.scores, "rest": settings.rest}
     save_file(kept.tensors, path, metadata={"about": json.dumps(about, sort_keys=True)})  # the library shuffles keys
     told = kept.tensors.get("log_rest")
     num_rows = sum(map(len, kept.tensors.values())) if told is None else len(told)
@@ -54,16 +59,21 @@ def keep_likeliest(
 ) -> tuple[Tensors, float]:
     """Returns the likeliest tokens at each place of the split, and the probability that they have on average.
 
-    The tensors are `classes` (int32) and `log_p` (float32), `top_k` a row; `log_rest` (float32), of all other tokens;
-    and `num_classes`, the tokens among which the teacher chose.
+    The tensors are `classes` (int32) and `log_p` (float32), `top_k` a row and then the draws from the rest, if any;
+    `log_rest` (float32), of all other tokens; and `num_classes`, the tokens among which the teacher chose.
 
     Raises:
+        StageFailed: `spec_invalid` where nothing is left to draw from.
         StopRequested: After handing over a checkpoint; a run that goes on from it asks only for what is left.
     """
     num_kept = min(settings.top_k, num_classes)
+    if settings.rest == "samples" and num_kept == num_classes:
+        message = f"top_k keeps all {num_classes} tokens, so that nothing is left to draw from."
+        raise StageFailed("spec_invalid", message, suggestion="Lower top_k, or set rest to together.")
+    width = num_kept + (settings.num_samples if settings.rest == "samples" else 0)
     kept = {
-        "classes": torch.zeros((data.num_places, num_kept), dtype=torch.int32),
-        "log_p": torch.zeros((data.num_places, num_kept)),
+        "classes": torch.zeros((data.num_places, width), dtype=torch.int32),
+        "log_p": torch.zeros((data.num_places, width)),
         "log_rest": torch.zeros(data.num_places),
         "num_classes": torch.tensor(num_classes),
     }
@@ -71,7 +81,7 @@ def keep_likeliest(
     try:
         for block in range(done, len(data)):
             ctx.progress(block, len(data))
-            _answer_block(ctx, model, data.batch(np.array([block]), ctx.device), kept, settings.temperature)
+            _answer_block(ctx, model, data.batch(np.array([block]), ctx.device), kept, settings, num_kept)
             done = block + 1
             if ctx.wants_checkpoint():
                 _save(ctx, kept, done, data.max_length)
@@ -83,18 +93,24 @@ def keep_likeliest(
     return kept, 1 - rest.double().mean().item()
 
 
-def _answer_block(ctx: StageContext, model: PreTrainedModel, batch: Batch, kept: Tensors, temperature: float) -> None:
+def _answer_block(
+    ctx: StageContext, model: PreTrainedModel, batch: Batch, kept: Tensors, settings: "Answer", num_kept: int
+) -> None:
     """Fills in what the teacher says of the rows of a batch."""
-    num_classes = int(kept["num_classes"])
     with torch.no_grad(), autocast(ctx.device):
         found = ctx.task.answer(model, batch)
-    rows_N, chunk = batch.row_numbers, max(1, CHUNK_ELEMENTS // num_classes)
+    rows_N, chunk = batch.row_numbers, max(1, CHUNK_ELEMENTS // int(kept["num_classes"]))
     for start in range(0, len(rows_N), chunk):
         some = slice(start, start + chunk)
         logits_NC = found.logits(some) if isinstance(found, Head) else found[some]
-        signal = SparseSignal.from_logits(logits_NC, kept["log_p"].shape[-1], temperature)
-        kept["classes"][rows_N[some]] = signal.classes_NK.int().cpu()
-        kept["log_p"][rows_N[some]] = signal.log_p_NK.float().cpu()
+        signal = SparseSignal.from_logits(logits_NC, num_kept, settings.temperature)
+        classes_NM, log_p_NM = signal.classes_NK, signal.log_p_NK
+        if settings.rest == "samples":
+            dice = torch.Generator(logits_NC.device).manual_seed(ctx.seed * 2**31 + int(rows_N[start]))
+            drawn = SampledSignal.from_logits(logits_NC, num_kept, settings.num_samples, dice, settings.temperature)
+            classes_NM, log_p_NM = drawn.classes_NM, drawn.log_target_NM
+        kept["classes"][rows_N[some]] = classes_NM.int().cpu()
+        kept["log_p"][rows_N[some]] = log_p_NM.float().cpu()
         kept["log_rest"][rows_N[some]] = signal.log_rest_N.float().cpu()
 
 

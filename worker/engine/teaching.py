@@ -16,7 +16,7 @@ from worker.engine.data import Batch, Encoded
 from worker.engine.devices import autocast
 from worker.engine.inference import predict_logits
 from worker.kernels.heads import Head, HeadSignal
-from worker.kernels.signals import DenseSignal, Signal, SparseSignal
+from worker.kernels.signals import DenseSignal, SampledSignal, Signal, SparseSignal
 
 if TYPE_CHECKING:
     from worker.engine.context import StageContext
@@ -141,6 +141,7 @@ class AnswersKept:
             about = json.loads(file.metadata()["about"])
         self._split, self._temperature = about["split"], about["temperature"]
         self._scores: Scores | None = about["scores"]
+        self._rest = about["rest"]
         self._tensors = load_file(path)  # mapped into memory, so that only what is asked for is read
 
     @property
@@ -169,6 +170,10 @@ class AnswersKept:
         if "logits" in self._tensors:
             return DenseSignal(self._tensors["logits"][rows_N])
         classes_NK, log_p_NK, log_rest_N = (self._tensors[name][rows_N] for name in ("classes", "log_p", "log_rest"))
+        if self._rest == "samples":
+            return SampledSignal(classes_NK.long(), log_p_NK, self._temperature)
+        if self._rest == "dropped":
+            return SampledSignal.renormalised(classes_NK.long(), log_p_NK, self._temperature)
         return SparseSignal(classes_NK.long(), log_p_NK, log_rest_N, self._temperature)
 
     def score(self, validation: Any) -> "Scores | None":  # noqa: ARG002

@@ -123,11 +123,17 @@ class SampledSignal:
         """Returns the signal of a teacher's logits: p of the `num_kept` likeliest, and the rest shared by the draws."""
         log_p_NC = _log_softmax(logits_NC.detach(), temperature)
         log_p_NK, classes_NK = log_p_NC.topk(num_kept, dim=-1)
-        p_rest_NC = log_p_NC.exp().scatter(-1, classes_NK, 0.0)
+        tiny = torch.finfo(log_p_NC.dtype).tiny  # so that something can be drawn where the rest is nothing
+        p_rest_NC = log_p_NC.exp().clamp_min(tiny).scatter(-1, classes_NK, 0.0)
         drawn_ND = torch.multinomial(p_rest_NC, num_draws, replacement=True, generator=generator)
         log_share_N = p_rest_NC.sum(dim=-1).log() - math.log(num_draws)
         log_target_NM = torch.cat([log_p_NK, log_share_N[..., None].expand(drawn_ND.shape)], dim=-1)
         return cls(torch.cat([classes_NK, drawn_ND], dim=-1), log_target_NM, temperature)
+
+    @classmethod
+    def renormalised(cls, classes_NK: Tensor, log_p_NK: Tensor, temperature: float = 1.0) -> Self:
+        """Returns the likeliest classes alone, scaled to a sum of 1: a biased target that is too sure of them."""
+        return cls(classes_NK, F.log_softmax(log_p_NK, dim=-1), temperature)
 
     def take(self, rows: Rows) -> Self:
         """Returns what it says of some of the rows."""

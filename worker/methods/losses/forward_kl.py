@@ -1,7 +1,7 @@
 """Forward Kullback-Leibler divergence from teacher to student."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from core.methods import Divergence
 
@@ -16,6 +16,8 @@ class ForwardKL(Divergence):
 
     Paper: Hinton, Vinyals, Dean 2015, "Distilling the Knowledge in a Neural Network", section 2.
     """
+
+    is_linear: ClassVar[bool] = True
 
     kind: Literal["forward_kl"] = "forward_kl"
 

@@ -1,7 +1,7 @@
 """Cross entropy with the teacher's soft answers."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from core.methods import Divergence
 
@@ -14,6 +14,8 @@ class SoftCrossEntropy(Divergence):
 
     Paper: Hinton, Vinyals, Dean 2015, "Distilling the Knowledge in a Neural Network", section 2.
     """
+
+    is_linear: ClassVar[bool] = True
 
     kind: Literal["soft_cross_entropy"] = "soft_cross_entropy"
 

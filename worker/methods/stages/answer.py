@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from core.methods import Divergence, Problem, Stage
+from core.methods import FeatureLoss, Problem, Stage
 
 if TYPE_CHECKING:
     from core.jobs.spec import JobSpec
@@ -27,6 +27,13 @@ class Answer(Stage):
     top_k: int = Field(
         64, ge=1, le=4096, description="Tokens of a language model that are kept at each place, 8 bytes each."
     )
+    rest: Literal["together", "samples", "dropped"] = Field(
+        "together",
+        description="What is kept of all other tokens: `together` their common probability, as one more token; "
+        "`samples` some draws from them, which are right on average and only for losses such as 'forward_kl'; "
+        "`dropped` nothing, and the kept ones are scaled up, which makes the student too sure.",
+    )
+    num_samples: int = Field(32, ge=1, le=4096, description="Draws at each place where `rest` is `samples`.")
     temperature: float = Field(
         1.0,
         gt=0,
@@ -55,17 +62,26 @@ class Answer(Stage):
             return [Problem("kind", "an API does not tell how likely the tokens of a text are; use 'generate' instead")]
         if not spec.task.shares_tokens:
             return []  # kept logits are as good as the teacher
-        losses = [loss for stage in later for loss in getattr(stage, "losses", [])]
+        heard = [
+            loss
+            for stage in later
+            for loss in getattr(stage, "losses", [])
+            if not (loss.is_of_labels or isinstance(loss, FeatureLoss))
+        ]
+        unfit = [loss.kind for loss in heard if not loss.is_linear]
+        if self.rest != "together" and unfit:
+            why = f"'{unfit[0]}' needs whole distributions; use rest 'together', or a loss such as 'forward_kl'"
+            return [Problem("rest", why)]
         return [
             Problem(
                 "kind", f"'{loss.kind}' needs the teacher's logits, and 'answer' keeps probabilities; leave one out"
             )
-            for loss in losses
+            for loss in heard
             if loss.needs_logits
         ] + [
             Problem("temperature", f"'{loss.kind}' hears the answers at another temperature; set both the same")
-            for loss in losses
-            if isinstance(loss, Divergence) and loss.temperature != self.temperature
+            for loss in heard
+            if getattr(loss, "temperature", self.temperature) != self.temperature
         ]
 
     def reads(self, spec: "JobSpec") -> set[str]:
