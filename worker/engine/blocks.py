@@ -71,6 +71,10 @@ class Blocks:
         parts = (self.ids_S.tobytes(), self.is_learned_S.tobytes(), str(self.max_length).encode())
         return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
 
+    def used_ids(self) -> NDArray[np.int64]:
+        """Returns the tokens that occur, each once."""
+        return np.unique(self.ids_S).astype(np.int64)
+
     def head(self, num_blocks: int) -> "Blocks":
         """Returns the first blocks."""
         end = num_blocks * self.max_length + 1

@@ -118,6 +118,10 @@ class Encoded:
         """Returns the sha256 of the texts, however they are read."""
         return self.texts_sha256
 
+    def used_ids(self) -> np.ndarray:
+        """Returns the tokens that occur, each once."""
+        return np.unique(np.concatenate(self.columns["input_ids"])).astype(np.int64)
+
     @property
     def lengths(self) -> np.ndarray:
         """Number of tokens of each example, lengths_N."""

@@ -4,7 +4,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -45,6 +47,9 @@ class Split(Protocol):
 
     def digest(self) -> str:
         """Returns what only a split with the same rows in the same order has."""
+
+    def used_ids(self) -> NDArray[np.int64]:
+        """Returns the tokens that occur, each once."""
 
     def shuffled(self, batch_size: int, seed: Sequence[int], first: int, device: torch.device) -> Iterator[Batch]:
         """Yields one epoch of batches from number `first` on; their order is a pure function of the seed."""

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -18,6 +19,7 @@ from worker.engine import checkpoints, ranks
 from worker.engine.context import StageContext
 from worker.engine.data import Batch
 from worker.engine.devices import autocast
+from worker.engine.embeddings import train_used_rows, whole_rows
 from worker.engine.failures import CheckpointUnfit, StopRequested, is_out_of_memory
 from worker.engine.features import Features
 from worker.engine.objective import Objective, ShareWatch, warn_of_share
@@ -61,6 +63,8 @@ class Trainer:
         self.model.to(self.ctx.device)
         if self.settings.dropout is not None:
             set_dropout(self.model, self.settings.dropout)
+        if self.rollouts is None:  # which may write any token
+            train_used_rows(self.model, np.union1d(self.train_data.used_ids(), self.tokenizer.all_special_ids))
         self.optimizer = make_optimizer(self.model, self.settings, self.task.is_head)
         self.beside = self.features.projections.to(self.ctx.device) if self.features else torch.nn.ModuleDict()
         if len(self.beside):
@@ -96,6 +100,7 @@ class Trainer:
         kept = self._best_state or (self.average.tensors if self.average else None)
         if kept is not None:
             self.model.load_state_dict(kept)
+        whole_rows(self.model)
         if self.settings.gradient_checkpointing:
             self.model.gradient_checkpointing_disable()
         self.model.eval()
