@@ -24,6 +24,10 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "an example left over": ({"kind": "finetune", **FAST, "epochs": 3, "dropout": 0.0, "batch_size": 179}, {}),
     "the teacher ahead": ({"kind": "distill", **FAST, "mask_probability": 0.3}, {}),
     "layers, in parts": ({"kind": "distill", **FAST, "losses": SOFT, "micro_batch_size": 3}, {}),
+    "a narrower student": (
+        {"kind": "distill", **FAST},
+        {"student": {"kind": "teacher_layers", "keep": [0, 2], "hidden_size": 16, "intermediate_size": 24}},
+    ),
     "a language model": ({"kind": "distill", **FAST, "batch_size": 5}, {"task": LANGUAGE}),
 }
 
@@ -31,9 +35,9 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_learn_what_one_does(case: str, tmp_path: Path) -> None:
     stage, changes = CASES[case]
-    bench = Bench(tmp_path).lay_language() if changes else Bench(tmp_path).lay()
+    bench = Bench(tmp_path).lay_language() if "task" in changes else Bench(tmp_path).lay()
     spec = make_spec([stage], **changes)
-    labels = {"labels": []} if changes else {}
+    labels = {"labels": []} if "task" in changes else {}
     one, two = (bench.succeed(spec, 0, str(n), num_processes=n, **labels) for n in (1, 2))
     assert [point[:2] for point in one.points()] == [point[:2] for point in two.points()]
     for name in ("loss/total", "validation/loss", "learning_rate"):

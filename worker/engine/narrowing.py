@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from core.errors import StageFailed
+from worker.engine import ranks
 from worker.engine.context import StageContext
 from worker.engine.features import find_projections
 from worker.engine.students import INNER_WIDTHS, find_layers
@@ -163,9 +164,9 @@ def _unknown(config: PreTrainedConfig) -> StageFailed:
 
 def _look(ctx: StageContext, model: PreTrainedModel, layers: list[Module], parts: list[Part], widths: Widths) -> Seen:
     """Runs the model over a sample of the data and returns how much is said where."""
-    states_D = torch.zeros(widths.states)
-    heads_LH = torch.zeros(len(parts), widths.num_heads)
-    neurons_LI = torch.zeros(len(parts), widths.inner)
+    states_D = torch.zeros(widths.states, device=ctx.device)
+    heads_LH = torch.zeros(len(parts), widths.num_heads, device=ctx.device)
+    neurons_LI = torch.zeros(len(parts), widths.inner, device=ctx.device)
 
     def note_states(_: Module, __: Any, output: Any) -> None:
         states_D.add_(_sum(output[0] if isinstance(output, tuple) else output))
@@ -188,13 +189,14 @@ def _look(ctx: StageContext, model: PreTrainedModel, layers: list[Module], parts
         for hook in hooks:
             hook.remove()
         model.cpu()
+    states_D, heads_LH, neurons_LI = (ranks.add_up(sums).cpu() for sums in (states_D, heads_LH, neurons_LI))
     added_LI = neurons_LI * torch.stack([_by_input(part.down).float().norm(dim=1) for part in parts])
     return Seen(states_D, [*heads_LH.unflatten(-1, (widths.num_groups, -1)).sum(-1)], [*added_LI])
 
 
 def _sum(said: Tensor) -> Tensor:
     """Returns the size of what is said along the last dimension, over all tokens."""
-    return said.detach().float().abs().flatten(0, -2).sum(0).cpu()
+    return said.detach().float().abs().flatten(0, -2).sum(0)
 
 
 def _most(importance: Tensor, count: int) -> Tensor:
