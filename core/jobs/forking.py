@@ -39,8 +39,9 @@ class Fork(StrictModel):
     overrides: dict[str, JsonValue] = Field(
         {},
         description="What is to be other than in the job's spec, as a merge patch (RFC 7396): null removes a field, an "
-        "object changes some of its fields, anything else replaces. `stages` replaces the stages from `from_stage` on. "
-        "`teacher`, `data` and `task` need `from_stage` 0, and `student` no student among what is taken over.",
+        "object changes some of its fields or replaces one of another kind, all else replaces. `stages` replaces the "
+        "stages from `from_stage` on. `teacher`, `data` and `task` need `from_stage` 0, and `student` no student among "
+        "what is taken over.",
     )
 
 
@@ -153,10 +154,15 @@ def _check_overrides(taken_over: list[Stage], patch: dict[str, Any]) -> list[dic
 
 
 def merge_patch(target: Any, patch: Any) -> Any:
-    """Returns the target changed by a merge patch (RFC 7396): null removes, an object merges, all else replaces."""
+    """Returns the target changed by a merge patch (RFC 7396): null removes, an object merges, all else replaces.
+
+    An object of another `kind` than the target replaces it, too: the fields of one kind mean nothing to another.
+    """
     if not isinstance(patch, dict):
         return patch
     merged = dict(target) if isinstance(target, dict) else {}
+    if patch.get("kind", merged.get("kind")) != merged.get("kind"):
+        merged = {}
     for key, value in patch.items():
         if value is None:
             merged.pop(key, None)
