@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from duel import console, show_goals
+from duel import console, finish
 from rich.table import Table
 
 from stillhouse import Client
@@ -163,12 +163,7 @@ def main() -> int:
         peer = None if arguments.skip_peer else run_peer(arguments.data, Path(folder), with_ce)
     figures = compare(ours, peer)
     show(ours, peer)
-    met = show_goals(GOALS, figures)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "banking77.json").write_text(
-        json.dumps({"ours": ours, "peer": peer, "figures": figures}, indent=1)
-    )
-    return 0 if met else 1
+    return finish(arguments.out / "banking77.json", GOALS, figures, ours=ours, peer=peer)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from duel import Course, answer_alone, console, lay, measure_alone, run_stage, show_goals
+from duel import Course, answer_alone, console, finish, lay, measure_alone, run_stage
 from rich.table import Table
 
 HERE = Path(__file__).parent
@@ -327,10 +327,7 @@ def main() -> int:
     seen = {name: min(found, key=lambda row: row["seconds"]) for name, found in rounds.items()}
     figures = compare(seen)
     show(seen)
-    all_met = show_goals(GOALS, figures)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "causal_lm.json").write_text(json.dumps({"rounds": rounds, "figures": figures}, indent=1))
-    return 0 if all_met else 1
+    return finish(arguments.out / "causal_lm.json", GOALS, figures, rounds=rounds)
 
 
 if __name__ == "__main__":

@@ -121,3 +121,11 @@ def show_goals(goals: dict[str, tuple[float, str]], figures: dict[str, float]) -
         table.add_row(name, f"{value:.3f}", f"{sense} {goal}", "met" if met else "[red]missed")
     console.print(table)
     return all_met
+
+
+def finish(path: Path, goals: dict[str, tuple[float, str]], figures: dict[str, float], **seen: Any) -> int:
+    """Shows the figures, writes them with what they come from, and returns the exit status: 0 if all goals are met."""
+    all_met = show_goals(goals, figures)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**seen, "figures": figures}, indent=1))
+    return 0 if all_met else 1

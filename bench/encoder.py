@@ -22,7 +22,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from duel import Course, answer_alone, console, lay, measure_alone, run_stage, show_goals
+from duel import Course, answer_alone, console, finish, lay, measure_alone, run_stage
 from rich.table import Table
 
 HERE = Path(__file__).parent
@@ -185,10 +185,7 @@ def main() -> int:
         seen = {name: measure_alone(__file__, name, work, *options) for name in CONTENDERS}
     figures = compare(seen)
     show(seen)
-    all_met = show_goals(GOALS, figures)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "encoder.json").write_text(json.dumps({"seen": seen, "figures": figures}, indent=1))
-    return 0 if all_met else 1
+    return finish(arguments.out / "encoder.json", GOALS, figures, seen=seen)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peer_trainer import Timer
 from torch.utils.data import SequentialSampler
-from transformers import TrainerCallback
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 
 from worker.engine.devices import has_fast_bf16
@@ -18,19 +18,6 @@ class Sequential(GKDTrainer):
 
     def _get_train_sampler(self, *_: Any) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)
-
-
-class Timer(TrainerCallback):
-    """Notes the end of each step."""
-
-    def __init__(self, course: Any) -> None:
-        self.course = course
-
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        self.course.begin()
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.course.note()
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
