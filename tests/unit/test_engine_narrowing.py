@@ -13,19 +13,13 @@ from transformers.pytorch_utils import Conv1D
 from core.errors import StageFailed
 from core.models.facts import ModelFacts
 from tests.engine_bench import FAST, Bench, make_spec
-from tests.unit.test_engine_models import CONFIGS, make
+from tests.unit.test_engine_models import CONFIGS, SIZES, make
 from worker.engine.narrowing import _find_part, narrow
 from worker.engine.students import find_layers
 from worker.methods.students.teacher_layers import TeacherLayers
 
 GROUPED = LlamaConfig(
-    vocab_size=60,
-    hidden_size=32,
-    intermediate_size=48,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    num_hidden_layers=2,
-    pad_token_id=0,
+    **SIZES | {"num_attention_heads": 4, "num_hidden_layers": 2}, num_key_value_heads=2, pad_token_id=0
 )
 KNOWN = [config for config in [*CONFIGS, GROUPED] if config.model_type != "electra"]
 IDS_BT = torch.arange(4, 40).reshape(3, 12)

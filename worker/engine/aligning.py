@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from worker.engine.blocks import NOWHERE
 from worker.engine.data import Batch
 from worker.engine.devices import autocast
+from worker.engine.teaching import Stateless
 from worker.kernels.heads import AcrossSignal, Head
 from worker.kernels.signals import Signal
 
@@ -28,7 +29,7 @@ class Stream(NamedTuple):
     starts_S: NDArray[np.int64]
 
 
-class AnswersAcross:
+class AnswersAcross(Stateless):
     """Runs the teacher beside the student, each on its own tokens of the same texts.
 
     It is heard where a token of both begins at the same letter: both have then read the same letters before it, and
@@ -85,10 +86,3 @@ class AnswersAcross:
     def score(self, validation: Any) -> "Scores | None":  # noqa: ARG002
         """Returns nothing: losses of other tokens cannot be compared."""
         return None
-
-    def save(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Returns nothing."""
-        return {}, {}
-
-    def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Has nothing to take over."""

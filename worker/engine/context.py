@@ -102,7 +102,7 @@ class StageContext:
     @property
     def num_threads(self) -> int:
         """The number of threads to compute with."""
-        return max(1, (self.order.num_threads or len(os.sched_getaffinity(0))) // ranks.count())
+        return ranks.num_threads(self.order.num_threads)
 
     def close(self) -> None:
         """Removes the scratch folder."""

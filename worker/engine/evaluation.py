@@ -11,7 +11,6 @@ import onnxruntime
 import torch
 import transformers
 
-from core.methods import list_methods
 from worker.engine.context import StageContext
 from worker.engine.rendering import if_known, write_html, write_model_card
 
@@ -101,12 +100,7 @@ NOTES = (
 
 def list_candidates(ctx: StageContext) -> list[str]:
     """Returns the models to measure: teacher (if it is one), student, and the exported forms, in the spec's order."""
-    forms = [
-        form.kind
-        for stage in ctx.spec.stages
-        for form in getattr(stage, "formats", [])
-        if form.kind in list_methods("exporters")
-    ]
+    forms = [form.kind for stage in ctx.spec.stages for form in stage.forms()]
     models = ["teacher", "student"] if ctx.spec.teacher.is_model else ["student"]
     return [*models, *dict.fromkeys(form for form in forms if ctx.has_input(form))]
 

@@ -69,6 +69,12 @@ class Watched:
         return note
 
 
+def find_attention(layer: Module) -> list[Any]:
+    """Returns the linear maps of a layer's attention, in the order in which they are defined."""
+    attention = next((module for module in layer.modules() if "Attention" in type(module).__name__), layer)
+    return [module for module in attention.modules() if isinstance(module, Linear | Conv1D)]
+
+
 def find_projections(layer: Module) -> list[Module]:
     """Returns the layers that make queries, keys and values: three, or one that makes all of them.
 
@@ -77,8 +83,7 @@ def find_projections(layer: Module) -> list[Module]:
     Raises:
         StageFailed: The layer has no such ones.
     """
-    attention = next((module for module in layer.modules() if "Attention" in type(module).__name__), layer)
-    linear = [module for module in attention.modules() if isinstance(module, Linear | Conv1D)]
+    linear = find_attention(layer)
     sizes = [module.weight.shape for module in linear]
     if linear and max(sizes[0]) == 3 * min(sizes[0]):
         return linear[:1]

@@ -14,8 +14,8 @@ from transformers.pytorch_utils import Conv1D
 from core.errors import StageFailed
 from worker.engine import ranks
 from worker.engine.context import StageContext
-from worker.engine.features import find_projections
-from worker.engine.students import INNER_WIDTHS, find_layers
+from worker.engine.features import find_attention, find_projections
+from worker.engine.students import find_inner_width, find_layers
 
 Map: TypeAlias = Linear | Conv1D
 log = logging.getLogger(__name__)
@@ -96,12 +96,8 @@ def _by_input(linear: Map) -> Tensor:
     return weight if isinstance(linear, Conv1D) else weight.T
 
 
-def _inner_name(config: PreTrainedConfig) -> str | None:
-    return next((name for name in INNER_WIDTHS if getattr(config, name, None)), None)
-
-
 def _read_widths(config: PreTrainedConfig) -> Widths:
-    heads, name = config.num_attention_heads, _inner_name(config)
+    heads, name = config.num_attention_heads, find_inner_width(config)
     return Widths(
         states=config.hidden_size,
         inner=getattr(config, name) if name else 4 * config.hidden_size,  # GPT-2 leaves it out
@@ -131,7 +127,7 @@ def _narrow_config(
         new.num_key_value_heads = groups
     if getattr(config, "head_dim", None):
         new.head_dim = old.head
-    setattr(new, _inner_name(config) or "n_inner", inner)
+    setattr(new, find_inner_width(config) or "n_inner", inner)
     return new
 
 
@@ -139,8 +135,7 @@ def _find_part(layer: Module, config: PreTrainedConfig) -> Part:
     """Returns a layer's linear maps. Raises StageFailed where they cannot be told apart."""
     widths = _read_widths(config)
     linear = [module for module in layer.modules() if isinstance(module, Map)]
-    attention = next((module for module in layer.modules() if "Attention" in type(module).__name__), layer)
-    inside = [module for module in attention.modules() if isinstance(module, Map)]
+    inside = find_attention(layer)
     projections = cast("list[Map]", find_projections(layer))
     outs = [
         module

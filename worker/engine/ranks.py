@@ -41,6 +41,11 @@ def count() -> int:
     return _count
 
 
+def num_threads(wanted: int) -> int:
+    """Returns this process's share of so many threads; 0 is one a core."""
+    return max(1, (wanted or len(os.sched_getaffinity(0))) // _count)
+
+
 def fork_others(order: Path, report_fd: int) -> None:
     """Forks the other processes of a stage that trains; they return from here, too, deaf and mute.
 

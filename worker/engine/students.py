@@ -94,7 +94,7 @@ def make_fresh(teacher: PreTrainedModel, sizes: "Fresh") -> PreTrainedModel:
         config.num_key_value_heads = math.gcd(heads, old.num_key_value_heads)
     if getattr(old, "head_dim", None):
         config.head_dim = width // heads
-    inner = next((name for name in INNER_WIDTHS if getattr(old, name, None)), None)
+    inner = find_inner_width(old)
     if inner is not None:
         scaled = round(getattr(old, inner) * width / old.hidden_size)
         setattr(config, inner, sizes.intermediate_size or scaled)
@@ -107,6 +107,11 @@ def make_fresh(teacher: PreTrainedModel, sizes: "Fresh") -> PreTrainedModel:
         raise StageFailed("spec_invalid", message, suggestion="Choose a width that the heads divide.") from error
     student.has_new_head = True
     return student
+
+
+def find_inner_width(config: PreTrainedConfig) -> str | None:
+    """Returns what a config calls the width inside its feed-forward layers; None where it leaves it out."""
+    return next((name for name in INNER_WIDTHS if getattr(config, name, None)), None)
 
 
 def _with_layers(teacher: PreTrainedModel, keep: list[int]) -> PreTrainedConfig:

@@ -130,7 +130,18 @@ class AnswersAhead:
         self._logits_NC, self._epoch = tensors.get("logits"), state["epoch"]
 
 
-class AnswersKept:
+class Stateless:
+    """Answers of which a run that goes on needs nothing."""
+
+    def save(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Returns nothing."""
+        return {}, {}
+
+    def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Has nothing to take over."""
+
+
+class AnswersKept(Stateless):
     """Answers that an earlier stage kept: a classifier's logits, or a language model's likeliest tokens."""
 
     model = None
@@ -180,15 +191,8 @@ class AnswersKept:
         """Returns the scores that were measured when the answers were kept."""
         return self._scores
 
-    def save(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Returns nothing."""
-        return {}, {}
 
-    def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Has nothing to take over."""
-
-
-class AnswersOnline:
+class AnswersOnline(Stateless):
     """A teacher that answers each batch as it comes; its logits are made when they are asked for."""
 
     def __init__(self, ctx: "StageContext", teacher: PreTrainedModel, masking: Masking | None = None) -> None:
@@ -207,10 +211,3 @@ class AnswersOnline:
     def score(self, validation: Any) -> "Scores | None":
         """Returns the scores of its answers to the split."""
         return None if validation is None else self._ctx.task.score(self.model, validation, self._ctx.check_stop)
-
-    def save(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Returns nothing."""
-        return {}, {}
-
-    def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Has nothing to take over."""
