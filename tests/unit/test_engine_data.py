@@ -45,13 +45,18 @@ def test_an_epoch_holds_every_row_once_and_is_a_function_of_seed_and_epoch(data:
     assert len(rows(1, 0)) == 13
 
 
-def test_batches_have_few_widths_and_little_padding(data: Encoded) -> None:
-    batches = list(data.shuffled(8, 0, 0, CPU))
-    widths = {batch.inputs["input_ids"].shape[1] for batch in batches}
-    assert all(width % 8 == 0 for width in widths)
-    assert len(widths) <= 8
-    padded = sum(batch.inputs["input_ids"].numel() for batch in batches)
-    assert padded < 1.35 * data.lengths.sum()
+def test_batches_of_a_large_split_have_little_padding_and_those_of_a_small_one_mix_lengths() -> None:
+    def widths_and_rows(num_rows: int, epoch: int) -> list[tuple[int, np.ndarray]]:
+        rows = [np.zeros(length, dtype=np.int32) for length in np.random.default_rng(0).integers(3, 60, num_rows)]
+        split = Encoded({"input_ids": rows}, {"input_ids": 0}, torch.zeros(num_rows), 64, 0, "")
+        batches = split.shuffled(8, [epoch], 0, CPU)
+        return [(batch.inputs["input_ids"].shape[1], split.lengths[batch.rows.numpy()]) for batch in batches]
+
+    large = widths_and_rows(4000, 0)
+    assert all(width % 2 == 0 for width, _ in large)
+    assert sum(width * len(lengths) for width, lengths in large) < 1.1 * sum(lengths.sum() for _, lengths in large)
+    small = [lengths for epoch in range(20) for _, lengths in widths_and_rows(24, epoch)]
+    assert np.mean([np.ptp(lengths) for lengths in small]) > 40  # of 57: eight draws span 7/9 of the range on average
 
 
 def test_padding_is_masked_and_rows_keep_their_labels(data: Encoded) -> None:

@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from core.errors import StageFailed
 
-LENGTH_MULTIPLE = 8
+LENGTH_MULTIPLE = 2
+GROUP_BATCHES = 50
 TOKENIZE_CHUNK = 4096
 T = TypeVar("T")
 
@@ -128,7 +129,7 @@ class Encoded:
         return np.array([len(ids) for ids in self.columns["input_ids"]], dtype=np.int64)
 
     def batch(self, rows: np.ndarray, device: torch.device) -> Batch:
-        """Returns these rows, padded on the right to a multiple of eight, on the device."""
+        """Returns these rows, padded on the right to an even number of tokens, on the device."""
         longest = max(len(self.columns["input_ids"][row]) for row in rows)
         width = max(longest, min(-(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, self.max_length))
         inputs = {}
@@ -145,11 +146,17 @@ class Encoded:
         return {name: torch.from_numpy(column[row].astype(np.int64)[None]) for name, column in self.columns.items()}
 
     def shuffled(self, batch_size: int, seed: Sequence[int], first: int, device: torch.device) -> Iterator[Batch]:
-        """Yields one epoch of bucketed batches from number `first` on; their order is a pure function of the seed."""
+        """Yields one epoch of batches from number `first` on; their order is a pure function of the seed.
+
+        Rows are drawn in groups of up to 50 batches, and each group is cut into batches of rows of nearly one length.
+        A group is at most a quarter of the split: batches of one length are no fair draws, and cut from the whole of a
+        small split they would be the same ones in every epoch.
+        """
         rng = np.random.default_rng(seed)
-        order = rng.permutation(len(self))
-        buckets = -(-self.lengths[order] // LENGTH_MULTIPLE)
-        order = order[np.argsort(buckets, kind="stable")]
+        order, lengths = rng.permutation(len(self)), self.lengths
+        size = batch_size * max(1, min(GROUP_BATCHES, len(self) // (4 * batch_size)))
+        groups = np.split(order, range(size, len(order), size))
+        order = np.concatenate([rows[np.argsort(lengths[rows], kind="stable")] for rows in groups])
         starts = np.arange(0, len(order), batch_size)
         for start in rng.permutation(starts)[first:]:
             yield self.batch(order[start : start + batch_size], device)
