@@ -1,8 +1,9 @@
-"""The numbers of a loss that may be more than a number: its weight and its temperature."""
+"""The numbers of a loss that may be more than a number: its weight, its temperature, and the share of a mixture."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from core.strict import StrictModel, one_message
 
@@ -70,4 +71,44 @@ Temperature = Annotated[
         description="Temperature T that softens both distributions; `{start, end}` for one that moves linearly over "
         "the steps, `{by, base, slope}` for one of each example."
     ),
+]
+
+
+class PerRow(StrictModel):
+    """A share α for each row, an example or a token: the larger, the more the one distribution rises above the other.
+
+    KL(a ‖ αa + (1-α)b) is (1-α)·g to the first order, with the gap g = Σ a(a - b) over the classes that are compared.
+    α = 1 - (1-base)·typical/g makes it the same for every row, as far as α may go: from `least`, also where g is not
+    above 0, to `most`. At base = most = 0.1 it is nearly a switch, from 0.91 of the typical gap to all of it.
+
+    α has no gradient.
+
+    Paper: Ko et al. 2025, "DistiLLM-2: A Contrastive Approach Boosts the Distillation of LLMs", section 3.2.
+    Deviation: The paper has one α for a whole text, by the geometric means of what a and b give its tokens, and takes
+    the mean of such gaps for the typical one. Here a token's α is its own, whatever texts and parts of a step it is
+    computed with: what the token that is there gets gives way to its expectation under a, and the mean to a number.
+    """
+
+    by: Literal["gap"] = Field(description="What moves it: how far the one distribution rises above the other.")
+    typical: float = Field(gt=0, lt=1, description="Gap at which α is `base`; gaps lie between -1 and 1.")
+    base: float = Field(0.1, gt=0, lt=1, description="At a typical gap.")
+    least: float = Field(0.01, gt=0, lt=1, description="No row gets less.")
+    most: float = Field(0.1, gt=0, lt=1, description="No row gets more; the paper's code stops at its base, 0.1.")
+
+    @model_validator(mode="after")
+    def _is_in_order(self) -> Self:
+        if not self.least <= self.base <= self.most:
+            raise PydanticCustomError("alpha", "least, base and most must rise")
+        return self
+
+    def of(self, log_a_NC: Any, log_b_NC: Any) -> Any:
+        """Returns the shares of a, alpha_N1 (torch)."""
+        a_NC, b_NC = log_a_NC.detach().exp(), log_b_NC.detach().exp()
+        gap_N1 = (a_NC * (a_NC - b_NC)).sum(-1, keepdim=True)
+        return (1 - (1 - self.base) * self.typical / gap_N1.clamp_min(1e-12)).clamp(self.least, self.most)
+
+
+Alpha = Annotated[
+    Annotated[float, Field(gt=0, lt=1)] | PerRow,
+    one_message("alpha", "an alpha is a number between 0 and 1, or {by: gap, typical: …} with least <= base <= most"),
 ]

@@ -111,7 +111,9 @@ class ExpectedStudent(BaseModel):
     """How large the student will be, as far as the files tell before it is made."""
 
     num_parameters: int | None = Field(
-        description="Without the head of a new task. Null: not known, as of a fresh student.", examples=[17_600_000]
+        description="With the head that the files have; that of a new task is another. Null: not known, as of a fresh "
+        "or narrower student of an architecture whose tensors the server does not know by name.",
+        examples=[17_600_000],
     )
     size_bytes: dict[str, int] = Field(
         description="About what each form that the spec exports takes.", examples=[{"safetensors": 70_400_000}]

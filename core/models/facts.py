@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from core.models.safetensors_header import Tensor
+from core.models.widths import Composition, find_composition
 
 NUMBERED = re.compile(r"(.*?)\.(\d+)\.")
 LAYER_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
@@ -28,6 +29,7 @@ class ModelFacts(BaseModel):
     vocab_size: int | None = None
     num_parameters: int | None = None
     layer_parameters: list[int] | None = Field(None, description="How many of the parameters each layer has.")
+    composition: Composition | None = Field(None, description="How its parameters follow from its widths, if known.")
     labels: list[str] | None = None
 
 
@@ -46,16 +48,17 @@ def read_facts(
         raise ValueError("config.json holds a NUL character; remove it")
     labels = config.get("id2label")
     weights = list(tensors or ())
-    num_layers = _first_int(config, LAYER_KEYS)
+    num_layers, states, num_heads = (_first_int(config, keys) for keys in (LAYER_KEYS, WIDTH_KEYS, HEAD_KEYS))
     return ModelFacts(
         model_type=model_type,
         architectures=config.get("architectures") or [],
         num_layers=num_layers,
-        hidden_size=_first_int(config, WIDTH_KEYS),
-        num_heads=_first_int(config, HEAD_KEYS),
+        hidden_size=states,
+        num_heads=num_heads,
         vocab_size=_first_int(config, ("vocab_size",)),
         num_parameters=sum(tensor.num_elements for tensor in weights) if weights else num_parameters,
         layer_parameters=_count_layers(weights, num_layers),
+        composition=find_composition(config, weights, states, num_heads),
         labels=[labels[key] for key in sorted(labels, key=int)] if isinstance(labels, dict) and labels else None,
     )
 

@@ -4,9 +4,11 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from pydantic import ValidationError
 from scipy.spatial.distance import cityblock, cosine
 from scipy.special import rel_entr, softmax
 from scipy.stats import wasserstein_distance
@@ -261,3 +263,64 @@ def test_a_temperature_of_each_example_is_that_of_the_example_alone(kind: str, s
         alone = built(kind, temperature=t_1)(z_BC[row : row + 1], u_BC[row : row + 1], y_B[:1])
         fixed_BC += torch.autograd.grad(alone.sum(), z_BC)[0]
     torch.testing.assert_close(found_BC, fixed_BC)
+
+
+MOVING = {"by": "gap", "typical": 0.15, "base": 0.2, "least": 0.05, "most": 0.9}
+
+
+def skew_by_hand(a_C: Any, b_C: Any, alpha: float, *, is_own: bool) -> tuple[float, Any]:
+    """Returns KL(a ‖ αa + (1-α)b) and its gradient by the student's logits, who is b, or a if the text is its own."""
+    mixture_C = alpha * a_C + (1 - alpha) * b_C
+    by_student_C = np.log(a_C / mixture_C) + 1 if is_own else -(1 - alpha) * a_C / mixture_C
+    q_C = a_C if is_own else b_C
+    return sum(rel_entr(a_C, mixture_C)), q_C * (by_student_C - q_C @ by_student_C)
+
+
+@pytest.mark.parametrize("is_own", [False, True])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_a_share_of_each_row_keeps_the_divergence_of_first_order(is_own: bool, temperature: float) -> None:
+    """Value and gradient, row by row: (1-α) Σ a(a - b) is the same wherever α is free to make it so."""
+    z_BC, u_BC, y_B = draw(2.5 * temperature)
+    method = LOSSES["contrastive"](alpha=MOVING, own_weight=0.5, temperature=temperature)
+    found_B = method.build(SimpleNamespace(is_own_text=is_own))(z_BC, DenseSignal(u_BC), y_B)
+    [found_BC] = torch.autograd.grad(found_B.sum(), z_BC)
+    weight, used = 0.5 if is_own else 1.5, []
+    for row in range(len(z_BC)):
+        p_C, q_C = (softmax(x[row].detach().numpy() / temperature) for x in (u_BC, z_BC))
+        a_C, b_C = (q_C, p_C) if is_own else (p_C, q_C)
+        gap = a_C @ (a_C - b_C)
+        wanted = 1 - 0.8 * 0.15 / gap if gap > 0 else 0
+        used.append(min(0.9, max(0.05, wanted)))
+        if used[-1] == wanted:
+            assert (1 - used[-1]) * gap == pytest.approx(0.8 * 0.15)
+        value, gradient_C = skew_by_hand(a_C, b_C, used[-1], is_own=is_own)
+        assert found_B[row].item() == pytest.approx(weight * temperature**2 * value, rel=1e-12)
+        np.testing.assert_allclose(found_BC[row], weight * temperature * gradient_C, rtol=1e-9, atol=1e-14)
+    assert len(set(used)) > 2
+
+
+@pytest.mark.parametrize("kind", ["contrastive", "skew_forward_kl", "skew_reverse_kl"])
+def test_a_share_of_each_row_is_that_of_the_row_alone(kind: str) -> None:
+    for size, dtype in ((2.0, torch.float64), (0.0, torch.float32), (1e4, torch.float32), (1e4, torch.bfloat16)):
+        z_BC, u_BC, y_B = draw(size, dtype)
+        loss = built(kind, alpha=MOVING)
+        found_B = loss(z_BC, u_BC, y_B)
+        alone = [loss(z_C[None], u_C[None], y_B[:1]) for z_C, u_C in zip(z_BC, u_BC, strict=True)]
+        torch.testing.assert_close(torch.cat(alone), found_B)
+        [found_BC] = torch.autograd.grad(found_B.sum(), z_BC)
+        assert found_B.isfinite().all()
+        assert (found_B >= -1e-12).all()
+        assert found_BC.isfinite().all()
+    same_B = loss(u_BC, u_BC, y_B)
+    torch.testing.assert_close(same_B, torch.zeros_like(same_B))
+    fixed = {"by": "gap", "typical": 0.15, "base": 0.3, "least": 0.3, "most": 0.3}
+    z_BC, u_BC, y_B = draw()
+    torch.testing.assert_close(built(kind, alpha=fixed)(z_BC, u_BC, y_B), built(kind, alpha=0.3)(z_BC, u_BC, y_B))
+
+
+@pytest.mark.parametrize(
+    "wrong", [0.0, 1, "gap", {"by": "gap"}, MOVING | {"most": 0.1}, MOVING | {"least": 0.3}, MOVING | {"slope": 1.0}]
+)
+def test_a_share_that_cannot_be_is_told(wrong: Any) -> None:
+    with pytest.raises(ValidationError, match=r"an alpha is a number between 0 and 1, or \{by: gap, typical"):
+        LOSSES["contrastive"](alpha=wrong)

@@ -65,6 +65,28 @@ def test_validate_tells_the_size_of_the_student(api: Api) -> None:
     }
 
 
+def test_validate_tells_the_size_of_a_student_with_other_widths(api: Api) -> None:
+    api.make_job()
+    ends = {"query": (4, 4), "key": (4, 4), "value": (4, 4)}
+    names = {f"attention.self.{end}": shape for end, shape in ends.items()}
+    names |= {"attention.output.dense": (4, 4), "intermediate.dense": (6, 4), "output.dense": (4, 6)}
+    shapes = {f"embeddings.{kind}_embeddings.weight": (count, 4) for kind, count in (("word", 10), ("position", 4))}
+    for number in range(2):
+        for name, shape in names.items():
+            shapes |= {
+                f"encoder.layer.{number}.{name}.{part}": x for part, x in (("weight", shape), ("bias", shape[:1]))
+            }
+    files = model_files(2, num_attention_heads=2) | {"model.safetensors": safetensors(shapes)}
+    api.push_model("wide", files)
+    for student, expected in (
+        ({"kind": "fresh", "num_layers": 1, "hidden_size": 2}, 14 * 2 + 4 * (4 + 2) + (6 + 3) + (6 + 2)),
+        ({"kind": "teacher_layers", "keep": [1], "hidden_size": 2}, 14 * 2 + 4 * (4 + 2) + (12 + 6) + (12 + 2)),
+        ({"kind": "fresh", "num_layers": 3}, 14 * 4 + 3 * (4 * (16 + 4) + (24 + 6) + (24 + 4))),
+    ):
+        found = api("POST", "/v1/jobs/validate", json=api.spec(teacher={"model": "wide"}, student=student))
+        assert found.json()["student"]["num_parameters"] == expected
+
+
 def test_etag_changes_with_the_job_only(api: Api) -> None:
     job_id = api.make_job()
     etag = api("GET", f"/v1/jobs/{job_id}").headers["ETag"]

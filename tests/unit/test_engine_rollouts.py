@@ -143,7 +143,7 @@ def test_a_stopped_stage_ends_with_the_same_bytes(bench: Bench, tmp_path: Path) 
 
 def test_given_and_own_texts_are_told_apart(bench: Bench) -> None:
     """The divergence of own texts alone is hundreds of times as heavy here, so that its steps stand out."""
-    loss = {"kind": "contrastive", "own_weight": 1.998}
+    loss = {"kind": "contrastive", "own_weight": 1.998, "alpha": {"by": "gap", "typical": 0.1}}
     policy = POLICY | {"share": {"start": 0.3, "step": 0.1}}
     stage = DISTILL | {"losses": [loss], "on_policy": policy, "epochs": 1}
     finished = bench.succeed(make_spec([stage], task=TASK, student=STUDENT), 0, "contrastive", labels=[])

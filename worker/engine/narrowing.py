@@ -12,23 +12,14 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from core.errors import StageFailed
+from core.models.widths import Widths
 from worker.engine import ranks
 from worker.engine.context import StageContext
 from worker.engine.features import find_attention, find_projections
-from worker.engine.students import find_inner_width, find_layers
+from worker.engine.students import find_layers, read_widths, set_widths
 
 Map: TypeAlias = Linear | Conv1D
 log = logging.getLogger(__name__)
-
-
-class Widths(NamedTuple):
-    """The widths of a model: states, neurons of a layer, a head, and heads, in groups that share keys and values."""
-
-    states: int
-    inner: int
-    head: int
-    num_heads: int
-    num_groups: int
 
 
 class Seen(NamedTuple):
@@ -70,9 +61,9 @@ def narrow(
     stack, _ = find_layers(model)
     layers = {f"{stack}.{number}": layer for number, layer in model.get_submodule(stack).named_children()}
     parts = {name: _find_part(layer, model.config) for name, layer in layers.items()}
-    widths = _read_widths(model.config)
+    widths = read_widths(model.config)
     config = _narrow_config(model.config, widths, hidden_size, intermediate_size)
-    new = _read_widths(config)
+    new = read_widths(config)
     seen = _look(ctx, model, [*layers.values()], [*parts.values()], widths)
     kept = Seen(
         _most(seen.states, new.states),
@@ -96,44 +87,26 @@ def _by_input(linear: Map) -> Tensor:
     return weight if isinstance(linear, Conv1D) else weight.T
 
 
-def _read_widths(config: PreTrainedConfig) -> Widths:
-    heads, name = config.num_attention_heads, find_inner_width(config)
-    return Widths(
-        states=config.hidden_size,
-        inner=getattr(config, name) if name else 4 * config.hidden_size,  # GPT-2 leaves it out
-        head=getattr(config, "head_dim", None) or config.hidden_size // heads,
-        num_heads=heads,
-        num_groups=getattr(config, "num_key_value_heads", None) or heads,
-    )
-
-
 def _narrow_config(
     config: PreTrainedConfig, old: Widths, hidden_size: int | None, intermediate_size: int | None
 ) -> PreTrainedConfig:
-    width, inner = hidden_size or old.states, intermediate_size or old.inner
-    heads = old.num_heads * width // old.states
-    groups = old.num_groups * width // old.states
-    is_whole = (old.num_heads * width) % old.states == 0 and (old.num_groups * width) % old.states == 0
-    if width > old.states or inner > old.inner or not is_whole or not groups:
+    new = old.narrowed(hidden_size, intermediate_size)
+    if new is None:
         message = (
             f"A '{config.model_type}' of {old.states} states, {old.num_heads} heads in {old.num_groups} groups and "
-            f"{old.inner} neurons cannot have {width} states and {inner} neurons."
+            f"{old.inner} neurons cannot have {hidden_size or old.states} states and {intermediate_size or old.inner} "
+            "neurons."
         )
         step = old.states // old.num_groups
         raise StageFailed("spec_invalid", message, suggestion=f"Choose fewer; a number of states is {step} times some.")
-    new = copy.deepcopy(config)
-    new.hidden_size, new.num_attention_heads = width, heads
-    if getattr(config, "num_key_value_heads", None):
-        new.num_key_value_heads = groups
-    if getattr(config, "head_dim", None):
-        new.head_dim = old.head
-    setattr(new, find_inner_width(config) or "n_inner", inner)
-    return new
+    narrower = copy.deepcopy(config)
+    set_widths(narrower, new)
+    return narrower
 
 
 def _find_part(layer: Module, config: PreTrainedConfig) -> Part:
     """Returns a layer's linear maps. Raises StageFailed where they cannot be told apart."""
-    widths = _read_widths(config)
+    widths = read_widths(config)
     linear = [module for module in layer.modules() if isinstance(module, Map)]
     inside = find_attention(layer)
     projections = cast("list[Map]", find_projections(layer))

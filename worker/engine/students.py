@@ -2,7 +2,6 @@
 
 import copy
 import logging
-import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from core.errors import StageFailed
+from core.models.widths import Widths
 from worker.engine.context import StageContext
 
 if TYPE_CHECKING:
@@ -87,29 +87,40 @@ def make_fresh(teacher: PreTrainedModel, sizes: "Fresh") -> PreTrainedModel:
     old = teacher.config
     num_layers = sizes.num_layers or old.num_hidden_layers
     config = _with_layers(teacher, [index % old.num_hidden_layers for index in range(num_layers)])
-    width = sizes.hidden_size or old.hidden_size
-    heads = sizes.num_heads or max(1, width * old.num_attention_heads // old.hidden_size)
-    config.hidden_size, config.num_attention_heads = width, heads
-    if getattr(old, "num_key_value_heads", None):
-        config.num_key_value_heads = math.gcd(heads, old.num_key_value_heads)
-    if getattr(old, "head_dim", None):
-        config.head_dim = width // heads
-    inner = find_inner_width(old)
-    if inner is not None:
-        scaled = round(getattr(old, inner) * width / old.hidden_size)
-        setattr(config, inner, sizes.intermediate_size or scaled)
-    elif sizes.intermediate_size:
-        config.n_inner = sizes.intermediate_size
+    widths = read_widths(old).resized(sizes.hidden_size, sizes.num_heads, sizes.intermediate_size)
+    set_widths(config, widths)
     try:
         student = type(teacher)._from_config(config, dtype=torch.float32)
     except (ValueError, RuntimeError, AssertionError) as error:
-        message = f"A '{old.model_type}' cannot have {heads} heads and a width of {width}: {error}"
+        message = f"A '{old.model_type}' cannot have {widths.num_heads} heads and a width of {widths.states}: {error}"
         raise StageFailed("spec_invalid", message, suggestion="Choose a width that the heads divide.") from error
     student.has_new_head = True
     return student
 
 
-def find_inner_width(config: PreTrainedConfig) -> str | None:
+def read_widths(config: PreTrainedConfig) -> Widths:
+    """Returns the widths that a config says, or that its model takes where it leaves them out."""
+    heads, name = config.num_attention_heads, _find_inner_width(config)
+    return Widths(
+        states=config.hidden_size,
+        inner=getattr(config, name) if name else 4 * config.hidden_size,  # GPT-2 leaves it out
+        head=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        num_heads=heads,
+        num_groups=getattr(config, "num_key_value_heads", None) or heads,
+    )
+
+
+def set_widths(config: PreTrainedConfig, widths: Widths) -> None:
+    """Puts widths into a config, those that it has names for."""
+    config.hidden_size, config.num_attention_heads = widths.states, widths.num_heads
+    if getattr(config, "num_key_value_heads", None):
+        config.num_key_value_heads = widths.num_groups
+    if getattr(config, "head_dim", None):
+        config.head_dim = widths.head
+    setattr(config, _find_inner_width(config) or "n_inner", widths.inner)
+
+
+def _find_inner_width(config: PreTrainedConfig) -> str | None:
     """Returns what a config calls the width inside its feed-forward layers; None where it leaves it out."""
     return next((name for name in INNER_WIDTHS if getattr(config, name, None)), None)
 

@@ -73,15 +73,22 @@ def jensen_shannon(log_p_BC: Tensor, log_q_BC: Tensor, beta: float = 0.5) -> Ten
     return beta * forward_kl(log_p_BC, log_m_BC) + (1 - beta) * forward_kl(log_q_BC, log_m_BC)
 
 
-def skew_forward_kl(log_p_BC: Tensor, log_q_BC: Tensor, alpha: float = 0.1) -> Tensor:
+def skew_forward_kl(log_p_BC: Tensor, log_q_BC: Tensor, alpha: float | Tensor = 0.1) -> Tensor:
     """Returns KL(p ‖ αp + (1-α)q).
 
     Paper: Ko, Kim, Chen, Yun 2024, "DistiLLM: Towards Streamlined Distillation for Large Language Models", section 3.1.
+
+    Args:
+        log_p_BC: The teacher's distribution.
+        log_q_BC: The student's.
+        alpha: Share of the teacher in the mixture, a number or one a row, alpha_B1.
     """
     return forward_kl(log_p_BC, _log_mixture(log_p_BC, log_q_BC, alpha))
 
 
-def skew_reverse_kl(log_p_BC: Tensor, log_q_BC: Tensor, alpha: float = 0.1, detach_mixture: bool = False) -> Tensor:
+def skew_reverse_kl(
+    log_p_BC: Tensor, log_q_BC: Tensor, alpha: float | Tensor = 0.1, detach_mixture: bool = False
+) -> Tensor:
     """Returns KL(q ‖ (1-α)p + αq).
 
     Paper: Ko, Kim, Chen, Yun 2024, "DistiLLM: Towards Streamlined Distillation for Large Language Models", section 3.1;
@@ -90,7 +97,7 @@ def skew_reverse_kl(log_p_BC: Tensor, log_q_BC: Tensor, alpha: float = 0.1, deta
     Args:
         log_p_BC: The teacher's distribution.
         log_q_BC: The student's.
-        alpha: Share of the student in the mixture.
+        alpha: Share of the student in the mixture, a number or one a row, alpha_B1.
         detach_mixture: Take the mixture as a constant: no gradient through it.
     """
     log_m_BC = _log_mixture(log_q_BC, log_p_BC, alpha)
@@ -142,6 +149,8 @@ def logit_mse(student_BC: Tensor, teacher_BC: Tensor, centred: bool = True) -> T
     return gap_BC.square().mean(dim=-1)
 
 
-def _log_mixture(log_a_BC: Tensor, log_b_BC: Tensor, share: float) -> Tensor:
-    """Returns the logarithm of share·a + (1-share)·b, for a share strictly between 0 and 1."""
+def _log_mixture(log_a_BC: Tensor, log_b_BC: Tensor, share: float | Tensor) -> Tensor:
+    """Returns the logarithm of share·a + (1-share)·b, for a share strictly between 0 and 1, of all rows or one each."""
+    if isinstance(share, Tensor):
+        return torch.logaddexp(log_a_BC + share.log(), log_b_BC + (-share).log1p())
     return torch.logaddexp(log_a_BC + math.log(share), log_b_BC + math.log1p(-share))

@@ -1,6 +1,7 @@
 """The head and its loss in chunks are the head and its loss at once."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,9 +35,9 @@ def gradients(head: Head) -> list[Tensor]:
     return [x.grad for x in head if x is not None]
 
 
-def objective(*kinds: str) -> Objective:
+def objective(*kinds: str, **settings: Any) -> Objective:
     ctx = SimpleNamespace(is_own_text=False)
-    return Objective([Term(kind, 0.5 + i, LOSSES[kind]().build(ctx)) for i, kind in enumerate(kinds)])
+    return Objective([Term(kind, 0.5 + i, LOSSES[kind](**settings).build(ctx)) for i, kind in enumerate(kinds)])
 
 
 @pytest.mark.parametrize("chunk", [1, 4, N, 100, None])
@@ -61,13 +62,17 @@ def test_chunks_are_autograd_through_all_logits(chunk: int | None, bias: bool) -
     assert all(x is None or x.grad is None for x in teacher)
 
 
-@pytest.mark.parametrize("kind", sorted(LOSSES))
-def test_chunks_change_no_loss(kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [*((kind, {}) for kind in sorted(LOSSES)), ("contrastive", {"alpha": {"by": "gap", "typical": 0.3, "most": 0.8}})],
+)
+def test_chunks_change_no_loss(kind: str, settings: dict[str, Any]) -> None:
     seen = []
     for chunk in (3, None):
         head = make_head(1)
         signal = DenseSignal(F.linear(*make_head(4)).detach())
-        seen.append((backward_through_head(head, objective(kind), signal, labels(), N, chunk), gradients(head)))
+        numbers = backward_through_head(head, objective(kind, **settings), signal, labels(), N, chunk)
+        seen.append((numbers, gradients(head)))
     assert seen[0][0] == pytest.approx(seen[1][0])
     for one, other in zip(seen[0][1], seen[1][1], strict=True):
         torch.testing.assert_close(one, other)

@@ -1,12 +1,12 @@
 """Forward KL to a mixture of teacher and student."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
 from core.methods import Divergence
+from core.weights import Alpha, PerRow
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,10 +19,14 @@ class SkewForwardKL(Divergence):
     """
 
     kind: Literal["skew_forward_kl"] = "skew_forward_kl"
-    alpha: float = Field(0.1, gt=0, lt=1, description="Share α of the teacher in the mixture.")
+    alpha: Alpha = Field(0.1, description="Share α of the teacher in the mixture; `{by: gap, typical}` for one a row.")
 
     def measure(self) -> "Callable[[Tensor, Tensor], Tensor]":
         """Returns the distance of p and q."""
         from worker.kernels.divergences import skew_forward_kl
 
-        return partial(skew_forward_kl, alpha=self.alpha)
+        def distance(log_p_NC: "Tensor", log_q_NC: "Tensor") -> "Tensor":
+            alpha = self.alpha.of(log_p_NC, log_q_NC) if isinstance(self.alpha, PerRow) else self.alpha
+            return skew_forward_kl(log_p_NC, log_q_NC, alpha)
+
+        return distance

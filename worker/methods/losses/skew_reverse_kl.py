@@ -1,12 +1,12 @@
 """Reverse KL to a mixture of teacher and student."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
 from core.methods import Divergence
+from core.weights import Alpha, PerRow
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,11 +20,15 @@ class SkewReverseKL(Divergence):
     """
 
     kind: Literal["skew_reverse_kl"] = "skew_reverse_kl"
-    alpha: float = Field(0.1, gt=0, lt=1, description="Share α of the student in the mixture.")
+    alpha: Alpha = Field(0.1, description="Share α of the student in the mixture; `{by: gap, typical}` for one a row.")
     detach_mixture: bool = Field(False, description="Take the mixture as a constant: no gradient through it.")
 
     def measure(self) -> "Callable[[Tensor, Tensor], Tensor]":
         """Returns the distance of p and q."""
         from worker.kernels.divergences import skew_reverse_kl
 
-        return partial(skew_reverse_kl, alpha=self.alpha, detach_mixture=self.detach_mixture)
+        def distance(log_p_NC: "Tensor", log_q_NC: "Tensor") -> "Tensor":
+            alpha = self.alpha.of(log_q_NC, log_p_NC) if isinstance(self.alpha, PerRow) else self.alpha
+            return skew_reverse_kl(log_p_NC, log_q_NC, alpha, detach_mixture=self.detach_mixture)
+
+        return distance

@@ -39,6 +39,13 @@ class Fresh(Student):
             return [Problem("num_heads", f"{self.num_heads} heads cannot share a width of {width}; choose a divisor")]
         return []
 
+    def count_parameters(self, start: ModelFacts) -> int | None:
+        """Returns those of the teacher's architecture in these sizes."""
+        made, num_layers = start.composition, self.num_layers or start.num_layers
+        if made is None or num_layers is None:
+            return None
+        return made.count(made.widths.resized(self.hidden_size, self.num_heads, self.intermediate_size), num_layers)
+
     def build(self, ctx: "StageContext") -> "PreTrainedModel":
         """Returns a new model."""
         from worker.engine.students import make_fresh

@@ -86,7 +86,9 @@ class TeacherLayers(Student):
 
     def count_parameters(self, start: ModelFacts) -> int | None:
         """Returns those of the teacher without the layers that go; None where a rule chooses among unequal ones."""
-        if start.num_parameters is None or start.layer_parameters is None or self.is_narrower:
+        if self.is_narrower:
+            return self._count_narrower(start)
+        if start.num_parameters is None or start.layer_parameters is None:
             return None
         layers = start.layer_parameters
         if isinstance(self.keep, Choice):
@@ -94,6 +96,12 @@ class TeacherLayers(Student):
         else:
             kept = sum(layers[index] for index in self.keep)
         return None if kept is None else start.num_parameters - sum(layers) + kept
+
+    def _count_narrower(self, start: ModelFacts) -> int | None:
+        made = start.composition
+        widths = made.widths.narrowed(self.hidden_size, self.intermediate_size) if made else None
+        num_layers = self.keep.count if isinstance(self.keep, Choice) else len(self.keep)
+        return made.count(widths, num_layers) if made and widths else None
 
     def build(self, ctx: "StageContext") -> "PreTrainedModel":
         """Returns the teacher cut down to the kept layers and widths."""
