@@ -321,6 +321,17 @@ def test_layers_are_chosen_by_a_rule() -> None:
     assert chosen == {"first": [0, 1], "last": [2, 3], "uniform": [1, 3]}
 
 
+def test_a_first_layer_that_is_unlike_the_others_stays() -> None:
+    """A ModernBERT's lacks a norm that each other layer begins with."""
+    teacher = make(next(config for config in CONFIGS if config.model_type == "modernbert"))
+    chosen = choose_layers(None, teacher, 2, "uniform")  # type: ignore[arg-type]
+    assert chosen == [0, 3]
+    assert keep_layers(teacher, chosen).config.num_hidden_layers == 2
+    with pytest.raises(StageFailed, match="unlike the others") as caught:
+        keep_layers(teacher, [1, 3])
+    assert caught.value.suggestion == "Keep layer 0, as in [0, 3]."
+
+
 def test_the_layers_that_matter_most_are_kept() -> None:
     """By a score that falls with each layer that is missing, by as much as the layer is worth."""
     teacher, worth = make(CONFIGS[0]), [3.0, 0.5, 2.0, 1.0]

@@ -36,25 +36,28 @@ def choose_layers(ctx: StageContext, teacher: PreTrainedModel, count: int, rule:
     Raises:
         StageFailed: By importance, of a teacher that has learned nothing of the task.
     """
-    num_layers = find_layers(teacher)[1]
+    num_layers, stays = find_layers(teacher)[1], _is_first_unlike(teacher)
     if rule == "importance":
-        return _keep_important(ctx, teacher, num_layers, count)
+        return _keep_important(ctx, teacher, list(range(num_layers)), count, stays=stays)
     first = list(range(count))
     uniform = [(index + 1) * num_layers // count - 1 for index in first]
+    if stays:
+        uniform[0] = 0
     return {"first": first, "last": [num_layers - count + index for index in first], "uniform": uniform}[rule]
 
 
-def _keep_important(ctx: StageContext, teacher: PreTrainedModel, num_layers: int, count: int) -> list[int]:
+def _keep_important(
+    ctx: StageContext, teacher: PreTrainedModel, kept: list[int], count: int, *, stays: bool
+) -> list[int]:
     if teacher.has_new_head:
         message = "The teacher has no head for the task, so nothing tells which of its layers are important."
         hint = "Put a finetune stage before this one, or choose layers by another rule."
         raise StageFailed("spec_invalid", message, suggestion=hint)
     path = ctx.find_split("validation") or ctx.get_split("train")
     data = ctx.task.sample(path, teacher, ctx.load_tokenizer("teacher"))
-    kept = list(range(num_layers))
     while len(kept) > count:
         scored = []
-        for layer in kept:
+        for layer in kept[1:] if stays else kept:
             rest = [other for other in kept if other != layer]
             model = keep_layers(teacher, rest).to(ctx.device)
             scored.append((ctx.task.rank(ctx.task.score(model, data, ctx.check_stop))[-1], rest))
@@ -69,13 +72,23 @@ def keep_layers(teacher: PreTrainedModel, keep: list[int]) -> PreTrainedModel:
     The student is built from a changed config and filled by name, so that stock `transformers` builds it again.
 
     Raises:
-        StageFailed: The model keeps its layers in no single list as long as its config says.
+        StageFailed: The model keeps its layers in no single list as long as its config says, or another would take
+            the place of a first layer that is unlike it.
     """
     stack, _ = find_layers(teacher)
+    if keep[0] != 0 and _is_first_unlike(teacher):
+        message = f"The first layer of a '{teacher.config.model_type}' is unlike the others: none can take its place."
+        raise StageFailed("spec_invalid", message, suggestion=f"Keep layer 0, as in {[0, *keep[1:]]}.")
     student = type(teacher)._from_config(_with_layers(teacher, keep), dtype=torch.float32)
     student.has_new_head = teacher.has_new_head
     student.load_state_dict(renumber(teacher.state_dict(), stack, keep))
     return student
+
+
+def _is_first_unlike(model: PreTrainedModel) -> bool:
+    """Returns whether the first layer has other tensors than the second, as a ModernBERT's, which lacks a norm."""
+    names = [list(layer.state_dict()) for layer in model.get_submodule(find_layers(model)[0]).children()]
+    return names[0] != names[min(1, len(names) - 1)]
 
 
 def make_fresh(teacher: PreTrainedModel, sizes: "Fresh") -> PreTrainedModel:
