@@ -29,6 +29,13 @@ def test_a_label_has_the_probability_of_the_tokens_that_begin_it() -> None:
     assert shares({"neg": 0.2, "neu": 0.1, "pos": 0.1, "The": 0.6}) == pytest.approx([0.5, 0.25, 0.25])
 
 
+def test_a_token_of_a_longer_word_is_no_label() -> None:
+    top = {" he": math.log(0.2), " her": math.log(0.5), " she, ": math.log(0.3)}
+    torch.testing.assert_close(read_probabilities(top, ["he", "she"]).exp(), torch.tensor([0.4, 0.6]))
+    top = {"10": math.log(0.6), "1": math.log(0.2), "2": math.log(0.2)}  # "1" begins both
+    torch.testing.assert_close(read_probabilities(top, ["1", "2", "10"]).exp(), torch.tensor([0.1, 0.2, 0.7]))
+
+
 def test_labels_that_are_not_told_share_what_is_left_below_the_least_token() -> None:
     assert shares({"pos": 0.9, "The": 0.04}) == pytest.approx([0.03 / 0.96, 0.03 / 0.96, 0.9 / 0.96])
     assert shares({"pos": 0.5, "The": 0.02}) == pytest.approx([0.02 / 0.54, 0.02 / 0.54, 0.5 / 0.54])
