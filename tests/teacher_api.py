@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import httpx
+
 from tests.pico import WORDS
 
 KEY = "sk-teacher-0123456789"
@@ -90,6 +92,17 @@ class TeacherApi:
         """Returns what is answered, with what it costs."""
         usage = {"prompt_tokens": PROMPT_TOKENS, "completion_tokens": COMPLETION_TOKENS}
         return {"object": "chat.completion" if is_chat else "text_completion", "choices": [choice], "usage": usage}
+
+
+class Forwarder(TeacherApi):
+    """Has another API answer, a real one at this address."""
+
+    def __init__(self, address: str) -> None:
+        super().__init__()
+        self._client = httpx.Client(base_url=address)
+
+    def answer(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        return self._client.post(path, json=body).raise_for_status().json()
 
 
 def _handler(api: TeacherApi) -> type[BaseHTTPRequestHandler]:

@@ -7,6 +7,7 @@ it again. A request that was sent when this process died is asked again; it carr
 import hashlib
 import json
 import logging
+import math
 import random
 import threading
 from collections.abc import Callable
@@ -200,22 +201,27 @@ def read_answer(endpoint: str, data: dict[str, Any]) -> Answer:
     """Returns what is kept of an answer in the shapes of the OpenAI API. Raises ValueError, KeyError and the like."""
     choice = data["choices"][0]
     told = choice.get("logprobs") or {}
-    if endpoint == "chat":
-        text = choice["message"]["content"] or ""
-        tops = [
-            {_sound(one["token"]): float(one["logprob"]) for one in place["top_logprobs"]}
-            for place in told.get("content") or []
-        ]
-        tokens = [place["token"] for place in told.get("content") or []]
+    text = (choice["message"]["content"] or "") if endpoint == "chat" else choice["text"]
+    if "content" in told:  # of a chat; llama.cpp gives completions this shape, too
+        places = told["content"] or []
+        tokens = [place["token"] for place in places]
+        tops = [[(one["token"], one["logprob"]) for one in place["top_logprobs"]] for place in places]
     else:
-        text = choice["text"]
-        tops = [
-            {_sound(token): float(log_p) for token, log_p in place.items()} for place in told.get("top_logprobs") or []
-        ]
         tokens = told.get("tokens") or []
-    first = next((top for token, top in zip(tokens, tops, strict=False) if token.strip() and top), None)
+        tops = [list(place.items()) for place in told.get("top_logprobs") or []]
+    first = next((_by_text(top) for token, top in zip(tokens, tops, strict=False) if token.strip() and top), None)
     usage = data.get("usage") or {}
     return Answer(_sound(text), first, int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0))
+
+
+def _by_text(top: list[tuple[str, float]]) -> dict[str, float]:
+    """Returns log p by text; tokens of one text, such as a letter and its byte, are together as likely as their sum."""
+    found: dict[str, float] = {}
+    for token, log_p in top:
+        text, one = _sound(token), float(log_p)
+        more, less = max(one, found.get(text, -math.inf)), min(one, found.get(text, -math.inf))
+        found[text] = more + math.log1p(math.exp(less - more))
+    return found
 
 
 def _sound(text: str) -> str:

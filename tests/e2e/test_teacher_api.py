@@ -1,22 +1,30 @@
 """Jobs whose teacher is behind an API: it is paid once, its key stays with the supervisor, and its faults are told."""
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import torch
 from cryptography.fernet import Fernet
+from safetensors.torch import load
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests import pico
 from tests.e2e.stack import Stack, children_of, free_port, until
 from tests.engine_bench import teach_classes
-from tests.teacher_api import COMPLETION_TOKENS, KEY, PROMPT_TOKENS, TeacherApi
+from tests.llama_cpp import STORIES, needs_stories, serving, write_gguf
+from tests.teacher_api import COMPLETION_TOKENS, KEY, PROMPT_TOKENS, Forwarder, TeacherApi
+from worker.asking import read_answer
 
 SETTINGS = {"STILLHOUSE_SECRET_KEY": Fernet.generate_key().decode(), "STILLHOUSE_TEACHER_HOSTS": "127.0.0.1"}
 ROWS = {"train": 180, "validation": 45, "test": 60}
@@ -238,3 +246,152 @@ def answers(url: str) -> bool:
         return httpx.get(url).status_code == 200
     except httpx.TransportError:
         return False
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Iterator[str]:
+    """The address of a llama.cpp server of the model of stories."""
+    with serving(write_gguf(STORIES, tmp_path / "stories.gguf")) as address:
+        yield address
+
+
+@dataclass
+class Stories:
+    """The same model in stock transformers."""
+
+    model: Any = field(default_factory=lambda: AutoModelForCausalLM.from_pretrained(STORIES).eval())
+    tokenizer: Any = field(default_factory=lambda: AutoTokenizer.from_pretrained(STORIES))
+
+    @torch.no_grad()
+    def tell_next(self, prompt: str) -> torch.Tensor:
+        """Returns log p of every token after a prompt, log_p_V."""
+        ids = torch.tensor([self.tokenizer(prompt).input_ids])
+        return self.model(input_ids=ids).logits[0, -1].double().log_softmax(dim=-1)
+
+    def score(self, prompt: str, words: list[str]) -> torch.Tensor:
+        """Returns log p of the words by the 20 likeliest tokens that they begin with, all words being among these."""
+        p_K, ids = self.tell_next(prompt).exp().topk(20)
+        starts = [token.removeprefix("▁").lower() for token in self.tokenizer.convert_ids_to_tokens(ids.tolist())]
+        assert set(words) <= set(starts)
+        hits_CK = torch.tensor([[start != "" and word.startswith(start) for start in starts] for word in words])
+        p_C = (hits_CK * p_K).sum(dim=-1)
+        return (p_C / p_C.sum()).log()
+
+
+@needs_stories
+def test_llama_cpp_is_read_as_the_same_model_in_transformers(llama: str) -> None:
+    stories, api = Stories(), httpx.Client(base_url=llama)
+    text = "Once upon a  time, Ben's 2 dögs 😀\n met"
+    told = api.post("/tokenize", json={"content": text, "add_special": True}).json()["tokens"]
+    assert told == stories.tokenizer(text).input_ids
+    body = {"prompt": "Once upon a time", "max_tokens": 100, "temperature": 0.0, "logprobs": 512}
+    answer = api.post("/v1/completions", json=body).json()
+    ids = torch.tensor([stories.tokenizer(body["prompt"]).input_ids])
+    written = stories.model.generate(input_ids=ids, max_new_tokens=100, do_sample=False)[0]
+    places = answer["choices"][0]["logprobs"]["content"]
+    assert [place["id"] for place in places] == written[ids.shape[1] :].tolist()
+    found_V = torch.zeros(512).double()
+    for one in places[0]["top_logprobs"]:
+        found_V[one["id"]] = one["logprob"]
+    torch.testing.assert_close(found_V, stories.tell_next(body["prompt"]), atol=1e-4, rtol=0)
+    read = read_answer("completions", answer)
+    assert read.text == answer["choices"][0]["text"]
+    assert (read.prompt_tokens, read.completion_tokens) == (ids.shape[1], 100)
+    assert sum(math.exp(log_p) for log_p in read.top.values()) == pytest.approx(1.0, abs=1e-5)
+
+
+BECAUSE = "{text} because"
+WHO = {
+    "she": ["Lily", "Mia", "Sue", "Jane", "Amy", "Anna", "The girl", "The mom"],
+    "he": ["Ben", "Tim", "Tom", "Max", "Sam", "Jack", "The boy", "The dad"],
+    "it": ["The ball", "The box", "The car", "The boat", "The tree", "The cake", "The door", "The house"],
+}
+HOW = {"train": ["big", "old", "red"], "validation": ["small"], "test": ["new"]}
+
+
+def tell_stories(folder: Path) -> dict[str, Path]:
+    """Writes splits of texts after which `because` is mostly followed by their label."""
+    folder.mkdir()
+    splits = {split: folder / f"{split}.jsonl" for split in HOW}
+    for split, path in splits.items():
+        rows = [
+            {"text": f"{name} was very {how}. {name} was happy", "label": label}
+            for how in HOW[split]
+            for label, names in WHO.items()
+            for name in names
+        ]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return splits
+
+
+def submit_stories(stack: Stack, url: str, stages: list[dict[str, Any]], **teacher: Any) -> str:
+    return stack.submit(
+        teacher={"kind": "openai", "base_url": url, "model": "stories", "prompt": BECAUSE} | teacher,
+        student={"kind": "pretrained", "model": "storyteller"},
+        data="stories",
+        stages=stages,
+    )
+
+
+def check_answers(stack: Stack, job_id: str, splits: dict[str, Path], prompt: str) -> None:
+    """Compares what the first stage kept, and how good it found the teacher, with the model in transformers."""
+    job, stories, labels, wanted = stack.wait(job_id), Stories(), sorted(WHO), {}
+    assert job["state"] == "succeeded", json.dumps(job, indent=1)
+    for split, path in splits.items():
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        wanted[split] = torch.stack([stories.score(prompt.format(text=row["text"]), labels) for row in rows])
+        if split == "validation":
+            hits = [labels[one] == row["label"] for one, row in zip(wanted[split].argmax(dim=-1), rows, strict=True)]
+    kept = load(stack.http.get(f"/v1/jobs/{job_id}/artifacts/answers/answers.safetensors").content)
+    torch.testing.assert_close(kept["logits"].double(), wanted["train"], atol=1e-4, rtol=0)
+    if "test" in kept:
+        torch.testing.assert_close(kept["test"].double(), wanted["test"], atol=1e-4, rtol=0)
+    accuracy = job["stages"][0]["summary"]["teacher_validation"]["accuracy"]
+    assert accuracy == pytest.approx(sum(hits) / len(hits))
+
+
+@needs_stories
+def test_llama_cpp_teaches_by_its_probabilities_and_is_asked_once_though_the_worker_is_killed(
+    llama: str, stack: Stack, tmp_path: Path
+) -> None:
+    splits = tell_stories(tmp_path / "stories")
+    stack.push_data(splits, "stories")
+    stack.push_model(STORIES, "storyteller")
+    api, at_once, num_kept = Forwarder(llama), 8, 30
+    stages = [
+        {"kind": "answer", "splits": list(HOW)},
+        DISTILL | {"epochs": 6},
+        {"kind": "evaluate", "latency_samples": 10},
+    ]
+    with api.serving() as url:
+        api.left = num_kept
+        worker = stack.start_worker(**SETTINGS)
+        asking = {"endpoint": "completions", "answer_tokens": 1, "concurrency": at_once}
+        job_id = submit_stories(stack, url, stages, **asking)
+        until(lambda: stack.job(job_id)["stages"][0]["step"] == num_kept and len(api.seen) == num_kept + at_once)
+        kept = set(api.delivered)
+        worker.send_signal(signal.SIGKILL)
+        worker.wait()
+        api.release()
+        stack.start_worker(**SETTINGS)
+        job = stack.wait(job_id)
+    check_answers(stack, job_id, splits, BECAUSE)
+    asked = Counter(json.dumps(body, sort_keys=True) for body in api.seen)
+    num_texts = sum(len(path.read_text().splitlines()) for path in splits.values())
+    assert len(kept) == num_kept
+    assert {asked[body] for body in kept} == {1}
+    assert Counter(asked.values()) == {1: num_texts - at_once, 2: at_once}  # twice what was on its way, unanswered
+    paid = stack.http.get(f"/v1/jobs/{job_id}/usage").json()["teacher"]
+    assert (paid["requests"], paid["completion_tokens"]) == (num_texts, num_texts)
+    done = dict(line.split() for line in httpx.get(f"{llama}/metrics").text.splitlines() if line[0] != "#")
+    assert float(done["llamacpp:tokens_predicted_total"]) == num_texts
+    rows = {row["name"]: row for row in job["stages"][2]["summary"]["models"]}
+    assert rows["teacher"]["accuracy"] > 0.9
+    assert rows["student"]["agreement"] > 0.9
+
+    system, short = "Mom and dad went to the park. ", [{"kind": "answer"}]
+    job_id = submit_stories(stack, f"{llama}/v1", short, system=system)
+    check_answers(stack, job_id, splits, system + BECAUSE)  # as the template CHAT puts a chat
+    long = stack.wait(submit_stories(stack, f"{llama}/v1", short, prompt="so " * 600 + BECAUSE))
+    assert (long["state"], long["error"]["reason"]) == ("failed", "teacher_unavailable")
+    assert "exceeds the available context size" in long["error"]["message"]

@@ -29,6 +29,13 @@ def test_a_label_has_the_probability_of_the_tokens_that_begin_it() -> None:
     assert shares({"neg": 0.2, "neu": 0.1, "pos": 0.1, "The": 0.6}) == pytest.approx([0.5, 0.25, 0.25])
 
 
+def test_a_token_of_a_longer_word_is_no_label() -> None:
+    top = {" he": math.log(0.2), " her": math.log(0.5), " she, ": math.log(0.3)}
+    torch.testing.assert_close(read_probabilities(top, ["he", "she"]).exp(), torch.tensor([0.4, 0.6]))
+    top = {"10": math.log(0.6), "1": math.log(0.2), "2": math.log(0.2)}  # "1" begins both
+    torch.testing.assert_close(read_probabilities(top, ["1", "2", "10"]).exp(), torch.tensor([0.1, 0.2, 0.7]))
+
+
 def test_labels_that_are_not_told_share_what_is_left_below_the_least_token() -> None:
     assert shares({"pos": 0.9, "The": 0.04}) == pytest.approx([0.03 / 0.96, 0.03 / 0.96, 0.9 / 0.96])
     assert shares({"pos": 0.5, "The": 0.02}) == pytest.approx([0.02 / 0.54, 0.02 / 0.54, 0.5 / 0.54])
@@ -98,10 +105,24 @@ def test_answers_are_read_in_both_shapes() -> None:
         0,
         0,
     )
+    alike = {"choices": [{"text": "\npos", "logprobs": {"content": places}}]}  # completions of llama.cpp
+    assert read_answer("completions", alike) == ("\npos", {"pos": -0.2, "neg": -2.0}, 0, 0)
+    assert read_answer("completions", {"choices": [{"text": "a", "logprobs": {"content": None}}]}).top is None
     assert read_answer("chat", {"choices": [{"message": {"content": None}}]}).text == ""
     for bad in ({}, {"choices": []}, {"choices": [{"message": {"content": 5}}]}, {"choices": [{"text": "a"}]}, []):
         with pytest.raises((ValueError, KeyError, TypeError, IndexError, AttributeError)):
             read_answer("chat", bad)
+
+
+def test_tokens_of_one_text_are_as_likely_as_their_sum() -> None:
+    some = [("a", 0.5), ("\ufffd", 0.2), ("\ufffd", 0.1), ("a", 0.05)]  # a byte last
+    top = [{"token": token, "logprob": math.log(p)} for token, p in some] + [{"token": "b", "logprob": -9999.0}] * 2
+    choice = {"message": {"content": "a"}, "logprobs": {"content": [{"token": "a", "top_logprobs": top}]}}
+    found = read_answer("chat", {"choices": [choice]}).top
+    assert found is not None
+    assert {token: math.exp(log_p) for token, log_p in found.items()} == pytest.approx(
+        {"a": 0.55, "\ufffd": 0.3, "b": 0}
+    )
 
 
 BAD = [

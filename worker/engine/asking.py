@@ -98,16 +98,15 @@ def read_labels(answers: Sequence[dict[str, Any]], words: Sequence[str], smoothi
 def read_probabilities(top: dict[str, float], words: Sequence[str]) -> Tensor | None:
     """Returns log p of the labels by the likeliest first tokens, `{token: log p}`; None if they begin none.
 
-    A token that begins several words counts for each with an equal share. Labels that none of the tokens begins share
-    what all tokens leave of 1, but none has more than the least likely token told, of which there would be more.
+    A token that begins several words counts for each with an equal share, one that goes on to a longer word (`her` for
+    `he`) for none. Labels that none of the tokens begins share what all tokens leave of 1, but none has more than the
+    least likely token told, of which there would be more.
     """
     p_C = torch.zeros(len(words), dtype=torch.float64)
     shown = {token: float(torch.tensor(log_p, dtype=torch.float64).exp()) for token, log_p in top.items()}
     for token, p in shown.items():
         start = _plain(token)
-        hits = [
-            index for index, word in enumerate(words) if start and (word.startswith(start) or start.startswith(word))
-        ]
+        hits = [index for index, word in enumerate(words) if start and (word.startswith(start) or _begins(word, start))]
         if hits:
             p_C[hits] += p / len(hits)
     if not p_C.any():
@@ -121,11 +120,16 @@ def read_probabilities(top: dict[str, float], words: Sequence[str]) -> Tensor | 
 def name_label(text: str, words: Sequence[str]) -> int | None:
     """Returns the label that an answer names: the longest that it begins with, or the only one that it mentions."""
     answer = _plain(text)
-    begun = [index for index, word in enumerate(words) if re.match(rf"{re.escape(word)}(?!\w)", answer)]
+    begun = [index for index, word in enumerate(words) if _begins(word, answer)]
     if begun:
         return max(begun, key=lambda index: len(words[index]))
     mentioned = [index for index, word in enumerate(words) if re.search(rf"(?<!\w){re.escape(word)}(?!\w)", answer)]
     return mentioned[0] if len(mentioned) == 1 else None
+
+
+def _begins(word: str, text: str) -> bool:
+    """Returns whether a text begins with a word that ends there: with `he`, `he said` does, and `her` does not."""
+    return re.match(rf"{re.escape(word)}(?!\w)", text) is not None
 
 
 def _plain(text: str) -> str:
