@@ -55,9 +55,10 @@ class Ensemble(Teacher):
         }
 
     def content(self) -> dict[str, Any]:
-        """Returns the settings on which the answers depend."""
-        weights = [member.weight for member in self.members]
-        return {"kind": self.kind, "weights": weights, "weighting": self.weighting}
+        """Returns the settings on which the answers depend, with the role of each model for its name."""
+        pairs = zip(self.sources(), self.members, strict=True)
+        members = [{"model": role, "weight": member.weight} for role, member in pairs]
+        return {"kind": self.kind, "members": members, "weighting": self.weighting}
 
     def check(self, spec: "JobSpec") -> list[Problem]:
         """Returns what is wrong with the task or the weighting."""
