@@ -2,7 +2,6 @@
 
 import logging
 import math
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,9 +22,8 @@ from worker.engine.blocks import NOWHERE, Blocks, count_bytes_of_texts, read_pro
 from worker.engine.data import Batch
 from worker.engine.evaluation import Card, Column, Measured, Quality, Row, list_candidates
 from worker.engine.loading import load_language_model, save_language_model
-from worker.engine.measuring import count_bytes, time_singles
+from worker.engine.measuring import as_forward, count_bytes, measure_speed, time_singles
 from worker.engine.rendering import if_known, percent
-from worker.engine.runtimes import Forward
 from worker.engine.scores import bootstrap_sums, same_first
 from worker.engine.tasks import Kept, Scores
 from worker.engine.teaching import AnswersKept, AnswersOnline, Teaching, load_teacher
@@ -42,7 +40,6 @@ if TYPE_CHECKING:
 
 SAMPLED_ROWS = 1024
 CHECKED_TOKENS = 8
-SPEED_BLOCKS = 8
 MAX_LOSS = 700.0  # whose exponential is still a number
 SAME_TOKENS = "Choose a student with the teacher's tokenizer; other tokens cannot be compared one by one."
 CPU = torch.device("cpu")
@@ -342,27 +339,6 @@ def has_plain_head(model: PreTrainedModel) -> bool:
         is_plain = fits and torch.allclose(layer(hidden_BTD), logits_BTV, rtol=1e-4, atol=1e-4)
     model.train(was_training)
     return is_plain
-
-
-def as_forward(model: PreTrainedModel) -> Forward:
-    """Returns the model as a function from inputs to logits."""
-
-    def forward(inputs: dict[str, Tensor]) -> NDArray[np.float32]:
-        with torch.inference_mode():
-            logits_BTV: NDArray[np.float32] = model(**inputs, use_cache=False).logits.numpy()
-            return logits_BTV
-
-    return forward
-
-
-def measure_speed(forward: Forward, data: Blocks, between: Callable[[], None]) -> float:
-    """Returns how many tokens a second are read in batches of eight blocks."""
-    inputs = data.batch(np.arange(SPEED_BLOCKS) % len(data), CPU).inputs
-    forward(inputs)
-    between()
-    began = time.perf_counter()
-    forward(inputs)
-    return inputs["input_ids"].numel() / (time.perf_counter() - began)
 
 
 def summarise(sums_J: NDArray[np.float64]) -> Row:
