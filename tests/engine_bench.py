@@ -87,11 +87,11 @@ class Bench:
         return Bench(root, self.server)
 
     def write_order(self, spec: dict[str, Any], ordinal: int, name: str, **changes: Any) -> Path:
-        outputs = self.root / name / "out"
+        outputs, whole = self.root / name / "out", load_spec(spec)
         outputs.mkdir(parents=True)
         order = {
             "stage": spec["stages"][ordinal],
-            "spec": spec,
+            "spec": whole.seen_by(whole.stages[ordinal]),
             "ordinal": ordinal,
             "labels": LABELS,
             "inputs_dir": str(self.inputs),

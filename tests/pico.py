@@ -95,6 +95,19 @@ def write_data(folder: Path, seed: int = 0) -> dict[str, Path]:
     return paths
 
 
+def write_entities(folder: Path) -> dict[str, Path]:
+    """Writes the same splits as words, those that tell the class being entities of it, and returns their paths."""
+    paths = write_data(folder)
+    for path in paths.values():
+        rows = []
+        for line in path.read_text().splitlines():
+            words = json.loads(line)["text"].split()
+            kinds = [next((k for k, found in WORDS.items() if word in found.split()), None) for word in words]
+            rows.append({"tokens": words, "tags": [f"B-{kind}" if kind else "O" for kind in kinds]})
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return paths
+
+
 def write_walks(folder: Path, seed: int = 0) -> dict[str, Path]:
     """Writes three splits in which nearly every word says what the next one is, and returns their paths by name."""
     rng = random.Random(seed)

@@ -32,6 +32,11 @@ from core.tenants.models import Secret
 from core.tenants.secrets import list_secrets
 
 MAX_CLASSES = 10_000
+OTHER_STUDENT = (
+    "choose a student with the teacher's tokenizer, as its tokens are compared one by one, or a loss that compares "
+    "none, as 'uld'"
+)
+OTHER_MEMBER = "choose models with the student's tokenizer, as their answers are kept by token"
 Problems = list[dict[str, Any]]
 
 
@@ -180,8 +185,10 @@ def describe_models(
     facts = {role: model.facts for role, model in found.items() if model and model.facts}
     if "teacher" in facts and spec.teacher.is_model:
         problems += check_student(spec, facts["teacher"])
-    if spec.compares_tokens() and {"teacher", "base"} <= found.keys():
-        problems += _check_vocabulary(named["base"].field, *(found[role] for role in ("teacher", "base")))
+    if spec.compares_tokens() and "base" in found:
+        for role in spec.teacher.sources():
+            wrong, why = ("base", OTHER_STUDENT) if spec.teacher.is_model else (role, OTHER_MEMBER)
+            problems += _check_vocabulary(named[wrong].field, why, found.get(role), found["base"])
     inputs = {role: model.source for role, model in found.items() if model}
     return inputs | {f"{role}_facts": known.model_dump() for role, known in facts.items()}, facts
 
@@ -203,7 +210,7 @@ def check_student(spec: JobSpec, teacher: ModelFacts) -> Problems:
     return [{"field": f"student.{p.field}", "message": p.message} for p in spec.student.check(teacher)]
 
 
-def _check_vocabulary(field: str, *models: Found | None) -> Problems:
+def _check_vocabulary(field: str, hint: str, *models: Found | None) -> Problems:
     """Returns what keeps two models from choosing among the same tokens, as far as their tokenizers are stored here."""
     tokenizers = [
         get_store().get_path(file.sha256).read_bytes()
@@ -214,13 +221,10 @@ def _check_vocabulary(field: str, *models: Found | None) -> Problems:
     if len(tokenizers) < len(models):
         return []
     try:
-        count_common(*map(read_vocabulary, tokenizers))
+        first, second = map(read_vocabulary, tokenizers)
+        count_common(first, second)
     except (VocabularyDiffers, ValueError) as error:
-        why = (
-            f"{error}; choose a student with the teacher's tokenizer, as its tokens are compared one by one, or a loss "
-            "that compares none, as 'uld'"
-        )
-        return [{"field": field, "message": why}]
+        return [{"field": field, "message": f"{error}; {hint}"}]
     return []
 
 

@@ -4,31 +4,34 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+TEACHER_AND_STUDENT = ("the teacher's tokenizer", "the student's")
+
 
 class VocabularyDiffers(Exception):
     """Two tokenizers give an id to different tokens."""
 
 
-def count_common(teacher: Mapping[str, int], student: Mapping[str, int]) -> int:
+def count_common(
+    first: Mapping[str, int], second: Mapping[str, int], names: tuple[str, str] = TEACHER_AND_STUDENT
+) -> int:
     """Returns how many ids, from 0 on, both vocabularies have; they must give each to the same token.
 
     One may have more tokens than the other, after the common ones.
 
     Args:
-        teacher: Ids by token.
-        student: Ids by token.
+        first: Ids by token.
+        second: Ids by token.
+        names: What an error calls the two.
 
     Raises:
         VocabularyDiffers: With the first id that means different tokens.
     """
-    named = [{index: token for token, index in ids.items()} for ids in (teacher, student)]
+    named = [{index: token for token, index in ids.items()} for ids in (first, second)]
     common = min(max(tokens, default=-1) + 1 for tokens in named)
     for index in range(common):
-        first, second = (tokens.get(index) for tokens in named)
-        if first != second:
-            raise VocabularyDiffers(
-                f"id {index} is {_quoted(first)} to the teacher's tokenizer and {_quoted(second)} to the student's"
-            )
+        one, other = (tokens.get(index) for tokens in named)
+        if one != other:
+            raise VocabularyDiffers(f"id {index} is {_quoted(one)} to {names[0]} and {_quoted(other)} to {names[1]}")
     return common
 
 

@@ -314,6 +314,25 @@ def test_an_ensembles_models_are_found_and_their_labels_checked(api: Api) -> Non
         assert hint in detail["message"]
 
 
+def test_an_ensembles_language_models_must_have_the_students_tokens(api: Api) -> None:
+    api.push_dataset()
+    vocab = {"[UNK]": 0, "a": 1}
+    for name, ids in {"one": vocab, "more": {**vocab, "b": 2}, "other": {"[UNK]": 0, "b": 1}}.items():
+        tokenizer = json.dumps({"version": "1.0", "model": {"type": "WordPiece", "vocab": ids}})
+        api.push_model(name, model_files() | {"tokenizer.json": tokenizer.encode()})
+    task, student = {"kind": "causal_lm"}, {"kind": "pretrained", "model": "one"}
+    answers = {}
+    for second in ("more", "other"):
+        teacher = {"kind": "ensemble", "members": [{"model": "one"}, {"model": second}]}
+        answers[second] = api("POST", "/v1/jobs/validate", json=api.spec(task=task, teacher=teacher, student=student))
+    assert answers["more"].status_code == 200, answers["more"].text
+    assert [stage["kind"] for stage in answers["more"].json()["spec"]["stages"]][:2] == ["answer", "distill"]
+    [detail] = answers["other"].json()["error"]["details"]
+    assert detail["field"] == "teacher.members.1.model"
+    assert "id 1 is 'b' to the teacher's tokenizer and 'a' to the student's" in detail["message"]
+    assert "as their answers are kept by token" in detail["message"]
+
+
 @pytest.mark.parametrize("kind", GOOD)
 def test_labels_are_found_and_rows_checked_at_submit(api: Api, kind: str) -> None:
     api.push_model()

@@ -159,7 +159,7 @@ def test_a_language_model_learns_what_an_api_writes() -> None:
         ({"stages": [{"kind": "answer"}]}, "use 'generate' instead"),
         ({"stages": [{"kind": "distill"}]}, "'distill' needs the answers of a teacher"),
         (
-            {"teacher": {"kind": "label_space", "model": "m", "prompt": "{text}"}},
+            {"teacher": {"kind": "label_space", "model": "m", "prompt": "{text}"}, "stages": [{"kind": "generate"}]},
             "'label_space' teacher writes no texts",
         ),
     ],

@@ -1,6 +1,5 @@
 """Named entities: words and their rows, scores against seqeval, and a whole job on WNUT-17 through the real child."""
 
-import json
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -55,7 +54,7 @@ def test_a_row_is_a_words_first_piece(tmp_path: Path) -> None:
     places = batch.is_row.nonzero()[:, 1].tolist()
     assert places == [1, 2, 3, 4, 5, 1, 2, 3, 4]
     assert (batch.rows[:, 0] == -1).all()
-    assert split.is_seen.tolist() == [True] * 10 + [False] * 4
+    assert np.concatenate(split.numbers).tolist() == list(range(10))
 
 
 def test_words_without_pieces_have_no_place(tmp_path: Path) -> None:
@@ -83,13 +82,7 @@ def run(bench: Bench, spec: dict[str, Any], ordinal: int, **changes: Any) -> Fin
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     """Texts whose telling words are entities of their class."""
     bench = Bench(tmp_path_factory.mktemp("bench")).lay()
-    for path in (bench.inputs / "data").iterdir():
-        rows = []
-        for line in path.read_text().splitlines():
-            words = json.loads(line)["text"].split()
-            kinds = [next((k for k, found in pico.WORDS.items() if word in found.split()), None) for word in words]
-            rows.append({"tokens": words, "tags": [f"B-{kind}" if kind else "O" for kind in kinds]})
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pico.write_entities(bench.inputs / "data")
     return bench
 
 

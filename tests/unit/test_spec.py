@@ -83,3 +83,21 @@ def test_json_schema_holds_every_method() -> None:
     schema = str(JobSpec.model_json_schema())
     for kind in ("finetune", "distill", "export", "evaluate", "forward_kl", "onnx_int8", "teacher_layers"):
         assert f"'{kind}'" in schema
+
+
+TEACHERS = [
+    {"model": "a"},
+    {"kind": "label_space", "model": "a", "prompt": "{text}:"},
+    {"kind": "openai", "model": "a", "max_requests": 3},
+    {"kind": "ensemble", "members": [{"model": "a"}, {"model": "t/b", "weight": 2.0}], "weighting": "entropy"},
+]
+
+
+@pytest.mark.parametrize("teacher", TEACHERS, ids=lambda teacher: teacher.get("kind", "model"))
+def test_what_a_stage_sees_of_a_spec_can_be_read_as_one(teacher: dict) -> None:
+    spec = load_spec(SHORT | {"teacher": teacher, "student": {"kind": "pretrained", "model": "b"}})
+    for stage in spec.stages:
+        seen = JobSpec.model_validate(spec.seen_by(stage))
+        if stage.kind == "answer":
+            assert type(seen.teacher) is type(spec.teacher)
+            assert seen.teacher.sources().keys() == spec.teacher.sources().keys()

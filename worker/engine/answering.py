@@ -2,13 +2,13 @@
 
 import json
 import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from core.errors import StageFailed
 from worker.engine.blocks import Blocks
@@ -18,12 +18,14 @@ from worker.engine.devices import autocast
 from worker.engine.failures import CheckpointUnfit, StopRequested
 from worker.engine.teaching import ANSWERS_FILE
 from worker.kernels.heads import CHUNK_ELEMENTS, Head
+from worker.kernels.mixtures import Mixture
 from worker.kernels.signals import SampledSignal, SparseSignal
 
 if TYPE_CHECKING:
     from worker.methods.stages.answer import Answer
 
 Tensors = dict[str, Tensor]
+Hear = Callable[[Batch], Head | Mixture | Tensor]
 log = logging.getLogger(__name__)
 
 
@@ -31,8 +33,9 @@ def answer(ctx: StageContext, settings: "Answer") -> dict[str, Any]:
     """Has the teacher answer, and writes what it says.
 
     `answers.safetensors` holds a classifier's `logits` (and as `test` those of the test split), or of a language model
-    what `keep_likeliest` returns. Its metadata hold, as JSON under `about`, the digest of the split, the temperature,
-    the teacher's scores on the validation split, and what became of the rest.
+    what `keep_likeliest` returns (and as `test` its sums over each block of the test split). Its metadata hold, as JSON
+    under `about`, the digest of the split, the temperature, the teacher's scores on the validation split, and what
+    became of the rest.
     """
     if settings.rest == "dropped":
         ctx.warn(
@@ -55,9 +58,11 @@ def _rows_of(tensors: Tensors) -> Tensors:
 
 
 def keep_likeliest(
-    ctx: StageContext, model: PreTrainedModel, data: Blocks, num_classes: int, settings: "Answer"
+    ctx: StageContext, hear: Hear, data: Blocks, num_classes: int, settings: "Answer"
 ) -> tuple[Tensors, float]:
     """Returns the likeliest tokens at each place of the split, and the probability that they have on average.
+
+    `hear` gives the logits of the rows of a batch, or what makes them, among `num_classes` tokens.
 
     The tensors are `classes` (int32) and `log_p` (float32), `top_k` a row and then the draws from the rest, if any;
     `log_rest` (float32), of all other tokens; and `num_classes`, the tokens among which the teacher chose.
@@ -81,7 +86,7 @@ def keep_likeliest(
     try:
         for block in range(done, len(data)):
             ctx.progress(block, len(data))
-            _answer_block(ctx, model, data.batch(np.array([block]), ctx.device), kept, settings, num_kept)
+            _answer_block(ctx, hear, data.batch(np.array([block]), ctx.device), kept, settings, num_kept)
             done = block + 1
             if ctx.wants_checkpoint():
                 _save(ctx, kept, done, data.max_length)
@@ -94,15 +99,15 @@ def keep_likeliest(
 
 
 def _answer_block(
-    ctx: StageContext, model: PreTrainedModel, batch: Batch, kept: Tensors, settings: "Answer", num_kept: int
+    ctx: StageContext, hear: Hear, batch: Batch, kept: Tensors, settings: "Answer", num_kept: int
 ) -> None:
     """Fills in what the teacher says of the rows of a batch."""
     with torch.no_grad(), autocast(ctx.device):
-        found = ctx.task.answer(model, batch)
+        found = hear(batch)
     rows_N, chunk = batch.row_numbers, max(1, CHUNK_ELEMENTS // int(kept["num_classes"]))
     for start in range(0, len(rows_N), chunk):
         some = slice(start, start + chunk)
-        logits_NC = found.logits(some) if isinstance(found, Head) else found[some]
+        logits_NC = found[some] if isinstance(found, Tensor) else found.logits(some)
         signal = SparseSignal.from_logits(logits_NC, num_kept, settings.temperature)
         classes_NM, log_p_NM = signal.classes_NK, signal.log_p_NK
         if settings.rest == "samples":

@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 
 from core.errors import StageFailed
 from worker.engine.data import Batch, Encoded, digest, encode, read_examples
-from worker.engine.evaluation import Card, Column, Measured, Quality, Row, list_candidates
+from worker.engine.evaluation import Card, Column, Measured, Quality, Row, list_candidates, row_of_answers
 from worker.engine.inference import predict_logits
 from worker.engine.loading import (
     input_names,
@@ -77,6 +77,10 @@ class Classification:
         """Returns what is to be found of each row, labels_N."""
         return torch.tensor(examples.labels, dtype=torch.int64)
 
+    def digest(self, examples: Any) -> str:
+        """Returns what only the same texts in the same order have."""
+        return digest(examples)
+
     def tokenise(self, examples: Any, tokenizer: PreTrainedTokenizerBase, names: list[str]) -> Encoded:
         """Returns examples as a model reads them that takes inputs of these names."""
         return encode(examples, tokenizer, names, self.labels_of(examples))
@@ -100,6 +104,10 @@ class Classification:
     def score(self, model: PreTrainedModel, data: Encoded, between: Callable[[], None]) -> Scores:
         """Returns accuracy, macro-F1 and cross entropy."""
         return self._score(predict_logits(model, data, between), data.labels_N)
+
+    def score_answers(self, logits_NC: Tensor, examples: Any) -> Scores:
+        """Returns how good answers to examples are."""
+        return self._score(logits_NC, self.labels_of(examples))
 
     def _score(self, logits_NC: Tensor, labels_N: Tensor) -> Scores:
         found, predicted = labels_N.numpy(), logits_NC.argmax(-1).numpy()
@@ -156,13 +164,13 @@ class Classification:
             if path is not None:
                 found[split] = self.read(path)
                 answers[split] = speak(found[split], settings.max_length)
-                log.info("the teacher answered %d texts of %s", len(answers[split]), split)
+                log.info("the teacher answered %d rows of %s", len(answers[split]), split)
         scores = None
         if "validation" in found:
-            scores = self._score(answers["validation"], self.labels_of(found["validation"]))
+            scores = self.score_answers(answers["validation"], found["validation"])
         tensors = {"logits": answers["train"]} | {name: answers[name] for name in ("test",) if name in answers}
-        num_rows = {split: len(examples.texts) for split, examples in found.items()}
-        return Kept(tensors, digest(found["train"]), scores, {"num_rows": num_rows})
+        num_rows = {split: len(logits_NC) for split, logits_NC in answers.items()}
+        return Kept(tensors, self.digest(found["train"]), scores, {"num_rows": num_rows})
 
     def _read_as(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int
@@ -191,11 +199,10 @@ class Classification:
         rows = [one.row | latency for one, latency in zip(found.values(), latencies, strict=True)]
         answers = {name: one.logits_NC for name, one in found.items()}
         if not ctx.spec.teacher.is_model and ctx.has_input("answers"):
-            heard_NC = AnswersKept(ctx.input("answers")).test_logits
+            heard_NC = AnswersKept(ctx.input("answers")).of_test
             if heard_NC is not None:
                 answers["teacher"] = heard_NC
-                known = {"name": "teacher", "runtime": "answers"} | dict.fromkeys(COSTS)
-                rows.insert(0, known | self.assess(settings, test, self.choose(heard_NC, found["student"].data)))
+                rows.insert(0, row_of_answers(self.assess(settings, test, self.choose(heard_NC))))
         for row in rows:
             heard = answers.get("teacher")
             row["agreement"] = None if heard is None else self.agreement(answers[row["name"]], heard)
@@ -219,7 +226,7 @@ class Classification:
         model = open_model(folder, self.load_model, tokenizer, ctx.num_threads)
         data = self.tokenise(test, tokenizer, model.input_names)
         found = answer_all(model.forward, data, ctx.check_stop)
-        predicted_N = self.choose(found.logits_NC, data)
+        predicted_N = self.choose(found.logits_NC)
         row = {
             "name": name,
             "runtime": model.runtime,
@@ -230,7 +237,7 @@ class Classification:
         }
         return Candidate(row, found.logits_NC, predicted_N, model.forward, data)
 
-    def choose(self, logits_NC: Tensor, data: Encoded) -> NDArray[Any]:  # noqa: ARG002
+    def choose(self, logits_NC: Tensor) -> NDArray[Any]:
         """Returns the class that each row gets."""
         predicted_N: NDArray[np.int64] = logits_NC.argmax(dim=-1).numpy()
         return predicted_N
@@ -257,7 +264,6 @@ class Candidate(NamedTuple):
     data: Encoded
 
 
-COSTS = ("size_bytes", "num_parameters", "throughput_per_s", "latency_p50_ms", "latency_p95_ms")
 AGREEMENT = Column("agreement, %", if_known("agreement", percent))
 SPEED = Column("texts/s", if_known("throughput_per_s", "{:.0f}".format))
 INTERVAL_NOTE = (

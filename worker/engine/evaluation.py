@@ -105,6 +105,11 @@ def list_candidates(ctx: StageContext) -> list[str]:
     return [*models, *dict.fromkeys(form for form in forms if ctx.has_input(form))]
 
 
+def row_of_answers(scores: Row) -> Row:
+    """Returns the row of a teacher that only answers: how good it is, but not what it costs."""
+    return {"name": "teacher", "runtime": "answers"} | dict.fromkeys(COSTS) | scores
+
+
 def describe_environment(ctx: StageContext) -> dict[str, Any]:
     """Returns the versions and the processor that the figures hold for."""
     return {
@@ -141,6 +146,7 @@ def write_report(report: dict[str, Any], measured: Measured, folder: Path) -> No
 
 
 FIRST_COLUMNS = (Column("model", lambda row: row["name"]), Column("runtime", lambda row: row["runtime"]))
+COSTS = ("size_bytes", "num_parameters", "throughput_per_s", "latency_p50_ms", "latency_p95_ms")
 COST_COLUMNS = (
     Column("size, MB", if_known("size_bytes", lambda value: f"{value / 1e6:.2f}")),
     Column("parameters", if_known("num_parameters", "{:,}".format)),

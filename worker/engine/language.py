@@ -2,8 +2,8 @@
 
 import logging
 import math
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,16 +21,17 @@ from worker.engine.aligning import AnswersAcross, Stream
 from worker.engine.answering import keep_likeliest
 from worker.engine.blocks import NOWHERE, Blocks, count_bytes_of_texts, read_prompts, read_starts, read_stream
 from worker.engine.data import Batch
-from worker.engine.evaluation import Card, Column, Measured, Quality, Row, list_candidates
+from worker.engine.evaluation import Card, Column, Measured, Quality, Row, list_candidates, row_of_answers
 from worker.engine.loading import load_language_model, save_language_model
-from worker.engine.measuring import count_bytes, time_singles
+from worker.engine.measuring import as_forward, count_bytes, measure_speed, time_singles
+from worker.engine.members import Members, count_tokens, load_members
 from worker.engine.rendering import if_known, percent
-from worker.engine.runtimes import Forward
 from worker.engine.scores import bootstrap_sums, same_first
 from worker.engine.tasks import Kept, Scores
 from worker.engine.teaching import AnswersKept, AnswersOnline, Teaching, load_teacher
 from worker.kernels.divergences import forward_kl
 from worker.kernels.heads import CHUNK_ELEMENTS, Head
+from worker.kernels.mixtures import Mixture
 
 if TYPE_CHECKING:
     from worker.engine.context import StageContext
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
 
 SAMPLED_ROWS = 1024
 CHECKED_TOKENS = 8
-SPEED_BLOCKS = 8
 MAX_LOSS = 700.0  # whose exponential is still a number
 SAME_TOKENS = "Choose a student with the teacher's tokenizer; other tokens cannot be compared one by one."
 CPU = torch.device("cpu")
@@ -69,7 +69,7 @@ class LanguageModelling:
     def encode(
         self,
         path: Path,
-        model: PreTrainedModel,
+        model: PreTrainedModel | Members,
         tokenizer: PreTrainedTokenizerBase,
         max_length: int,  # noqa: ARG002
     ) -> Blocks:
@@ -89,7 +89,11 @@ class LanguageModelling:
         """Returns what makes the logits of the tokens that are to be predicted."""
         return predict_next(model, batch.inputs, batch.is_row, self._num_common)
 
-    def score(self, model: PreTrainedModel, data: Blocks, between: Callable[[], None]) -> Scores:
+    def _hear(self, model: PreTrainedModel | Members, batch: Batch) -> Head | Mixture | Tensor:
+        """Returns what makes the logits of one model, or of several together."""
+        return model.answer(batch, self.answer) if isinstance(model, Members) else self.answer(model, batch)
+
+    def score(self, model: PreTrainedModel | Members, data: Blocks, between: Callable[[], None]) -> Scores:
         """Returns the cross entropy of a token in nats, its exponential, and the share of tokens put first."""
         was_training, sums_J = model.training, np.zeros(len(SUMS))
         model.eval()
@@ -100,12 +104,12 @@ class LanguageModelling:
         found = summarise(ranks.add_up(torch.from_numpy(sums_J).to(model.device)).cpu().numpy())
         return {name: found[name] for name in ("loss", "perplexity", "accuracy")}
 
-    def _compare(self, models: Sequence[PreTrainedModel], batch: Batch) -> NDArray[np.float64]:
+    def _compare(self, models: Sequence[PreTrainedModel | Members], batch: Batch) -> NDArray[np.float64]:
         """Returns SUMS over the batch's rows for each model, the first of which is the teacher."""
         sums_MJ = np.zeros((len(models), len(SUMS)))
         labels_N = batch.row_labels
         with torch.inference_mode():
-            answers = [self.answer(model, batch) for model in models]
+            answers = [self._hear(model, batch) for model in models]
             chunk = max(1, CHUNK_ELEMENTS // models[0].config.vocab_size)
             for start in range(0, len(labels_N), chunk):
                 rows = slice(start, start + chunk)
@@ -150,7 +154,8 @@ class LanguageModelling:
             kept = AnswersKept(self.ctx.input("answers"))
             if kept.num_classes > student.config.vocab_size:
                 message = f"The kept answers are over {kept.num_classes} tokens, and the student has fewer."
-                raise StageFailed("vocab_incompatible", message, suggestion="Leave the answer stage out.")
+                hint = "Choose a student with all of these; with one model as the teacher, 'answer' can be left out."
+                raise StageFailed("vocab_incompatible", message, suggestion=hint)
             self._agree(tokenizer, kept.num_classes, student.config.vocab_size)
             return kept
         teacher = load_teacher(self.ctx)
@@ -205,30 +210,38 @@ class LanguageModelling:
 
         Where one has more of them, as to make the width a round number, the others are left out before the softmax.
         """
+        role = "teacher" if self.ctx.has_input("teacher") else "teacher_1"  # of several, which have the same tokens
         try:
-            common = count_common(self.ctx.load_tokenizer("teacher").get_vocab(), tokenizer.get_vocab())
+            common = count_common(self.ctx.load_tokenizer(role).get_vocab(), tokenizer.get_vocab())
         except VocabularyDiffers as error:
             raise StageFailed("vocab_incompatible", f"{error}.", suggestion=SAME_TOKENS) from error
         if len(set(widths)) > 1:
             self._num_common = min(common, *widths)
 
     def keep(self, settings: "Answer") -> Kept:
-        """Has the teacher answer every place of the training split, and keeps its likeliest tokens."""
-        model, tokenizer = load_teacher(self.ctx), self.ctx.load_tokenizer("teacher")
-        train, validation = self.ctx.get_split("train"), self.ctx.find_split("validation")
-        data = self.encode(train, model, tokenizer, 0)
-        self._num_common = min(model.config.vocab_size, max(tokenizer.get_vocab().values()) + 1)
-        tensors, kept_probability = keep_likeliest(self.ctx, model, data, self._num_common, settings)
-        read = self.encode(validation, model, tokenizer, 0) if validation else None
-        scores = self.score(model, read, self.ctx.check_stop) if read and "validation" in settings.splits else None
-        summary = {"num_rows": int(data.is_learned_S[1:].sum()), "top_k": tensors["log_p"].shape[-1]}
-        return Kept(tensors, data.digest(), scores, summary | {"kept_probability": kept_probability})
+        """Has the teacher answer every place of the training split, and keeps its likeliest tokens.
+
+        Of the test split, if it is to be answered, SUMS of each block are kept, as `test`.
+        """
+        ctx, (model, tokenizer) = self.ctx, load_members(self.ctx)
+        paths: dict[str, Path | None] = {split: ctx.find_split(split) for split in settings.splits}
+        read = {split: self.encode(path, model, tokenizer, 0) for split, path in paths.items() if path}
+        if isinstance(model, Members):
+            model.check(read, tokenizer)
+        self._num_common, train = count_tokens(model, tokenizer), read["train"]
+        tensors, kept_probability = keep_likeliest(ctx, partial(self._hear, model), train, self._num_common, settings)
+        scores = self.score(model, read["validation"], ctx.check_stop) if "validation" in read else None
+        if "test" in read:
+            sums_BJ = self._sum_up({"teacher": model}, {"teacher": read["test"]}, [["teacher"]])["teacher"]
+            tensors["test"] = torch.from_numpy(sums_BJ)
+        summary = {"num_rows": int(train.is_learned_S[1:].sum()), "top_k": tensors["log_p"].shape[-1]}
+        return Kept(tensors, train.digest(), scores, summary | {"kept_probability": kept_probability})
 
     def measure(self, settings: "Evaluate") -> Measured:
         """Measures loss, perplexity and accuracy of the next token, the distance from the teacher, and speed.
 
         A student with other tokens reads the split as its own; its distance from the teacher is not known then, nor
-        from one that is no model.
+        from one that is no model, of which what it answered to the test split is measured, if it was asked.
         """
         ctx, names = self.ctx, list_candidates(self.ctx)
         path, tokenizer = ctx.get_split("test"), ctx.load_tokenizer("student")
@@ -254,15 +267,16 @@ class LanguageModelling:
         num_bytes = count_bytes_of_texts(path, self.task.columns())
         rows = [
             {"name": name, "runtime": "torch"}
-            | summarise(sums_BJ[name].sum(axis=0))
+            | self._rate(sums_BJ[name], num_bytes, settings)
             | ({} if has_teacher and name in groups[0] else {"kl_to_teacher": None, "agreement": None})
-            | {"bits_per_byte": float(sums_BJ[name].sum(axis=0)[1] / math.log(2) / num_bytes)}
-            | {"perplexity_ci": bootstrap_sums(sums_BJ[name], _perplexity, settings.confidence, ctx.spec.seed)}
             | {"size_bytes": count_bytes(ctx.input(name)), "num_parameters": models[name].num_parameters()}
             | {"throughput_per_s": speed}
             | latency
             for name, speed, latency in zip(names, speeds, latencies, strict=True)
         ]
+        heard = None if has_teacher or not ctx.has_input("answers") else AnswersKept(ctx.input("answers")).of_test
+        if heard is not None:
+            rows.insert(0, row_of_answers(self._rate(heard.numpy(), num_bytes, settings)))
         return Measured(
             num_examples=len(tests["student"]),
             models=rows,
@@ -273,15 +287,21 @@ class LanguageModelling:
             details={},
         )
 
+    def _rate(self, sums_BJ: NDArray[np.float64], num_bytes: int, settings: "Evaluate") -> Row:
+        """Returns how good a model with these SUMS is."""
+        interval = bootstrap_sums(sums_BJ, _perplexity, settings.confidence, self.ctx.spec.seed)
+        bits = float(sums_BJ.sum(axis=0)[1] / math.log(2))
+        return summarise(sums_BJ.sum(axis=0)) | {"bits_per_byte": bits / num_bytes, "perplexity_ci": interval}
+
     def _sum_up(
-        self, models: dict[str, PreTrainedModel], tests: dict[str, Blocks], groups: list[list[str]]
+        self, models: Mapping[str, PreTrainedModel | Members], tests: dict[str, Blocks], groups: list[list[str]]
     ) -> dict[str, NDArray[np.float64]]:
         """Returns SUMS of each block of its split by model, sums_BJ; each group is compared with its first model."""
         done, total = 0, sum(len(tests[group[0]]) for group in groups) + 1
         found: dict[str, NDArray[np.float64]] = {}
         for group in groups:
             blocks = []
-            for batch in tests[group[0]].in_order(CPU):
+            for batch in tests[group[0]].in_order(models[group[0]].device):
                 self.ctx.progress(done, total)
                 blocks.append(self._compare([models[name] for name in group], batch))
                 done += 1
@@ -298,7 +318,7 @@ COLUMNS = [
     Column("bits per byte", lambda row: f"{row['bits_per_byte']:.4f}"),
     Column("KL to the teacher, nats", if_known("kl_to_teacher", "{:.4f}".format)),
     Column("agreement, %", if_known("agreement", percent)),
-    Column("tokens/s", lambda row: f"{row['throughput_per_s']:.0f}"),
+    Column("tokens/s", if_known("throughput_per_s", "{:.0f}".format)),
 ]
 NOTES = (
     "Perplexity, loss, accuracy and KL are of the next token, over all tokens of the test split but those of prompts.",
@@ -344,27 +364,6 @@ def has_plain_head(model: PreTrainedModel) -> bool:
     return is_plain
 
 
-def as_forward(model: PreTrainedModel) -> Forward:
-    """Returns the model as a function from inputs to logits."""
-
-    def forward(inputs: dict[str, Tensor]) -> NDArray[np.float32]:
-        with torch.inference_mode():
-            logits_BTV: NDArray[np.float32] = model(**inputs, use_cache=False).logits.numpy()
-            return logits_BTV
-
-    return forward
-
-
-def measure_speed(forward: Forward, data: Blocks, between: Callable[[], None]) -> float:
-    """Returns how many tokens a second are read in batches of eight blocks."""
-    inputs = data.batch(np.arange(SPEED_BLOCKS) % len(data), CPU).inputs
-    forward(inputs)
-    between()
-    began = time.perf_counter()
-    forward(inputs)
-    return inputs["input_ids"].numel() / (time.perf_counter() - began)
-
-
 def summarise(sums_J: NDArray[np.float64]) -> Row:
     """Returns the means over rows of SUMS, and the perplexity."""
     means = {name: float(value) for name, value in zip(SUMS[1:], sums_J[1:] / max(1.0, sums_J[0]), strict=True)}
@@ -375,8 +374,8 @@ def _perplexity(sums_J: NDArray[np.float64]) -> float:
     return float(summarise(sums_J)["perplexity"])
 
 
-def _log_softmax(answer: Head | Tensor, rows: slice) -> Tensor:
-    logits_NC = answer.logits(rows) if isinstance(answer, Head) else answer[rows].float()
+def _log_softmax(answer: Head | Mixture | Tensor, rows: slice) -> Tensor:
+    logits_NC = answer[rows].float() if isinstance(answer, Tensor) else answer.logits(rows)
     return F.log_softmax(logits_NC, dim=-1)
 
 

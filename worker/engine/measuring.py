@@ -7,8 +7,11 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from worker.engine.blocks import Blocks
 from worker.engine.data import Encoded
 from worker.engine.inference import answer_rows
 from worker.engine.runtimes import Forward
@@ -16,6 +19,7 @@ from worker.engine.runtimes import Forward
 ROUNDS = 5
 WARM_UP_RUNS = 5
 THROUGHPUT_BATCH = 32
+SPEED_BLOCKS = 8
 CPU = torch.device("cpu")
 
 
@@ -79,3 +83,24 @@ def time_singles(
         dict(zip(("latency_p50_ms", "latency_p95_ms"), np.percentile(found, [50, 95]).tolist(), strict=True))
         for found in times_ms
     ]
+
+
+def as_forward(model: PreTrainedModel) -> Forward:
+    """Returns a language model as a function from inputs to logits."""
+
+    def forward(inputs: dict[str, Tensor]) -> NDArray[np.float32]:
+        with torch.inference_mode():
+            logits_BTV: NDArray[np.float32] = model(**inputs, use_cache=False).logits.numpy()
+            return logits_BTV
+
+    return forward
+
+
+def measure_speed(forward: Forward, data: Blocks, between: Callable[[], None]) -> float:
+    """Returns how many tokens a second a language model reads in batches of eight blocks."""
+    inputs = data.batch(np.arange(SPEED_BLOCKS) % len(data), CPU).inputs
+    forward(inputs)
+    between()
+    began = time.perf_counter()
+    forward(inputs)
+    return inputs["input_ids"].numel() / (time.perf_counter() - began)

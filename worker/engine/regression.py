@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from worker.engine.classification import INTERVAL_NOTE, SPEED, SPEED_NOTE, Classification
-from worker.engine.data import Encoded, Examples
+from worker.engine.data import Examples
 from worker.engine.evaluation import Card, Column, Measured, Quality, Row
 from worker.engine.loading import output_layer
 from worker.engine.rendering import if_known
@@ -68,7 +68,7 @@ class Regression(Classification):
         """Returns what rises as the error falls."""
         return (-scores["rmse"],)
 
-    def choose(self, logits_NC: Tensor, data: Encoded) -> NDArray[Any]:  # noqa: ARG002
+    def choose(self, logits_NC: Tensor) -> NDArray[Any]:
         """Returns the number that each row gets."""
         return logits_NC[:, 0].numpy()
 

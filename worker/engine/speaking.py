@@ -19,6 +19,7 @@ from worker.engine.language import predict_next
 from worker.engine.loading import input_names, limit_length, load_language_model
 from worker.engine.teaching import load_teacher
 from worker.kernels.heads import Head
+from worker.kernels.mixtures import Mixture
 
 if TYPE_CHECKING:
     from worker.engine.classification import Classification
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 Speak = Callable[[Examples, int], Tensor]
 READ_TOKENS = 4096  # in one batch
-LEAST_ENTROPY = 1e-3  # in nats; below, an answer is as good as certain
 
 
 def speak_as_classifier(ctx: StageContext) -> Speak:
@@ -49,13 +49,17 @@ def speak_as_ensemble(ctx: StageContext, settings: "Ensemble") -> Speak:
             hint = "Name a model that was fine-tuned on these labels, as 'job:<id>/teacher'."
             raise StageFailed("teacher_unavailable", message, suggestion=hint)
         speakers.append(_speak_with(ctx, model, ctx.load_tokenizer(role)))
-    weights_M = torch.tensor([member.weight for member in settings.members], dtype=torch.float64)
+    weights = [member.weight for member in settings.members]
 
     def speak(examples: Examples, max_length: int) -> Tensor:
-        answers_MNC = torch.stack([one(examples, max_length) for one in speakers])
         if ctx.spec.task.gives_values:
-            return average_values(answers_MNC, weights_M)
-        return average_probabilities(answers_MNC, weights_M, by_entropy=settings.weighting == "entropy")
+            values_MN1 = torch.stack([one(examples, max_length) for one in speakers])
+            return average_values(values_MN1, torch.tensor(weights, dtype=torch.float64))
+        mixture = Mixture(by_entropy=settings.weighting == "entropy")
+        for one, weight in zip(speakers, weights, strict=True):
+            logits_NC = one(examples, max_length)
+            mixture.add(logits_NC, weight, is_heard_N=logits_NC.any(dim=-1))  # a word that was cut off has zeros
+        return mixture.logits()
 
     return speak
 
@@ -72,23 +76,6 @@ def _speak_with(ctx: StageContext, model: PreTrainedModel, tokenizer: PreTrained
 def average_values(values_MN1: Tensor, weights_M: Tensor) -> Tensor:
     """Returns the weighted mean over models, values_N1."""
     return torch.tensordot(weights_M / weights_M.sum(), values_MN1.double(), dims=1).float()
-
-
-def average_probabilities(logits_MNC: Tensor, weights_M: Tensor, *, by_entropy: bool) -> Tensor:
-    """Returns the logarithm of the weighted mean of the models' probabilities, log_p_NC.
-
-    Args:
-        logits_MNC: Of each model.
-        weights_M: Of each model; they need not sum to 1.
-        by_entropy: Divide a model's weight on an example by the entropy of its answer to it, in nats.
-    """
-    log_p_MNC = F.log_softmax(logits_MNC.double(), dim=-1)
-    weights_MN = weights_M[:, None].expand(log_p_MNC.shape[:2])
-    if by_entropy:
-        entropy_MN = -(log_p_MNC.exp() * log_p_MNC).sum(dim=-1)
-        weights_MN = weights_MN / entropy_MN.clamp_min(LEAST_ENTROPY)
-    log_share_MN = (weights_MN / weights_MN.sum(dim=0)).log()
-    return (log_p_MNC + log_share_MN[..., None]).logsumexp(dim=0).float()
 
 
 def speak_by_scoring(ctx: StageContext, settings: "LabelSpace") -> Speak:

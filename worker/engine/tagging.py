@@ -11,18 +11,15 @@ from torch import Tensor
 from transformers import AutoModelForTokenClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from worker.engine.classification import AGREEMENT, INTERVAL_NOTE, SPEED, SPEED_NOTE, Classification
-from worker.engine.data import Encoded
 from worker.engine.entities import count_entities, per_kind, split_texts
 from worker.engine.evaluation import Card, Column, Measured, Quality, Row
 from worker.engine.inference import predict_logits
 from worker.engine.rendering import percent, percent_range
 from worker.engine.scores import accuracy, bootstrap_sums, f1_of
-from worker.engine.tasks import Kept, Scores
-from worker.engine.teaching import load_teacher
-from worker.engine.words import Sentences, Words, encode_words, labels_of, read_sentences
+from worker.engine.tasks import Scores
+from worker.engine.words import Sentences, Words, digest_of, encode_words, labels_of, read_sentences
 
 if TYPE_CHECKING:
-    from worker.methods.stages.answer import Answer
     from worker.methods.stages.evaluate import Evaluate
 
 OUTSIDE = "O"
@@ -43,6 +40,10 @@ class Tagging(Classification):
         """Returns the tag of each word."""
         return labels_of(examples)
 
+    def digest(self, examples: Sentences) -> str:
+        """Returns what only the same words in the same order have."""
+        return digest_of(examples)
+
     def tokenise(self, examples: Sentences, tokenizer: PreTrainedTokenizerBase, names: list[str]) -> Words:
         """Returns sentences as a model reads them that takes inputs of these names."""
         if getattr(tokenizer, "add_prefix_space", None) is False:
@@ -54,12 +55,16 @@ class Tagging(Classification):
 
     def score(self, model: PreTrainedModel, data: Any, between: Callable[[], None]) -> Scores:
         """Returns the F1 of entities, the accuracy of tags, and the cross entropy."""
-        return self._score_words(predict_logits(model, data, between), data)
+        return self._score_words(predict_logits(model, data, between), data.labels_N, data.sizes)
 
-    def _score_words(self, logits_NC: Tensor, data: Words) -> Scores:
-        predicted_N, labels_N, seen_N = self.choose(logits_NC, data), data.labels_N, torch.from_numpy(data.is_seen)
-        labelled = list(split_texts(labels_N.numpy(), self.labels, data.sizes))
-        predicted = list(split_texts(predicted_N, self.labels, data.sizes))
+    def score_answers(self, logits_NC: Tensor, examples: Sentences) -> Scores:
+        """Returns how good answers to sentences are."""
+        return self._score_words(logits_NC, labels_of(examples), [len(tags) for tags in examples.tags])
+
+    def _score_words(self, logits_NC: Tensor, labels_N: Tensor, sizes: list[int]) -> Scores:
+        predicted_N, seen_N = self.choose(logits_NC), logits_NC.any(dim=-1)
+        labelled = list(split_texts(labels_N.numpy(), self.labels, sizes))
+        predicted = list(split_texts(predicted_N, self.labels, sizes))
         loss = torch.nn.functional.cross_entropy(logits_NC[seen_N], labels_N[seen_N])
         return {
             "f1": f1_of(count_entities(labelled, predicted).sum(axis=0)),
@@ -71,20 +76,16 @@ class Tagging(Classification):
         """Returns the F1, and among equals the smaller loss."""
         return scores["f1"], -scores["loss"]
 
-    def choose(self, logits_NC: Tensor, data: Encoded) -> NDArray[Any]:
-        """Returns the tag that each word gets; one that was cut off is outside of all entities."""
-        predicted_N = super().choose(logits_NC, data)
-        if OUTSIDE in self.labels and isinstance(data, Words):
-            predicted_N = np.where(data.is_seen, predicted_N, self.labels.index(OUTSIDE))
+    def choose(self, logits_NC: Tensor) -> NDArray[Any]:
+        """Returns the tag that each word gets; one that was cut off, with zeros alone, is outside of all entities."""
+        predicted_N = super().choose(logits_NC)
+        if OUTSIDE in self.labels:
+            predicted_N = np.where(logits_NC.any(dim=-1).numpy(), predicted_N, self.labels.index(OUTSIDE))
         return predicted_N
 
-    def keep(self, settings: "Answer") -> Kept:
-        """Has the teacher answer every word of the training split, and keeps its logits."""
-        teacher = load_teacher(self.ctx)
-        train, validation = self._read_as(teacher, self.ctx.load_tokenizer("teacher"), settings.max_length)
-        logits_NC = predict_logits(teacher, train, self.ctx.check_stop)
-        scores = self.score(teacher, validation, self.ctx.check_stop) if validation else None
-        return Kept({"logits": logits_NC}, train.digest(), scores, {"num_rows": len(logits_NC)})
+    def agreement(self, logits_NC: Tensor, others_NC: Tensor) -> float:
+        """Returns the share of words that get the same tag."""
+        return float((self.choose(logits_NC) == self.choose(others_NC)).mean())
 
     def assess(self, settings: "Evaluate", test: Sentences, predicted_N: NDArray[Any]) -> Row:
         """Returns how good predictions for the test split are, with intervals."""

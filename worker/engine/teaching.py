@@ -156,8 +156,8 @@ class AnswersKept(Stateless):
         self._tensors = load_file(path)  # mapped into memory, so that only what is asked for is read
 
     @property
-    def test_logits(self) -> Tensor | None:
-        """A classifier's logits for the test split, logits_NC, if it was asked."""
+    def of_test(self) -> Tensor | None:
+        """What is kept of the test split, if it was asked: a classifier's logits, or a language model's sums."""
         return self._tensors.get("test")
 
     @property

@@ -38,13 +38,6 @@ class Words(Encoded):
     numbers: list[NDArray[np.int64]]
     sizes: list[int]
 
-    @property
-    def is_seen(self) -> NDArray[np.bool_]:
-        """Which words some batch has."""
-        seen_N = np.zeros(self.num_rows, dtype=bool)
-        seen_N[np.concatenate(self.numbers)] = True
-        return seen_N
-
     def batch(self, rows: NDArray[np.int64], device: torch.device) -> Batch:
         """Returns these texts, with a label at the first piece of each word."""
         inputs = super().batch(rows, device).inputs

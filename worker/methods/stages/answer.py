@@ -58,7 +58,7 @@ class Answer(Stage):
         later = spec.stages[spec.stages.index(self) + 1 :]
         if any("teacher" in stage.writes() for stage in later):
             return [Problem("kind", "a later stage changes the teacher; put 'answer' after it")]
-        if spec.task.shares_tokens and not spec.teacher.is_model:
+        if spec.task.shares_tokens and spec.teacher.api():
             return [Problem("kind", "an API does not tell how likely the tokens of a text are; use 'generate' instead")]
         if not spec.task.shares_tokens:
             return []  # kept logits are as good as the teacher

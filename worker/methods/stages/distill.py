@@ -104,6 +104,9 @@ class Distill(Training):
         """Returns what is wrong with the terms: one must say how large the sum is, and layers need a model."""
         if self.on_policy and not spec.task.shares_tokens:
             return [Problem("on_policy", f"a {spec.task.kind} writes no texts; leave it out, or use task causal_lm")]
+        if self.on_policy and not spec.teacher.is_model:
+            why = "the teacher must hear what the student writes, and this one only answers ahead; leave it out"
+            return [Problem("on_policy", why)]
         if self.on_policy and all(loss.is_of_labels for loss in self.losses):
             return [Problem("on_policy", "no loss hears the teacher; add one, as 'reverse_kl'")]
         if self.on_policy and isinstance(self.on_policy.share, Rising) and not spec.data.validation:

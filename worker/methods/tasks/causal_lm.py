@@ -49,7 +49,7 @@ class CausalLM(Task):
 
     def default_stages(self, teacher: Teacher) -> list[dict[str, Any]]:
         """Returns the stages of a spec that names none; a student learns what a teacher behind an API writes."""
-        if teacher.is_model:
+        if teacher.api() is None:
             return super().default_stages(teacher)
         learned = [{"kind": "generate"}, {"kind": "finetune", "of": "student"}]
         return [*learned, *super().default_stages(teacher)[-2:]]

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from worker.engine.context import StageContext
     from worker.engine.data import Examples
 
-TASKS = ("text_classification", "multi_label_classification", "text_regression")
-
 
 class Member(StrictModel):
     """One model of an ensemble."""
@@ -28,8 +26,9 @@ class Member(StrictModel):
 class Ensemble(Teacher):
     """Several models that were trained for the task; their answer is the mean of their probabilities, or numbers.
 
-    With `weighting: entropy` a model counts the more on an example, the surer it is of it: its weight is divided by the
-    entropy of its answer.
+    With `weighting: entropy` a model counts the more on an example, or a tagger's word or a language model's token, the
+    surer it is of it: its weight is divided by the entropy of its answer. Language models must have the student's
+    tokens, and answer in a stage `answer`.
 
     Paper: Hinton, Vinyals, Dean 2015, "Distilling the Knowledge in a Neural Network", section 2 (ensembles as
     teachers); Kwon, Na, Lee, Kim 2020, "Adaptive Knowledge Distillation Based on Entropy", section 3 (`entropy`).
@@ -40,11 +39,11 @@ class Ensemble(Teacher):
     members: list[Member] = Field(
         min_length=2,
         max_length=8,
-        description="The models; each has a head for the job's labels.",
+        description="The models; each has a head for the job's labels, or the student's tokens.",
         examples=[[{"model": "acme/large"}, {"model": "acme/other", "weight": 0.5}]],
     )
     weighting: Literal["fixed", "entropy"] = Field(
-        "fixed", description="`fixed` gives each model its weight on all examples, `entropy` more where it is sure."
+        "fixed", description="`fixed` gives each model its weight everywhere, `entropy` more where it is sure."
     )
 
     def sources(self) -> dict[str, ModelSource]:
@@ -55,20 +54,19 @@ class Ensemble(Teacher):
         }
 
     def content(self) -> dict[str, Any]:
-        """Returns the settings on which the answers depend."""
-        weights = [member.weight for member in self.members]
-        return {"kind": self.kind, "weights": weights, "weighting": self.weighting}
+        """Returns the settings on which the answers depend, with the role of each model for its name."""
+        pairs = zip(self.sources(), self.members, strict=True)
+        members = [{"model": role, "weight": member.weight} for role, member in pairs]
+        return {"kind": self.kind, "members": members, "weighting": self.weighting}
 
     def check(self, spec: "JobSpec") -> list[Problem]:
-        """Returns what is wrong with the task or the weighting."""
-        if spec.task.kind not in TASKS:
-            return [Problem("kind", f"'ensemble' answers whole texts, and a {spec.task.kind} does not ask for that")]
+        """Returns what is wrong with the weighting."""
         if self.weighting == "entropy" and spec.task.gives_values:
             return [Problem("weighting", "numbers have no entropy; use 'fixed'")]
         return []
 
     def build(self, ctx: "StageContext") -> "Callable[[Examples, int], Tensor]":
-        """Returns what gives the members' common answer to texts."""
+        """Returns what gives the members' common answer to examples; language models are loaded by their task."""
         from worker.engine.speaking import speak_as_ensemble
 
         return speak_as_ensemble(ctx, self)
