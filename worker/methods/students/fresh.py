@@ -39,6 +39,10 @@ class Fresh(Student):
             return [Problem("num_heads", f"{self.num_heads} heads cannot share a width of {width}; choose a divisor")]
         return []
 
+    def count_layers(self, start: ModelFacts) -> int | None:
+        """Returns its own number, or the teacher's."""
+        return self.num_layers or start.num_layers
+
     def build(self, ctx: "StageContext") -> "PreTrainedModel":
         """Returns a new model."""
         from worker.engine.students import make_fresh
