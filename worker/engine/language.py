@@ -18,10 +18,11 @@ from core.errors import StageFailed
 from core.models.vocabulary import VocabularyDiffers, count_common
 from worker.engine import ranks
 from worker.engine.aligning import AnswersAcross, Stream
-from worker.engine.answering import keep_likeliest
+from worker.engine.answering import Asked, keep_likeliest
 from worker.engine.blocks import NOWHERE, Blocks, count_bytes_of_texts, read_prompts, read_starts, read_stream
 from worker.engine.data import Batch
 from worker.engine.evaluation import Card, Column, Measured, Quality, Row, list_candidates
+from worker.engine.keeping import KeptLayers, Recorder
 from worker.engine.loading import load_language_model, save_language_model
 from worker.engine.measuring import count_bytes, time_singles
 from worker.engine.rendering import if_known, percent
@@ -146,8 +147,9 @@ class LanguageModelling:
 
     def teach(self, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: "Distill") -> Teaching:
         """Returns the answers that an earlier stage kept, or else the teacher, answering batch by batch."""
-        if self.ctx.has_input("answers") and not settings.feature_losses and not settings.on_policy:
-            kept = AnswersKept(self.ctx.input("answers"))
+        if self.ctx.has_input("answers") and not settings.on_policy:
+            folder = self.ctx.input("answers")
+            kept = AnswersKept(folder, KeptLayers(folder, self.ctx.device) if settings.feature_losses else None)
             if kept.num_classes > student.config.vocab_size:
                 message = f"The kept answers are over {kept.num_classes} tokens, and the student has fewer."
                 raise StageFailed("vocab_incompatible", message, suggestion="Leave the answer stage out.")
@@ -218,11 +220,14 @@ class LanguageModelling:
         train, validation = self.ctx.get_split("train"), self.ctx.find_split("validation")
         data = self.encode(train, model, tokenizer, 0)
         self._num_common = min(model.config.vocab_size, max(tokenizer.get_vocab().values()) + 1)
-        tensors, kept_probability = keep_likeliest(self.ctx, model, data, self._num_common, settings)
+        wanted = settings.layers.wanted
+        recorder = Recorder(self.ctx, model, data, wanted) if wanted else None
+        asked = Asked(model, data, self._num_common, recorder)
+        tensors, kept_probability = keep_likeliest(self.ctx, asked, settings)
         read = self.encode(validation, model, tokenizer, 0) if validation else None
         scores = self.score(model, read, self.ctx.check_stop) if read and "validation" in settings.splits else None
         summary = {"num_rows": int(data.is_learned_S[1:].sum()), "top_k": tensors["log_p"].shape[-1]}
-        return Kept(tensors, data.digest(), scores, summary | {"kept_probability": kept_probability})
+        return Kept(tensors, data.digest(), scores, summary | {"kept_probability": kept_probability}, recorder)
 
     def measure(self, settings: "Evaluate") -> Measured:
         """Measures loss, perplexity and accuracy of the next token, the distance from the teacher, and speed.

@@ -80,11 +80,11 @@ class Tagging(Classification):
 
     def keep(self, settings: "Answer") -> Kept:
         """Has the teacher answer every word of the training split, and keeps its logits."""
-        teacher = load_teacher(self.ctx)
+        teacher, recorder = load_teacher(self.ctx), self.record(settings)
         train, validation = self._read_as(teacher, self.ctx.load_tokenizer("teacher"), settings.max_length)
         logits_NC = predict_logits(teacher, train, self.ctx.check_stop)
         scores = self.score(teacher, validation, self.ctx.check_stop) if validation else None
-        return Kept({"logits": logits_NC}, train.digest(), scores, {"num_rows": len(logits_NC)})
+        return Kept({"logits": logits_NC}, train.digest(), scores, {"num_rows": len(logits_NC)}, recorder)
 
     def assess(self, settings: "Evaluate", test: Sentences, predicted_N: NDArray[Any]) -> Row:
         """Returns how good predictions for the test split are, with intervals."""

@@ -16,6 +16,7 @@ from worker.engine.data import Batch, Encoded
 from worker.engine.devices import autocast
 from worker.engine.features import Layers, Watched
 from worker.engine.inference import predict_logits
+from worker.engine.keeping import KeptLayers
 from worker.kernels.heads import Head, HeadSignal
 from worker.kernels.signals import DenseSignal, SampledSignal, Signal, SparseSignal
 
@@ -149,12 +150,10 @@ class Stateless:
 
 
 class AnswersKept(Stateless):
-    """Answers that an earlier stage kept: a classifier's logits, or a language model's likeliest tokens."""
+    """Answers that an earlier stage kept: a classifier's logits, or a language model's likeliest tokens; and layers."""
 
-    layers = None
-
-    def __init__(self, folder: Path) -> None:
-        path = folder / ANSWERS_FILE
+    def __init__(self, folder: Path, layers: KeptLayers | None = None) -> None:
+        self.layers, path = layers, folder / ANSWERS_FILE
         with safe_open(path, framework="pt") as file:
             about = json.loads(file.metadata()["about"])
         self._split, self._temperature = about["split"], about["temperature"]
@@ -180,11 +179,15 @@ class AnswersKept(Stateless):
                 "The kept answers are to another text, or to other blocks of it.",
                 suggestion="Run the answer stage of this job with the student's tokenizer.",
             )
+        if self.layers:
+            self.layers.find(data)
         return data
 
     def answer(self, batch: Batch) -> Signal:
         """Returns what was kept of the rows."""
         rows_N = batch.row_numbers
+        if self.layers:
+            self.layers.see(batch.inputs)
         if "logits" in self._tensors:
             return DenseSignal(self._tensors["logits"][rows_N])
         classes_NK, log_p_NK, log_rest_N = (self._tensors[name][rows_N] for name in ("classes", "log_p", "log_rest"))
