@@ -144,6 +144,10 @@ class Student(Method):
         """Returns what makes this student impossible for that teacher, which is a model of the task."""
         raise NotImplementedError
 
+    def count_layers(self, start: ModelFacts) -> int | None:
+        """Returns how many layers it will have, made of that model; None if unknown."""
+        return start.num_layers
+
     def count_parameters(self, start: ModelFacts) -> int | None:  # noqa: ARG002 - not every kind can tell
         """Returns how many parameters it will have, made of that model, without a new head; None if unknown."""
         return None
@@ -207,11 +211,21 @@ class Divergence(Loss):
         return loss
 
 
+class Depths(NamedTuple):
+    """How many layers student and teacher have."""
+
+    student: int
+    teacher: int
+
+
+LayerPart = Literal["first_token", "hidden", "query", "key", "value"]  # of what a layer computes
+
+
 class FeatureLoss(Loss):
     """A distance between what layers of teacher and student compute; it has no kind of its own."""
 
     compares: ClassVar[Literal["probabilities", "values", "both"]] = "both"
-    needs_projections: ClassVar[bool] = False  # queries, keys and values, not only states
+    needs: ClassVar[tuple[LayerPart, ...]] = ("hidden",)
     needs_same: ClassVar[str | None] = None  # setting of both models' configs
     projects: ClassVar[bool] = False  # states of another width, by a matrix that is trained beside the student
     denominator: ClassVar[Literal["tokens", "examples"]] = "tokens"
@@ -232,6 +246,28 @@ class FeatureLoss(Loss):
         if not self.layers:
             raise PydanticCustomError("layers", "layers is empty; name at least one pair of layers", {})
         return self
+
+    def pairs(self, depths: Depths) -> list[tuple[int, int]]:
+        """Returns pairs of a student's and a teacher's layer, counted from 0.
+
+        Paper: Jiao et al. 2020, "TinyBERT", section 3.1 (uniform); Sun et al. 2019, "Patient Knowledge Distillation for
+        BERT Model Compression", section 3.2 (skip).
+        """
+        if not isinstance(self.layers, str):
+            return [(student, teacher) for student, teacher in self.layers]
+        count = depths.student
+        uniform = [(index, (index + 1) * depths.teacher // count - 1) for index in range(count)]
+        return {"uniform": uniform, "skip": uniform[:-1] or uniform, "last": uniform[-1:]}[self.layers]
+
+    def find_wrong(self, depths: Depths) -> str | None:
+        """Returns what to say of a pair whose layers are not there."""
+        wrong = [[s, t] for s, t in self.pairs(depths) if not (0 <= s < depths.student and 0 <= t < depths.teacher)]
+        return (
+            f"layers names {wrong[0]}; the student has {depths.student} layers and the teacher {depths.teacher}, "
+            "counted from 0"
+            if wrong
+            else None
+        )
 
     def build(self, ctx: Any) -> Any:
         """Returns a callable `(student's layer, teacher's, seen) -> sum over tokens or examples` (torch).
@@ -261,6 +297,10 @@ class Stage(Method):
 
     def check(self, spec: "JobSpec") -> list[Problem]:  # noqa: ARG002 - most stages have nothing to check
         """Returns what is wrong with these settings inside that spec; fields are relative to the stage."""
+        return []
+
+    def check_depths(self, spec: "JobSpec", depths: Depths) -> list[Problem]:  # noqa: ARG002 - most stages need not know
+        """Returns what is wrong with these settings for models of so many layers; fields as of `check`."""
         return []
 
     def reads(self, spec: "JobSpec") -> set[str]:

@@ -18,7 +18,7 @@ from core.datasets.repository import find_dataset, list_dataset_names
 from core.errors import Gone, ModelInvalid, NotFound
 from core.jobs.repository import find_artifact, get_job
 from core.jobs.spec import JobSpec, spec_invalid
-from core.methods import SPLITS, Api, ModelSource, Task
+from core.methods import SPLITS, Api, Depths, ModelSource, Task
 from core.models.facts import ModelFacts, read_facts
 from core.models.hub import resolve as resolve_hub
 from core.models.repository import files_of, find_model, get_manifest, list_model_names
@@ -184,7 +184,7 @@ def describe_models(
     found = {role: _describe(named[role].field, model, problems) for role, model in sources.models.items()}
     facts = {role: model.facts for role, model in found.items() if model and model.facts}
     if "teacher" in facts and spec.teacher.is_model:
-        problems += check_student(spec, facts["teacher"])
+        problems += check_student(spec, facts["teacher"]) or _check_depths(spec, facts)
     if spec.compares_tokens() and "base" in found:
         for role in spec.teacher.sources():
             wrong, why = ("base", OTHER_STUDENT) if spec.teacher.is_model else (role, OTHER_MEMBER)
@@ -208,6 +208,19 @@ def _check_known_labels(spec: JobSpec, facts: dict[str, ModelFacts], labels: lis
 def check_student(spec: JobSpec, teacher: ModelFacts) -> Problems:
     """Returns what makes the spec's student impossible for that teacher, a model of the task."""
     return [{"field": f"student.{p.field}", "message": p.message} for p in spec.student.check(teacher)]
+
+
+def _check_depths(spec: JobSpec, facts: dict[str, ModelFacts]) -> Problems:
+    """Returns what is wrong with stages that speak of layers, as far as it is known how many there will be."""
+    start, teacher = facts.get("base" if spec.student.source() else "teacher"), facts["teacher"].num_layers
+    student = spec.student.count_layers(start) if start else None
+    if not student or not teacher:
+        return []
+    return [
+        {"field": f"stages.{index}.{p.field}", "message": p.message}
+        for index, stage in enumerate(spec.stages)
+        for p in stage.check_depths(spec, Depths(student, teacher))
+    ]
 
 
 def _check_vocabulary(field: str, hint: str, *models: Found | None) -> Problems:

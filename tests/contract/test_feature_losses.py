@@ -22,11 +22,11 @@ from transformers import (
 )
 
 from core.errors import SpecInvalid, StageFailed
-from core.methods import FeatureLoss, list_methods
+from core.methods import Depths, FeatureLoss, list_methods
 from tests import pico
 from tests.engine_bench import FAST, Bench, make_spec
 from worker.engine.data import Batch
-from worker.engine.features import Features, Watched, map_layers
+from worker.engine.features import Features, Watched
 from worker.engine.students import keep_layers
 
 LOSSES = {kind: loss for kind, loss in list_methods("losses").items() if issubclass(loss, FeatureLoss)}
@@ -104,7 +104,7 @@ ORACLES: dict[str, Callable[[Any, Any, Batch], float]] = {
 
 def compare(kind: str, student: PreTrainedModel, teacher: PreTrainedModel, batch: Batch, **settings: Any) -> float:
     loss = LOSSES[kind].model_validate({"kind": kind, "layers": "last", **settings})
-    features = Features(Context(), [(kind, loss)], student, teacher)  # type: ignore[arg-type]
+    features = Features(Context(), [(kind, loss)], Watched(student), Watched(teacher))  # type: ignore[arg-type]
     whole = 0.0
     for part in batch.parts(2):  # in parts, so that the denominator must be that of the whole
         for model in (student, teacher):
@@ -136,7 +136,8 @@ def test_every_architecture_can_be_compared(kind: str, config: PreTrainedConfig)
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.model_type)
 def test_projections_are_those_that_the_attention_multiplies(config: PreTrainedConfig) -> None:
     _, teacher, batch = make(config)
-    watched = Watched(teacher, with_projections=True)
+    watched = Watched(teacher)
+    watched.ask({"query": [0], "key": [0]})
     found = states(teacher, batch)
     layer = watched.take(0)
     heads = config.num_attention_heads
@@ -161,12 +162,14 @@ def test_projections_are_those_that_the_attention_multiplies(config: PreTrainedC
     ],
 )
 def test_layers_are_mapped(layers: Any, pairs: list[tuple[int, int]]) -> None:
-    assert map_layers(layers, 3, 6) == pairs
+    loss = LOSSES["hidden_mse"].model_validate({"kind": "hidden_mse", "layers": layers})
+    assert loss.pairs(Depths(3, 6)) == pairs
 
 
 def test_a_layer_that_is_not_there_is_told() -> None:
-    with pytest.raises(StageFailed, match=r"\[0, 6\].*the student has 3 layers and the teacher 6"):
-        map_layers([[0, 6]], 3, 6)
+    student, teacher, batch = make(CONFIGS[0])
+    with pytest.raises(StageFailed, match=r"\[0, 4\].*the student has 2 layers and the teacher 4"):
+        compare("hidden_mse", student, teacher, batch, layers=[[0, 4]])
 
 
 @pytest.mark.parametrize(
@@ -224,7 +227,7 @@ def test_states_of_another_width_are_projected(kind: str) -> None:
     _, teacher, batch = make(CONFIGS[0])
     student, _, _ = make(BertConfig(**SIZES, **BERT | {"hidden_size": 16}))
     loss = LOSSES[kind].model_validate({"kind": kind, "layers": "last"})
-    features = Features(Context(), [(kind, loss)], student, teacher)  # type: ignore[arg-type]
+    features = Features(Context(), [(kind, loss)], Watched(student), Watched(teacher))  # type: ignore[arg-type]
     found = {name: states(model, batch) for name, model in (("s", student), ("t", teacher))}
     value, _ = features.compare(batch, batch)
     [matrix] = features.projections.parameters()

@@ -203,6 +203,29 @@ def test_bad_specs_say_where_and_what(api: Api, change: dict, field: str, hint: 
     assert api("GET", "/v1/jobs").json()["data"] == []
 
 
+@pytest.mark.parametrize(
+    ("loss", "kept", "field", "hint"),
+    [
+        ({"kind": "patient"}, {"first_token": [3]}, "losses.0", "have stages.0.layers hold first_token: [2, 5]"),
+        ({"kind": "relations", "layers": "last"}, {"query": [5], "key": [5], "value": [4]}, "losses.0", "value: [5]"),
+        ({"kind": "patient", "layers": [[0, 6]]}, {"first_token": [0]}, "losses.0.layers", "the teacher 6, counted"),
+        ({"kind": "patient", "layers": [[0, 1], [1, 5]]}, {"first_token": [1, -1]}, None, ""),
+    ],
+    ids=["rule", "last", "none", "fits"],
+)
+def test_layers_that_a_loss_lacks_are_told(
+    api: Api, loss: dict[str, object], kept: dict[str, list[int]], field: str | None, hint: str
+) -> None:
+    api.make_job()
+    stages = [{"kind": "answer", "layers": kept}, {"kind": "distill", "losses": [loss]}]
+    answer = api("POST", "/v1/jobs/validate", json=api.spec(student={"kind": "fresh", "num_layers": 2}, stages=stages))
+    assert answer.status_code == (422 if field else 200), answer.text
+    if field:
+        [detail] = answer.json()["error"]["details"]
+        assert detail["field"] == f"stages.1.{field}"
+        assert hint in detail["message"]
+
+
 def test_a_student_can_be_another_model(api: Api) -> None:
     api.make_job()
     api.push_model("small", model_files(1))

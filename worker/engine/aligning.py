@@ -42,8 +42,10 @@ class AnswersAcross(Stateless):
         answer: Gives the teacher's logits, or what makes them, for inputs and the places that are asked for.
     """
 
+    layers = None
+
     def __init__(self, teacher: PreTrainedModel, own: Stream, heard: Stream, answer: Answer) -> None:
-        self.model, self._answer, self._own = teacher, answer, own
+        self._model, self._answer, self._own = teacher, answer, own
         self._longest = getattr(teacher.config, "max_position_embeddings", None) or len(own.ids_S)
         letters, places = np.unique(own.starts_S, return_index=True)  # of each letter the first token that begins there
         found_S = np.searchsorted(letters, heard.starts_S).clip(max=len(letters) - 1)
@@ -78,9 +80,9 @@ class AnswersAcross(Stateless):
         for row, (ids, places) in enumerate(zip(spans, asked, strict=True)):
             ids_BT[row, : len(ids)] = torch.from_numpy(ids.astype(np.int64))
             is_row_BT[row, places] = True
-        device = self.model.device
+        device = self._model.device
         with torch.no_grad(), autocast(device):
-            found = self._answer(self.model, {"input_ids": ids_BT.to(device)}, is_row_BT.to(device))
+            found = self._answer(self._model, {"input_ids": ids_BT.to(device)}, is_row_BT.to(device))
         return AcrossSignal(found, torch.from_numpy(np.concatenate(index_N)))
 
     def score(self, validation: Any) -> "Scores | None":  # noqa: ARG002

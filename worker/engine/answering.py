@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +16,8 @@ from worker.engine.context import StageContext
 from worker.engine.data import Batch
 from worker.engine.devices import autocast
 from worker.engine.failures import CheckpointUnfit, StopRequested
+from worker.engine.keeping import Recorder
+from worker.engine.measuring import count_bytes
 from worker.engine.teaching import ANSWERS_FILE
 from worker.kernels.heads import CHUNK_ELEMENTS, Head
 from worker.kernels.mixtures import Mixture
@@ -35,19 +37,21 @@ def answer(ctx: StageContext, settings: "Answer") -> dict[str, Any]:
     `answers.safetensors` holds a classifier's `logits` (and as `test` those of the test split), or of a language model
     what `keep_likeliest` returns (and as `test` its sums over each block of the test split). Its metadata hold, as JSON
     under `about`, the digest of the split, the temperature, the teacher's scores on the validation split, and what
-    became of the rest.
+    became of the rest. What was asked for of the teacher's layers is beside it (`worker/engine/keeping.py`).
     """
     if settings.rest == "dropped":
         ctx.warn(
             "answers_renormalised", "The other tokens are left out, so that the student will be too sure of these."
         )
-    kept = ctx.task.keep(settings)
-    path = ctx.output("answers") / ANSWERS_FILE
+    kept, folder = ctx.task.keep(settings), ctx.output("answers")
     about = {"split": kept.split, "temperature": settings.temperature, "scores": kept.scores, "rest": settings.rest}
-    save_file(kept.tensors, path, metadata={"about": json.dumps(about, sort_keys=True)})  # the library shuffles keys
+    metadata = {"about": json.dumps(about, sort_keys=True)}  # one value, as the library shuffles keys
+    save_file(kept.tensors, folder / ANSWERS_FILE, metadata=metadata)
+    if kept.layers:
+        kept.layers.save(folder)
     told = kept.tensors.get("log_rest")
     num_rows = sum(map(len, kept.tensors.values())) if told is None else len(told)
-    size_bytes = path.stat().st_size
+    size_bytes = count_bytes(folder)
     sizes = {"size_bytes": size_bytes, "bytes_per_row": round(size_bytes / num_rows, 2)}
     return {**kept.summary, **sizes, "teacher_validation": kept.scores}
 
@@ -57,12 +61,20 @@ def _rows_of(tensors: Tensors) -> Tensors:
     return {name: tensor for name, tensor in tensors.items() if tensor.dim()}
 
 
-def keep_likeliest(
-    ctx: StageContext, hear: Hear, data: Blocks, num_classes: int, settings: "Answer"
-) -> tuple[Tensors, float]:
-    """Returns the likeliest tokens at each place of the split, and the probability that they have on average.
+class Asked(NamedTuple):
+    """A language model, as what gives the logits of a batch's rows, or what makes them; and what it is to answer.
 
-    `hear` gives the logits of the rows of a batch, or what makes them, among `num_classes` tokens.
+    `num_classes` are the tokens among which it chooses; `recorder` keeps its layers meanwhile, if that is wanted.
+    """
+
+    hear: Hear
+    data: Blocks
+    num_classes: int
+    recorder: Recorder | None
+
+
+def keep_likeliest(ctx: StageContext, asked: Asked, settings: "Answer") -> tuple[Tensors, float]:
+    """Returns the likeliest tokens at each place of the split, and the probability that they have on average.
 
     The tensors are `classes` (int32) and `log_p` (float32), `top_k` a row and then the draws from the rest, if any;
     `log_rest` (float32), of all other tokens; and `num_classes`, the tokens among which the teacher chose.
@@ -71,6 +83,7 @@ def keep_likeliest(
         StageFailed: `spec_invalid` where nothing is left to draw from.
         StopRequested: After handing over a checkpoint; a run that goes on from it asks only for what is left.
     """
+    hear, data, num_classes, _ = asked
     num_kept = min(settings.top_k, num_classes)
     if settings.rest == "samples" and num_kept == num_classes:
         message = f"top_k keeps all {num_classes} tokens, so that nothing is left to draw from."
@@ -82,16 +95,16 @@ def keep_likeliest(
         "log_rest": torch.zeros(data.num_places),
         "num_classes": torch.tensor(num_classes),
     }
-    done = _restore(ctx, kept)
+    done = _restore(ctx, kept, asked)
     try:
         for block in range(done, len(data)):
             ctx.progress(block, len(data))
             _answer_block(ctx, hear, data.batch(np.array([block]), ctx.device), kept, settings, num_kept)
             done = block + 1
             if ctx.wants_checkpoint():
-                _save(ctx, kept, done, data.max_length)
+                _save(ctx, kept, done, asked)
     except StopRequested:
-        _save(ctx, kept, done, data.max_length)
+        _save(ctx, kept, done, asked)
         raise
     ctx.progress(len(data), len(data))
     rest = kept["log_rest"][torch.from_numpy(data.is_learned_S[1:])].exp()
@@ -119,21 +132,27 @@ def _answer_block(
         kept["log_rest"][rows_N[some]] = signal.log_rest_N.float().cpu()
 
 
-def _save(ctx: StageContext, kept: Tensors, done: int, block_tokens: int) -> None:
-    places = slice(done * block_tokens)
-    ctx.save_checkpoint(done, {name: tensor[places] for name, tensor in _rows_of(kept).items()}, {})
+def _rows_done(kept: Tensors, done: int, asked: Asked) -> Tensors:
+    """Returns what is kept of the first blocks."""
+    places, layers = slice(done * asked.data.max_length), asked.recorder.head(done) if asked.recorder else {}
+    return {name: tensor[places] for name, tensor in _rows_of(kept).items()} | layers
 
 
-def _restore(ctx: StageContext, kept: Tensors) -> int:
+def _save(ctx: StageContext, kept: Tensors, done: int, asked: Asked) -> None:
+    ctx.save_checkpoint(done, _rows_done(kept, done, asked), {})
+
+
+def _restore(ctx: StageContext, kept: Tensors, asked: Asked) -> int:
     """Fills in what a checkpoint holds; returns how many blocks are done."""
     found = ctx.find_checkpoint()
     if found is None:
         return 0
     tensors, state = found
+    done = int(state["step"])
     try:
-        for name, tensor in _rows_of(kept).items():
-            tensor[: len(tensors[name])] = tensors[name]
+        for name, rows in _rows_done(kept, done, asked).items():
+            rows.copy_(tensors[name])
     except (KeyError, RuntimeError) as error:
         raise CheckpointUnfit(f"{type(error).__name__}: {error}") from error
-    log.info("going on from block %d", state["step"])
-    return int(state["step"])
+    log.info("going on from block %d", done)
+    return done

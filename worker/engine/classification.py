@@ -15,6 +15,7 @@ from core.errors import StageFailed
 from worker.engine.data import Batch, Encoded, digest, encode, read_examples
 from worker.engine.evaluation import Card, Column, Measured, Quality, Row, list_candidates, row_of_answers
 from worker.engine.inference import predict_logits
+from worker.engine.keeping import KeptLayers, Recorder
 from worker.engine.loading import (
     input_names,
     is_head,
@@ -140,8 +141,9 @@ class Classification:
         anyway.
         """
         ctx = self.ctx
-        if ctx.has_input("answers") and not settings.feature_losses:
-            return AnswersKept(ctx.input("answers"))
+        if ctx.has_input("answers"):
+            folder = ctx.input("answers")
+            return AnswersKept(folder, KeptLayers(folder, ctx.device) if settings.feature_losses else None)
         teacher, own_tokenizer = load_teacher(ctx), ctx.load_tokenizer("teacher")
         masking = Masking(tokenizer.mask_token_id, settings.mask_probability, ctx.seed)
         is_alike = is_same_tokenizer(own_tokenizer, tokenizer) and input_names(teacher, own_tokenizer) == input_names(
@@ -157,7 +159,7 @@ class Classification:
 
     def keep(self, settings: "Answer") -> Kept:
         """Has the teacher answer the splits; keeps `logits` of the labels, and `test`, those of the test split."""
-        speak = self.ctx.spec.teacher.build(self.ctx)
+        speak, recorder = self.ctx.spec.teacher.build(self.ctx), self.record(settings)
         found, answers = {}, {}
         for split in settings.splits:
             path = self.ctx.find_split(split)
@@ -170,7 +172,15 @@ class Classification:
             scores = self.score_answers(answers["validation"], found["validation"])
         tensors = {"logits": answers["train"]} | {name: answers[name] for name in ("test",) if name in answers}
         num_rows = {split: len(logits_NC) for split, logits_NC in answers.items()}
-        return Kept(tensors, self.digest(found["train"]), scores, {"num_rows": num_rows})
+        return Kept(tensors, self.digest(found["train"]), scores, {"num_rows": num_rows}, recorder)
+
+    def record(self, settings: "Answer") -> Recorder | None:
+        """Returns what keeps the teacher's layers while it reads the training split, if that is wanted."""
+        if not settings.layers.wanted:
+            return None
+        teacher, tokenizer = load_teacher(self.ctx), self.ctx.load_tokenizer("teacher")
+        train = self.encode(self.ctx.get_split("train"), teacher, tokenizer, settings.max_length)
+        return Recorder(self.ctx, teacher, train, settings.layers.wanted)
 
     def _read_as(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int

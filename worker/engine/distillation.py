@@ -7,7 +7,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from core.errors import StageFailed
 from core.methods import FeatureLoss
 from worker.engine.context import StageContext
-from worker.engine.features import Features
+from worker.engine.features import Features, Watched
 from worker.engine.objective import Objective, make_term, name_losses
 from worker.engine.rollouts import Rollouts
 from worker.engine.students import load_student, load_student_tokenizer
@@ -32,7 +32,7 @@ def distill(ctx: StageContext, settings: "Distill") -> dict[str, Any]:
         settings,
         Objective(terms, is_sum=settings.reduction == "sum"),
         teaching,
-        Features(ctx, compared, student, teaching.model) if compared and teaching.model else None,
+        Features(ctx, compared, Watched(student), teaching.layers) if compared and teaching.layers else None,
         make_rollouts(ctx, student, tokenizer, settings),
     )
     teacher_scores = teaching.score(trainer.validation_data)

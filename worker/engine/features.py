@@ -1,7 +1,7 @@
 """Losses on what teacher and student compute on the way: which layers are compared, and how they are watched."""
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from core.errors import StageFailed
-from core.methods import FeatureLoss
+from core.methods import Depths, FeatureLoss, LayerPart
 from worker.engine.data import Batch
 from worker.engine.students import find_layers
 from worker.kernels.divergences import widen
@@ -19,14 +19,40 @@ if TYPE_CHECKING:
     from worker.engine.context import StageContext
 
 
-class Layer(NamedTuple):
-    """What one layer computed: its states, and if watched its queries, keys and values, each [B, T, D]."""
+PROJECTED: tuple[LayerPart, ...] = ("query", "key", "value")
+NOTHING = torch.empty(0)
 
-    hidden_BTD: Tensor
+
+class Sizes(NamedTuple):
+    """What of a model's config tells which other models its layers can be compared with."""
+
+    num_layers: int
+    hidden_size: int
+    num_attention_heads: int
+
+
+class Layer(NamedTuple):
+    """What one layer computed; what was not asked for is empty."""
+
     heads: int
+    first_BD: Tensor
+    hidden_BTD: Tensor
     query_BTD: Tensor
     key_BTD: Tensor
     value_BTD: Tensor
+
+
+def make_layer(parts: Mapping[LayerPart, Tensor], heads: int, groups: int) -> Layer:
+    """Returns a layer of its parts; so many of its heads share one of keys and values, which each of them gets."""
+
+    def share(part: LayerPart) -> Tensor:
+        x_BTD = parts.get(part, NOTHING)
+        if groups == 1 or part not in parts:
+            return x_BTD
+        return x_BTD.unflatten(-1, (heads // groups, -1)).repeat_interleave(groups, dim=-2).flatten(-2)
+
+    first_BD, hidden_BTD, query_BTD = (parts.get(part, NOTHING) for part in ("first_token", "hidden", "query"))
+    return Layer(heads, first_BD, hidden_BTD, query_BTD, share("key"), share("value"))
 
 
 class Seen(NamedTuple):
@@ -36,37 +62,73 @@ class Seen(NamedTuple):
     pairs_BTT: Tensor
 
 
-class Watched:
-    """The layers of a model in its newest forward pass."""
+Wanted = Mapping[LayerPart, Collection[int]]  # of which layers, counted from 0, a part is wanted
 
-    def __init__(self, model: PreTrainedModel, *, with_projections: bool) -> None:
-        name, self.num_layers = find_layers(model)
-        self._heads = model.config.num_attention_heads
-        self._noted: dict[tuple[int, int], Tensor] = {}  # by layer, and its states or the number of a projection
-        for index, layer in enumerate(model.get_submodule(name).children()):
-            projections = find_projections(layer) if with_projections else []
-            for number, module in enumerate([layer, *projections]):
-                module.register_forward_hook(self._note(index, number))
+
+class Layers(Protocol):
+    """Where the layers of a model are read, for the batch that it has answered last."""
+
+    sizes: Sizes
+
+    def ask(self, wanted: Wanted) -> None:
+        """Says once, before the first batch, what will be taken. Raises StageFailed where that cannot be had."""
 
     def take(self, index: int) -> Layer:
-        """Returns what a layer computed."""
-        hidden_BTD = self._noted[index, 0]
-        projected = [self._noted[index, number] for number in (1, 2, 3) if (index, number) in self._noted]
-        query, *others = projected[0].chunk(3, dim=-1) if len(projected) == 1 else projected or [hidden_BTD] * 3
-        key, value = (self._share(x_BTD, query.shape[-1]) for x_BTD in others)
-        return Layer(hidden_BTD, self._heads, query, key, value)
+        """Returns what was asked for of a layer."""
 
-    def _share(self, x_BTD: Tensor, width: int) -> Tensor:
-        """Returns keys or values with a head for each head of the queries, some of which may share one."""
-        groups = width // x_BTD.shape[-1]
-        heads_BTHd = x_BTD.unflatten(-1, (self._heads // groups, -1))
-        return heads_BTHd.repeat_interleave(groups, dim=-2).flatten(-2) if groups > 1 else x_BTD
 
-    def _note(self, index: int, number: int) -> Callable[[Module, Any, Any], None]:
+class Watched:
+    """The layers of a model that runs."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        name, num_layers = find_layers(model)
+        self.sizes = Sizes(num_layers, model.config.hidden_size, model.config.num_attention_heads)
+        self._layers = [*model.get_submodule(name).children()]
+        self._noted: dict[int, dict[LayerPart, Tensor]] = {}
+        self.groups = 1
+
+    def ask(self, wanted: Wanted) -> None:
+        """Has what is wanted noted in every forward pass."""
+        for index in sorted({index for indices in wanted.values() for index in indices}):
+            parts = {part for part, indices in wanted.items() if index in indices}
+            self._noted[index] = {}
+            if not parts.isdisjoint(("hidden", "first_token")):
+                self._note(index, self._layers[index], ("hidden",))
+            if not parts.isdisjoint(PROJECTED):
+                self._note_projected(index, parts)
+
+    def _note_projected(self, index: int, parts: set[LayerPart]) -> None:
+        found = find_projections(self._layers[index])
+        if len(found) == 1:
+            self._note(index, found[0], PROJECTED)
+            return
+        self.groups = _width(found[0]) // _width(found[1])
+        for part, module in zip(PROJECTED, found, strict=True):
+            if part in parts:
+                self._note(index, module, (part,))
+
+    def take(self, index: int) -> Layer:
+        """Returns what a layer computed in the newest pass."""
+        return make_layer(self.parts(index), self.sizes.num_attention_heads, self.groups)
+
+    def parts(self, index: int) -> dict[LayerPart, Tensor]:
+        """Returns the same as the model has it, with heads that are shared once."""
+        noted = self._noted[index]
+        return noted | {"first_token": noted["hidden"][:, 0]} if "hidden" in noted else noted
+
+    def _note(self, index: int, module: Module, made: tuple[LayerPart, ...]) -> None:
+        """Notes what a module makes: one part, or several side by side."""
+
         def note(_: Module, __: Any, output: Any) -> None:
-            self._noted[index, number] = output[0] if isinstance(output, tuple) else output
+            whole = output[0] if isinstance(output, tuple) else output
+            self._noted[index] |= zip(made, whole.chunk(len(made), dim=-1), strict=True)
 
-        return note
+        module.register_forward_hook(note)
+
+
+def _width(linear: Any) -> int:
+    """Returns how wide the output of a linear map is."""
+    return int(linear.nf if isinstance(linear, Conv1D) else linear.out_features)
 
 
 def find_attention(layer: Module) -> list[Any]:
@@ -93,52 +155,30 @@ def find_projections(layer: Module) -> list[Module]:
     return linear[:3]
 
 
-def map_layers(layers: str | list[list[int]], num_student: int, num_teacher: int) -> list[tuple[int, int]]:
-    """Returns pairs of a student's and a teacher's layer, counted from 0.
-
-    `uniform` compares each layer of the student with the last of its share of the teacher's, `skip` does so without the
-    last layer, and `last` compares the last layers.
-
-    Paper: Jiao et al. 2020, "TinyBERT", section 3.1 (uniform); Sun et al. 2019, "Patient Knowledge Distillation for
-    BERT Model Compression", section 3.2 (skip).
-
-    Raises:
-        StageFailed: A pair names a layer that is not there.
-    """
-    if not isinstance(layers, str):
-        for student, teacher in layers:
-            if not (0 <= student < num_student and 0 <= teacher < num_teacher):
-                message = (
-                    f"layers names [{student}, {teacher}]; the student has {num_student} layers and the teacher "
-                    f"{num_teacher}, counted from 0."
-                )
-                raise StageFailed("spec_invalid", message, suggestion="Name layers that are there.")
-        return [(student, teacher) for student, teacher in layers]
-    uniform = [(index, (index + 1) * num_teacher // num_student - 1) for index in range(num_student)]
-    return {"uniform": uniform, "skip": uniform[:-1] or uniform, "last": uniform[-1:]}[layers]
-
-
 class Features:
-    """The feature losses of one distillation; both models must have run on a batch before it is compared.
+    """The feature losses of one distillation; both models must have answered a batch before it is compared.
 
     Attributes:
         projections: What makes the student's states as wide as the teacher's; they are trained with it.
     """
 
     def __init__(
-        self,
-        ctx: "StageContext",
-        losses: Sequence[tuple[str, FeatureLoss]],
-        student: PreTrainedModel,
-        teacher: PreTrainedModel,
+        self, ctx: "StageContext", losses: Sequence[tuple[str, FeatureLoss]], student: Layers, teacher: Layers
     ) -> None:
-        with_projections = any(loss.needs_projections for _, loss in losses)
-        self._student = Watched(student, with_projections=with_projections)
-        self._teacher = Watched(teacher, with_projections=with_projections)
-        _check_sizes([loss for _, loss in losses], student, teacher)
-        counts = self._student.num_layers, self._teacher.num_layers
-        self._terms = [(name, loss, loss.build(ctx), map_layers(loss.layers, *counts)) for name, loss in losses]
-        narrow, wide = (model.config.hidden_size for model in (student, teacher))
+        self._student, self._teacher = student, teacher
+        _check_sizes([loss for _, loss in losses], student.sizes, teacher.sizes)
+        depths = Depths(student.sizes.num_layers, teacher.sizes.num_layers)
+        for _, loss in losses:
+            if wrong := loss.find_wrong(depths):
+                raise StageFailed("spec_invalid", f"{wrong}.", suggestion="Name layers that are there.")
+        self._terms = [(name, loss, loss.build(ctx), loss.pairs(depths)) for name, loss in losses]
+        for side, layers in enumerate((student, teacher)):
+            wanted: dict[LayerPart, set[int]] = {}
+            for _, loss, _, pairs in self._terms:
+                for part in loss.needs:
+                    wanted.setdefault(part, set()).update(pair[side] for pair in pairs)
+            layers.ask(wanted)
+        narrow, wide = student.sizes.hidden_size, teacher.sizes.hidden_size
         self.projections = torch.nn.ModuleDict(
             {
                 _key(name, s): Linear(narrow, wide, bias=False)
@@ -154,7 +194,7 @@ class Features:
 
         Tokens, or examples, of the whole step are the one denominator; layers of one term are averaged.
         """
-        seen, sizes = self._look(part), {"tokens": int(mask_of(whole).sum()), "examples": len(whole.rows)}
+        seen, sizes = self._look(part), {"tokens": int(mask_of(whole.inputs).sum()), "examples": len(whole.rows)}
         total, values = torch.zeros((), device=seen.mask_BT.device), {}
         for name, loss, measure, pairs in self._terms:
             found = [measure(self._take(name, s), self._teacher.take(t), seen) for s, t in pairs]
@@ -168,7 +208,8 @@ class Features:
         layer = self._student.take(index)
         if _key(name, index) not in self.projections:
             return layer
-        return layer._replace(hidden_BTD=self.projections[_key(name, index)](widen(layer.hidden_BTD)))
+        hidden_BTD = self.projections[_key(name, index)](widen(layer.hidden_BTD))
+        return layer._replace(hidden_BTD=hidden_BTD, first_BD=hidden_BTD[:, 0])
 
     @property
     def names(self) -> list[str]:
@@ -181,7 +222,7 @@ class Features:
         return {name: loss.weight * numbers[name] / whole for name, loss, _, _ in self._terms}  # type: ignore[operator]
 
     def _look(self, batch: Batch) -> Seen:
-        mask_BT = mask_of(batch)
+        mask_BT = mask_of(batch.inputs)
         pairs_BTT = mask_BT[:, :, None] & mask_BT[:, None, :]
         return Seen(mask_BT, pairs_BTT.tril() if self._is_causal else pairs_BTT)
 
@@ -190,17 +231,17 @@ def _key(name: str, index: int) -> str:
     return f"{name}-{index}"
 
 
-def _check_sizes(losses: Sequence[FeatureLoss], student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+def _check_sizes(losses: Sequence[FeatureLoss], student: Sizes, teacher: Sizes) -> None:
     """Raises StageFailed for a loss that compares what has another size in the student than in the teacher."""
     for loss in losses:
         size = loss.needs_same
-        ours, theirs = (getattr(model.config, size) if size else None for model in (student, teacher))
+        ours, theirs = (getattr(sizes, size) if size else None for sizes in (student, teacher))
         if ours != theirs:
             message = f"'{loss.kind}' needs models with the same {size}; the student has {ours}, the teacher {theirs}."
             raise StageFailed("spec_invalid", message, suggestion="Use 'relations', which fits models of any sizes.")
 
 
-def mask_of(batch: Batch) -> Tensor:
+def mask_of(inputs: Mapping[str, Tensor]) -> Tensor:
     """Returns where a token is, mask_BT."""
-    mask_BT = batch.inputs.get("attention_mask")
-    return torch.ones_like(batch.inputs["input_ids"], dtype=torch.bool) if mask_BT is None else mask_BT.bool()
+    mask_BT = inputs.get("attention_mask")
+    return torch.ones_like(inputs["input_ids"], dtype=torch.bool) if mask_BT is None else mask_BT.bool()

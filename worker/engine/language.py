@@ -18,10 +18,11 @@ from core.errors import StageFailed
 from core.models.vocabulary import VocabularyDiffers, count_common
 from worker.engine import ranks
 from worker.engine.aligning import AnswersAcross, Stream
-from worker.engine.answering import keep_likeliest
+from worker.engine.answering import Asked, keep_likeliest
 from worker.engine.blocks import NOWHERE, Blocks, count_bytes_of_texts, read_prompts, read_starts, read_stream
 from worker.engine.data import Batch
 from worker.engine.evaluation import Card, Column, Measured, Quality, Row, list_candidates, row_of_answers
+from worker.engine.keeping import KeptLayers, Recorder
 from worker.engine.loading import load_language_model, save_language_model
 from worker.engine.measuring import as_forward, count_bytes, measure_speed, time_singles
 from worker.engine.members import Members, count_tokens, load_members
@@ -150,8 +151,9 @@ class LanguageModelling:
 
     def teach(self, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: "Distill") -> Teaching:
         """Returns the answers that an earlier stage kept, or else the teacher, answering batch by batch."""
-        if self.ctx.has_input("answers") and not settings.feature_losses and not settings.on_policy:
-            kept = AnswersKept(self.ctx.input("answers"))
+        if self.ctx.has_input("answers") and not settings.on_policy:
+            folder = self.ctx.input("answers")
+            kept = AnswersKept(folder, KeptLayers(folder, self.ctx.device) if settings.feature_losses else None)
             if kept.num_classes > student.config.vocab_size:
                 message = f"The kept answers are over {kept.num_classes} tokens, and the student has fewer."
                 hint = "Choose a student with all of these; with one model as the teacher, 'answer' can be left out."
@@ -228,14 +230,16 @@ class LanguageModelling:
         read = {split: self.encode(path, model, tokenizer, 0) for split, path in paths.items() if path}
         if isinstance(model, Members):
             model.check(read, tokenizer)
-        self._num_common, train = count_tokens(model, tokenizer), read["train"]
-        tensors, kept_probability = keep_likeliest(ctx, partial(self._hear, model), train, self._num_common, settings)
+        self._num_common, train, wanted = count_tokens(model, tokenizer), read["train"], settings.layers.wanted
+        recorder = Recorder(ctx, model, train, wanted) if wanted else None
+        asked = Asked(partial(self._hear, model), train, self._num_common, recorder)
+        tensors, kept_probability = keep_likeliest(ctx, asked, settings)
         scores = self.score(model, read["validation"], ctx.check_stop) if "validation" in read else None
         if "test" in read:
             sums_BJ = self._sum_up({"teacher": model}, {"teacher": read["test"]}, [["teacher"]])["teacher"]
             tensors["test"] = torch.from_numpy(sums_BJ)
         summary = {"num_rows": int(train.is_learned_S[1:].sum()), "top_k": tensors["log_p"].shape[-1]}
-        return Kept(tensors, train.digest(), scores, summary | {"kept_probability": kept_probability})
+        return Kept(tensors, train.digest(), scores, summary | {"kept_probability": kept_probability}, recorder)
 
     def measure(self, settings: "Evaluate") -> Measured:
         """Measures loss, perplexity and accuracy of the next token, the distance from the teacher, and speed.

@@ -15,6 +15,7 @@ from worker.kernels.heads import Head
 
 if TYPE_CHECKING:
     from worker.engine.evaluation import Measured
+    from worker.engine.keeping import Recorder
     from worker.engine.teaching import Teaching
     from worker.methods.stages.answer import Answer
     from worker.methods.stages.distill import Distill
@@ -24,12 +25,13 @@ Scores = dict[str, float]
 
 
 class Kept(NamedTuple):
-    """A teacher's answers: a row of each tensor for each row of the split, whose digest is `split`."""
+    """A teacher's answers: a row of each tensor for each row of the split, whose digest is `split`; and its layers."""
 
     tensors: dict[str, Tensor]
     split: str
     scores: Scores | None
     summary: dict[str, Any]
+    layers: "Recorder | None" = None
 
 
 class Split(Protocol):

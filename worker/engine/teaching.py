@@ -14,7 +14,9 @@ from transformers import PreTrainedModel
 from core.errors import StageFailed
 from worker.engine.data import Batch, Encoded
 from worker.engine.devices import autocast
+from worker.engine.features import Layers, Watched
 from worker.engine.inference import predict_logits
+from worker.engine.keeping import KeptLayers
 from worker.kernels.heads import Head, HeadSignal
 from worker.kernels.signals import DenseSignal, SampledSignal, Signal, SparseSignal
 
@@ -29,7 +31,9 @@ log = logging.getLogger(__name__)
 class Teaching(Protocol):
     """A teacher's answers to a training split."""
 
-    model: PreTrainedModel | None  # where it runs beside the student
+    @property
+    def layers(self) -> Layers | None:
+        """The teacher's layers, of the batch that it answered last; None where it tells nothing of them."""
 
     def prepare(self, epoch: int, data: Any) -> Any:
         """Returns the split as teacher and student read it in this epoch, a pure function of seed and epoch."""
@@ -48,14 +52,16 @@ class Teaching(Protocol):
 
 
 def load_teacher(ctx: "StageContext") -> PreTrainedModel:
-    """Returns the teacher on the device; warns where its answers are random."""
-    teacher = ctx.load_model("teacher").to(ctx.device).eval()
-    if teacher.has_new_head:
-        ctx.warn(
-            "teacher_untrained",
-            "The teacher has no head for these classes: its answers are random. Put a finetune stage before distill.",
-        )
-    return teacher
+    """Returns the stage's teacher on the device, loaded once; warns where its answers are random."""
+
+    def load() -> PreTrainedModel:
+        teacher = ctx.load_model("teacher").to(ctx.device).eval()
+        if teacher.has_new_head:
+            message = "The teacher has no head for these classes: its answers are random."
+            ctx.warn("teacher_untrained", f"{message} Put a finetune stage before distill.")
+        return teacher
+
+    return ctx.remember("teacher", load)
 
 
 class Masking(NamedTuple):
@@ -88,6 +94,8 @@ class AnswersAhead:
             token is masked then.
     """
 
+    layers = None
+
     def __init__(
         self,
         ctx: "StageContext",
@@ -95,7 +103,7 @@ class AnswersAhead:
         masking: "Masking",
         own: tuple[Encoded, Encoded | None] | None = None,
     ) -> None:
-        self._ctx, self.model, self.own = ctx, teacher, own
+        self._ctx, self._model, self.own = ctx, teacher, own
         self._masking = Masking() if own else masking
         self._logits_NC: Tensor | None = None
         self._epoch = -1
@@ -106,7 +114,7 @@ class AnswersAhead:
         if self._logits_NC is None or (self._masking.is_due(epoch) and self._epoch != epoch):
             with autocast(self._ctx.device):  # a hint to train by, not an answer to a user
                 read = self.own[0] if self.own else data
-                self._logits_NC = predict_logits(self.model, read, self._ctx.check_stop)
+                self._logits_NC = predict_logits(self._model, read, self._ctx.check_stop)
             self._epoch = epoch
             log.info("the teacher answered %d texts for epoch %d", len(data), epoch + 1)
         return data
@@ -119,7 +127,7 @@ class AnswersAhead:
     def score(self, validation: Encoded | None) -> "Scores | None":
         """Returns the scores of its answers to the split."""
         read = self.own[1] if self.own else validation
-        return None if read is None else self._ctx.task.score(self.model, read, self._ctx.check_stop)
+        return None if read is None else self._ctx.task.score(self._model, read, self._ctx.check_stop)
 
     def save(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Returns the answers of this epoch."""
@@ -142,12 +150,10 @@ class Stateless:
 
 
 class AnswersKept(Stateless):
-    """Answers that an earlier stage kept: a classifier's logits, or a language model's likeliest tokens."""
+    """Answers that an earlier stage kept: a classifier's logits, or a language model's likeliest tokens; and layers."""
 
-    model = None
-
-    def __init__(self, folder: Path) -> None:
-        path = folder / ANSWERS_FILE
+    def __init__(self, folder: Path, layers: KeptLayers | None = None) -> None:
+        self.layers, path = layers, folder / ANSWERS_FILE
         with safe_open(path, framework="pt") as file:
             about = json.loads(file.metadata()["about"])
         self._split, self._temperature = about["split"], about["temperature"]
@@ -173,11 +179,15 @@ class AnswersKept(Stateless):
                 "The kept answers are to another text, or to other blocks of it.",
                 suggestion="Run the answer stage of this job with the student's tokenizer.",
             )
+        if self.layers:
+            self.layers.find(data)
         return data
 
     def answer(self, batch: Batch) -> Signal:
         """Returns what was kept of the rows."""
         rows_N = batch.row_numbers
+        if self.layers:
+            self.layers.see(batch.inputs)
         if "logits" in self._tensors:
             return DenseSignal(self._tensors["logits"][rows_N])
         classes_NK, log_p_NK, log_rest_N = (self._tensors[name][rows_N] for name in ("classes", "log_p", "log_rest"))
@@ -196,7 +206,8 @@ class AnswersOnline(Stateless):
     """A teacher that answers each batch as it comes; its logits are made when they are asked for."""
 
     def __init__(self, ctx: "StageContext", teacher: PreTrainedModel, masking: Masking | None = None) -> None:
-        self._ctx, self.model, self._masking = ctx, teacher, masking or Masking()
+        self._ctx, self._model, self._masking = ctx, teacher, masking or Masking()
+        self.layers = Watched(teacher)
 
     def prepare(self, epoch: int, data: Any) -> Any:
         """Masks the split."""
@@ -205,9 +216,9 @@ class AnswersOnline(Stateless):
     def answer(self, batch: Batch) -> Signal:
         """Runs the teacher on the batch."""
         with torch.no_grad(), autocast(self._ctx.device):
-            answer = self._ctx.task.answer(self.model, batch)
+            answer = self._ctx.task.answer(self._model, batch)
         return HeadSignal(answer) if isinstance(answer, Head) else DenseSignal(answer)
 
     def score(self, validation: Any) -> "Scores | None":
         """Returns the scores of its answers to the split."""
-        return None if validation is None else self._ctx.task.score(self.model, validation, self._ctx.check_stop)
+        return None if validation is None else self._ctx.task.score(self._model, validation, self._ctx.check_stop)

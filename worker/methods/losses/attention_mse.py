@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from core.methods import FeatureLoss
+from core.methods import FeatureLoss, LayerPart
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,7 +18,7 @@ class AttentionMSE(FeatureLoss):
     Deviation: scores are of queries and keys as projected, before a model turns them by their positions.
     """
 
-    needs_projections: ClassVar[bool] = True
+    needs: ClassVar[tuple[LayerPart, ...]] = ("query", "key")
     needs_same: ClassVar[str | None] = "num_attention_heads"
 
     kind: Literal["attention_mse"] = "attention_mse"

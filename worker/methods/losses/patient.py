@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from core.methods import FeatureLoss
+from core.methods import FeatureLoss, LayerPart
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,6 +17,7 @@ class Patient(FeatureLoss):
     Paper: Sun et al. 2019, "Patient Knowledge Distillation for BERT Model Compression", section 3.2, equation 7.
     """
 
+    needs: ClassVar[tuple[LayerPart, ...]] = ("first_token",)
     projects: ClassVar[bool] = True
     denominator: ClassVar[Literal["tokens", "examples"]] = "examples"
 
@@ -26,4 +27,4 @@ class Patient(FeatureLoss):
         """Returns the distance of two layers."""
         from worker.kernels.features import patient_distance
 
-        return lambda s, t, _: patient_distance(s.hidden_BTD[:, 0], t.hidden_BTD[:, 0])
+        return lambda s, t, _: patient_distance(s.first_BD, t.first_BD)

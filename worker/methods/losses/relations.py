@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from core.methods import FeatureLoss
+from core.methods import FeatureLoss, LayerPart
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,7 +20,7 @@ class Relations(FeatureLoss):
     Transformers", section 3.1.
     """
 
-    needs_projections: ClassVar[bool] = True
+    needs: ClassVar[tuple[LayerPart, ...]] = ("query", "key", "value")
 
     kind: Literal["relations"] = "relations"
     heads: int | None = Field(

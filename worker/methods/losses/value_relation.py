@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from core.methods import FeatureLoss
+from core.methods import FeatureLoss, LayerPart
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,7 +17,7 @@ class ValueRelation(FeatureLoss):
     Paper: Wang et al. 2020, "MiniLM: Deep Self-Attention Distillation", section 3.2.
     """
 
-    needs_projections: ClassVar[bool] = True
+    needs: ClassVar[tuple[LayerPart, ...]] = ("value",)
     needs_same: ClassVar[str | None] = "num_attention_heads"
 
     kind: Literal["value_relation"] = "value_relation"

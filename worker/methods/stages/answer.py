@@ -1,23 +1,46 @@
 """The teacher's answers, kept."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import Field
 
-from core.methods import FeatureLoss, Problem, Stage
+from core.methods import Depths, FeatureLoss, LayerPart, Problem, Stage
+from core.strict import StrictModel
 
 if TYPE_CHECKING:
     from core.jobs.spec import JobSpec
     from worker.engine.context import StageContext
 
 
+Indices = Annotated[list[int], Field(max_length=512)]
+
+
+class Kept(StrictModel):
+    """What is kept of which layers of the teacher, counted from 0, or from the last as -1.
+
+    Each takes two bytes for every number of a token's, or of the first token's, vector.
+    """
+
+    first_token: Indices = Field([], description="The first token's states of a text, for 'patient'.")
+    hidden: Indices = Field([], description="Each token's states, for 'hidden_mse' and 'hidden_cosine'.")
+    query: Indices = Field([], description="Queries, for 'relations' and losses on attention.")
+    key: Indices = Field([], description="Keys, for the same.")
+    value: Indices = Field([], description="Values, for 'relations' and 'value_relation'.")
+
+    @property
+    def wanted(self) -> dict[LayerPart, list[int]]:
+        """The layers of each part that is kept of any."""
+        found: dict[LayerPart, list[int]] = {part: getattr(self, part) for part in get_args(LayerPart)}
+        return {part: layers for part, layers in found.items() if layers}
+
+
 class Answer(Stage):
     """Has the teacher answer once; every distillation after it reads its answers.
 
-    Kept are a classifier's logits, or a language model's likeliest tokens and the probability of all others together. A
-    job with the same teacher and split takes the answers over from the stage cache, and its distillation runs no
-    teacher.
+    Kept are a classifier's logits, or a language model's likeliest tokens and the probability of all others together,
+    and of its layers what losses on them are to compare. A job with the same teacher and split takes the answers over
+    from the stage cache, and its distillation runs no teacher.
 
     Paper: Anshumann et al. 2025, "Sparse Logit Sampling: Accelerating Knowledge Distillation in LLMs", section 3, on
     what the probability of the others is for.
@@ -50,6 +73,11 @@ class Answer(Stage):
     max_length: int = Field(
         128, ge=4, le=8192, description="Longest input of a classifier in tokens; longer ones are cut."
     )
+    layers: Kept = Field(
+        Kept(),
+        description="What is kept of the teacher's layers, for losses on them; half precision.",
+        examples=[{"first_token": [3, 7, 11]}, {"query": [-1], "key": [-1], "value": [-1]}],
+    )
 
     def check(self, spec: "JobSpec") -> list[Problem]:
         """Returns what does not fit: a later change of the teacher, or a loss that cannot hear these answers."""
@@ -58,6 +86,8 @@ class Answer(Stage):
         later = spec.stages[spec.stages.index(self) + 1 :]
         if any("teacher" in stage.writes() for stage in later):
             return [Problem("kind", "a later stage changes the teacher; put 'answer' after it")]
+        if self.layers.wanted and not spec.teacher.is_model:
+            return [Problem("layers", "this teacher only answers, so nothing of its layers can be kept; leave it out")]
         if spec.task.shares_tokens and spec.teacher.api():
             return [Problem("kind", "an API does not tell how likely the tokens of a text are; use 'generate' instead")]
         if not spec.task.shares_tokens:
@@ -83,6 +113,16 @@ class Answer(Stage):
             for loss in heard
             if getattr(loss, "temperature", self.temperature) != self.temperature
         ]
+
+    def lacks(self, loss: FeatureLoss, depths: Depths | None = None) -> str | None:
+        """Returns what `layers` must hold for a loss and does not, as far as this can be told without the depths."""
+        kept = [getattr(self.layers, part) for part in loss.needs]
+        if depths is None:
+            return None if all(kept) else ", ".join(loss.needs)
+        wanted = sorted({teacher for _, teacher in loss.pairs(depths)})
+        if all({layer % depths.teacher for layer in layers}.issuperset(wanted) for layers in kept):
+            return None
+        return ", ".join(f"{part}: {wanted}" for part in loss.needs)
 
     def reads(self, spec: "JobSpec") -> set[str]:
         """Returns the teacher's role, if it is a model."""

@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from core.methods import FeatureLoss, Loss, Method, OneOf, Problem, Task, list_methods
+from core.methods import Depths, FeatureLoss, Loss, Method, OneOf, Problem, Task, list_methods
 from core.strict import StrictModel, one_message
 from core.training import Training
+from worker.methods.stages.answer import Answer
 
 if TYPE_CHECKING:
     from core.jobs.spec import JobSpec
@@ -92,8 +93,8 @@ class Distill(Training):
         ge=0,
         lt=1,
         description="Share of the tokens that are masked, anew in every epoch after the first, for teacher and student "
-        "alike; 0 lets the teacher answer once. Nothing is masked without a mask token, or where each reads its own "
-        "tokens.",
+        "alike; 0 lets the teacher answer once. Nothing is masked without a mask token, where answers were kept, or "
+        "where each reads its own tokens.",
     )
 
     on_policy: OnPolicy | None = Field(
@@ -124,9 +125,36 @@ class Distill(Training):
         if self.feature_losses and not spec.teacher.is_model:
             kind = self.feature_losses[0].kind
             return [Problem("losses", f"'{kind}' compares layers, and this teacher only answers; leave it out")]
-        if any(loss.weight != "auto" and loss.weight > 0 for loss in self.losses):
-            return []
+        lacking = self._find_lacking(spec)
+        if lacking or any(loss.weight != "auto" and loss.weight > 0 for loss in self.losses):
+            return lacking
         return [Problem("losses", "no term has a weight above 0; give at least one a number, as 'weight: 1.0'")]
+
+    def check_depths(self, spec: "JobSpec", depths: Depths) -> list[Problem]:
+        """Returns which losses compare layers that are not there, or that an earlier stage did not keep."""
+        wrong = [(index, loss.find_wrong(depths)) for index, loss in self._numbered()]
+        return [Problem(f"losses.{index}.layers", why) for index, why in wrong if why] or self._find_lacking(
+            spec, depths
+        )
+
+    def _find_lacking(self, spec: "JobSpec", depths: Depths | None = None) -> list[Problem]:
+        """Returns the losses on layers for which an earlier stage that kept the answers keeps too little."""
+        before = [*enumerate(spec.stages[: spec.stages.index(self)])]
+        kept = next(((number, stage) for number, stage in reversed(before) if isinstance(stage, Answer)), None)
+        if kept is None or self.on_policy:  # the teacher runs beside the student
+            return []
+        number, answer = kept
+        lacking = [(index, loss.kind, answer.lacks(loss, depths)) for index, loss in self._numbered()]
+        return [
+            Problem(
+                f"losses.{index}", f"'{kind}' needs more than 'answer' keeps; have stages.{number}.layers hold {what}"
+            )
+            for index, kind, what in lacking
+            if what
+        ]
+
+    def _numbered(self) -> list[tuple[int, FeatureLoss]]:
+        return [(index, loss) for index, loss in enumerate(self.losses) if isinstance(loss, FeatureLoss)]
 
     @property
     def feature_losses(self) -> list[FeatureLoss]:

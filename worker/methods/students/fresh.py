@@ -46,6 +46,10 @@ class Fresh(Student):
             return None
         return made.count(made.widths.resized(self.hidden_size, self.num_heads, self.intermediate_size), num_layers)
 
+    def count_layers(self, start: ModelFacts) -> int | None:
+        """Returns its own number, or the teacher's."""
+        return self.num_layers or start.num_layers
+
     def build(self, ctx: "StageContext") -> "PreTrainedModel":
         """Returns a new model."""
         from worker.engine.students import make_fresh

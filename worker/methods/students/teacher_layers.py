@@ -84,6 +84,10 @@ class TeacherLayers(Student):
             return [Problem(field, why)]
         return []
 
+    def count_layers(self, start: ModelFacts) -> int:
+        """Returns how many are kept."""
+        return self.keep.count if isinstance(self.keep, Choice) else len(self.keep)
+
     def count_parameters(self, start: ModelFacts) -> int | None:
         """Returns those of the teacher without the layers that go; None where a rule chooses among unequal ones."""
         if self.is_narrower:
