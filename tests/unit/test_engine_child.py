@@ -241,7 +241,7 @@ def test_a_loss_that_is_not_finite_names_its_step(bench: Bench) -> None:
     finished = model.run(spec)
     assert finished.returncode == 1
     assert finished.last["reason"] == "loss_not_finite"
-    assert "step 1 of 72" in finished.last["message"]
+    assert "step 1 of 120" in finished.last["message"]
     assert "learning_rate" in finished.last["suggestion"]
     assert "Traceback" in finished.log
     assert "Traceback" not in json.dumps(finished.last)

@@ -39,7 +39,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     """Two classifiers that were fine-tuned with different seeds, beside an encoder that knows nothing."""
     bench = Bench(tmp_path_factory.mktemp("bench")).lay()
     for seed, role in enumerate(("teacher_1", "teacher_2")):
-        spec = make_spec([{"kind": "finetune", **FAST, "epochs": 3}], seed=seed)
+        spec = make_spec([{"kind": "finetune", **FAST}], seed=seed)
         shutil.copytree(bench.succeed(spec, 0, f"train-{role}").outputs / "teacher", bench.inputs / role)
     shutil.rmtree(bench.inputs / "teacher")
     pico.write_model(bench.inputs / "base", num_layers=1)

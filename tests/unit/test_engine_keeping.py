@@ -177,6 +177,18 @@ def test_a_student_learns_from_layers_without_the_teacher(bench: Bench, tmp_path
     assert contents(again.outputs) == contents(offline.outputs)
 
 
+@pytest.mark.parametrize("how", ["kill", "stop"])
+def test_a_classifier_goes_on_answering_from_a_checkpoint(bench: Bench, how: str, tmp_path: Path) -> None:
+    bench, spec = bench.copy(tmp_path / "bench"), spec_of(ALL)
+    path = bench.inputs / "data" / "train.jsonl"
+    path.write_text(path.read_text() * 8)  # three pieces
+    whole = bench.succeed(spec, 0, "whole")
+    found, _ = bench.interrupt(bench.write_order(spec, 0, "cut", checkpoint_s=0), 1, how)
+    again = bench.succeed(spec, 0, "on", checkpoint=str(found[0]))
+    assert "going on from text 512 of train" in again.log
+    assert contents(again.outputs) == contents(whole.outputs)
+
+
 def test_a_summary_tells_how_large_the_layers_are(bench: Bench, tmp_path: Path) -> None:
     bench = bench.copy(tmp_path / "bench")
     summary = bench.succeed(spec_of(ALL), 0, "again").last["summary"]

@@ -46,12 +46,12 @@ def test_scores_are_log_probabilities_of_the_words(tmp_path: Path, words: list[s
     prompt = PROMPT
     scorer, model, tokenizer = scorer_of(pico.write_language_model(tmp_path), words)
     prompts = Examples(TEXTS, []).prompts(prompt)
-    found = scorer.score(prompts, lambda *_: None)
+    found = scorer.score(prompts, lambda: None)
     wanted = [[expected(model, tokenizer, prompt.format(text=text), w) for w in words] for text in TEXTS]
     torch.testing.assert_close(found.double(), torch.tensor(wanted).double(), rtol=1e-5, atol=1e-5)
     mean, *_ = scorer_of(tmp_path, words, average=True)
     counts = torch.tensor([len(tokenizer(w).input_ids) for w in words])
-    torch.testing.assert_close(mean.score(prompts, lambda *_: None), found / counts)
+    torch.testing.assert_close(mean.score(prompts, lambda: None), found / counts)
 
 
 @pytest.mark.skipif(not STORIES.is_dir(), reason=f"the real tiny Llama is not at {STORIES}")
@@ -59,7 +59,7 @@ def test_a_real_tokenizer_reads_the_words_after_the_prompt() -> None:
     prompt, words = "Once upon a time {text} The end was", [" happy", " very sad indeed", "!"]
     scorer, model, tokenizer = scorer_of(STORIES, words)
     texts = ["a girl met a cat.", "the boat sank."]
-    found = scorer.score(Examples(texts, []).prompts(prompt), lambda *_: None)
+    found = scorer.score(Examples(texts, []).prompts(prompt), lambda: None)
     wanted = [[expected(model, tokenizer, prompt.format(text=text), w) for w in words] for text in texts]
     torch.testing.assert_close(found.double(), torch.tensor(wanted).double(), rtol=1e-4, atol=1e-4)
 
@@ -70,7 +70,7 @@ def test_a_long_text_is_cut_and_a_long_prompt_is_told(tmp_path: Path) -> None:
     shortened = cut(long, tokenizer, 20)
     assert (shortened.texts, shortened.pairs) == ([" ".join(["late"] * 20)], [" ".join(["box"] * 20)])
     with pytest.raises(StageFailed, match="places for 64") as caught:
-        scorer.score(long.prompts("please {text} is"), lambda *_: None)
+        scorer.score(long.prompts("please {text} is"), lambda: None)
     assert "max_length" in caught.value.suggestion
 
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 Tensors = dict[str, Tensor]
 Hear = Callable[[Batch], Head | Mixture | Tensor]
+PIECE_TEXTS = 512
 log = logging.getLogger(__name__)
 
 
@@ -54,6 +56,89 @@ def answer(ctx: StageContext, settings: "Answer") -> dict[str, Any]:
     size_bytes = count_bytes(folder)
     sizes = {"size_bytes": size_bytes, "bytes_per_row": round(size_bytes / num_rows, 2)}
     return {**kept.summary, **sizes, "teacher_validation": kept.scores}
+
+
+class Piece(NamedTuple):
+    """Texts of a split that are answered together."""
+
+    split: str
+    start: int
+    end: int
+
+
+def answer_texts(
+    ctx: StageContext,
+    speak: Callable[[Any, int], Tensor],
+    splits: dict[str, Any],
+    max_length: int,
+    recorder: Recorder | None,
+) -> Tensors:
+    """Returns what a teacher of labels says of each split, logits_NC; `recorder` keeps its layers, if that is wanted.
+
+    It answers so many texts at a time, always the same ones together, so that an interruption changes nothing. An API
+    is asked for whole splits: each of its answers is kept by itself.
+
+    Raises:
+        StopRequested: After handing over a checkpoint; a run that goes on from it asks only for what is left.
+    """
+    size = sys.maxsize if ctx.spec.teacher.api() else PIECE_TEXTS
+    pieces = [
+        Piece(split, start, min(start + size, texts.num_texts))
+        for split, texts in splits.items()
+        for start in range(0, texts.num_texts, size)
+    ]
+    found: dict[str, list[Tensor]] = {split: [] for split in splits}
+    done = _restore_texts(ctx, found, pieces, recorder)
+    num_done, total = (sum(piece.end - piece.start for piece in some) for some in (pieces[:done], pieces))
+    try:
+        for number, (split, start, end) in enumerate(pieces[done:], done):
+            found[split].append(speak(splits[split].part(start, end), max_length))
+            done, num_done = number + 1, num_done + end - start
+            if ctx.wants_checkpoint():
+                _save_texts(ctx, found, pieces[:done], recorder)
+            ctx.progress(num_done, total)
+    except StopRequested:
+        _save_texts(ctx, found, pieces[:done], recorder)
+        raise
+    return {split: torch.cat(parts) for split, parts in found.items()}
+
+
+def _copy(rows: Tensors, tensors: Tensors) -> None:
+    """Copies tensors into those of the same names. Raises KeyError or RuntimeError if they do not fit."""
+    for name, kept in rows.items():
+        kept.copy_(tensors[name])
+
+
+def _layers_of(pieces: list[Piece], recorder: Recorder | None) -> Tensors:
+    """Returns what is kept of the layers for the texts of the training split in these first pieces."""
+    num_texts = max((piece.end for piece in pieces if piece.split == "train"), default=0)
+    return recorder.head(num_texts) if recorder else {}
+
+
+def _save_texts(
+    ctx: StageContext, found: dict[str, list[Tensor]], done: list[Piece], recorder: Recorder | None
+) -> None:
+    answers = {split: torch.cat(parts) for split, parts in found.items() if parts}
+    ctx.save_checkpoint(len(done), answers | _layers_of(done, recorder), {})
+
+
+def _restore_texts(
+    ctx: StageContext, found: dict[str, list[Tensor]], pieces: list[Piece], recorder: Recorder | None
+) -> int:
+    """Fills in what a checkpoint holds; returns how many pieces are done."""
+    checkpoint = ctx.find_checkpoint()
+    if checkpoint is None:
+        return 0
+    tensors, state = checkpoint
+    done = int(state["step"])
+    try:
+        for split in {piece.split for piece in pieces[:done]}:
+            found[split].append(tensors[split])
+        _copy(_layers_of(pieces[:done], recorder), tensors)
+    except (KeyError, RuntimeError) as error:
+        raise CheckpointUnfit(f"{type(error).__name__}: {error}") from error
+    log.info("going on from text %d of %s", pieces[done - 1].end, pieces[done - 1].split)
+    return done
 
 
 def _rows_of(tensors: Tensors) -> Tensors:
@@ -150,8 +235,7 @@ def _restore(ctx: StageContext, kept: Tensors, asked: Asked) -> int:
     tensors, state = found
     done = int(state["step"])
     try:
-        for name, rows in _rows_done(kept, done, asked).items():
-            rows.copy_(tensors[name])
+        _copy(_rows_done(kept, done, asked), tensors)
     except (KeyError, RuntimeError) as error:
         raise CheckpointUnfit(f"{type(error).__name__}: {error}") from error
     log.info("going on from block %d", done)

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from core.errors import StageFailed
+from worker.engine.answering import answer_texts
 from worker.engine.data import Batch, Encoded, digest, encode, read_examples
 from worker.engine.evaluation import Card, Column, Measured, Quality, Row, list_candidates, row_of_answers
 from worker.engine.inference import predict_logits
@@ -120,7 +121,7 @@ class Classification:
 
     def sample(self, path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Encoded:
         """Returns the first texts of the split."""
-        return self.tokenise(self.read(path).head(SAMPLED_TEXTS), tokenizer, input_names(model, tokenizer))
+        return self.tokenise(self.read(path).part(0, SAMPLED_TEXTS), tokenizer, input_names(model, tokenizer))
 
     def logits(self, model: PreTrainedModel, data: Encoded, between: Callable[[], None]) -> Tensor:
         """Returns the logits of every row, in the order of the split."""
@@ -159,14 +160,10 @@ class Classification:
 
     def keep(self, settings: "Answer") -> Kept:
         """Has the teacher answer the splits; keeps `logits` of the labels, and `test`, those of the test split."""
-        speak, recorder = self.ctx.spec.teacher.build(self.ctx), self.record(settings)
-        found, answers = {}, {}
-        for split in settings.splits:
-            path = self.ctx.find_split(split)
-            if path is not None:
-                found[split] = self.read(path)
-                answers[split] = speak(found[split], settings.max_length)
-                log.info("the teacher answered %d rows of %s", len(answers[split]), split)
+        ctx, recorder = self.ctx, self.record(settings)
+        paths = {split: ctx.find_split(split) for split in settings.splits}
+        found: dict[str, Any] = {split: self.read(path) for split, path in paths.items() if path}
+        answers = answer_texts(ctx, ctx.spec.teacher.build(ctx), found, settings.max_length, recorder)
         scores = None
         if "validation" in found:
             scores = self.score_answers(answers["validation"], found["validation"])

@@ -28,9 +28,14 @@ class Examples(NamedTuple):
     labels: list[Any]
     pairs: list[str] | None = None
 
-    def head(self, count: int) -> "Examples":
-        """Returns the first examples."""
-        return Examples(self.texts[:count], self.labels[:count], self.pairs and self.pairs[:count])
+    @property
+    def num_texts(self) -> int:
+        """The number of examples."""
+        return len(self.texts)
+
+    def part(self, start: int, end: int) -> "Examples":
+        """Returns some of the examples."""
+        return Examples(self.texts[start:end], self.labels[start:end], self.pairs and self.pairs[start:end])
 
     def prompts(self, prompt: str, **values: str) -> list[str]:
         """Returns a prompt for each example, with its texts for `{text}` and `{pair}`, and the values for their names.

@@ -97,9 +97,9 @@ def speak_by_scoring(ctx: StageContext, settings: "LabelSpace") -> Speak:
         free = Examples(settings.content_free, [], settings.content_free)
         asked, nothing = (cut(some, tokenizer, max_length).prompts(settings.prompt) for some in (examples, free))
         with autocast(ctx.device):
-            scores_NC = scorer.score(asked, ctx.progress)
+            scores_NC = scorer.score(asked, ctx.check_stop)
             if nothing:
-                bias_FC = scorer.score(nothing, lambda *_: None)
+                bias_FC = scorer.score(nothing, ctx.check_stop)
                 scores_NC = scores_NC - bias_FC.softmax(dim=-1).mean(dim=0).log()
         return scores_NC
 
@@ -146,12 +146,12 @@ class Scorer:
         self._model, self._tokenizer, self._words, self._average = model, tokenizer, words, average
         self._limit = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
 
-    def score(self, prompts: list[str], progress: Callable[[int, int], None]) -> Tensor:
+    def score(self, prompts: list[str], between: Callable[[], None]) -> Tensor:
         """Returns log p(words_c | prompt), or its mean over the tokens, scores_NC in float32.
 
         Args:
             prompts: What is read before the words.
-            progress: Called between batches with how many are done and how many there are; may raise to stop.
+            between: Called after each batch; may raise to stop.
         """
         reads = [read for row, prompt in enumerate(prompts) for read in self._list_reads(row, prompt)]
         reads.sort(key=lambda read: -len(read.ids))
@@ -162,14 +162,12 @@ class Scorer:
             raise StageFailed("dataset_invalid", message, suggestion="Lower max_length of the answer stage.")
         scores_NC = torch.zeros(len(prompts), len(self._words))
         num_tokens_NC = torch.zeros_like(scores_NC)
-        batches = list(_batches(reads))
-        for index, batch in enumerate(batches):
-            progress(index, len(batches))
+        for batch in _batches(reads):
             for row, wanted, log_p_V in self._read(batch):
                 classes, tokens = list(wanted), list(wanted.values())
                 scores_NC[row, classes] += log_p_V[tokens]
                 num_tokens_NC[row, classes] += 1
-        progress(len(batches), len(batches))
+            between()
         return scores_NC / num_tokens_NC if self._average else scores_NC
 
     def _list_reads(self, row: int, prompt: str) -> Iterator[Read]:

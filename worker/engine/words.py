@@ -21,9 +21,14 @@ class Sentences(NamedTuple):
     words: list[list[str]]
     tags: list[list[int]]
 
-    def head(self, count: int) -> "Sentences":
-        """Returns the first texts."""
-        return Sentences(self.words[:count], self.tags[:count])
+    @property
+    def num_texts(self) -> int:
+        """The number of texts."""
+        return len(self.words)
+
+    def part(self, start: int, end: int) -> "Sentences":
+        """Returns some of the texts."""
+        return Sentences(self.words[start:end], self.tags[start:end])
 
 
 @dataclass(frozen=True)
