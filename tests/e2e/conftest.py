@@ -8,6 +8,8 @@ import pytest
 from tests import pico
 from tests.disks import mounted
 from tests.e2e.stack import Stack
+from tests.e2e.teaching import SETTINGS
+from tests.teacher_api import KEY
 
 
 @pytest.fixture(scope="session")
@@ -47,6 +49,20 @@ def own_api(tmp_path: Path, tenant: tuple[str, str], pico_files: tuple[Path, dic
     try:
         stack.start_api()
         stack.push_pico(*pico_files)
+        yield stack
+    finally:
+        stack.stop()
+
+
+@pytest.fixture
+def taught(tmp_path: Path, tenant: tuple[str, str], pico_files: tuple[Path, dict[str, Path]]) -> Iterator[Stack]:
+    """A tenant with a small model, data, and the key of the teacher's API as a secret."""
+    stack = Stack(tmp_path, tenant[1])
+    try:
+        stack.start_api(**SETTINGS)
+        stack.push_model(pico.write_model(tmp_path / "small", num_layers=1), "small")
+        stack.push_data(pico_files[1], "toy")
+        assert stack.http.put("/v1/secrets/teacher-key", json={"value": KEY}).status_code == 200
         yield stack
     finally:
         stack.stop()
