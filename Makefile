@@ -26,7 +26,7 @@ up: setup ## Starts the whole stack on this machine, with an embedded Postgres a
 	$(BIN)/stillhouse up
 
 test: setup ## Runs every test; set STILLHOUSE_DATABASE_URL and STILLHOUSE_REDIS_URL to use servers
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: setup ## Checks style, types, import contracts and sizes
 	$(BIN)/ruff check .

@@ -32,6 +32,12 @@ stages:
 """
 
 
+def hear_signals() -> None:
+    """Forgets what a test run in the background ignores: a program that is started so leaves it at that."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class Up:
     """One `stillhouse up` and what it said."""
 
@@ -47,6 +53,7 @@ class Up:
                 text=True,
                 env=clean | {"STILLHOUSE_POLL_S": "1"},
                 start_new_session=True,
+                preexec_fn=hear_signals,
             )
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
