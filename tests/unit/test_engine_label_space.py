@@ -12,13 +12,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from core.errors import SpecInvalid, StageFailed
 from tests import pico
 from tests.engine_bench import FAST, Bench, make_spec, teach_classes
+from tests.llama_cpp import STORIES, needs_stories
 from worker.engine.data import Examples
 from worker.engine.speaking import Scorer, cut
 
 WORDS = {"refund": " refund", "delivery": " parcel late", "login": " password"}
 PROMPT = "please {text} is"
 TEACHER = {"kind": "label_space", "model": "big", "prompt": PROMPT, "words": WORDS}
-STORIES = Path(__file__).parents[3] / "shared" / "models" / "stories260k"
 TEXTS = ["my box and the courier", "", "it was charged please help with the money now"]
 
 
@@ -54,7 +54,7 @@ def test_scores_are_log_probabilities_of_the_words(tmp_path: Path, words: list[s
     torch.testing.assert_close(mean.score(prompts, lambda: None), found / counts)
 
 
-@pytest.mark.skipif(not STORIES.is_dir(), reason=f"the real tiny Llama is not at {STORIES}")
+@needs_stories
 def test_a_real_tokenizer_reads_the_words_after_the_prompt() -> None:
     prompt, words = "Once upon a time {text} The end was", [" happy", " very sad indeed", "!"]
     scorer, model, tokenizer = scorer_of(STORIES, words)

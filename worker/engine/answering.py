@@ -88,7 +88,15 @@ def answer_texts(
         for start in range(0, texts.num_texts, size)
     ]
     found: dict[str, list[Tensor]] = {split: [] for split in splits}
-    done = _restore_texts(ctx, found, pieces, recorder)
+
+    def fill(done: int, tensors: Tensors) -> None:
+        for split in {piece.split for piece in pieces[:done]}:
+            found[split].append(tensors[split])
+        _copy(_layers_of(pieces[:done], recorder), tensors)
+
+    done = _restore(ctx, fill)
+    if done:
+        log.info("going on from text %d of %s", pieces[done - 1].end, pieces[done - 1].split)
     num_done, total = (sum(piece.end - piece.start for piece in some) for some in (pieces[:done], pieces))
     try:
         for number, (split, start, end) in enumerate(pieces[done:], done):
@@ -122,22 +130,17 @@ def _save_texts(
     ctx.save_checkpoint(len(done), answers | _layers_of(done, recorder), {})
 
 
-def _restore_texts(
-    ctx: StageContext, found: dict[str, list[Tensor]], pieces: list[Piece], recorder: Recorder | None
-) -> int:
-    """Fills in what a checkpoint holds; returns how many pieces are done."""
+def _restore(ctx: StageContext, fill: Callable[[int, Tensors], None]) -> int:
+    """Returns how many parts a checkpoint holds; `fill` takes them over, and raises KeyError or RuntimeError."""
     checkpoint = ctx.find_checkpoint()
     if checkpoint is None:
         return 0
     tensors, state = checkpoint
     done = int(state["step"])
     try:
-        for split in {piece.split for piece in pieces[:done]}:
-            found[split].append(tensors[split])
-        _copy(_layers_of(pieces[:done], recorder), tensors)
+        fill(done, tensors)
     except (KeyError, RuntimeError) as error:
         raise CheckpointUnfit(f"{type(error).__name__}: {error}") from error
-    log.info("going on from text %d of %s", pieces[done - 1].end, pieces[done - 1].split)
     return done
 
 
@@ -180,7 +183,9 @@ def keep_likeliest(ctx: StageContext, asked: Asked, settings: "Answer") -> tuple
         "log_rest": torch.zeros(data.num_places),
         "num_classes": torch.tensor(num_classes),
     }
-    done = _restore(ctx, kept, asked)
+    done = _restore(ctx, lambda done, tensors: _copy(_rows_done(kept, done, asked), tensors))
+    if done:
+        log.info("going on from block %d", done)
     try:
         for block in range(done, len(data)):
             ctx.progress(block, len(data))
@@ -225,18 +230,3 @@ def _rows_done(kept: Tensors, done: int, asked: Asked) -> Tensors:
 
 def _save(ctx: StageContext, kept: Tensors, done: int, asked: Asked) -> None:
     ctx.save_checkpoint(done, _rows_done(kept, done, asked), {})
-
-
-def _restore(ctx: StageContext, kept: Tensors, asked: Asked) -> int:
-    """Fills in what a checkpoint holds; returns how many blocks are done."""
-    found = ctx.find_checkpoint()
-    if found is None:
-        return 0
-    tensors, state = found
-    done = int(state["step"])
-    try:
-        _copy(_rows_done(kept, done, asked), tensors)
-    except (KeyError, RuntimeError) as error:
-        raise CheckpointUnfit(f"{type(error).__name__}: {error}") from error
-    log.info("going on from block %d", done)
-    return done
