@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
@@ -93,15 +94,18 @@ def speak_by_scoring(ctx: StageContext, settings: "LabelSpace") -> Speak:
     tokenizer = ctx.load_tokenizer("teacher")
     scorer = Scorer(model, tokenizer, words, average=settings.average)
 
-    def speak(examples: Examples, max_length: int) -> Tensor:
-        free = Examples(settings.content_free, [], settings.content_free)
-        asked, nothing = (cut(some, tokenizer, max_length).prompts(settings.prompt) for some in (examples, free))
+    def score(examples: Examples, max_length: int) -> Tensor:
         with autocast(ctx.device):
-            scores_NC = scorer.score(asked, ctx.check_stop)
-            if nothing:
-                bias_FC = scorer.score(nothing, ctx.check_stop)
-                scores_NC = scores_NC - bias_FC.softmax(dim=-1).mean(dim=0).log()
-        return scores_NC
+            return scorer.score(cut(examples, tokenizer, max_length).prompts(settings.prompt), ctx.check_stop)
+
+    @cache
+    def bias(max_length: int) -> Tensor:
+        free = Examples(settings.content_free, [], settings.content_free)
+        return score(free, max_length).softmax(dim=-1).mean(dim=0).log()
+
+    def speak(examples: Examples, max_length: int) -> Tensor:
+        scores_NC = score(examples, max_length)
+        return scores_NC - bias(max_length) if settings.content_free else scores_NC
 
     return speak
 
