@@ -220,7 +220,7 @@ def _by_text(top: list[tuple[str, float]]) -> dict[str, float]:
     for token, log_p in top:
         text, one = _sound(token), float(log_p)
         more, less = max(one, found.get(text, -math.inf)), min(one, found.get(text, -math.inf))
-        found[text] = more + math.log1p(math.exp(less - more))
+        found[text] = more + math.log1p(math.exp(less - more)) if less > -math.inf else more
     return found
 
 

@@ -117,11 +117,12 @@ def test_answers_are_read_in_both_shapes() -> None:
 def test_tokens_of_one_text_are_as_likely_as_their_sum() -> None:
     some = [("a", 0.5), ("\ufffd", 0.2), ("\ufffd", 0.1), ("a", 0.05)]  # a byte last
     top = [{"token": token, "logprob": math.log(p)} for token, p in some] + [{"token": "b", "logprob": -9999.0}] * 2
+    top += [{"token": "c", "logprob": -math.inf}] * 2
     choice = {"message": {"content": "a"}, "logprobs": {"content": [{"token": "a", "top_logprobs": top}]}}
     found = read_answer("chat", {"choices": [choice]}).top
     assert found is not None
     assert {token: math.exp(log_p) for token, log_p in found.items()} == pytest.approx(
-        {"a": 0.55, "\ufffd": 0.3, "b": 0}
+        {"a": 0.55, "\ufffd": 0.3, "b": 0, "c": 0}
     )
 
 
