@@ -98,6 +98,7 @@ class Bench:
             "outputs_dir": str(outputs),
             "num_threads": 1,
             "num_processes": 1,
+            "shard_layers": False,
             "max_memory_bytes": 0,
             "job_id": "job_0",
             "earlier": [],

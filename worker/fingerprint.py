@@ -32,18 +32,17 @@ LIBRARIES = (
 GPU_INFORMATION = Path("/proc/driver/nvidia/gpus")
 
 
-def stage_key(order: dict[str, Any], roles: dict[str, list[ManifestFile]], num_threads: int, num_processes: int) -> str:
+def stage_key(order: dict[str, Any], roles: dict[str, list[ManifestFile]], **computed: int) -> str:
     """Returns the sha256 that two runs share only if they make the same bytes.
 
     Args:
         order: What the child is told, without its folders.
         roles: The files that it is given, by role; `data` and `history` are roles, too.
-        num_threads: Threads that compute; sums in another order differ in their last bits.
-        num_processes: Processes that train together, for the same reason.
+        computed: How many threads and processes compute, and in which way; sums in another order differ in their last
+            bits.
     """
     inputs = {role: manifest_digest(files) for role, files in roles.items()}
-    computed = {"num_threads": num_threads, "num_processes": num_processes, "environment": environment()}
-    document = {"order": order, "inputs": inputs, **computed}
+    document = {"order": order, "inputs": inputs, **computed, "environment": environment()}
     return hashlib.sha256(json.dumps(document, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 

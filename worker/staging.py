@@ -62,8 +62,9 @@ class Inputs(NamedTuple):
         return stage_key(
             self.order | {"history": history},
             self.roles | {"data": self.splits},
-            settings.num_threads or len(os.sched_getaffinity(0)),
-            settings.num_processes,
+            num_threads=settings.num_threads or len(os.sched_getaffinity(0)),
+            num_processes=settings.num_processes,
+            shard_layers=settings.shard_layers,
         )
 
 
@@ -154,6 +155,7 @@ class Staging:
             "checkpoint_s": settings.checkpoint_s,
             "num_threads": settings.num_threads,
             "num_processes": settings.num_processes,
+            "shard_layers": settings.shard_layers,
             "max_memory_bytes": settings.max_child_memory_bytes,
         }
         self.order_path.write_text(json.dumps(order))

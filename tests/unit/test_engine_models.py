@@ -27,9 +27,9 @@ from core.errors import StageFailed
 from core.models.facts import ModelFacts, read_facts
 from core.models.safetensors_header import read_tensors
 from tests import pico
-from worker.engine.loading import is_head, limit_length, load_classifier, load_tokenizer, save_classifier
+from worker.engine.loading import find_layers, is_head, limit_length, load_classifier, load_tokenizer, save_classifier
 from worker.engine.optimization import Average, make_optimizer, make_schedule, open_pooler, set_dropout
-from worker.engine.students import choose_layers, find_layers, keep_layers, make_fresh
+from worker.engine.students import choose_layers, keep_layers, make_fresh
 from worker.methods.stages.finetune import Finetune
 from worker.methods.students.fresh import Fresh
 from worker.methods.students.pretrained import Pretrained

@@ -14,8 +14,8 @@ from core.errors import StageFailed
 from core.models.facts import ModelFacts
 from tests.engine_bench import FAST, Bench, make_spec
 from tests.unit.test_engine_models import CONFIGS, SIZES, make
+from worker.engine.loading import find_layers
 from worker.engine.narrowing import _find_part, narrow
-from worker.engine.students import find_layers
 from worker.methods.students.teacher_layers import TeacherLayers
 
 GROUPED = LlamaConfig(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -19,26 +20,38 @@ CLOSE = (
 LANGUAGE = {"kind": "causal_lm", "block_tokens": 32}
 STUDENT = {"kind": "teacher_layers", "keep": [0, 2]}
 SOFT = [{"kind": "cross_entropy"}, {"kind": "forward_kl"}, {"kind": "hidden_mse", "weight": 0.1}]
+SHORT = FAST | {"epochs": 3}
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "labels": ({"kind": "finetune", **FAST, "dropout": 0.0}, {}),
-    "an example left over": ({"kind": "finetune", **FAST, "epochs": 3, "dropout": 0.0, "batch_size": 179}, {}),
-    "the teacher ahead": ({"kind": "distill", **FAST, "mask_probability": 0.3}, {}),
-    "layers, in parts": ({"kind": "distill", **FAST, "losses": SOFT, "micro_batch_size": 3}, {}),
+    "labels": ({"kind": "finetune", **SHORT, "dropout": 0.0}, {}),
+    "an example left over": ({"kind": "finetune", **SHORT, "dropout": 0.0, "batch_size": 179}, {}),
+    "the teacher ahead": ({"kind": "distill", **SHORT, "mask_probability": 0.3}, {}),
+    "layers, in parts": ({"kind": "distill", **SHORT, "losses": SOFT, "micro_batch_size": 3}, {}),
     "a narrower student": (
-        {"kind": "distill", **FAST},
+        {"kind": "distill", **SHORT},
         {"student": {"kind": "teacher_layers", "keep": [0, 2], "hidden_size": 16, "intermediate_size": 24}},
     ),
-    "a language model": ({"kind": "distill", **FAST, "batch_size": 5}, {"task": LANGUAGE}),
+    "a language model": ({"kind": "distill", **SHORT, "batch_size": 5}, {"task": LANGUAGE}),
+    "its own texts": (
+        {
+            "kind": "distill",
+            **SHORT,
+            "gradient_checkpointing": True,
+            "losses": [{"kind": "cross_entropy"}, {"kind": "reverse_kl"}],
+            "on_policy": {"share": 0.5, "prompt_tokens": 4, "new_tokens": 6, "buffer_steps": 2},
+        },
+        {"task": LANGUAGE},
+    ),
 }
+SPLIT = [(case, True) for case in ("an example left over", "the teacher ahead", "layers, in parts", "its own texts")]
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_two_processes_learn_what_one_does(case: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("case", "shard_layers"), [*((case, False) for case in CASES), *SPLIT])
+def test_two_processes_learn_what_one_does(case: str, shard_layers: bool, tmp_path: Path) -> None:
     stage, changes = CASES[case]
     bench = Bench(tmp_path).lay_language() if "task" in changes else Bench(tmp_path).lay()
     spec = make_spec([stage], **changes)
     labels = {"labels": []} if "task" in changes else {}
-    one, two = (bench.succeed(spec, 0, str(n), num_processes=n, **labels) for n in (1, 2))
+    one, two = (bench.succeed(spec, 0, str(n), num_processes=n, shard_layers=shard_layers, **labels) for n in (1, 2))
     assert [point[:2] for point in one.points()] == [point[:2] for point in two.points()]
     for name in ("loss/total", "validation/loss", "learning_rate"):
         for (_, found), (_, expected) in zip(two.series(name), one.series(name), strict=True):
@@ -50,23 +63,27 @@ def test_two_processes_learn_what_one_does(case: str, tmp_path: Path) -> None:
     models = [load_file(finished.outputs / weights) for finished in (one, two)]
     moved = [(models[1][name] - tensor).norm() / (1e-6 + tensor.norm()) for name, tensor in models[0].items()]
     assert torch.stack(moved).median() < 2 * CLOSE
+    held = re.findall(r"each of 2 processes holds (\d+) of (\d+) parameters", two.log)
+    assert len(held) == shard_layers * (2 if stage["kind"] == "distill" else 1)  # the student, and its teacher
+    assert all(int(here) < int(total) for here, total in held)
 
 
-@pytest.mark.parametrize("how", ["kill", "stop"])
-def test_an_interrupted_pair_makes_the_same_bytes(how: str, tmp_path: Path) -> None:
-    bench = Bench(tmp_path).lay()
-    spec = make_spec([{"kind": "distill", **FAST, "dropout": 0.1}])
-    whole = bench.succeed(spec, 0, "whole", num_processes=2)
-    order = bench.write_order(spec, 0, "interrupted", num_processes=2, checkpoint_s=0)
-    found, _ = bench.interrupt(order, 2, how)
-    again = bench.succeed(spec, 0, "again", num_processes=2, checkpoint=str(found[-1]))
+@pytest.mark.parametrize(("how", "shard_layers"), [("kill", False), ("stop", False), ("kill", True), ("stop", True)])
+def test_an_interrupted_pair_makes_the_same_bytes(how: str, shard_layers: bool, tmp_path: Path) -> None:
+    bench, pair = Bench(tmp_path).lay(), {"num_processes": 2, "shard_layers": shard_layers}
+    spec = make_spec([{"kind": "distill", **SHORT, "dropout": 0.1, "average": 0.9}])
+    whole = bench.succeed(spec, 0, "whole", **pair)
+    order = bench.write_order(spec, 0, "interrupted", checkpoint_s=0, **pair)
+    found, _ = bench.interrupt(order, 15, how)  # after the first epoch, of whose weights there is a copy, too
+    again = bench.succeed(spec, 0, "again", checkpoint=str(found[-1]), **pair)
     assert "going on from step" in again.log
     assert contents(again.outputs) == contents(whole.outputs)
 
 
-def test_one_that_dies_ends_the_stage_and_leaves_nobody(tmp_path: Path) -> None:
-    bench = Bench(tmp_path).lay()
-    order = bench.write_order(make_spec([{"kind": "finetune", **FAST, "epochs": 1000}]), 0, "long", num_processes=2)
+@pytest.mark.parametrize("shard_layers", [False, True])
+def test_one_that_dies_ends_the_stage_and_leaves_nobody(shard_layers: bool, tmp_path: Path) -> None:
+    bench, pair = Bench(tmp_path).lay(), {"num_processes": 2, "shard_layers": shard_layers}
+    order = bench.write_order(make_spec([{"kind": "finetune", **FAST, "epochs": 1000}]), 0, "long", **pair)
     with bench.start(order) as stage:
         reports = (json.loads(line) for line in stage.reports)
         next(report for report in reports if report["type"] == "progress" and report["step"])
@@ -75,6 +92,6 @@ def test_one_that_dies_ends_the_stage_and_leaves_nobody(tmp_path: Path) -> None:
         *_, last = reports
         assert int(stage.exit_code.read()) == 1
     assert (last["type"], last["reason"], last["retryable"]) == ("error", "internal", True)
-    assert "Another of the 2 processes" in last["message"]
+    assert "Another of the processes" in last["message"]
     with pytest.raises(ProcessLookupError):
         os.killpg(stage.pid, 0)

@@ -14,6 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
+from worker.engine.sharding import part_like
+
 COST_FACTOR = 40  # a pause of forty times a checkpoint's cost keeps it under 2.5 % of the time
 FREE_RESERVE_BYTES = 64 * 1024 * 1024
 
@@ -70,10 +72,11 @@ def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
 
 def restore_optimizer(optimizer: Optimizer, tensors: Mapping[str, Tensor], groups: list[dict[str, Any]]) -> None:
     """Sets moments, step counts and the groups' settings."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = tensor
+        state.setdefault(int(index), {})[name] = part_like(tensor, parameters[int(index)])
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 

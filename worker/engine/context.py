@@ -46,6 +46,7 @@ class Order:
     inputs_dir: Path
     outputs_dir: Path
     num_threads: int
+    shard_layers: bool
     max_memory_bytes: int
     job_id: str
     earlier: list[dict[str, Any]]
@@ -64,6 +65,7 @@ class Order:
             inputs_dir=Path(data["inputs_dir"]),
             outputs_dir=Path(data["outputs_dir"]),
             num_threads=data["num_threads"],
+            shard_layers=data["shard_layers"],
             max_memory_bytes=data["max_memory_bytes"],
             job_id=data["job_id"],
             earlier=data["earlier"],
@@ -85,7 +87,7 @@ class StageContext:
         self.share_done = 0.0  # of a training stage, 0 at its first step and 1 at its last
         self.is_own_text = False  # whether the student wrote what a training stage's step is about
         self._stop, self._mailbox = stop, mailbox
-        self._all_stop = False  # as all processes of a training have agreed
+        self._all_stop = self._all_save = False  # as all processes of a training have agreed
         self._remembered: dict[str, Any] = {}
         self.scratch_dir = Path(tempfile.mkdtemp(prefix="scratch-", dir=order.outputs_dir.parent))
         self._pacer = checkpoints.Pacer(order.checkpoint_s)
@@ -104,6 +106,11 @@ class StageContext:
         """The number of threads to compute with."""
         return ranks.num_threads(self.order.num_threads)
 
+    @property
+    def shards_layers(self) -> bool:
+        """Whether the layers of models are split among the processes of this training."""
+        return self.order.shard_layers and ranks.count() > 1
+
     def close(self) -> None:
         """Removes the scratch folder."""
         shutil.rmtree(self.scratch_dir, ignore_errors=True)
@@ -117,10 +124,11 @@ class StageContext:
         if self._all_stop if ranks.count() > 1 else self._stop.is_set():
             raise StopRequested
 
-    def agree_on_stop(self) -> None:
-        """Lets all processes of a training know whether the first one was ordered to stop; all must call it."""
+    def agree(self) -> None:
+        """Lets all processes of a training know what the first one is to do after this step; all must call it."""
         if ranks.count() > 1:
-            self._all_stop = ranks.add_up(torch.tensor(float(self._stop.is_set()), device=self.device)).item() > 0
+            own = [float(self._stop.is_set()), float(ranks.number() == 0 and self._pacer.is_due())]
+            self._all_stop, self._all_save = ranks.add_up(torch.tensor(own, device=self.device)).bool().tolist()
 
     def progress(self, step: int, total: int) -> None:
         """Reports how far the stage is, and stops here if that is ordered."""
@@ -151,8 +159,8 @@ class StageContext:
         return checkpoints.read(self.order.checkpoint) if self.order.checkpoint else None
 
     def wants_checkpoint(self) -> bool:
-        """Tells whether a checkpoint is due, which the first process writes."""
-        return ranks.number() == 0 and self._pacer.is_due()
+        """Tells whether a checkpoint is due, to which all processes add their part and which the first one writes."""
+        return self._all_save if ranks.count() > 1 else self._pacer.is_due()
 
     def save_checkpoint(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Writes a checkpoint and hands it to the supervisor; without room for it, warns once and goes on."""

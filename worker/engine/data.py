@@ -55,12 +55,14 @@ class Batch(NamedTuple):
     """Inputs `{name: ids_BT}`, and what is to be found: a class or a value an example, or a class a token or a label.
 
     `labels` is labels_B, labels_BT or labels_BC. `rows`, of the same shape and on the processor, is the number that
-    each row has in the whole split, and -1 where there is none.
+    each row has in the whole split, and -1 where there is none. One that does not count is there because another
+    process has one at that moment; it has no rows.
     """
 
     inputs: dict[str, Tensor]
     labels: Tensor
     rows: Tensor
+    counts: bool = True
 
     @property
     def is_row(self) -> Tensor:
@@ -86,19 +88,24 @@ class Batch(NamedTuple):
         found = logits[(self.rows >= 0).to(logits.device)]
         return found if found.dim() > 1 else torch.stack([torch.zeros_like(found), found], dim=-1)
 
-    def share(self, number: int, count: int) -> "Batch":
-        """Returns one of so many equal shares of the examples; the last ones may be smaller, or empty."""
-        size = -(-len(self.rows) // count)
-        return self._take(slice(number * size, (number + 1) * size))
-
     def _take(self, some: slice) -> "Batch":
         inputs = {name: ids_BT[some] for name, ids_BT in self.inputs.items()}
         return Batch(inputs, self.labels[some], self.rows[some])
 
-    def parts(self, size: int) -> Iterator["Batch"]:
-        """Yields the batch in parts of at most so many examples."""
-        for start in range(0, len(self.rows), size):
-            yield self._take(slice(start, start + size))
+    def without_rows(self) -> "Batch":
+        """Returns the same inputs, of which nothing counts."""
+        return self._replace(rows=torch.full_like(self.rows, -1), counts=False)
+
+    def parts(self, size: int, number: int = 0, count: int = 1) -> Iterator["Batch"]:
+        """Yields one of so many equal shares of the examples, in parts of at most `size`.
+
+        Each share has as many parts: where the examples do not suffice, the first one comes again and does not count.
+        """
+        share = -(-len(self.rows) // count)
+        end = min((number + 1) * share, len(self.rows))
+        for start in range(number * share, (number + 1) * share, size):
+            some = slice(start, min(start + size, end))
+            yield self._take(some) if start < end else self._take(slice(0, 1)).without_rows()
 
 
 @dataclass(frozen=True)

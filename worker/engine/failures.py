@@ -14,6 +14,7 @@ OUT_OF_MEMORY_WORDS = (
     "bad_alloc",
 )
 STORAGE_FULL_WORDS = ("no space left on device",)
+LOST_PROCESS_WORDS = ("gloo", "nccl")
 
 
 class StopRequested(Exception):
@@ -43,6 +44,9 @@ def explain(error: BaseException) -> dict[str, Any]:
                 "Free space (delete old jobs or models), then submit the job again.",
                 True,
             )
+        if is_lost_process(cause):
+            what = f"Another of the processes that train together ended: {cause}"
+            return _report("internal", what[:500], "The stage's log has the details.", True)
     return _report("internal", f"{type(error).__name__}: {error}"[:2000], "The stage's log has the details.", False)
 
 
@@ -72,3 +76,8 @@ def is_storage_full(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
     return any(word in str(error).lower() for word in STORAGE_FULL_WORDS)
+
+
+def is_lost_process(error: BaseException) -> bool:
+    """Tells whether the error says that processes which train together do not reach each other any more."""
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in LOST_PROCESS_WORDS)

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from core.errors import StageFailed
 from core.methods import Depths, FeatureLoss, LayerPart
 from worker.engine.data import Batch
-from worker.engine.students import find_layers
+from worker.engine.loading import find_layers
 from worker.kernels.divergences import widen
 
 if TYPE_CHECKING:
@@ -198,7 +198,7 @@ class Features:
         total, values = torch.zeros((), device=seen.mask_BT.device), {}
         for name, loss, measure, pairs in self._terms:
             found = [measure(self._take(name, s), self._teacher.take(t), seen) for s, t in pairs]
-            value = torch.stack(found).sum() / (len(pairs) * sizes[loss.denominator])
+            value = torch.stack(found).sum() / (len(pairs) * sizes[loss.denominator]) * part.counts
             total = total + loss.weight * value  # type: ignore[operator]  # a feature loss has no other weight
             values[name] = value.item()
         return total, values

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from worker.engine import ranks
 from worker.engine.data import Batch, Encoded
+from worker.engine.sharding import is_sharded
 
 INFERENCE_BATCH = 64
 
@@ -17,7 +18,7 @@ def predict_logits(
 ) -> Tensor:
     """Returns the logits of every row, in the order of the split, in float32 on the processor.
 
-    The model answers in evaluation and inference mode, on the device where it lies, in batches sorted by length, and
+    The model answers in evaluation mode, on the device where it lies, in batches sorted by length, and
     outside of `autocast` in the precision of its weights: these are the logits that its user gets. Processes that train
     together answer a share each.
 
@@ -32,12 +33,11 @@ def predict_logits(
     """
     was_training = model.training
     model.eval()
-    with torch.inference_mode():
+    with torch.no_grad():  # not inference mode, whose tensors a layer that is split could not train with
         batches: Iterable[Batch] = data.by_length(batch_size, model.device)
         is_shared = len(data) > batch_size * ranks.count()
-        logits_NC = answer_rows(
-            data, ranks.share(batches) if is_shared else batches, lambda inputs: model(**inputs).logits, between
-        )
+        mine = ranks.share(batches, in_step=is_sharded(model)) if is_shared else batches
+        logits_NC = answer_rows(data, mine, lambda inputs: model(**inputs).logits, between)
         if is_shared:
             logits_NC = ranks.add_up(logits_NC.to(model.device)).cpu()
     model.train(was_training)

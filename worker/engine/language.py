@@ -28,6 +28,7 @@ from worker.engine.measuring import as_forward, count_bytes, measure_speed, time
 from worker.engine.members import Members, count_tokens, load_members
 from worker.engine.rendering import if_known, percent
 from worker.engine.scores import bootstrap_sums, same_first
+from worker.engine.sharding import is_sharded
 from worker.engine.tasks import Kept, Scores
 from worker.engine.teaching import AnswersKept, AnswersOnline, Teaching, load_teacher
 from worker.kernels.divergences import forward_kl
@@ -98,7 +99,7 @@ class LanguageModelling:
         """Returns the cross entropy of a token in nats, its exponential, and the share of tokens put first."""
         was_training, sums_J = model.training, np.zeros(len(SUMS))
         model.eval()
-        for batch in ranks.share(data.in_order(model.device)):
+        for batch in ranks.share(data.in_order(model.device), in_step=is_sharded(model)):
             sums_J += self._compare([model], batch)[0]
             between()
         model.train(was_training)
@@ -109,7 +110,7 @@ class LanguageModelling:
         """Returns SUMS over the batch's rows for each model, the first of which is the teacher."""
         sums_MJ = np.zeros((len(models), len(SUMS)))
         labels_N = batch.row_labels
-        with torch.inference_mode():
+        with torch.no_grad():
             answers = [self._hear(model, batch) for model in models]
             chunk = max(1, CHUNK_ELEMENTS // models[0].config.vocab_size)
             for start in range(0, len(labels_N), chunk):
@@ -359,7 +360,7 @@ def has_plain_head(model: PreTrainedModel) -> bool:
         return False
     ids_BT = torch.arange(CHECKED_TOKENS, device=model.device)[None] % model.config.vocab_size
     model.eval()
-    with torch.inference_mode(), torch.autocast(model.device.type, enabled=False):
+    with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
         hidden_BTD = model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state
         logits_BTV = model(input_ids=ids_BT, use_cache=False).logits
         fits = hidden_BTD.shape[-1] == layer.in_features

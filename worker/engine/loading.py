@@ -117,6 +117,29 @@ def output_layer(model: PreTrainedModel) -> str:
     return names[-1]
 
 
+def find_layers(model: PreTrainedModel) -> tuple[str, int]:
+    """Returns the name of the model's list of layers, and its length."""
+    num_layers = getattr(model.config, "num_hidden_layers", None)
+    stacks = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.ModuleList) and len(module) == num_layers and _is_uniform(module)
+    ]
+    outer = [name for name in stacks if not any(name.startswith(f"{other}.") for other in stacks)]
+    if num_layers is None or len(outer) != 1:
+        raise StageFailed(
+            "spec_invalid",
+            f"A '{model.config.model_type}' keeps its {num_layers} layers in {len(outer)} lists; layers can be kept "
+            "only where there is one.",
+            suggestion="Choose another kind of student.",
+        )
+    return outer[0], num_layers
+
+
+def _is_uniform(layers: torch.nn.ModuleList) -> bool:
+    return len({type(layer) for layer in layers}) == 1
+
+
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Returns the folder's tokenizer; one without a padding token pads with its end token."""
     tokenizer = AutoTokenizer.from_pretrained(folder, **OFFLINE)

@@ -16,7 +16,8 @@ from core.models.widths import Widths
 from worker.engine import ranks
 from worker.engine.context import StageContext
 from worker.engine.features import find_attention, find_projections
-from worker.engine.students import find_layers, read_widths, set_widths
+from worker.engine.loading import find_layers
+from worker.engine.students import read_widths, set_widths
 
 Map: TypeAlias = Linear | Conv1D
 log = logging.getLogger(__name__)

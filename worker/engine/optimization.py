@@ -6,14 +6,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from core.training import Training
-from worker.engine.students import find_layers
+from worker.engine.loading import find_layers
 
-Groups = dict[tuple[bool, bool, int], list[torch.nn.Parameter]]
+Groups = dict[tuple[bool, bool, int, bool], list[torch.nn.Parameter]]
 
 
 def make_optimizer(
@@ -29,7 +30,8 @@ def make_optimizer(
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             head = is_head(model, name)
-            groups.setdefault((head, parameter.ndim >= 2, 0 if head else depth_of(name)), []).append(parameter)
+            place = (head, parameter.ndim >= 2, 0 if head else depth_of(name), isinstance(parameter, DTensor))
+            groups.setdefault(place, []).append(parameter)
     return AdamW(
         [
             {
@@ -37,7 +39,7 @@ def make_optimizer(
                 "lr": (settings.head_learning_rate if head else settings.learning_rate) * settings.layer_decay**depth,
                 "weight_decay": settings.weight_decay if decays else 0.0,
             }
-            for (head, decays, depth), parameters in groups.items()
+            for (head, decays, depth, _), parameters in groups.items()
         ],
         fused=True,
     )

@@ -13,20 +13,19 @@ from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import Tensor, distributed
+from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
-from core.errors import StageFailed
 from core.methods import list_methods
 from core.training import Training
 from worker.engine.child import die_with_parent
+from worker.engine.data import Batch
 
 BUCKET_ELEMENTS = 2**23  # of gradients that are summed at once, 32 MB
 TIMEOUT = timedelta(hours=1)  # the supervisor notices much earlier that nothing goes on
-T = TypeVar("T")
 
 _number, _count = 0, 1
 
@@ -82,9 +81,17 @@ def join(folder: Path) -> None:
     )
 
 
-def share(items: Iterable[T]) -> Iterator[T]:
-    """Returns every item whose turn it is in this process."""
-    return islice(items, _number, None, _count)
+def share(batches: Iterable[Batch], *, in_step: bool = False) -> Iterator[Batch]:
+    """Yields the batches whose turn it is in this process.
+
+    In step, every process gets as many: where they do not suffice, one that another process has, without its rows.
+    """
+    turns = iter(batches)
+    while turn := [*islice(turns, _count)]:
+        if _number < len(turn):
+            yield turn[_number]
+        elif in_step:
+            yield turn[0].without_rows()
 
 
 def seed_step(seed: int, step: int) -> None:
@@ -94,17 +101,9 @@ def seed_step(seed: int, step: int) -> None:
 
 
 def add_up(tensor: Tensor) -> Tensor:
-    """Returns the sum over the processes, in the place of the tensor; all must call it, with the same shape.
-
-    Raises:
-        StageFailed: Another one has ended.
-    """
+    """Returns the sum over the processes, in the place of the tensor; all must call it, with the same shape."""
     if _count > 1:
-        try:
-            distributed.all_reduce(tensor)
-        except RuntimeError as error:
-            what = f"Another of the {_count} processes of this stage ended: {error}"[:500]
-            raise StageFailed("internal", what, suggestion="See the stage's log.", retryable=True) from error
+        distributed.all_reduce(tensor)
     return tensor
 
 
@@ -117,10 +116,13 @@ def add_up_numbers(numbers: dict[str, float], device: torch.device) -> dict[str,
 
 
 def add_up_gradients(parameters: Iterable[Parameter]) -> None:
-    """Gives each parameter the sum of its gradients; one that has none in any process keeps none."""
+    """Gives each parameter the sum of its gradients; one that has none in any process keeps none.
+
+    Those of split layers are summed already.
+    """
     if _count == 1:
         return
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    trained = [p for p in parameters if p.requires_grad and not isinstance(p, DTensor)]
     has_one = torch.tensor([float(p.grad is not None) for p in trained], device=trained[0].device)
     bucket: list[Parameter] = []
     size = 0

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from core.errors import StageFailed
 from core.models.widths import Widths
 from worker.engine.context import StageContext
+from worker.engine.loading import find_layers
 
 if TYPE_CHECKING:
     from worker.methods.students.fresh import Fresh
@@ -148,25 +149,6 @@ def _with_layers(teacher: PreTrainedModel, keep: list[int]) -> PreTrainedConfig:
     return config
 
 
-def find_layers(model: PreTrainedModel) -> tuple[str, int]:
-    """Returns the name of the model's list of layers, and its length."""
-    num_layers = getattr(model.config, "num_hidden_layers", None)
-    stacks = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.ModuleList) and len(module) == num_layers and _is_uniform(module)
-    ]
-    outer = [name for name in stacks if not any(name.startswith(f"{other}.") for other in stacks)]
-    if num_layers is None or len(outer) != 1:
-        raise StageFailed(
-            "spec_invalid",
-            f"A '{model.config.model_type}' keeps its {num_layers} layers in {len(outer)} lists; layers can be kept "
-            "only where there is one.",
-            suggestion="Choose another kind of student.",
-        )
-    return outer[0], num_layers
-
-
 def renumber(state: dict[str, Tensor], stack: str, keep: list[int]) -> dict[str, Tensor]:
     """Returns the weights with layer `keep[i]` of the stack under number i, and the other layers left out."""
     new_index = {str(old): str(new) for new, old in enumerate(keep)}
@@ -179,7 +161,3 @@ def renumber(state: dict[str, Tensor], stack: str, keep: list[int]) -> dict[str,
         if number in new_index:
             result[f"{stack}.{new_index[number]}.{rest}"] = tensor
     return result
-
-
-def _is_uniform(layers: torch.nn.ModuleList) -> bool:
-    return len({type(layer) for layer in layers}) == 1

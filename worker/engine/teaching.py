@@ -17,6 +17,7 @@ from worker.engine.devices import autocast
 from worker.engine.features import Layers, Watched
 from worker.engine.inference import predict_logits
 from worker.engine.keeping import KeptLayers
+from worker.engine.sharding import shard_layers
 from worker.kernels.heads import Head, HeadSignal
 from worker.kernels.signals import DenseSignal, SampledSignal, Signal, SparseSignal
 
@@ -55,7 +56,10 @@ def load_teacher(ctx: "StageContext") -> PreTrainedModel:
     """Returns the stage's teacher on the device, loaded once; warns where its answers are random."""
 
     def load() -> PreTrainedModel:
-        teacher = ctx.load_model("teacher").to(ctx.device).eval()
+        teacher = ctx.load_model("teacher").eval()
+        if ctx.shards_layers:
+            shard_layers(teacher)
+        teacher.to(ctx.device)
         if teacher.has_new_head:
             message = "The teacher has no head for these classes: its answers are random."
             ctx.warn("teacher_untrained", f"{message} Put a finetune stage before distill.")

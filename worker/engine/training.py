@@ -25,6 +25,7 @@ from worker.engine.features import Features
 from worker.engine.objective import Objective, ShareWatch, warn_of_share
 from worker.engine.optimization import Average, make_optimizer, make_schedule, set_dropout
 from worker.engine.rollouts import Rollouts
+from worker.engine.sharding import clip_gradients, join_layers, parts_like, shard_layers, whole_on_first
 from worker.engine.tasks import Split
 from worker.engine.teaching import Teaching
 from worker.kernels.heads import add_numbers, backward
@@ -60,6 +61,8 @@ class Trainer:
         self.train_data = self._encode(self.ctx.get_split("train"))
         validation = self.ctx.find_split("validation")
         self.validation_data = self._encode(validation) if validation else None
+        if self.ctx.shards_layers:
+            shard_layers(self.model)
         self.model.to(self.ctx.device)
         if self.settings.dropout is not None:
             set_dropout(self.model, self.settings.dropout)
@@ -101,6 +104,7 @@ class Trainer:
         if kept is not None:
             self.model.load_state_dict(kept)
         whole_rows(self.model)
+        join_layers(self.model)
         if self.settings.gradient_checkpointing:
             self.model.gradient_checkpointing_disable()
         self.model.eval()
@@ -166,7 +170,7 @@ class Trainer:
             "teacher": heard_state,
             "rollouts": written_state,
         }
-        self.ctx.save_checkpoint(self._step, tensors, state)
+        self.ctx.save_checkpoint(self._step, whole_on_first(tensors), state)
 
     def _restore(self) -> None:
         try:
@@ -179,7 +183,8 @@ class Trainer:
             raise CheckpointUnfit(f"{type(error).__name__}: {error}") from error
 
     def _go_on_from(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        self.model.load_state_dict(checkpoints.select(tensors, "model"))
+        own = self.model.state_dict()
+        self.model.load_state_dict(parts_like(checkpoints.select(tensors, "model"), own))
         self.beside.load_state_dict(checkpoints.select(tensors, "beside"))
         checkpoints.restore_optimizer(self.optimizer, checkpoints.select(tensors, "optimizer"), state["groups"])
         self.schedule.load_state_dict(state["schedule"])
@@ -187,9 +192,9 @@ class Trainer:
             self.teaching.restore(checkpoints.select(tensors, "teacher"), state["teacher"])
         if self.rollouts:
             self.rollouts.restore(checkpoints.select(tensors, "rollouts"), state["rollouts"])
-        self._best_state = checkpoints.select(tensors, "best") or None
+        self._best_state = parts_like(checkpoints.select(tensors, "best"), own) or None
         if self.average:
-            self.average.tensors = checkpoints.select(tensors, "average")
+            self.average.tensors = parts_like(checkpoints.select(tensors, "average"), own)
         self._best, self._window = state["best"], state["window"]
         self.watch.counts, self.objective.norms = state["watched"], state["norms"]
         self._step, self._validated_step = state["step"], state["validated_step"]
@@ -222,8 +227,7 @@ class Trainer:
         self.ctx.share_done, self.ctx.is_own_text = self._step / max(1, self.num_steps - 1), is_own
         numbers = dict.fromkeys([*self.objective.names, *(self.features.names if self.features else ())], 0.0)
         self.optimizer.zero_grad(set_to_none=True)
-        mine = batch.share(ranks.number(), ranks.count())
-        for part in mine.parts(self.settings.micro_batch_size or len(batch.rows)):
+        for part in batch.parts(self.settings.micro_batch_size or len(batch.rows), ranks.number(), ranks.count()):
             with autocast(self.ctx.device):
                 answer = self.task.answer(self.model, part)
             signal = self.teaching.answer(part) if self.teaching else None
@@ -235,11 +239,9 @@ class Trainer:
         trained = [*self.model.parameters(), *self.beside.parameters()]
         numbers = ranks.add_up_numbers(numbers, self.ctx.device)
         ranks.add_up_gradients(trained)
-        self.ctx.agree_on_stop()
+        self.ctx.agree()
         self._check_finite("loss", numbers["total"])
-        limit = self.settings.max_gradient_norm
-        norm = torch.nn.utils.clip_grad_norm_(trained, math.inf if limit is None else limit)
-        self._check_finite("gradient", norm.item())
+        self._check_finite("gradient", clip_gradients(trained, self.settings.max_gradient_norm))
         self.objective.learn(numbers)
         self.optimizer.step()
         self.schedule.step()

@@ -1,0 +1,111 @@
+"""A model whose layers' weights, gradients and moments are split among the processes that train it together.
+
+Each process holds its part of every layer. A layer is put together while it runs and again for the way back, and its
+gradient is summed straight into the parts. So every process must run it as often as the others. Embeddings and the last
+layer stay whole, and so does all that is written: files and checkpoints are those of one process.
+
+Papers: Rajbhandari et al. 2020, "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", section 5.3;
+Zhao et al. 2023, "PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel", section 3.
+"""
+
+import logging
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn import Parameter
+from torch.nn.utils import get_total_norm
+from transformers import PreTrainedModel
+
+from worker.engine import ranks
+from worker.engine.devices import choose_device
+from worker.engine.loading import find_layers
+
+NOT_ZERO = 1e-6  # added to a norm that is divided by, as torch does
+log = logging.getLogger(__name__)
+
+
+def shard_layers(model: PreTrainedModel) -> None:
+    """Splits the model's layers among the processes; `join_layers` ends it."""
+    mesh = init_device_mesh(choose_device().type, (ranks.count(),))
+    layers = [*model.get_submodule(find_layers(model)[0]).children()]
+    split = {parameter for layer in layers for parameter in layer.parameters()}
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+    whole = {parameter for parameter in model.base_model.parameters() if parameter not in split}
+    fully_shard(model.base_model, mesh=mesh, ignored_params=whole)  # so that the next layer comes while one runs
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)  # the loss was divided by the rows of all processes
+            module.set_force_sum_reduction_for_comms(True)
+    held, total = _count(model, only_here=True), _count(model, only_here=False)
+    log.info("each of %d processes holds %d of %d parameters", ranks.count(), held, total)
+
+
+def _count(model: PreTrainedModel, *, only_here: bool) -> int:
+    parameters = (p.to_local() if only_here and isinstance(p, DTensor) else p for p in model.parameters())
+    return sum(parameter.numel() for parameter in parameters)
+
+
+def join_layers(model: PreTrainedModel) -> None:
+    """Gives every layer its whole weights back, on the processor."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if isinstance(parameter, DTensor):
+                module.register_parameter(name, Parameter(whole(parameter.detach()).cpu()))
+
+
+def is_sharded(model: PreTrainedModel) -> bool:
+    """Tells whether every process must run this model as often as the others."""
+    return isinstance(model.base_model, FSDPModule)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Returns all of a tensor of which this process may hold a part; all must call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_on_first(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns all of each tensor, in the first process, and of those that are split nothing in the others."""
+    found = {}
+    for name, tensor in tensors.items():
+        if isinstance(tensor, DTensor):
+            joined = whole(tensor)
+            if ranks.number():
+                continue
+            found[name] = joined.cpu()
+        else:
+            found[name] = tensor
+    return found
+
+
+def part_like(tensor: Tensor, other: Tensor) -> Tensor:
+    """Returns of a whole tensor what this process is to hold of it, if the other one, of its shape, is split."""
+    if not isinstance(other, DTensor) or tensor.shape != other.shape:
+        return tensor
+    return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements, src_data_rank=None)
+
+
+def parts_like(tensors: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns of each tensor what is to be held of it here."""
+    return {name: part_like(tensor, others[name]) for name, tensor in tensors.items()}
+
+
+def clip_gradients(parameters: Iterable[Parameter], limit: float | None) -> float:
+    """Returns the norm of all gradients, in all processes; with a limit, shortens longer ones to it.
+
+    Paper: Pascanu et al. 2013, "On the difficulty of training recurrent neural networks", section 3.2.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    split = [gradient.to_local() for gradient in gradients if isinstance(gradient, DTensor)]
+    others = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
+    norm = get_total_norm(others)
+    if split:
+        norm = (norm**2 + ranks.add_up(get_total_norm(split) ** 2)).sqrt()
+    if limit is not None:
+        scale = (limit / (norm + NOT_ZERO)).clamp(max=1.0)
+        for gradient in (*others, *split):
+            gradient.mul_(scale)
+    return float(norm)
