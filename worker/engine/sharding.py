@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn import Parameter
+from torch.nn import Module, Parameter
 from torch.nn.utils import get_total_norm
 from transformers import PreTrainedModel
 
@@ -57,9 +57,9 @@ def join_layers(model: PreTrainedModel) -> None:
                 module.register_parameter(name, Parameter(whole(parameter.detach()).cpu()))
 
 
-def is_sharded(model: PreTrainedModel) -> bool:
+def is_sharded(model: Module) -> bool:
     """Tells whether every process must run this model as often as the others."""
-    return isinstance(model.base_model, FSDPModule)
+    return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -89,8 +89,8 @@ def part_like(tensor: Tensor, other: Tensor) -> Tensor:
 
 
 def parts_like(tensors: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns of each tensor what is to be held of it here."""
-    return {name: part_like(tensor, others[name]) for name, tensor in tensors.items()}
+    """Returns of each tensor what is to be held of it here, by the ones of the same names."""
+    return {name: part_like(tensor, others.get(name, tensor)) for name, tensor in tensors.items()}
 
 
 def clip_gradients(parameters: Iterable[Parameter], limit: float | None) -> float:
