@@ -1,5 +1,6 @@
 """What holds for every loss on layers: against what stock transformers says of them, and in a real stage."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,11 +15,16 @@ from torch import Tensor
 from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
+    DebertaConfig,
+    DebertaV2Config,
     DistilBertConfig,
     GPT2Config,
+    GPTNeoXConfig,
     LlamaConfig,
+    ModernBertConfig,
     PreTrainedConfig,
     PreTrainedModel,
+    Qwen3Config,
 )
 
 from core.errors import SpecInvalid, StageFailed
@@ -26,8 +32,9 @@ from core.methods import Depths, FeatureLoss, list_methods
 from tests import pico
 from tests.engine_bench import FAST, Bench, make_spec
 from worker.engine.data import Batch
-from worker.engine.features import Features, Watched
+from worker.engine.features import Features
 from worker.engine.students import keep_layers
+from worker.engine.watching import Watched
 
 LOSSES = {kind: loss for kind, loss in list_methods("losses").items() if issubclass(loss, FeatureLoss)}
 every_loss = pytest.mark.parametrize("kind", sorted(LOSSES))
@@ -56,7 +63,7 @@ class Context:
 def make(config: PreTrainedConfig) -> tuple[PreTrainedModel, PreTrainedModel, Batch]:
     """Teacher, a student of two of its layers with other weights, and a padded batch."""
     torch.manual_seed(0)
-    teacher = AutoModelForSequenceClassification.from_config(config, attn_implementation="eager").eval()
+    teacher = AutoModelForSequenceClassification.from_config(config).eval()
     teacher.has_new_head = False
     student = keep_layers(teacher, [0, 2]).eval()
     with torch.no_grad():
@@ -68,8 +75,11 @@ def make(config: PreTrainedConfig) -> tuple[PreTrainedModel, PreTrainedModel, Ba
 
 
 def states(model: PreTrainedModel, batch: Batch) -> Any:
+    """What stock transformers says of a model's layers, and of its attention, which it multiplies out step by step."""
+    plain = AutoModelForSequenceClassification.from_config(copy.deepcopy(model.config), attn_implementation="eager")
+    plain.load_state_dict(model.state_dict())
     with torch.no_grad():
-        return model(**batch.inputs, output_hidden_states=True, output_attentions=True)
+        return plain.eval()(**batch.inputs, output_hidden_states=True, output_attentions=True)
 
 
 def rows(x: Tensor, batch: Batch) -> Tensor:
@@ -133,23 +143,46 @@ def test_every_architecture_can_be_compared(kind: str, config: PreTrainedConfig)
     assert compare(kind, teacher, teacher, batch) == pytest.approx(0, abs=1e-6)
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.model_type)
-def test_projections_are_those_that_the_attention_multiplies(config: PreTrainedConfig) -> None:
+TURNED: list[PreTrainedConfig] = [  # by places, and in the last one scaled, before they are compared
+    ModernBertConfig(**SIZES, **BERT, pad_token_id=0, bos_token_id=2, eos_token_id=3, cls_token_id=2, sep_token_id=3),
+    GPTNeoXConfig(**SIZES, **BERT, rotary_pct=0.5, pad_token_id=0),
+    Qwen3Config(**SIZES, **BERT, num_key_value_heads=1, head_dim=16, pad_token_id=0),
+]
+
+
+@pytest.mark.parametrize("config", [*CONFIGS, *TURNED], ids=lambda config: config.model_type)
+def test_they_are_what_the_attention_compares(config: PreTrainedConfig) -> None:
     _, teacher, batch = make(config)
+    plain = teacher(**batch.inputs).logits
     watched = Watched(teacher)
     watched.ask({"query": [0], "key": [0]})
+    torch.testing.assert_close(teacher(**batch.inputs).logits, plain, rtol=0, atol=0)
     found = states(teacher, batch)
     layer = watched.take(0)
     heads = config.num_attention_heads
     query, key = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (layer.query_BTD, layer.key_BTD))
     scores = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
     pairs = torch.ones(6, 6, dtype=torch.bool)
-    if config.model_type in ("gpt2", "llama"):
+    if config.model_type in ("gpt2", "llama", "gpt_neox", "qwen3"):
         pairs = pairs.tril()
-    if config.model_type == "llama":  # turned by their places: only a place's score with itself stays
-        return
     attention = scores.masked_fill(~pairs, -1e9).softmax(-1)[0]
     torch.testing.assert_close(attention, found.attentions[0][0], rtol=1e-4, atol=1e-5)
+
+
+def test_where_attention_is_a_models_own_its_projections_are_compared() -> None:
+    config = DebertaV2Config(**SIZES, **BERT, pos_att_type=["c2p"], relative_attention=True)
+    student, teacher, batch = make(config)
+    [query] = [module for name, module in teacher.named_modules() if name.endswith("0.attention.self.query_proj")]
+    made: list[Tensor] = []
+    query.register_forward_hook(lambda _, __, output: made.append(output))
+    watched = Watched(teacher)
+    watched.ask({"query": [0]})
+    teacher(**batch.inputs)
+    assert torch.equal(watched.take(0).query_BTD, made[0])
+    assert compare("relations", student, teacher, batch) > 0
+    _, fused, _ = make(DebertaConfig(**SIZES, **BERT, pos_att_type=["c2p"], relative_attention=True))
+    with pytest.raises(StageFailed, match=r"'DebertaLayer' has no queries, keys and values of its own"):
+        Watched(fused).ask({"query": [0]})
 
 
 @pytest.mark.parametrize(
@@ -229,6 +262,8 @@ def test_states_of_another_width_are_projected(kind: str) -> None:
     loss = LOSSES[kind].model_validate({"kind": kind, "layers": "last"})
     features = Features(Context(), [(kind, loss)], Watched(student), Watched(teacher))  # type: ignore[arg-type]
     found = {name: states(model, batch) for name, model in (("s", student), ("t", teacher))}
+    for model in (student, teacher):
+        model(**batch.inputs)
     value, _ = features.compare(batch, batch)
     [matrix] = features.projections.parameters()
     assert matrix.shape == (32, 16)

@@ -24,10 +24,11 @@ from core.methods import FeatureLoss, list_methods
 from tests import pico
 from tests.engine_bench import Bench, contents, make_spec
 from worker.engine.data import Encoded
-from worker.engine.features import Features, Watched
+from worker.engine.features import Features
 from worker.engine.inference import predict_logits
 from worker.engine.keeping import KeptLayers, Recorder
 from worker.engine.students import keep_layers
+from worker.engine.watching import Watched
 
 LOSSES = {kind: loss for kind, loss in list_methods("losses").items() if issubclass(loss, FeatureLoss)}
 SIZES = {"vocab_size": 60, "num_labels": 3, "pad_token_id": 0}

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification as Classifier
-from transformers import LlamaConfig, PreTrainedConfig
+from transformers import DebertaConfig, GPTNeoXConfig, LlamaConfig, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from core.errors import StageFailed
@@ -110,6 +110,11 @@ def test_what_cannot_be_narrowed_is_told() -> None:
     with pytest.raises(StageFailed, match="and 99 neurons"):
         narrow(context(), make(bert), None, 99)
     electra = next(config for config in CONFIGS if config.model_type == "electra")
+    mixed = GPTNeoXConfig(**SIZES, pad_token_id=0)  # of each head in turn its query, key and value
+    own = DebertaConfig(**SIZES, pos_att_type=["c2p"], relative_attention=True)
+    for config in (mixed, own):
+        with pytest.raises(StageFailed, match="are not built as narrowing knows them"):
+            narrow(context(), make(config), 16, None)
     with pytest.raises(StageFailed, match="are not built as narrowing knows them"):
         narrow(context(), make(electra), 16, None)
     facts = ModelFacts(model_type="bert", num_layers=4, hidden_size=32, num_heads=2)

@@ -7,11 +7,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from core.errors import StageFailed
 from core.methods import FeatureLoss
 from worker.engine.context import StageContext
-from worker.engine.features import Features, Watched
+from worker.engine.features import Features
 from worker.engine.objective import Objective, make_term, name_losses
 from worker.engine.rollouts import Rollouts
 from worker.engine.students import load_student, load_student_tokenizer
 from worker.engine.training import Trainer
+from worker.engine.watching import Watched
 
 if TYPE_CHECKING:
     from worker.engine.language import LanguageModelling

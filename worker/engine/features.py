@@ -1,25 +1,21 @@
-"""Losses on what teacher and student compute on the way: which layers are compared, and how they are watched."""
+"""Losses on what teacher and student compute on the way: which layers are compared, and by what."""
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import Linear, Module
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
+from torch.nn import Linear
 
 from core.errors import StageFailed
 from core.methods import Depths, FeatureLoss, LayerPart
 from worker.engine.data import Batch
-from worker.engine.loading import find_layers
 from worker.kernels.divergences import widen
 
 if TYPE_CHECKING:
     from worker.engine.context import StageContext
 
 
-PROJECTED: tuple[LayerPart, ...] = ("query", "key", "value")
 NOTHING = torch.empty(0)
 
 
@@ -75,84 +71,6 @@ class Layers(Protocol):
 
     def take(self, index: int) -> Layer:
         """Returns what was asked for of a layer."""
-
-
-class Watched:
-    """The layers of a model that runs."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        name, num_layers = find_layers(model)
-        self.sizes = Sizes(num_layers, model.config.hidden_size, model.config.num_attention_heads)
-        self._layers = [*model.get_submodule(name).children()]
-        self._noted: dict[int, dict[LayerPart, Tensor]] = {}
-        self.groups = 1
-
-    def ask(self, wanted: Wanted) -> None:
-        """Has what is wanted noted in every forward pass."""
-        for index in sorted({index for indices in wanted.values() for index in indices}):
-            parts = {part for part, indices in wanted.items() if index in indices}
-            self._noted[index] = {}
-            if not parts.isdisjoint(("hidden", "first_token")):
-                self._note(index, self._layers[index], ("hidden",))
-            if not parts.isdisjoint(PROJECTED):
-                self._note_projected(index, parts)
-
-    def _note_projected(self, index: int, parts: set[LayerPart]) -> None:
-        found = find_projections(self._layers[index])
-        if len(found) == 1:
-            self._note(index, found[0], PROJECTED)
-            return
-        self.groups = _width(found[0]) // _width(found[1])
-        for part, module in zip(PROJECTED, found, strict=True):
-            if part in parts:
-                self._note(index, module, (part,))
-
-    def take(self, index: int) -> Layer:
-        """Returns what a layer computed in the newest pass."""
-        return make_layer(self.parts(index), self.sizes.num_attention_heads, self.groups)
-
-    def parts(self, index: int) -> dict[LayerPart, Tensor]:
-        """Returns the same as the model has it, with heads that are shared once."""
-        noted = self._noted[index]
-        return noted | {"first_token": noted["hidden"][:, 0]} if "hidden" in noted else noted
-
-    def _note(self, index: int, module: Module, made: tuple[LayerPart, ...]) -> None:
-        """Notes what a module makes: one part, or several side by side."""
-
-        def note(_: Module, __: Any, output: Any) -> None:
-            whole = output[0] if isinstance(output, tuple) else output
-            self._noted[index] |= zip(made, whole.chunk(len(made), dim=-1), strict=True)
-
-        module.register_forward_hook(note)
-
-
-def _width(linear: Any) -> int:
-    """Returns how wide the output of a linear map is."""
-    return int(linear.nf if isinstance(linear, Conv1D) else linear.out_features)
-
-
-def find_attention(layer: Module) -> list[Any]:
-    """Returns the linear maps of a layer's attention, in the order in which they are defined."""
-    attention = next((module for module in layer.modules() if "Attention" in type(module).__name__), layer)
-    return [module for module in attention.modules() if isinstance(module, Linear | Conv1D)]
-
-
-def find_projections(layer: Module) -> list[Module]:
-    """Returns the layers that make queries, keys and values: three, or one that makes all of them.
-
-    They are the first linear ones of a layer's attention, in the order in which they are defined.
-
-    Raises:
-        StageFailed: The layer has no such ones.
-    """
-    linear = find_attention(layer)
-    sizes = [module.weight.shape for module in linear]
-    if linear and max(sizes[0]) == 3 * min(sizes[0]):
-        return linear[:1]
-    if len(linear) < 3:
-        message = f"The attention of a '{type(layer).__name__}' has no queries, keys and values of its own."
-        raise StageFailed("spec_invalid", message, suggestion="Use losses on hidden states instead.")
-    return linear[:3]
 
 
 class Features:

@@ -27,8 +27,9 @@ from core.errors import StageFailed
 from core.methods import LayerPart
 from worker.engine.blocks import Blocks
 from worker.engine.data import Encoded
-from worker.engine.features import Layer, Sizes, Wanted, Watched, make_layer, mask_of
+from worker.engine.features import Layer, Sizes, Wanted, make_layer, mask_of
 from worker.engine.loading import INPUT_NAMES
+from worker.engine.watching import Watched
 
 if TYPE_CHECKING:
     from worker.engine.context import StageContext

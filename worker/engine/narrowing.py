@@ -15,11 +15,12 @@ from core.errors import StageFailed
 from core.models.widths import Widths
 from worker.engine import ranks
 from worker.engine.context import StageContext
-from worker.engine.features import find_attention, find_projections
 from worker.engine.loading import find_layers
 from worker.engine.students import read_widths, set_widths
+from worker.engine.watching import Watched, find_attention, find_projections
 
 Map: TypeAlias = Linear | Conv1D
+CHECKED_TOKENS = 8
 log = logging.getLogger(__name__)
 
 
@@ -62,6 +63,7 @@ def narrow(
     stack, _ = find_layers(model)
     layers = {f"{stack}.{number}": layer for number, layer in model.get_submodule(stack).named_children()}
     parts = {name: _find_part(layer, model.config) for name, layer in layers.items()}
+    _check_order(model, parts[f"{stack}.0"])
     widths = read_widths(model.config)
     config = _narrow_config(model.config, widths, hidden_size, intermediate_size)
     new = read_widths(config)
@@ -124,6 +126,24 @@ def _find_part(layer: Module, config: PreTrainedConfig) -> Part:
     if len(outs) != 1 or len(downs) != 1 or widths.states in {widths.inner, 2 * widths.inner}:
         raise _unknown(config)
     return Part(projections, outs[0], downs[0])
+
+
+def _check_order(model: PreTrainedModel, part: Part) -> None:
+    """Raises StageFailed where queries, keys and values come out of one linear map in another order than this."""
+    if len(part.projections) > 1:
+        return
+    watched, made = Watched(model), []
+    hook = part.projections[0].register_forward_hook(lambda _, __, output: made.append(output.chunk(3, dim=-1)))
+    try:
+        watched.ask({"value": [0]})
+        with torch.no_grad():
+            model.base_model(input_ids=torch.arange(CHECKED_TOKENS)[None] % model.config.vocab_size)
+    except StageFailed as error:
+        raise _unknown(model.config) from error
+    finally:
+        hook.remove()
+    if not torch.equal(watched.parts(0)["value"], made[0][2]):
+        raise _unknown(model.config)
 
 
 def _unknown(config: PreTrainedConfig) -> StageFailed:

@@ -14,10 +14,11 @@ from transformers import PreTrainedModel
 from core.errors import StageFailed
 from worker.engine.data import Batch, Encoded
 from worker.engine.devices import autocast
-from worker.engine.features import Layers, Watched
+from worker.engine.features import Layers
 from worker.engine.inference import predict_logits
 from worker.engine.keeping import KeptLayers
 from worker.engine.sharding import shard_layers
+from worker.engine.watching import Watched
 from worker.kernels.heads import Head, HeadSignal
 from worker.kernels.signals import DenseSignal, SampledSignal, Signal, SparseSignal
 
