@@ -311,6 +311,10 @@ class Stage(Method):
         """Returns the roles that this stage makes; each becomes an artifact of that name."""
         raise NotImplementedError
 
+    def shares_work(self, spec: "JobSpec") -> bool:  # noqa: ARG002 - most stages are run by one process
+        """Returns whether several processes can run it together."""
+        return False
+
     def compares_tokens(self) -> bool:
         """Returns whether it compares the tokens of teacher and student one by one."""
         return False

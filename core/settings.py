@@ -39,13 +39,13 @@ class Settings(BaseSettings):
         1,
         ge=1,
         le=64,
-        description="Processes that train a model together, each on a GPU of its own where there are GPUs; they share "
-        "the threads.",
+        description="Processes that train a model together, or answer for a language model, each on a GPU of its own "
+        "where there are GPUs; they share the threads.",
     )
     shard_layers: bool = Field(
         False,
-        description="Processes that train a model together split the layers of teacher and student among them: for "
-        "models that do not fit on one GPU. Slower where they do.",
+        description="Processes that work together split the layers of teacher and student among them: for models that "
+        "do not fit on one GPU. Slower where they do.",
     )
     max_child_memory_bytes: int = Field(0, ge=0, description="Address-space limit of a child; 0 means none.")
     lease_s: int = Field(60, ge=2, description="How long a claim holds without a heartbeat.")

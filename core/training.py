@@ -1,10 +1,13 @@
 """What every stage that trains a model lets its user set."""
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
 from core.methods import Stage
+
+if TYPE_CHECKING:
+    from core.jobs.spec import JobSpec
 
 
 class Training(Stage):
@@ -45,3 +48,7 @@ class Training(Stage):
     )
     dropout: float | None = Field(None, ge=0, lt=1, description="Dropout while training; null keeps the model's own.")
     max_length: int = Field(128, ge=4, le=8192, description="Longest input in tokens; longer ones are cut.")
+
+    def shares_work(self, spec: "JobSpec") -> bool:  # noqa: ARG002 - whatever the job
+        """Returns that each process can compute a share of every step."""
+        return True

@@ -95,3 +95,20 @@ def test_one_that_dies_ends_the_stage_and_leaves_nobody(shard_layers: bool, tmp_
     assert "Another of the processes" in last["message"]
     with pytest.raises(ProcessLookupError):
         os.killpg(stage.pid, 0)
+
+
+@pytest.mark.parametrize("shard_layers", [False, True])
+def test_a_pair_answers_with_the_bytes_of_one_interrupted_or_not(shard_layers: bool, tmp_path: Path) -> None:
+    bench, pair = Bench(tmp_path).lay_language(), {"num_processes": 2, "shard_layers": shard_layers, "labels": []}
+    layers = {"hidden": [-1], "first_token": [0], "query": [1]}
+    answer = {"kind": "answer", "top_k": 5, "rest": "samples", "num_samples": 3, "layers": layers}
+    spec = make_spec([answer], task={"kind": "causal_lm", "block_tokens": 32})
+    one, two = (bench.succeed(spec, 0, str(n), **pair | {"num_processes": n}) for n in (1, 2))
+    assert contents(two.outputs) == contents(one.outputs)
+    [*_, progress] = [report for report in two.reports if report["type"] == "progress"]
+    assert progress["total"] % 2 == 1  # so that the last block has nothing beside it
+    found, _ = bench.interrupt(bench.write_order(spec, 0, "cut", checkpoint_s=0, **pair), 3, "kill")
+    again = bench.succeed(spec, 0, "on", checkpoint=str(found[-1]), **pair)
+    assert "going on from block" in again.log
+    assert contents(again.outputs) == contents(one.outputs)
+    assert ("each of 2 processes holds" in two.log) == shard_layers

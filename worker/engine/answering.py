@@ -10,8 +10,10 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn import Module
 
 from core.errors import StageFailed
+from worker.engine import ranks
 from worker.engine.blocks import Blocks
 from worker.engine.context import StageContext
 from worker.engine.data import Batch
@@ -19,6 +21,7 @@ from worker.engine.devices import autocast
 from worker.engine.failures import CheckpointUnfit, StopRequested
 from worker.engine.keeping import Recorder
 from worker.engine.measuring import count_bytes
+from worker.engine.sharding import is_sharded
 from worker.engine.teaching import ANSWERS_FILE
 from worker.kernels.heads import CHUNK_ELEMENTS, Head
 from worker.kernels.mixtures import Mixture
@@ -45,7 +48,10 @@ def answer(ctx: StageContext, settings: "Answer") -> dict[str, Any]:
         ctx.warn(
             "answers_renormalised", "The other tokens are left out, so that the student will be too sure of these."
         )
-    kept, folder = ctx.task.keep(settings), ctx.output("answers")
+    kept = ctx.task.keep(settings)
+    if ranks.number():
+        return {}  # the first process has it all
+    folder = ctx.output("answers")
     about = {"split": kept.split, "temperature": settings.temperature, "scores": kept.scores, "rest": settings.rest}
     metadata = {"about": json.dumps(about, sort_keys=True)}  # one value, as the library shuffles keys
     save_file(kept.tensors, folder / ANSWERS_FILE, metadata=metadata)
@@ -120,7 +126,7 @@ def _copy(rows: Tensors, tensors: Tensors) -> None:
 def _layers_of(pieces: list[Piece], recorder: Recorder | None) -> Tensors:
     """Returns what is kept of the layers for the texts of the training split in these first pieces."""
     num_texts = max((piece.end for piece in pieces if piece.split == "train"), default=0)
-    return recorder.head(num_texts) if recorder else {}
+    return recorder.rows(0, num_texts) if recorder else {}
 
 
 def _save_texts(
@@ -150,11 +156,12 @@ def _rows_of(tensors: Tensors) -> Tensors:
 
 
 class Asked(NamedTuple):
-    """A language model, as what gives the logits of a batch's rows, or what makes them; and what it is to answer.
+    """A language model, what gives the logits of a batch's rows, or what makes them; and what it is to answer.
 
     `num_classes` are the tokens among which it chooses; `recorder` keeps its layers meanwhile, if that is wanted.
     """
 
+    model: Module
     hear: Hear
     data: Blocks
     num_classes: int
@@ -171,7 +178,7 @@ def keep_likeliest(ctx: StageContext, asked: Asked, settings: "Answer") -> tuple
         StageFailed: `spec_invalid` where nothing is left to draw from.
         StopRequested: After handing over a checkpoint; a run that goes on from it asks only for what is left.
     """
-    hear, data, num_classes, _ = asked
+    data, num_classes = asked.data, asked.num_classes
     num_kept = min(settings.top_k, num_classes)
     if settings.rest == "samples" and num_kept == num_classes:
         message = f"top_k keeps all {num_classes} tokens, so that nothing is left to draw from."
@@ -183,14 +190,19 @@ def keep_likeliest(ctx: StageContext, asked: Asked, settings: "Answer") -> tuple
         "log_rest": torch.zeros(data.num_places),
         "num_classes": torch.tensor(num_classes),
     }
-    done = _restore(ctx, lambda done, tensors: _copy(_rows_done(kept, done, asked), tensors))
+    done = _restore(ctx, lambda done, tensors: _copy(_rows_between(kept, 0, done, asked), tensors))
     if done:
         log.info("going on from block %d", done)
     try:
-        for block in range(done, len(data)):
-            ctx.progress(block, len(data))
-            _answer_block(ctx, hear, data.batch(np.array([block]), ctx.device), kept, settings, num_kept)
-            done = block + 1
+        while done < len(data):
+            ctx.progress(done, len(data))
+            some = range(done, min(done + ranks.count(), len(data)))
+            batches = (data.batch(np.array([block]), ctx.device) for block in some)
+            for batch in ranks.share(batches, in_step=is_sharded(asked.model)):
+                _answer_block(ctx, asked, batch, kept, settings)
+            ranks.hand_over(_rows_between(kept, some.start, some.stop, asked).values(), ctx.device)
+            done = some.stop
+            ctx.agree()
             if ctx.wants_checkpoint():
                 _save(ctx, kept, done, asked)
     except StopRequested:
@@ -201,13 +213,14 @@ def keep_likeliest(ctx: StageContext, asked: Asked, settings: "Answer") -> tuple
     return kept, 1 - rest.double().mean().item()
 
 
-def _answer_block(
-    ctx: StageContext, hear: Hear, batch: Batch, kept: Tensors, settings: "Answer", num_kept: int
-) -> None:
+def _answer_block(ctx: StageContext, asked: Asked, batch: Batch, kept: Tensors, settings: "Answer") -> None:
     """Fills in what the teacher says of the rows of a batch."""
+    if asked.recorder:
+        asked.recorder.is_on = batch.counts
     with torch.no_grad(), autocast(ctx.device):
-        found = hear(batch)
-    rows_N, chunk = batch.row_numbers, max(1, CHUNK_ELEMENTS // int(kept["num_classes"]))
+        found = asked.hear(batch)
+    num_kept, chunk = min(settings.top_k, asked.num_classes), max(1, CHUNK_ELEMENTS // asked.num_classes)
+    rows_N = batch.row_numbers
     for start in range(0, len(rows_N), chunk):
         some = slice(start, start + chunk)
         logits_NC = found[some] if isinstance(found, Tensor) else found.logits(some)
@@ -222,11 +235,11 @@ def _answer_block(
         kept["log_rest"][rows_N[some]] = signal.log_rest_N.float().cpu()
 
 
-def _rows_done(kept: Tensors, done: int, asked: Asked) -> Tensors:
-    """Returns what is kept of the first blocks."""
-    places, layers = slice(done * asked.data.max_length), asked.recorder.head(done) if asked.recorder else {}
-    return {name: tensor[places] for name, tensor in _rows_of(kept).items()} | layers
+def _rows_between(kept: Tensors, start: int, end: int, asked: Asked) -> Tensors:
+    """Returns what is kept of some blocks."""
+    places, layers = asked.data.max_length, asked.recorder.rows(start, end) if asked.recorder else {}
+    return {name: tensor[start * places : end * places] for name, tensor in _rows_of(kept).items()} | layers
 
 
 def _save(ctx: StageContext, kept: Tensors, done: int, asked: Asked) -> None:
-    ctx.save_checkpoint(done, _rows_done(kept, done, asked), {})
+    ctx.save_checkpoint(done, _rows_between(kept, 0, done, asked), {})

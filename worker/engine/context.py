@@ -87,7 +87,7 @@ class StageContext:
         self.share_done = 0.0  # of a training stage, 0 at its first step and 1 at its last
         self.is_own_text = False  # whether the student wrote what a training stage's step is about
         self._stop, self._mailbox = stop, mailbox
-        self._all_stop = self._all_save = False  # as all processes of a training have agreed
+        self._all_stop = self._all_save = False  # as all processes of the stage have agreed
         self._remembered: dict[str, Any] = {}
         self.scratch_dir = Path(tempfile.mkdtemp(prefix="scratch-", dir=order.outputs_dir.parent))
         self._pacer = checkpoints.Pacer(order.checkpoint_s)
@@ -108,7 +108,7 @@ class StageContext:
 
     @property
     def shards_layers(self) -> bool:
-        """Whether the layers of models are split among the processes of this training."""
+        """Whether the layers of models are split among the processes of this stage."""
         return self.order.shard_layers and ranks.count() > 1
 
     def close(self) -> None:
@@ -118,14 +118,14 @@ class StageContext:
     def check_stop(self) -> None:
         """Raises StopRequested once the supervisor ordered a stop; else shows that the stage is alive.
 
-        Processes that train together stop together, where they have agreed on it.
+        Processes that work together stop together, where they have agreed on it.
         """
         self.reporter.beat()
         if self._all_stop if ranks.count() > 1 else self._stop.is_set():
             raise StopRequested
 
     def agree(self) -> None:
-        """Lets all processes of a training know what the first one is to do after this step; all must call it."""
+        """Lets all processes of the stage know what the first one is to do after this step; all must call it."""
         if ranks.count() > 1:
             own = [float(self._stop.is_set()), float(ranks.number() == 0 and self._pacer.is_due())]
             self._all_stop, self._all_save = ranks.add_up(torch.tensor(own, device=self.device)).bool().tolist()

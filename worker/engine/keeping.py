@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -88,17 +88,19 @@ class Recorder:
 
     Attributes:
         tensors: What is kept, in files that are mapped into memory, so that it need not fit there.
+        is_on: Whether it is to keep what the model reads.
     """
 
     def __init__(self, ctx: "StageContext", model: PreTrainedModel, data: Encoded | Blocks, layers: Wanted) -> None:
         self._watched, self._places, base = Watched(model), Places(data), model.base_model
-        self._is_kept = np.zeros(len(data), dtype=bool)
+        self._is_kept = torch.zeros(len(data), dtype=torch.uint8)
         wanted = {part: _count_from_0(part, found, self._watched.sizes.num_layers) for part, found in layers.items()}
         self._watched.ask(wanted)
         self._names = {f"{part}.{index}": (part, index) for part, found in wanted.items() for index in found}
-        with torch.inference_mode():  # one text shows how wide everything is
+        with torch.no_grad():  # one text shows how wide everything is
             base(**{name: ids.to(model.device) for name, ids in data.single(0).items()})
         self.tensors: dict[str, Tensor] = {}
+        self.is_on = True
         for name, (part, index) in self._names.items():
             num_rows = len(data) if part == "first_token" else int(self._places.starts[-1])
             shape = num_rows, self._watched.parts(index)[part].shape[-1]
@@ -107,12 +109,14 @@ class Recorder:
         base.register_forward_hook(self._keep, with_kwargs=True)
 
     def _keep(self, _: Module, given: tuple[Any, ...], named: dict[str, Any], __: Any) -> None:
+        if not self.is_on:
+            return
         bound = self._signature.bind(*given, **named).arguments
         inputs = {name: bound[name] for name in INPUT_NAMES if isinstance(bound.get(name), Tensor)}
         texts_B = self._places.find(inputs)
         is_known_B = texts_B != NOWHERE
         texts_B, mask_BT = texts_B[is_known_B], mask_of(inputs).cpu() & is_known_B[:, None]
-        self._is_kept[texts_B.numpy()] = True
+        self._is_kept[texts_B] = 1
         tokens_N = self._places.tokens(texts_B)
         for name, (part, index) in self._names.items():
             x = self._watched.parts(index)[part].to("cpu", torch.float16)
@@ -122,13 +126,14 @@ class Recorder:
                 raise StageFailed("spec_invalid", message, suggestion="Leave this layer out of the answer stage.")
             self.tensors[name][places] = rows
 
-    def head(self, num_texts: int) -> dict[str, Tensor]:
-        """Returns what is kept of the first texts; what is put there is kept."""
-        self._is_kept[:num_texts] = True
-        ends = {
-            part: num_texts if part == "first_token" else self._places.starts[num_texts] for part in get_args(LayerPart)
+    def rows(self, start: int, end: int) -> dict[str, Tensor]:
+        """Returns what is kept of some texts, and of which of them; what is put there is kept."""
+        texts, tokens = slice(start, end), slice(*self._places.starts[[start, end]])
+        kept = {
+            name: self.tensors[name][texts if part == "first_token" else tokens]
+            for name, (part, _) in self._names.items()
         }
-        return {name: self.tensors[name][: ends[part]] for name, (part, _) in self._names.items()}
+        return {"is_kept": self._is_kept[texts], **kept}
 
     def save(self, folder: Path) -> None:
         """Writes what was kept.

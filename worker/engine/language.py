@@ -233,7 +233,7 @@ class LanguageModelling:
             model.check(read, tokenizer)
         self._num_common, train, wanted = count_tokens(model, tokenizer), read["train"], settings.layers.wanted
         recorder = Recorder(ctx, model, train, wanted) if wanted else None
-        asked = Asked(partial(self._hear, model), train, self._num_common, recorder)
+        asked = Asked(model, partial(self._hear, model), train, self._num_common, recorder)
         tensors, kept_probability = keep_likeliest(ctx, asked, settings)
         scores = self.score(model, read["validation"], ctx.check_stop) if "validation" in read else None
         if "test" in read:

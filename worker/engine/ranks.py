@@ -1,8 +1,8 @@
-"""Processes of one machine that train one model together.
+"""Processes of one machine that train one model together, or answer for it.
 
-Each runs the whole stage with a copy of the model and draws the same batches. Of a step each computes the gradient of
-its share of the examples, divided by the rows of the whole step; their sum, which all get, is the gradient that one
-process would have computed, so the copies stay the same. The first one alone reports, writes and hears orders.
+Each runs the whole stage with a copy of the model and draws the same batches. Of a training step each computes the
+gradient of its share of the examples, divided by the rows of the whole step; their sum, which all get, is the gradient
+that one process would have computed, so the copies stay the same. The first one alone reports, writes and hears orders.
 
 Paper: Li et al. 2020, "PyTorch Distributed: Experiences on Accelerating Data Parallel Training", section 2.3.
 """
@@ -19,8 +19,8 @@ from torch import Tensor, distributed
 from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
+from core.jobs.spec import JobSpec
 from core.methods import list_methods
-from core.training import Training
 from worker.engine.child import die_with_parent
 from worker.engine.data import Batch
 
@@ -46,13 +46,16 @@ def num_threads(wanted: int) -> int:
 
 
 def fork_others(order: Path, report_fd: int) -> None:
-    """Forks the other processes of a stage that trains; they return from here, too, deaf and mute.
+    """Forks the other processes of a stage that shares its work; they return from here, too, deaf and mute.
 
     No thread may run yet. The others are of this one's process group and die with it.
     """
     global _number, _count
     data = json.loads(order.read_text(encoding="utf-8"))
-    if not issubclass(list_methods("stages")[data["stage"]["kind"]], Training):
+    if data["num_processes"] == 1:
+        return
+    stage = list_methods("stages")[data["stage"]["kind"]].model_validate(data["stage"])
+    if not stage.shares_work(JobSpec.model_validate(data["spec"])):  # type: ignore[attr-defined]
         return
     first, _count = os.getpid(), data["num_processes"]
     for other in range(1, _count):
@@ -105,6 +108,16 @@ def add_up(tensor: Tensor) -> Tensor:
     if _count > 1:
         distributed.all_reduce(tensor)
     return tensor
+
+
+def hand_over(rows: Iterable[Tensor], device: torch.device) -> None:
+    """Gives the first process, in tensors that are 0 where others have filled them in, what these have."""
+    if _count > 1:
+        for tensor in rows:
+            whole = tensor.clone().to(device)
+            distributed.reduce(whole, 0)
+            if _number == 0:
+                tensor.copy_(whole)
 
 
 def add_up_numbers(numbers: dict[str, float], device: torch.device) -> dict[str, float]:

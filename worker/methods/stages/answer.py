@@ -132,6 +132,10 @@ class Answer(Stage):
         """Returns the role of the answers."""
         return {"answers"}
 
+    def shares_work(self, spec: "JobSpec") -> bool:
+        """Returns whether the teacher is a language model, which answers block by block."""
+        return spec.task.shares_tokens
+
     def build(self, ctx: "StageContext") -> Callable[[], dict[str, Any]]:
         """Returns the answering run."""
         from worker.engine.answering import answer
