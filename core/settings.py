@@ -94,3 +94,22 @@ class Settings(BaseSettings):
 def get_settings() -> Settings:
     """Returns the settings of this process, read once."""
     return Settings()
+
+
+def describe() -> str:
+    """Returns the page of all settings, in Markdown."""
+    rows = []
+    for name, field in Settings.model_fields.items():
+        default = "" if field.default is None else f"`{field.default}`"
+        rows.append(f"| `STILLHOUSE_{name.upper()}` | {default} | {field.description} |")
+    head = [
+        "# Settings of API and workers",
+        "",
+        "From the environment. `stillhouse up` sets what the local stack needs.",
+        "",
+    ]
+    return "\n".join([*head, "| variable | default | what it is |", "| --- | --- | --- |", *rows]) + "\n"
+
+
+if __name__ == "__main__":
+    print(describe(), end="")  # noqa: T201 - for docs/settings.md

@@ -1,0 +1,12 @@
+"""The page of settings tells of all of them, as they are."""
+
+from pathlib import Path
+
+from core.settings import Settings, describe
+
+PAGE = Path(__file__).parents[2] / "docs" / "settings.md"
+
+
+def test_the_page_is_what_the_settings_say() -> None:
+    assert PAGE.read_text() == describe(), "run: python -m core.settings > docs/settings.md"
+    assert all(field.description for field in Settings.model_fields.values())
