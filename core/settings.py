@@ -39,8 +39,8 @@ class Settings(BaseSettings):
         1,
         ge=1,
         le=64,
-        description="Processes that train a model together, or answer for a language model, each on a GPU of its own "
-        "where there are GPUs; they share the threads.",
+        description="Processes that train a model together, or answer for it, each on a GPU of its own where there are "
+        "GPUs; they share the threads.",
     )
     shard_layers: bool = Field(
         False,

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests import pico
 from tests.engine_bench import FAST, Bench, contents, make_spec
 from worker.engine.devices import has_fast_bf16
 
@@ -111,4 +113,21 @@ def test_a_pair_answers_with_the_bytes_of_one_interrupted_or_not(shard_layers: b
     again = bench.succeed(spec, 0, "on", checkpoint=str(found[-1]), **pair)
     assert "going on from block" in again.log
     assert contents(again.outputs) == contents(one.outputs)
+    assert ("each of 2 processes holds" in two.log) == shard_layers
+
+
+@pytest.mark.parametrize("shard_layers", [False, True])
+@pytest.mark.parametrize("teacher", [{}, {"kind": "label_space", "model": "big", "prompt": "please {text} is"}])
+def test_a_pair_answers_texts_with_the_bytes_of_one(
+    teacher: dict[str, Any], shard_layers: bool, tmp_path: Path
+) -> None:
+    bench, pair = Bench(tmp_path).lay(), {"num_processes": 2, "shard_layers": shard_layers}
+    if teacher:
+        shutil.rmtree(bench.inputs / "teacher")
+        pico.write_language_model(bench.inputs / "teacher")
+    small = {"student": {"kind": "pretrained", "model": "small"}, "teacher": teacher} if teacher else {}
+    spec = make_spec([{"kind": "answer", "splits": ["train", "validation", "test"]}], **small)
+    one, two = (bench.succeed(spec, 0, str(n), **pair | {"num_processes": n}) for n in (1, 2))
+    assert contents(two.outputs) == contents(one.outputs)
+    assert two.last["summary"] == one.last["summary"]
     assert ("each of 2 processes holds" in two.log) == shard_layers

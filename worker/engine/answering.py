@@ -108,6 +108,7 @@ def answer_texts(
         for number, (split, start, end) in enumerate(pieces[done:], done):
             found[split].append(speak(splits[split].part(start, end), max_length))
             done, num_done = number + 1, num_done + end - start
+            ctx.agree()
             if ctx.wants_checkpoint():
                 _save_texts(ctx, found, pieces[:done], recorder)
             ctx.progress(num_done, total)

@@ -27,6 +27,7 @@ from worker.engine.failures import StopRequested, is_storage_full
 from worker.engine.loading import load_tokenizer
 from worker.engine.mailbox import Mailbox
 from worker.engine.reporting import Reporter
+from worker.engine.sharding import shard_layers
 from worker.engine.tasks import TaskRun
 
 OPEN_REQUESTS = 256  # more than the supervisor has open at once, so that it never waits for us
@@ -106,10 +107,12 @@ class StageContext:
         """The number of threads to compute with."""
         return ranks.num_threads(self.order.num_threads)
 
-    @property
-    def shards_layers(self) -> bool:
-        """Whether the layers of models are split among the processes of this stage."""
-        return self.order.shard_layers and ranks.count() > 1
+    def place(self, model: PreTrainedModel) -> PreTrainedModel:
+        """Returns the model on the device, its layers split among the processes if that is wanted."""
+        if self.order.shard_layers and ranks.count() > 1:
+            shard_layers(model)
+        placed: PreTrainedModel = model.to(self.device)
+        return placed
 
     def close(self) -> None:
         """Removes the scratch folder."""

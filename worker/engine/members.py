@@ -11,7 +11,6 @@ from core.errors import StageFailed
 from core.models.vocabulary import VocabularyDiffers, count_common
 from worker.engine.blocks import Blocks
 from worker.engine.data import Batch
-from worker.engine.sharding import shard_layers
 from worker.engine.teaching import load_teacher
 from worker.kernels.heads import Head
 from worker.kernels.mixtures import Mixture
@@ -81,12 +80,9 @@ def load_members(ctx: "StageContext") -> tuple[PreTrainedModel | Members, PreTra
         except VocabularyDiffers as error:
             message = f"The {_call(role)} has other tokens than the {_call(first)}: {error}."
             raise StageFailed("vocab_incompatible", message, suggestion=SAME_TOKENS) from error
-    models = {role: ctx.load_model(role) for role in tokenizers}
-    if ctx.shards_layers:
-        for model in models.values():
-            shard_layers(model)
+    models = {role: ctx.place(ctx.load_model(role)) for role in tokenizers}
     num_tokens = {role: count_tokens(model, tokenizers[role]) for role, model in models.items()}
-    return Members(models, num_tokens, settings).to(ctx.device).eval(), tokenizers[first]
+    return Members(models, num_tokens, settings).eval(), tokenizers[first]
 
 
 def count_tokens(model: PreTrainedModel | Members, tokenizer: PreTrainedTokenizerBase) -> int:

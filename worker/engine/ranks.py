@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, distributed
@@ -26,6 +27,7 @@ from worker.engine.data import Batch
 
 BUCKET_ELEMENTS = 2**23  # of gradients that are summed at once, 32 MB
 TIMEOUT = timedelta(hours=1)  # the supervisor notices much earlier that nothing goes on
+T = TypeVar("T")
 
 _number, _count = 0, 1
 
@@ -84,17 +86,23 @@ def join(folder: Path) -> None:
     )
 
 
-def share(batches: Iterable[Batch], *, in_step: bool = False) -> Iterator[Batch]:
-    """Yields the batches whose turn it is in this process.
+def turns(items: Iterable[T], *, in_step: bool = False) -> Iterator[tuple[T, bool]]:
+    """Yields what comes to this process in turn, and that it does.
 
-    In step, every process gets as many: where they do not suffice, one that another process has, without its rows.
+    In step, every process gets as many: where they do not suffice, one that is another's.
     """
-    turns = iter(batches)
-    while turn := [*islice(turns, _count)]:
+    left = iter(items)
+    while turn := [*islice(left, _count)]:
         if _number < len(turn):
-            yield turn[_number]
+            yield turn[_number], True
         elif in_step:
-            yield turn[0].without_rows()
+            yield turn[0], False
+
+
+def share(batches: Iterable[Batch], *, in_step: bool = False) -> Iterator[Batch]:
+    """Yields the batches whose turn it is in this process; in step, those of others without their rows."""
+    for batch, is_mine in turns(batches, in_step=in_step):
+        yield batch if is_mine else batch.without_rows()
 
 
 def seed_step(seed: int, step: int) -> None:

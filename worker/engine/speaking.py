@@ -12,12 +12,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from core.errors import StageFailed
+from worker.engine import ranks
 from worker.engine.context import StageContext
 from worker.engine.data import Examples
 from worker.engine.devices import autocast
 from worker.engine.inference import predict_logits
 from worker.engine.language import predict_next
 from worker.engine.loading import input_names, limit_length, load_language_model
+from worker.engine.sharding import is_sharded
 from worker.engine.teaching import load_teacher
 from worker.kernels.heads import Head
 from worker.kernels.mixtures import Mixture
@@ -44,7 +46,7 @@ def speak_as_ensemble(ctx: StageContext, settings: "Ensemble") -> Speak:
     """
     speakers = []
     for role in settings.sources():
-        model = ctx.load_model(role).to(ctx.device).eval()
+        model = ctx.place(ctx.load_model(role)).eval()
         if model.has_new_head:
             message = f"The {role.replace('_', ' ')} has no head for the labels {', '.join(ctx.labels[:20])}."
             hint = "Name a model that was fine-tuned on these labels, as 'job:<id>/teacher'."
@@ -89,7 +91,7 @@ def speak_by_scoring(ctx: StageContext, settings: "LabelSpace") -> Speak:
     if unknown:
         message = f"teacher.words names the label '{unknown[0]}', which the training split lacks."
         raise StageFailed("dataset_invalid", message, suggestion=f"Known: {', '.join(ctx.labels[:20])}.")
-    model = load_language_model(ctx.input("teacher")).to(ctx.device).eval()
+    model = ctx.place(load_language_model(ctx.input("teacher"))).eval()
     words = [settings.words.get(label, f" {label}") for label in ctx.labels]
     tokenizer = ctx.load_tokenizer("teacher")
     scorer = Scorer(model, tokenizer, words, average=settings.average)
@@ -153,6 +155,8 @@ class Scorer:
     def score(self, prompts: list[str], between: Callable[[], None]) -> Tensor:
         """Returns log p(words_c | prompt), or its mean over the tokens, scores_NC in float32.
 
+        Processes that work together read a share each.
+
         Args:
             prompts: What is read before the words.
             between: Called after each batch; may raise to stop.
@@ -166,12 +170,15 @@ class Scorer:
             raise StageFailed("dataset_invalid", message, suggestion="Lower max_length of the answer stage.")
         scores_NC = torch.zeros(len(prompts), len(self._words))
         num_tokens_NC = torch.zeros_like(scores_NC)
-        for batch in _batches(reads):
+        for batch, is_mine in ranks.turns(_batches(reads), in_step=is_sharded(self._model)):
             for row, wanted, log_p_V in self._read(batch):
                 classes, tokens = list(wanted), list(wanted.values())
-                scores_NC[row, classes] += log_p_V[tokens]
-                num_tokens_NC[row, classes] += 1
+                if is_mine:
+                    scores_NC[row, classes] += log_p_V[tokens]
+                    num_tokens_NC[row, classes] += 1
             between()
+        device = self._model.device
+        scores_NC, num_tokens_NC = (ranks.add_up(x.to(device)).cpu() for x in (scores_NC, num_tokens_NC))
         return scores_NC / num_tokens_NC if self._average else scores_NC
 
     def _list_reads(self, row: int, prompt: str) -> Iterator[Read]:
@@ -198,7 +205,7 @@ class Scorer:
             ids_BT[index, : len(read.ids)] = read.ids  # filled up on the right, where causal attention does not look
             is_row_BT[index, list(read.asked)] = True
         device = self._model.device
-        with torch.inference_mode():
+        with torch.no_grad():
             inputs = {"input_ids": torch.from_numpy(ids_BT).to(device)}
             answer = predict_next(self._model, inputs, torch.from_numpy(is_row_BT).to(device))
             logits_NV = answer.logits() if isinstance(answer, Head) else answer.float()

@@ -17,7 +17,6 @@ from worker.engine.devices import autocast
 from worker.engine.features import Layers
 from worker.engine.inference import predict_logits
 from worker.engine.keeping import KeptLayers
-from worker.engine.sharding import shard_layers
 from worker.engine.watching import Watched
 from worker.kernels.heads import Head, HeadSignal
 from worker.kernels.signals import DenseSignal, SampledSignal, Signal, SparseSignal
@@ -57,10 +56,7 @@ def load_teacher(ctx: "StageContext") -> PreTrainedModel:
     """Returns the stage's teacher on the device, loaded once; warns where its answers are random."""
 
     def load() -> PreTrainedModel:
-        teacher = ctx.load_model("teacher").eval()
-        if ctx.shards_layers:
-            shard_layers(teacher)
-        teacher.to(ctx.device)
+        teacher = ctx.place(ctx.load_model("teacher")).eval()
         if teacher.has_new_head:
             message = "The teacher has no head for these classes: its answers are random."
             ctx.warn("teacher_untrained", f"{message} Put a finetune stage before distill.")

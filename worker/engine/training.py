@@ -25,7 +25,7 @@ from worker.engine.features import Features
 from worker.engine.objective import Objective, ShareWatch, warn_of_share
 from worker.engine.optimization import Average, make_optimizer, make_schedule, set_dropout
 from worker.engine.rollouts import Rollouts
-from worker.engine.sharding import clip_gradients, join_layers, parts_like, shard_layers, whole_on_first
+from worker.engine.sharding import clip_gradients, join_layers, parts_like, whole_on_first
 from worker.engine.tasks import Split
 from worker.engine.teaching import Teaching
 from worker.kernels.heads import add_numbers, backward
@@ -61,9 +61,7 @@ class Trainer:
         self.train_data = self._encode(self.ctx.get_split("train"))
         validation = self.ctx.find_split("validation")
         self.validation_data = self._encode(validation) if validation else None
-        if self.ctx.shards_layers:
-            shard_layers(self.model)
-        self.model.to(self.ctx.device)
+        self.ctx.place(self.model)
         if self.settings.dropout is not None:
             set_dropout(self.model, self.settings.dropout)
         if self.rollouts is None:  # which may write any token

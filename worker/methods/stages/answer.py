@@ -133,8 +133,8 @@ class Answer(Stage):
         return {"answers"}
 
     def shares_work(self, spec: "JobSpec") -> bool:
-        """Returns whether the teacher is a language model, which answers block by block."""
-        return spec.task.shares_tokens
+        """Returns whether it is models that answer, and what is kept of their layers comes from a language model."""
+        return spec.teacher.api() is None and (spec.task.shares_tokens or not self.layers.wanted)
 
     def build(self, ctx: "StageContext") -> Callable[[], dict[str, Any]]:
         """Returns the answering run."""
