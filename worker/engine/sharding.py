@@ -50,11 +50,13 @@ def _count(model: PreTrainedModel, *, only_here: bool) -> int:
 
 
 def join_layers(model: PreTrainedModel) -> None:
-    """Gives every layer its whole weights back, on the processor."""
+    """Gives every layer its whole weights back, on the processor, in the first process; all must call it."""
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if isinstance(parameter, DTensor):
-                module.register_parameter(name, Parameter(whole(parameter.detach()).cpu()))
+                joined = whole(parameter.detach())
+                if ranks.number() == 0:
+                    module.register_parameter(name, Parameter(joined.cpu()))
 
 
 def is_sharded(model: Module) -> bool:

@@ -200,7 +200,9 @@ class Trainer:
         log.info("going on from step %d of %d", self._step, self.num_steps)
 
     def save(self, role: str) -> None:
-        """Writes the model, its tokenizer and its labels as the stage's output in this role."""
+        """Writes the model, its tokenizer and its labels as the stage's output in this role, in the first process."""
+        if ranks.number():
+            return
         self.task.save_model(self.model, self.tokenizer, self.ctx.output(role))
 
     def _encode(self, path: Path) -> Split:
