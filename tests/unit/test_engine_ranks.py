@@ -94,7 +94,7 @@ def test_one_that_dies_ends_the_stage_and_leaves_nobody(shard_layers: bool, tmp_
         *_, last = reports
         assert int(stage.exit_code.read()) == 1
     assert (last["type"], last["reason"], last["retryable"]) == ("error", "internal", True)
-    assert "Another of the processes" in last["message"]
+    assert "Another of the processes that work together ended" in last["message"]
     with pytest.raises(ProcessLookupError):
         os.killpg(stage.pid, 0)
 

@@ -194,12 +194,13 @@ def keep_likeliest(ctx: StageContext, asked: Asked, settings: "Answer") -> tuple
     done = _restore(ctx, lambda done, tensors: _copy(_rows_between(kept, 0, done, asked), tensors))
     if done:
         log.info("going on from block %d", done)
+    in_step = is_sharded(asked.model)
     try:
         while done < len(data):
             ctx.progress(done, len(data))
             some = range(done, min(done + ranks.count(), len(data)))
             batches = (data.batch(np.array([block]), ctx.device) for block in some)
-            for batch in ranks.share(batches, in_step=is_sharded(asked.model)):
+            for batch in ranks.share(batches, in_step=in_step):
                 _answer_block(ctx, asked, batch, kept, settings)
             ranks.hand_over(_rows_between(kept, some.start, some.stop, asked).values(), ctx.device)
             done = some.stop

@@ -45,7 +45,7 @@ def explain(error: BaseException) -> dict[str, Any]:
                 True,
             )
         if is_lost_process(cause):
-            what = f"Another of the processes that train together ended: {cause}"
+            what = f"Another of the processes that work together ended: {cause}"
             return _report("internal", what[:500], "The stage's log has the details.", True)
     return _report("internal", f"{type(error).__name__}: {error}"[:2000], "The stage's log has the details.", False)
 
@@ -79,5 +79,5 @@ def is_storage_full(error: BaseException) -> bool:
 
 
 def is_lost_process(error: BaseException) -> bool:
-    """Tells whether the error says that processes which train together do not reach each other any more."""
+    """Tells whether the error says that processes which work together do not reach each other any more."""
     return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in LOST_PROCESS_WORDS)

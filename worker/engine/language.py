@@ -23,7 +23,7 @@ from worker.engine.blocks import NOWHERE, Blocks, count_bytes_of_texts, read_pro
 from worker.engine.data import Batch
 from worker.engine.evaluation import Card, Column, Measured, Quality, Row, list_candidates, row_of_answers
 from worker.engine.keeping import KeptLayers, Recorder
-from worker.engine.loading import load_language_model, save_language_model
+from worker.engine.loading import load_language_model, save_language_model, some_tokens
 from worker.engine.measuring import as_forward, count_bytes, measure_speed, time_singles
 from worker.engine.members import Members, count_tokens, load_members
 from worker.engine.rendering import if_known, percent
@@ -44,7 +44,6 @@ if TYPE_CHECKING:
     from worker.methods.tasks.causal_lm import CausalLM
 
 SAMPLED_ROWS = 1024
-CHECKED_TOKENS = 8
 MAX_LOSS = 700.0  # whose exponential is still a number
 SAME_TOKENS = "Choose a student with the teacher's tokenizer; other tokens cannot be compared one by one."
 CPU = torch.device("cpu")
@@ -358,7 +357,7 @@ def has_plain_head(model: PreTrainedModel) -> bool:
     layer, was_training = model.get_output_embeddings(), model.training
     if not isinstance(layer, torch.nn.Linear):
         return False
-    ids_BT = torch.arange(CHECKED_TOKENS, device=model.device)[None] % model.config.vocab_size
+    ids_BT = some_tokens(model)
     model.eval()
     with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
         hidden_BTD = model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state

@@ -22,6 +22,7 @@ from core.errors import StageFailed
 OFFLINE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 COMPLETE_FOLDER = "Upload the whole folder: config.json, safetensors and tokenizer, as save_pretrained writes them."
 INPUT_NAMES = ("input_ids", "attention_mask", "token_type_ids")
+CHECKED_TOKENS = 8
 CUTTING = ("truncation", "padding")
 TRANSIENT_SETTINGS = ("local_files_only", "is_local", "max_length", "stride", "truncation_strategy")
 transformers_logging.disable_progress_bar()
@@ -115,6 +116,11 @@ def output_layer(model: PreTrainedModel) -> str:
         if isinstance(module, torch.nn.Linear) and module.out_features == model.config.num_labels
     ]
     return names[-1]
+
+
+def some_tokens(model: PreTrainedModel) -> torch.Tensor:
+    """Returns a few tokens that the model has, ids_BT, by which can be seen how it computes."""
+    return torch.arange(CHECKED_TOKENS, device=model.device)[None] % model.config.vocab_size
 
 
 def find_layers(model: PreTrainedModel) -> tuple[str, int]:

@@ -15,12 +15,11 @@ from core.errors import StageFailed
 from core.models.widths import Widths
 from worker.engine import ranks
 from worker.engine.context import StageContext
-from worker.engine.loading import find_layers
+from worker.engine.loading import find_layers, some_tokens
 from worker.engine.students import read_widths, set_widths
 from worker.engine.watching import Watched, find_attention, find_projections
 
 Map: TypeAlias = Linear | Conv1D
-CHECKED_TOKENS = 8
 log = logging.getLogger(__name__)
 
 
@@ -137,7 +136,7 @@ def _check_order(model: PreTrainedModel, part: Part) -> None:
     try:
         watched.ask({"value": [0]})
         with torch.no_grad():
-            model.base_model(input_ids=torch.arange(CHECKED_TOKENS)[None] % model.config.vocab_size)
+            model.base_model(input_ids=some_tokens(model))
     except StageFailed as error:
         raise _unknown(model.config) from error
     finally:

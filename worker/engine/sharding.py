@@ -51,12 +51,10 @@ def _count(model: PreTrainedModel, *, only_here: bool) -> int:
 
 def join_layers(model: PreTrainedModel) -> None:
     """Gives every layer its whole weights back, on the processor, in the first process; all must call it."""
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if isinstance(parameter, DTensor):
-                joined = whole(parameter.detach())
-                if ranks.number() == 0:
-                    module.register_parameter(name, Parameter(joined.cpu()))
+    split = {name: parameter.detach() for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)}
+    for name, tensor in whole_on_first(split).items():
+        owner, _, leaf = name.rpartition(".")
+        model.get_submodule(owner).register_parameter(leaf, Parameter(tensor))
 
 
 def is_sharded(model: Module) -> bool:
@@ -64,22 +62,19 @@ def is_sharded(model: Module) -> bool:
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """Returns all of a tensor of which this process may hold a part; all must call it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
 def whole_on_first(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns all of each tensor, in the first process, and of those that are split nothing in the others."""
+    """Returns all of each tensor, in the first process, and of those that are split nothing in the others.
+
+    Split ones come onto the processor; all processes must call it.
+    """
     found = {}
     for name, tensor in tensors.items():
-        if isinstance(tensor, DTensor):
-            joined = whole(tensor)
-            if ranks.number():
-                continue
-            found[name] = joined.cpu()
-        else:
+        if not isinstance(tensor, DTensor):
             found[name] = tensor
+            continue
+        joined = tensor.full_tensor()
+        if ranks.number() == 0:
+            found[name] = joined.cpu()
     return found
 
 
