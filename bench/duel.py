@@ -17,18 +17,31 @@ console = Console()
 
 
 class Course:
-    """Notes when each step ended, and what was resident before the first and at the worst moment."""
+    """Notes when each step ended, and the memory before the first and at the worst moment.
+
+    Memory is what is resident, or with a GPU what is allocated on it.
+    """
 
     def __init__(self) -> None:
         self.ends: list[float] = []
         self.before = 0
 
     def begin(self) -> None:
-        Path("/proc/self/clear_refs").write_text("5")  # forgets the highest mark
-        self.before = resident("VmRSS")
-        self.ends.append(time.perf_counter())
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated()
+        else:
+            Path("/proc/self/clear_refs").write_text("5")  # forgets the highest mark
+            self.before = resident("VmRSS")
+        self.note()
 
     def note(self) -> None:
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         self.ends.append(time.perf_counter())
 
     @property
@@ -38,7 +51,10 @@ class Course:
 
     @property
     def added_bytes(self) -> int:
-        return resident("VmHWM") - self.before
+        import torch
+
+        highest = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident("VmHWM")
+        return highest - self.before
 
 
 def resident(mark: str) -> int:
@@ -79,6 +95,7 @@ def run_stage(folder: Path, spec: Any, stage: Any, labels: list[str], course: Co
             "inputs_dir": str(folder / "in"),
             "outputs_dir": str(outputs),
             "num_threads": 0,
+            "shard_layers": False,
             "max_memory_bytes": 0,
             "job_id": "job",
             "earlier": [],

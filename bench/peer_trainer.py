@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments
 
-from worker.engine.devices import has_fast_bf16
+from worker.kernels.precision import has_fast_bf16
 
 
 class DistillationTrainer(Trainer):

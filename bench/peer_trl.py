@@ -6,11 +6,13 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peer_trainer import Timer
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import SequentialSampler
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 
-from worker.engine.devices import has_fast_bf16
+from worker.engine.devices import choose_device
 from worker.engine.loading import load_tokenizer
+from worker.kernels.precision import has_fast_bf16
 
 
 class Sequential(GKDTrainer):
@@ -22,12 +24,13 @@ class Sequential(GKDTrainer):
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """One more token than is read, so that as many are supervised as elsewhere; the first is the prompt."""
-    ids = torch.tensor([row["input_ids"] for row in rows])
-    mask = torch.ones_like(ids)
+    texts = [torch.tensor(row["input_ids"]) for row in rows]
+    ids = pad_sequence(texts, batch_first=True)
+    mask = pad_sequence([torch.ones_like(text) for text in texts], batch_first=True)
     return {
         "input_ids": ids,
         "attention_mask": mask,
-        "labels": ids.clone(),
+        "labels": ids.masked_fill(mask == 0, -100),
         "prompts": ids[:, :1],
         "prompt_attention_mask": mask[:, :1],
     }
@@ -67,8 +70,8 @@ def distil(
         beta=0.0,
         temperature=1.0,
         max_length=None,
-        bf16=has_fast_bf16("cpu"),
-        use_cpu=True,
+        bf16=has_fast_bf16(choose_device().type),
+        use_cpu=choose_device().type == "cpu",
         gradient_checkpointing=False,
         save_strategy="no",
         logging_strategy="no",

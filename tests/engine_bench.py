@@ -28,6 +28,7 @@ def make_spec(stages: list[dict[str, Any]], **changes: Any) -> dict[str, Any]:
         "data": "toy",
         "stages": stages,
         "seed": 7,
+        "deterministic": True,  # where there is a GPU
     }
     return load_spec(spec | changes).model_dump(mode="json")
 

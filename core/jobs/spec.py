@@ -100,6 +100,11 @@ class JobSpec(StrictModel):
         None, ge=1, description="The job fails as `budget_exhausted` once workers have held it for this long in all."
     )
     seed: int = Field(0, ge=0, lt=2**31, description="Seed of every random choice.")
+    deterministic: bool = Field(
+        False,
+        description="Whether a stage makes the same bytes each time on a GPU, too, as it always does on a processor; "
+        "some steps are slower then.",
+    )
     metadata: dict[str, str] = Field({}, description="Your own labels; jobs can be listed by them.", max_length=16)
 
     @field_validator("metadata")

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from tests import pico
 from tests.engine_bench import FAST, Bench, contents, make_spec
-from worker.engine.devices import has_fast_bf16
+from worker.kernels.precision import has_fast_bf16
 
 CLOSE = (
     2e-2 if has_fast_bf16("cpu") else 1e-4

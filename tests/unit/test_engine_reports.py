@@ -113,6 +113,7 @@ def chained(cause: BaseException) -> BaseException:
         (chained(OSError(errno.ENOSPC, "No space left on device")), "storage_full", True),
         (StageFailed("goal_missed", "too bad", suggestion="try", retryable=False), "goal_missed", False),
         (chained(StageFailed("goal_missed", "too bad")), "goal_missed", False),
+        (RuntimeError("cumsum_cuda does not have a deterministic implementation, but you set"), "spec_invalid", False),
         (KeyError("x"), "internal", False),
     ],
 )

@@ -23,7 +23,7 @@ from worker.engine.keeping import Recorder
 from worker.engine.measuring import count_bytes
 from worker.engine.sharding import is_sharded
 from worker.engine.teaching import ANSWERS_FILE
-from worker.kernels.heads import CHUNK_ELEMENTS, Head
+from worker.kernels.heads import Head, rows_at_once
 from worker.kernels.mixtures import Mixture
 from worker.kernels.signals import SampledSignal, SparseSignal
 
@@ -221,7 +221,7 @@ def _answer_block(ctx: StageContext, asked: Asked, batch: Batch, kept: Tensors, 
         asked.recorder.is_on = batch.counts
     with torch.no_grad(), autocast(ctx.device):
         found = asked.hear(batch)
-    num_kept, chunk = min(settings.top_k, asked.num_classes), max(1, CHUNK_ELEMENTS // asked.num_classes)
+    num_kept, chunk = min(settings.top_k, asked.num_classes), rows_at_once(batch.labels, asked.num_classes)
     rows_N = batch.row_numbers
     for start in range(0, len(rows_N), chunk):
         some = slice(start, start + chunk)

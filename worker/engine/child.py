@@ -55,7 +55,7 @@ def run(path: Path, reporter: Reporter, stop: threading.Event, mailbox: Mailbox)
         from worker.engine.context import Order, StageContext
         from worker.engine.devices import configure_torch
 
-        configure_torch(ranks.num_threads(data["num_threads"]))
+        configure_torch(ranks.num_threads(data["num_threads"]), deterministic_gpu=data["spec"]["deterministic"])
         ranks.join(path.parent)
         order = Order.parse(data)
         ctx = StageContext(order, reporter, stop, mailbox)

@@ -1,25 +1,22 @@
 """Which device computes, and in which precision."""
 
 from contextlib import AbstractContextManager
-from functools import cache
-from pathlib import Path
 
 import torch
 from torch.utils import deterministic
 
 from worker.engine import ranks
+from worker.kernels.precision import has_fast_bf16
 
-BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
 
-
-def configure_torch(num_threads: int) -> None:
-    """Fixes threads and deterministic algorithms, and turns denormals off.
+def configure_torch(num_threads: int, *, deterministic_gpu: bool = False) -> None:
+    """Fixes threads and, on a processor always, deterministic algorithms; turns denormals off.
 
     Embedding rows that a batch does not touch leave denormal moments in AdamW, which slow a processor down.
     """
     torch.set_num_threads(num_threads)
     torch.set_flush_denormal(True)
-    torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
+    torch.use_deterministic_algorithms(deterministic_gpu or not torch.cuda.is_available())
     deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing here reads it
     torch.backends.cudnn.benchmark = False
 
@@ -27,17 +24,6 @@ def configure_torch(num_threads: int) -> None:
 def choose_device() -> torch.device:
     """Returns the GPU where there is one, this process's own where several train together, else the processor."""
     return torch.device("cuda", ranks.number()) if torch.cuda.is_available() else torch.device("cpu")
-
-
-@cache
-def has_fast_bf16(device_type: str) -> bool:
-    """Returns whether the device multiplies bf16 in hardware; elsewhere autocast only costs time."""
-    if device_type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    try:
-        return not BF16_FLAGS.isdisjoint(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
-    except OSError:
-        return False
 
 
 def autocast(device: torch.device) -> AbstractContextManager[None]:

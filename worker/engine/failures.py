@@ -15,6 +15,7 @@ OUT_OF_MEMORY_WORDS = (
 )
 STORAGE_FULL_WORDS = ("no space left on device",)
 LOST_PROCESS_WORDS = ("gloo", "nccl")
+NOT_DETERMINISTIC_WORDS = "does not have a deterministic implementation"
 
 
 class StopRequested(Exception):
@@ -47,6 +48,9 @@ def explain(error: BaseException) -> dict[str, Any]:
         if is_lost_process(cause):
             what = f"Another of the processes that work together ended: {cause}"
             return _report("internal", what[:500], "The stage's log has the details.", True)
+        if NOT_DETERMINISTIC_WORDS in str(cause):
+            what = f"The GPU can compute a part of this model in no way that gives the same bytes each time: {cause}"
+            return _report("spec_invalid", what[:500], "Set deterministic to false.", False)
     return _report("internal", f"{type(error).__name__}: {error}"[:2000], "The stage's log has the details.", False)
 
 

@@ -32,7 +32,7 @@ from worker.engine.sharding import is_sharded
 from worker.engine.tasks import Kept, Scores
 from worker.engine.teaching import AnswersKept, AnswersOnline, Teaching, load_teacher
 from worker.kernels.divergences import forward_kl
-from worker.kernels.heads import CHUNK_ELEMENTS, Head
+from worker.kernels.heads import Head, rows_at_once
 from worker.kernels.mixtures import Mixture
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ class LanguageModelling:
         labels_N = batch.row_labels
         with torch.no_grad():
             answers = [self._hear(model, batch) for model in models]
-            chunk = max(1, CHUNK_ELEMENTS // models[0].config.vocab_size)
+            chunk = rows_at_once(labels_N, models[0].config.vocab_size)
             for start in range(0, len(labels_N), chunk):
                 rows = slice(start, start + chunk)
                 log_p_NC = _log_softmax(answers[0], rows)

@@ -79,9 +79,11 @@ def whole_on_first(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def part_like(tensor: Tensor, other: Tensor) -> Tensor:
-    """Returns of a whole tensor what this process is to hold of it, if the other one, of its shape, is split."""
-    if not isinstance(other, DTensor) or tensor.shape != other.shape:
+    """Returns a whole tensor where the other one is, or of it what this process is to hold, if that one is split."""
+    if tensor.shape != other.shape:
         return tensor
+    if not isinstance(other, DTensor):
+        return tensor.to(other.device)
     return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements, src_data_rank=None)
 
 

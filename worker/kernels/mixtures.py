@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from worker.kernels.divergences import widen
-from worker.kernels.heads import CHUNK_ELEMENTS, Head
+from worker.kernels.heads import Head, rows_at_once
 from worker.kernels.signals import Rows
 
 LEAST_ENTROPY = 1e-3  # in nats; below, an answer is as good as certain
@@ -46,7 +46,7 @@ class Mixture:
         self._whole = self._whole or _nothing(answer)
         weight_N = torch.full_like(self._whole.weight_N, weight)
         weight_N = weight_N if is_heard_N is None else weight_N * is_heard_N
-        chunk = max(1, CHUNK_ELEMENTS // answer.shape[-1])
+        chunk = rows_at_once(answer, answer.shape[-1])
         for start in range(0, len(answer), chunk):
             rows = slice(start, start + chunk)
             self._mix(Sum(*(part[rows] for part in self._whole)), answer[rows], weight_N[rows])

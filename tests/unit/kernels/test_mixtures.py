@@ -10,7 +10,6 @@ from scipy.special import softmax
 from scipy.stats import entropy
 from torch import Tensor
 
-from worker.kernels import mixtures
 from worker.kernels.heads import Head
 from worker.kernels.mixtures import Mixture
 
@@ -36,7 +35,7 @@ def as_head(logits_NC: Tensor) -> Head:
 @pytest.mark.parametrize("by_entropy", [False, True])
 @pytest.mark.parametrize("heads", [(), (1,), (0, 1, 2)], ids=["logits", "one head", "heads"])
 def test_probabilities_are_averaged(by_entropy: bool, heads: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mixtures, "CHUNK_ELEMENTS", 16)  # so that several chunks are added
+    monkeypatch.setattr("worker.kernels.heads.CHUNK_ELEMENTS", 16)  # so that several chunks are added
     logits_MNC = draw()
     mixture = Mixture(by_entropy=by_entropy)
     for index, (logits_NC, weight) in enumerate(zip(logits_MNC, WEIGHTS, strict=True)):
