@@ -38,7 +38,7 @@ class Head:
         factor is the sum of two of bfloat16, so that 16 of its 24 bits count. The product of the two rests is left out.
         """
         hidden_ND = widen(self.hidden_ND[rows].detach())
-        is_split = hidden_ND.device.type == "cuda" and hidden_ND.dtype == torch.float32
+        is_split = hidden_ND.is_cuda and hidden_ND.dtype == torch.float32 and has_fast_bf16("cuda")
         if self._factor is None:
             self._factor = widen(self.weight_CD.detach())
             if is_split:
@@ -55,7 +55,7 @@ class Head:
 
 def rows_at_once(like: Tensor, num_classes: int) -> int:
     """Returns of how many rows the logits are made at once, where the tensor is."""
-    return max(1, (GPU_CHUNK_ELEMENTS if like.device.type == "cuda" else CHUNK_ELEMENTS) // num_classes)
+    return max(1, (GPU_CHUNK_ELEMENTS if like.is_cuda else CHUNK_ELEMENTS) // num_classes)
 
 
 @dataclass(frozen=True, slots=True)
