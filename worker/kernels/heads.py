@@ -11,7 +11,7 @@ from worker.kernels.divergences import widen
 from worker.kernels.precision import halves, has_fast_bf16, tf32
 from worker.kernels.signals import DenseSignal, Pair, Rows, Signal
 
-CHUNK_ELEMENTS = 2**23  # of logits, 32 MB: enough rows for a processor's matrix product to run at full speed
+CHUNK_ELEMENTS = 2**24  # of logits, 64 MB: enough rows for a processor's matrix product to run at full speed
 GPU_CHUNK_ELEMENTS = 2**26  # of logits, 256 MB: enough for a GPU's
 BLOCK_ELEMENTS = 2**19  # of logits, 2 MB: what a loss makes of them stays in a processor's cache
 
