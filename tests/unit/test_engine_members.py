@@ -18,10 +18,12 @@ from core.errors import SpecInvalid
 from core.jobs.spec import load_spec
 from tests import pico
 from tests.engine_bench import Bench, contents, make_spec
+from worker.kernels.precision import has_fast_bf16
 
 ROLES = ("teacher_1", "teacher_2", "teacher_3")
 WEIGHTS = (1.0, 2.0, 0.5)
 BLOCK = 32
+CLOSE = 2e-2 if has_fast_bf16("cpu") else 1e-3  # what is trained by is answered in half precision
 MEMBERS = [{"model": role, "weight": weight} for role, weight in zip(ROLES, WEIGHTS, strict=True)]
 TEACHER = {"kind": "ensemble", "members": MEMBERS}
 STUDENT = {"kind": "pretrained", "model": "small"}
@@ -120,8 +122,8 @@ def test_a_job_goes_from_an_ensemble_to_a_language_model(
     tensors = {name: tensor.numpy() for name, tensor in load_file(bench.inputs / "answers/answers.safetensors").items()}
     assert tensors["num_classes"] == train.p_NV.shape[1]
     p_NK, classes_NK, rest_N = np.exp(tensors["log_p"][rows]), tensors["classes"][rows], np.exp(tensors["log_rest"])
-    assert p_NK == pytest.approx(-np.sort(-train.p_NV[rows])[:, :5], rel=1e-3)
-    assert p_NK == pytest.approx(np.take_along_axis(train.p_NV[rows], classes_NK, axis=-1), rel=1e-3)
+    assert p_NK == pytest.approx(-np.sort(-train.p_NV[rows])[:, :5], rel=CLOSE)
+    assert p_NK == pytest.approx(np.take_along_axis(train.p_NV[rows], classes_NK, axis=-1), rel=CLOSE)
     assert rest_N[rows] == pytest.approx(1 - p_NK.sum(axis=-1), abs=1e-5)
     assert kept.last["summary"]["kept_probability"] == pytest.approx(p_NK.sum(axis=-1).mean(), abs=1e-5)
 
@@ -147,7 +149,7 @@ def test_draws_are_from_what_the_mixture_leaves(bench: Bench, tmp_path: Path) ->
         likeliest, drawn = np.split(kept["classes"][place].numpy(), [2])
         rest_V = train.p_NV[place].copy()
         rest_V[likeliest] = 0
-        assert kept["log_p"][place, 2:].exp().sum().item() == pytest.approx(rest_V.sum(), rel=1e-3)
+        assert kept["log_p"][place, 2:].exp().sum().item() == pytest.approx(rest_V.sum(), rel=CLOSE)
         shares_V = np.bincount(drawn, minlength=len(rest_V)) / 200
         assert np.abs(shares_V - rest_V / rest_V.sum()).max() < 0.15
 
