@@ -294,6 +294,7 @@ class Stage(Method):
     family: ClassVar[str] = "stages"
     queue: ClassVar[str] = "cpu"
     reports_on_job: ClassVar[bool] = False
+    resizes: ClassVar[bool] = False  # the model, to what only the stage knows
 
     def check(self, spec: "JobSpec") -> list[Problem]:  # noqa: ARG002 - most stages have nothing to check
         """Returns what is wrong with these settings inside that spec; fields are relative to the stage."""

@@ -41,6 +41,8 @@ def plan(principal: Principal, spec: JobSpec) -> Plan:
 def expect_student(spec: JobSpec, made: Plan) -> ExpectedStudent:
     """Returns how large the student of a planned job will be."""
     start = made.facts.get("base" if spec.student.source() else "teacher")
+    if any(stage.resizes for stage in spec.stages):
+        start = None
     count = spec.student.count_parameters(start) if start else None
     forms = [form for stage in spec.stages for form in stage.forms()]
     sizes = {form.kind: round(count * form.bytes_per_parameter) for form in forms} if count else {}

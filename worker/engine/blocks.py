@@ -71,9 +71,9 @@ class Blocks:
         parts = (self.ids_S.tobytes(), self.is_learned_S.tobytes(), str(self.max_length).encode())
         return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
 
-    def used_ids(self) -> NDArray[np.int64]:
-        """Returns the tokens that occur, each once."""
-        return np.unique(self.ids_S).astype(np.int64)
+    def count_ids(self) -> NDArray[np.int64]:
+        """Returns how often each token occurs, up to the last one that does, counts_V."""
+        return np.bincount(self.ids_S)
 
     def head(self, num_blocks: int) -> "Blocks":
         """Returns the first blocks."""

@@ -131,9 +131,9 @@ class Encoded:
         """Returns the sha256 of the texts, however they are read."""
         return self.texts_sha256
 
-    def used_ids(self) -> np.ndarray:
-        """Returns the tokens that occur, each once."""
-        return np.unique(np.concatenate(self.columns["input_ids"])).astype(np.int64)
+    def count_ids(self) -> np.ndarray:
+        """Returns how often each token occurs, up to the last one that does, counts_V."""
+        return np.bincount(np.concatenate(self.columns["input_ids"]))
 
     @property
     def lengths(self) -> np.ndarray:

@@ -50,8 +50,8 @@ class Split(Protocol):
     def digest(self) -> str:
         """Returns what only a split with the same rows in the same order has."""
 
-    def used_ids(self) -> NDArray[np.int64]:
-        """Returns the tokens that occur, each once."""
+    def count_ids(self) -> NDArray[np.int64]:
+        """Returns how often each token occurs, up to the last one that does, counts_V."""
 
     def shuffled(self, batch_size: int, seed: Sequence[int], first: int, device: torch.device) -> Iterator[Batch]:
         """Yields one epoch of batches from number `first` on; their order is a pure function of the seed."""

@@ -65,7 +65,8 @@ class Trainer:
         if self.settings.dropout is not None:
             set_dropout(self.model, self.settings.dropout)
         if self.rollouts is None:  # which may write any token
-            train_used_rows(self.model, np.union1d(self.train_data.used_ids(), self.tokenizer.all_special_ids))
+            used = np.flatnonzero(self.train_data.count_ids())
+            train_used_rows(self.model, np.union1d(used, self.tokenizer.all_special_ids))
         self.optimizer = make_optimizer(self.model, self.settings, self.task.is_head)
         self.beside = self.features.projections.to(self.ctx.device) if self.features else torch.nn.ModuleDict()
         if len(self.beside):

@@ -1,0 +1,112 @@
+"""Models with fewer tokens: the rows of embeddings and of the last layer that their data do not use are left out."""
+
+import copy
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import Module
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from core.errors import StageFailed
+from worker.engine.context import StageContext
+from worker.engine.loading import load_tokenizer
+from worker.engine.pieces import keep_tokens, renumber_ids
+from worker.engine.students import load_student, load_student_tokenizer
+
+if TYPE_CHECKING:
+    from worker.methods.stages.trim_vocabulary import TrimVocabulary
+
+WHOLE = 2**31 - 1  # no text is cut, but where the model has no more positions
+log = logging.getLogger(__name__)
+
+
+def trim(ctx: StageContext, settings: "TrimVocabulary") -> dict[str, Any]:
+    """Leaves out of a model and its tokenizer what the data do not use; returns the stage's summary.
+
+    Raises:
+        StageFailed: `export_unsupported` where the tokenizer or the model is of a kind that is not known.
+    """
+    if settings.of == "teacher":
+        model, tokenizer = ctx.load_model("teacher"), ctx.load_tokenizer("teacher")
+    else:
+        model, tokenizer = load_student(ctx), load_student_tokenizer(ctx)
+    wanted = choose_tokens(count_tokens(ctx, model, tokenizer, settings.splits), settings)
+    kept = keep_tokens(tokenizer, wanted.tolist(), ctx.scratch_dir / "tokenizer")
+    trimmed, trimmed_tokenizer = keep_rows(model, kept), load_tokenizer(ctx.scratch_dir / "tokenizer")
+    trimmed_tokenizer.model_max_length = tokenizer.model_max_length
+    ctx.task.save_model(trimmed, trimmed_tokenizer, ctx.output(settings.of))
+    log.info("%d of %d tokens are kept", len(kept), model.config.vocab_size)
+    return {
+        "num_tokens": len(kept),
+        "num_tokens_before": model.config.vocab_size,
+        "num_parameters": trimmed.num_parameters(),
+        "num_parameters_before": model.num_parameters(),
+        "validation_before": score(ctx, model, tokenizer),
+        "validation": score(ctx, trimmed, trimmed_tokenizer),
+    }
+
+
+def count_tokens(
+    ctx: StageContext, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, splits: Sequence[str]
+) -> NDArray[np.int64]:
+    """Returns how often each token occurs in these splits, counts_V."""
+    counts_V = np.zeros(max(model.config.vocab_size, len(tokenizer)), dtype=np.int64)
+    for split in splits:
+        path = ctx.find_split(split)
+        if path is not None:
+            found = ctx.task.encode(path, model, tokenizer, WHOLE).count_ids()
+            counts_V[: len(found)] += found
+        ctx.check_stop()
+    return counts_V
+
+
+def choose_tokens(counts_V: NDArray[np.int64], settings: "TrimVocabulary") -> NDArray[np.int64]:
+    """Returns the ids of the tokens that are to stay for their own sake."""
+    often = np.argsort(-counts_V, kind="stable")[: settings.max_tokens]
+    often = often[counts_V[often] >= settings.min_count]
+    return np.union1d(often, np.arange(min(settings.keep_first, len(counts_V))))
+
+
+def keep_rows(model: PreTrainedModel, kept: list[int]) -> PreTrainedModel:
+    """Returns a model of the same class with these rows, by their old ids, of its embedding and its last layer.
+
+    Raises:
+        StageFailed: `export_unsupported` if other tensors have a row for each token, too.
+    """
+    config = copy.deepcopy(model.config)
+    renumber_ids(config, kept)
+    config.vocab_size = len(kept)
+    trimmed = type(model)._from_config(config, dtype=torch.float32)
+    trimmed.has_new_head = model.has_new_head
+    if model.can_generate():
+        trimmed.generation_config = copy.deepcopy(model.generation_config)
+        renumber_ids(trimmed.generation_config, kept)
+    rows = torch.tensor(kept)
+    owners = [module for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module is not None]
+    state = {name: _cut(model, name, tensor, owners, rows) for name, tensor in model.state_dict().items()}
+    try:
+        trimmed.load_state_dict(state)
+    except RuntimeError as error:
+        message = f"A '{model.config.model_type}' keeps its tokens in more places than embedding and last layer."
+        raise StageFailed("export_unsupported", message, suggestion="Leave the stage out.") from error
+    return trimmed
+
+
+def _cut(model: PreTrainedModel, name: str, tensor: Tensor, owners: list[Module], rows: Tensor) -> Tensor:
+    owner = model.get_submodule(name.rpartition(".")[0])
+    return tensor[rows] if any(owner is one for one in owners) else tensor
+
+
+def score(ctx: StageContext, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, float] | None:
+    """Returns how well a model does on the validation split; None without one."""
+    path: Path | None = ctx.find_split("validation")
+    if path is None:
+        return None
+    model.to(ctx.device)
+    return ctx.task.score(model, ctx.task.encode(path, model, tokenizer, WHOLE), ctx.check_stop)
