@@ -25,6 +25,7 @@ STUDENTS: dict[str, dict[str, Any]] = {
     "teacher_layers": {"keep": [0, 2]},
     "pretrained": {"model": "other"},
     "fresh": {"num_layers": 1},
+    "shared_layers": {},
 }
 TEXTS = ["my parcel is late", "please help with the password reset code now", "refund"]
 

@@ -1,0 +1,56 @@
+"""A student whose layers share their weights."""
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from core.methods import ModelFacts, Problem, Student
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from worker.engine.context import StageContext
+
+SHAREABLE = ("bert", "roberta", "xlm-roberta")
+
+
+class SharedLayers(Student):
+    """Is as deep as the teacher, with one stored layer for each group of neighbouring layers.
+
+    What is stored and loaded shrinks by as much as layers share; the time to answer does not. The student is an ALBERT,
+    which is what stock `transformers` calls an encoder of shared layers; of one layer a group it computes what the
+    teacher does.
+
+    Paper: Lan et al. 2020, "ALBERT: A Lite BERT for Self-supervised Learning of Language Representations", section 3.1
+    (cross-layer parameter sharing).
+    """
+
+    kind: Literal["shared_layers"] = "shared_layers"
+    num_groups: int = Field(1, ge=1, le=512, description="Layers that are stored; each is used for as many in a row.")
+    by: Literal["average", "first", "middle", "last"] = Field(
+        "average", description="What a stored layer starts from: the mean of its group's weights, or one of its layers."
+    )
+
+    def check(self, teacher: ModelFacts) -> list[Problem]:
+        """Returns a problem for a teacher without such a form, or for more groups than layers."""
+        if teacher.model_type not in SHAREABLE:
+            known = ", ".join(SHAREABLE)
+            why = f"layers of a '{teacher.model_type}' have no stock form that shares them; known: {known}"
+            return [Problem("kind", why)]
+        if teacher.num_layers is not None and teacher.num_layers % self.num_groups:
+            why = f"{teacher.num_layers} layers do not make {self.num_groups} equal groups; choose a divisor"
+            return [Problem("num_groups", why)]
+        return []
+
+    def count_parameters(self, start: ModelFacts) -> int | None:
+        """Returns those of the teacher, with one layer a group, and the map that an ALBERT has after its embeddings."""
+        layers, width = start.layer_parameters, start.hidden_size
+        if start.num_parameters is None or not layers or width is None or len(set(layers)) > 1:
+            return None
+        return start.num_parameters - sum(layers) + self.num_groups * layers[0] + width * width + width
+
+    def build(self, ctx: "StageContext") -> "PreTrainedModel":
+        """Returns an ALBERT of the teacher's weights."""
+        from worker.engine.sharing import share_layers
+
+        return share_layers(ctx.load_model("teacher"), self.num_groups, self.by)
