@@ -277,6 +277,20 @@ class FeatureLoss(Loss):
         raise NotImplementedError
 
 
+class Importance(Method):
+    """How much a neuron or a group of attention heads counts; the least important ones are pruned first."""
+
+    family: ClassVar[str] = "pruning"
+    needs_gradients: ClassVar[bool] = False  # of the loss on labels
+
+    def build(self, ctx: Any) -> Any:
+        """Returns a callable `(site) -> importance_I` of each input of a linear map (torch).
+
+        `site` is a `worker.engine.importance.Site`: what a sample of the data showed of them.
+        """
+        raise NotImplementedError
+
+
 class Exporter(Method):
     """One deployable form of the student; `bytes_per_parameter` is about what it takes to store one."""
 
@@ -333,7 +347,7 @@ class Stage(Method):
         raise NotImplementedError
 
 
-FAMILIES: tuple[type[Method], ...] = (Task, Teacher, Student, Loss, Exporter, Stage)
+FAMILIES: tuple[type[Method], ...] = (Task, Teacher, Student, Loss, Importance, Exporter, Stage)
 _REGISTRY: dict[str, dict[str, type[Method]]] = {}
 
 

@@ -317,14 +317,14 @@ def test_the_size_of_a_student_is_known_from_its_teachers_headers(config: PreTra
 
 def test_layers_are_chosen_by_a_rule() -> None:
     teacher = make(CONFIGS[0])
-    chosen = {rule: choose_layers(None, teacher, 2, rule) for rule in ("first", "last", "uniform")}  # type: ignore[arg-type]
+    chosen = {rule: choose_layers(None, teacher, None, 2, rule) for rule in ("first", "last", "uniform")}  # type: ignore[arg-type]
     assert chosen == {"first": [0, 1], "last": [2, 3], "uniform": [1, 3]}
 
 
 def test_a_first_layer_that_is_unlike_the_others_stays() -> None:
     """A ModernBERT's lacks a norm that each other layer begins with."""
     teacher = make(next(config for config in CONFIGS if config.model_type == "modernbert"))
-    chosen = choose_layers(None, teacher, 2, "uniform")  # type: ignore[arg-type]
+    chosen = choose_layers(None, teacher, None, 2, "uniform")  # type: ignore[arg-type]
     assert chosen == [0, 3]
     assert keep_layers(teacher, chosen).config.num_hidden_layers == 2
     with pytest.raises(StageFailed, match="unlike the others") as caught:
@@ -348,11 +348,9 @@ def test_the_layers_that_matter_most_are_kept() -> None:
         def rank(self, score: float) -> tuple[float, ...]:
             return 0.0, score
 
-    ctx: Any = SimpleNamespace(
-        task=Task(), device="cpu", find_split=lambda _: "path", load_tokenizer=lambda _: None, check_stop=None
-    )
-    assert choose_layers(ctx, teacher, 2, "importance") == [0, 2]
+    ctx: Any = SimpleNamespace(task=Task(), device="cpu", find_split=lambda _: "path", check_stop=None)
+    assert choose_layers(ctx, teacher, None, 2, "importance") == [0, 2]
     assert len(seen) == 4 + 3
     teacher.has_new_head = True
     with pytest.raises(StageFailed, match="nothing tells which of its layers"):
-        choose_layers(ctx, teacher, 2, "importance")
+        choose_layers(ctx, teacher, None, 2, "importance")

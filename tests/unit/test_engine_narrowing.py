@@ -1,5 +1,6 @@
 """Narrower copies: what they keep, that stock `transformers` loads them, and that they compute what is kept."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ from core.errors import StageFailed
 from core.models.facts import ModelFacts
 from tests.engine_bench import FAST, Bench, make_spec
 from tests.unit.test_engine_models import CONFIGS, SIZES, make
+from worker.engine.data import Batch
 from worker.engine.loading import find_layers
 from worker.engine.narrowing import _find_part, narrow
 from worker.methods.students.teacher_layers import TeacherLayers
@@ -26,21 +28,32 @@ IDS_BT = torch.arange(4, 40).reshape(3, 12)
 each = pytest.mark.parametrize("config", KNOWN, ids=lambda config: config.model_type)
 
 
+class Sample:
+    """Some texts of one length with their classes."""
+
+    def shuffled(self, *_: object) -> Iterator[Batch]:
+        inputs = {"input_ids": IDS_BT, "attention_mask": torch.ones_like(IDS_BT)}
+        yield Batch(inputs, torch.tensor([0, 1, 2]), torch.arange(3))
+
+
 def context() -> Any:
-    """A task that shows the model some tokens."""
-
-    def score(model: Any, data: Any, between: Any) -> None:
-        with torch.no_grad():
-            model(input_ids=data, attention_mask=torch.ones_like(data))
-
-    task = SimpleNamespace(sample=lambda *_: IDS_BT, score=score)
+    """A task of three texts."""
+    task = SimpleNamespace(
+        sample=lambda *_: Sample(), answer=lambda model, batch: batch.row_logits(model(**batch.inputs)[0])
+    )
     return SimpleNamespace(
         task=task,
+        spec=SimpleNamespace(task=SimpleNamespace(label_loss="cross_entropy")),
+        seed=0,
         device=torch.device("cpu"),
         find_split=lambda _: Path("validation.jsonl"),
-        load_tokenizer=lambda _: None,
         check_stop=lambda: None,
     )
+
+
+def cut(model: Any, hidden_size: int | None, intermediate_size: int | None, by: str = "activation") -> Any:
+    settings = {"hidden_size": hidden_size, "intermediate_size": intermediate_size, "importance": {"kind": by}}
+    return narrow(context(), model, None, TeacherLayers(keep=[0], **settings))  # type: ignore[arg-type]
 
 
 def parts_of(model: torch.nn.Module) -> list[Any]:
@@ -66,7 +79,7 @@ def test_neurons_that_say_nothing_go_first_and_nothing_changes(config: PreTraine
     with torch.no_grad():
         for part, places in zip(parts_of(model), silent, strict=True):
             weight_of(part.down)[places] = 0
-    student = narrow(context(), model, None, width - width // 4)
+    student = cut(model, None, width - width // 4)
     torch.testing.assert_close(logits(student), logits(model))
     assert all(weight_of(part.down).shape[0] == width - width // 4 for part in parts_of(student))
 
@@ -74,14 +87,14 @@ def test_neurons_that_say_nothing_go_first_and_nothing_changes(config: PreTraine
 @each
 def test_half_as_wide_loads_again_and_as_wide_is_the_same(config: PreTrainedConfig, tmp_path: Path) -> None:
     model = make(config)
-    student = narrow(context(), model, 16, None)
+    student = cut(model, 16, None)
     found = student.config
     assert (found.hidden_size, found.num_attention_heads) == (16, config.num_attention_heads // 2)
     student.save_pretrained(tmp_path)
     again, info = Classifier.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"] | info["unexpected_keys"]
     torch.testing.assert_close(logits(again), logits(student))
-    whole = narrow(context(), model, 32, None)
+    whole = cut(model, 32, None)
     torch.testing.assert_close(logits(whole), logits(model))
 
 
@@ -96,7 +109,7 @@ def test_heads_that_say_nothing_go_first(config: PreTrainedConfig) -> None:
             weight_of(values)[:, :half] = 0
             if values.bias is not None:
                 values.bias[:half] = 0
-    student = narrow(context(), model, 16, None)
+    student = cut(model, 16, None)
     for old, new in zip(parts_of(model), parts_of(student), strict=True):
         kept = weight_of(old.out)[-weight_of(old.out).shape[0] // 2 :]
         columns = [column for column in kept.T if any(torch.equal(column, other) for other in weight_of(new.out).T)]
@@ -106,17 +119,17 @@ def test_heads_that_say_nothing_go_first(config: PreTrainedConfig) -> None:
 def test_what_cannot_be_narrowed_is_told() -> None:
     bert = CONFIGS[0]
     with pytest.raises(StageFailed, match="cannot have 20 states"):
-        narrow(context(), make(bert), 20, None)
+        cut(make(bert), 20, None)
     with pytest.raises(StageFailed, match="and 99 neurons"):
-        narrow(context(), make(bert), None, 99)
+        cut(make(bert), None, 99)
     electra = next(config for config in CONFIGS if config.model_type == "electra")
     mixed = GPTNeoXConfig(**SIZES, pad_token_id=0)  # of each head in turn its query, key and value
     own = DebertaConfig(**SIZES, pos_att_type=["c2p"], relative_attention=True)
     for config in (mixed, own):
         with pytest.raises(StageFailed, match="are not built as narrowing knows them"):
-            narrow(context(), make(config), 16, None)
+            cut(make(config), 16, None)
     with pytest.raises(StageFailed, match="are not built as narrowing knows them"):
-        narrow(context(), make(electra), 16, None)
+        cut(make(electra), 16, None)
     facts = ModelFacts(model_type="bert", num_layers=4, hidden_size=32, num_heads=2)
     for width, why in ((64, "cannot be wider"), (20, "16 wide; choose a multiple")):
         [problem] = TeacherLayers(keep=[0], hidden_size=width).check(facts)

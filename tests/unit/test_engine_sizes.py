@@ -27,8 +27,7 @@ from core.models.safetensors_header import Tensor, read_tensors
 from core.models.widths import KNOWN
 from tests import pico
 from tests.unit.test_engine_models import CONFIGS, SIZES, make
-from tests.unit.test_engine_narrowing import GROUPED, context
-from worker.engine.narrowing import narrow
+from tests.unit.test_engine_narrowing import GROUPED, cut
 from worker.engine.students import keep_layers, make_fresh
 from worker.methods.students.fresh import Fresh
 from worker.methods.students.teacher_layers import Choice, TeacherLayers
@@ -103,7 +102,7 @@ def test_the_told_number_is_that_of_the_student(config: PreTrainedConfig, model:
             TeacherLayers(keep=kept, **asked).count_parameters(facts)
             for kept in (keep, Choice(count=2, by="importance"))
         ]
-        made = narrow(context(), keep_layers(teacher, keep), hidden_size, intermediate_size)
+        made = cut(keep_layers(teacher, keep), hidden_size, intermediate_size)
         assert told == [count(made)] * 2, asked
 
 

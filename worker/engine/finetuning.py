@@ -1,20 +1,15 @@
 """Fine-tuning on the labels."""
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from pydantic import TypeAdapter
-
-from core.methods import Loss, OneOf
 from worker.engine.context import StageContext
-from worker.engine.objective import Objective, make_term
+from worker.engine.objective import label_objective
 from worker.engine.optimization import open_pooler
 from worker.engine.students import load_student, load_student_tokenizer
 from worker.engine.training import Trainer
 
 if TYPE_CHECKING:
     from worker.methods.stages.finetune import Finetune
-
-LOSS: TypeAdapter[Loss] = TypeAdapter(Annotated[Loss, OneOf()])
 
 
 def finetune(ctx: StageContext, settings: "Finetune") -> dict[str, Any]:
@@ -25,9 +20,7 @@ def finetune(ctx: StageContext, settings: "Finetune") -> dict[str, Any]:
         model, tokenizer = load_student(ctx), load_student_tokenizer(ctx)
     if settings.open_pooler and model.has_new_head:
         open_pooler(model)
-    loss = LOSS.validate_python({"kind": ctx.spec.task.label_loss})
-    term = make_term(ctx, loss.kind, loss)
-    trainer = Trainer(ctx, model, tokenizer, settings, Objective([term]))
+    trainer = Trainer(ctx, model, tokenizer, settings, label_objective(ctx))
     summary = trainer.run()
     trainer.save(settings.of)
     return summary

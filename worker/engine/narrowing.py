@@ -2,24 +2,23 @@
 
 import copy
 import logging
-from functools import partial
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
-from torch.nn import Linear, Module
-from transformers import PreTrainedConfig, PreTrainedModel
+from torch.nn import Module
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from core.errors import StageFailed
+from core.methods import Importance
 from core.models.widths import Widths
-from worker.engine import ranks
 from worker.engine.context import StageContext
+from worker.engine.importance import Map, Site, by_input, rank_blocks, watch
 from worker.engine.loading import find_layers, some_tokens
 from worker.engine.students import read_widths, set_widths
 from worker.engine.watching import Watched, find_attention, find_projections
 
-Map: TypeAlias = Linear | Conv1D
 log = logging.getLogger(__name__)
 
 
@@ -45,13 +44,29 @@ class Part(NamedTuple):
     down: Map  # what the neurons say, into the states
 
 
+class Narrower(Protocol):
+    """Settings of a student that is to be narrower."""
+
+    @property
+    def hidden_size(self) -> int | None:
+        """States to keep; None for all."""
+
+    @property
+    def intermediate_size(self) -> int | None:
+        """Neurons to keep inside each feed-forward layer; None for all."""
+
+    @property
+    def importance(self) -> Importance:
+        """Which neurons and heads count most."""
+
+
 def narrow(
-    ctx: StageContext, model: PreTrainedModel, hidden_size: int | None, intermediate_size: int | None
+    ctx: StageContext, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Narrower
 ) -> PreTrainedModel:
     """Returns a model of the same class that has the most important places of each width, so that stock code loads it.
 
-    States count by their mean size after each layer, heads and neurons by the mean size of what they add to the states.
-    The width of a head stays; with fewer states there are fewer heads, whole groups of those that share keys.
+    States count by their mean size after each layer, heads and neurons as they are asked to. The width of a head stays;
+    with fewer states there are fewer heads, whole groups of those that share keys.
 
     Paper: Muralidharan et al. 2024, "Compact Language Models via Pruning and Knowledge Distillation", section 2.2
     (importance by activations, of width).
@@ -64,9 +79,10 @@ def narrow(
     parts = {name: _find_part(layer, model.config) for name, layer in layers.items()}
     _check_order(model, parts[f"{stack}.0"])
     widths = read_widths(model.config)
-    config = _narrow_config(model.config, widths, hidden_size, intermediate_size)
+    config = _narrow_config(model.config, widths, settings.hidden_size, settings.intermediate_size)
     new = read_widths(config)
-    seen = _look(ctx, model, [*layers.values()], [*parts.values()], widths)
+    path = ctx.find_split("validation") or ctx.get_split("train")
+    seen = _look(ctx, model, ctx.task.sample(path, model, tokenizer), parts, settings.importance)
     kept = Seen(
         _most(seen.states, new.states),
         [_most(groups, new.num_groups) for groups in seen.groups],
@@ -81,12 +97,6 @@ def narrow(
         raise _unknown(model.config) from error
     log.info("%d of %d states are kept: %s", new.states, widths.states, kept.states.tolist())
     return student
-
-
-def _by_input(linear: Map) -> Tensor:
-    """Returns a linear map's weight with a row for each of its inputs."""
-    weight: Tensor = linear.weight.detach()
-    return weight if isinstance(linear, Conv1D) else weight.T
 
 
 def _narrow_config(
@@ -115,12 +125,12 @@ def _find_part(layer: Module, config: PreTrainedConfig) -> Part:
     outs = [
         module
         for module in inside[len(projections) :]
-        if tuple(_by_input(module).shape) == (widths.num_heads * widths.head, widths.states)
+        if tuple(by_input(module).shape) == (widths.num_heads * widths.head, widths.states)
     ]
     downs = [
         module
         for module in linear
-        if tuple(_by_input(module).shape) == (widths.inner, widths.states) and module not in inside
+        if tuple(by_input(module).shape) == (widths.inner, widths.states) and module not in inside
     ]
     if len(outs) != 1 or len(downs) != 1 or widths.states in {widths.inner, 2 * widths.inner}:
         raise _unknown(config)
@@ -150,41 +160,26 @@ def _unknown(config: PreTrainedConfig) -> StageFailed:
     return StageFailed("spec_invalid", message, suggestion="Leave hidden_size and intermediate_size out.")
 
 
-def _look(ctx: StageContext, model: PreTrainedModel, layers: list[Module], parts: list[Part], widths: Widths) -> Seen:
-    """Runs the model over a sample of the data and returns how much is said where."""
+def _look(ctx: StageContext, model: PreTrainedModel, data: Any, parts: dict[str, Part], by: Importance) -> Seen:
+    """Runs the model over a sample of the data and returns how much each place of its widths counts."""
+    widths = read_widths(model.config)
     states_D = torch.zeros(widths.states, device=ctx.device)
-    heads_LH = torch.zeros(len(parts), widths.num_heads, device=ctx.device)
-    neurons_LI = torch.zeros(len(parts), widths.inner, device=ctx.device)
+    group = widths.num_heads // widths.num_groups * widths.head
+    model.to(ctx.device)
+    heads = {part.out: Site(part.out, group) for part in parts.values()}
+    neurons = {part.down: Site(part.down, 1) for part in parts.values()}
 
     def note_states(_: Module, __: Any, output: Any) -> None:
-        states_D.add_(_sum(output[0] if isinstance(output, tuple) else output))
+        states_D.add_((output[0] if isinstance(output, tuple) else output).detach().float().abs().flatten(0, -2).sum(0))
 
-    def note_heads(number: int, _: Module, inputs: Any) -> None:
-        heads_LH[number] += _sum(inputs[0].unflatten(-1, (widths.num_heads, widths.head)).float().norm(dim=-1))
-
-    def note_neurons(number: int, _: Module, inputs: Any) -> None:
-        neurons_LI[number] += _sum(inputs[0])
-
-    hooks = [layer.register_forward_hook(note_states) for layer in layers]
-    for number, part in enumerate(parts):
-        hooks.append(part.out.register_forward_pre_hook(partial(note_heads, number)))
-        hooks.append(part.down.register_forward_pre_hook(partial(note_neurons, number)))
+    hooks = [model.get_submodule(name).register_forward_hook(note_states) for name in parts]
     try:
-        path = ctx.find_split("validation") or ctx.get_split("train")
-        model.to(ctx.device)
-        ctx.task.score(model, ctx.task.sample(path, model, ctx.load_tokenizer("teacher")), ctx.check_stop)
+        watch(ctx, model, heads | neurons, by, data)
     finally:
         for hook in hooks:
             hook.remove()
         model.cpu()
-    states_D, heads_LH, neurons_LI = (ranks.add_up(sums).cpu() for sums in (states_D, heads_LH, neurons_LI))
-    added_LI = neurons_LI * torch.stack([_by_input(part.down).float().norm(dim=1) for part in parts])
-    return Seen(states_D, [*heads_LH.unflatten(-1, (widths.num_groups, -1)).sum(-1)], [*added_LI])
-
-
-def _sum(said: Tensor) -> Tensor:
-    """Returns the size of what is said along the last dimension, over all tokens."""
-    return said.detach().float().abs().flatten(0, -2).sum(0)
+    return Seen(states_D.cpu(), rank_blocks(ctx, heads.values(), by), rank_blocks(ctx, neurons.values(), by))
 
 
 def _most(importance: Tensor, count: int) -> Tensor:

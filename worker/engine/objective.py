@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
-from core.methods import Loss
+from core.methods import Loss, OneOf
 from worker.engine.context import StageContext
 from worker.kernels.divergences import widen
 from worker.kernels.signals import Signal
@@ -15,6 +17,7 @@ LEAST_SHARE, MOST_SHARE = 0.01, 0.99
 MIN_POINTS = 5
 NORM_MEMORY = 0.9
 MAX_BALANCE = 1e4
+LOSS: TypeAdapter[Loss] = TypeAdapter(Annotated[Loss, OneOf()])
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,12 @@ def name_losses(losses: Sequence[Loss]) -> dict[str, Loss]:
 def make_term(ctx: StageContext, name: str, loss: Loss) -> Term:
     """Returns a loss on logits as a term."""
     return Term(name, None if loss.weight == "auto" else loss.weight, loss.build(ctx), loss.is_of_labels)
+
+
+def label_objective(ctx: StageContext) -> "Objective":
+    """Returns the loss on labels alone, as the task has it."""
+    loss = LOSS.validate_python({"kind": ctx.spec.task.label_loss})
+    return Objective([make_term(ctx, loss.kind, loss)])
 
 
 class Objective:

@@ -31,7 +31,9 @@ def load_student_tokenizer(ctx: StageContext) -> PreTrainedTokenizerBase:
     return ctx.load_tokenizer(next(role for role in ("student", "base", "teacher") if ctx.has_input(role)))
 
 
-def choose_layers(ctx: StageContext, teacher: PreTrainedModel, count: int, rule: str) -> list[int]:
+def choose_layers(
+    ctx: StageContext, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, count: int, rule: str
+) -> list[int]:
     """Returns the layers that a rule keeps.
 
     Raises:
@@ -39,7 +41,7 @@ def choose_layers(ctx: StageContext, teacher: PreTrainedModel, count: int, rule:
     """
     num_layers, stays = find_layers(teacher)[1], _is_first_unlike(teacher)
     if rule == "importance":
-        return _keep_important(ctx, teacher, list(range(num_layers)), count, stays=stays)
+        return _keep_important(ctx, teacher, tokenizer, count, stays=stays)
     first = list(range(count))
     uniform = [(index + 1) * num_layers // count - 1 for index in first]
     if stays:
@@ -48,14 +50,14 @@ def choose_layers(ctx: StageContext, teacher: PreTrainedModel, count: int, rule:
 
 
 def _keep_important(
-    ctx: StageContext, teacher: PreTrainedModel, kept: list[int], count: int, *, stays: bool
+    ctx: StageContext, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, count: int, *, stays: bool
 ) -> list[int]:
     if teacher.has_new_head:
         message = "The teacher has no head for the task, so nothing tells which of its layers are important."
         hint = "Put a finetune stage before this one, or choose layers by another rule."
         raise StageFailed("spec_invalid", message, suggestion=hint)
     path = ctx.find_split("validation") or ctx.get_split("train")
-    data = ctx.task.sample(path, teacher, ctx.load_tokenizer("teacher"))
+    data, kept = ctx.task.sample(path, teacher, tokenizer), [*range(find_layers(teacher)[1])]
     while len(kept) > count:
         scored = []
         for layer in kept[1:] if stays else kept:

@@ -3,7 +3,6 @@
 import copy
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from torch.nn import Module
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from core.errors import StageFailed
+from worker.engine.changes import WHOLE, Reader, compare
 from worker.engine.context import StageContext
 from worker.engine.loading import load_tokenizer
 from worker.engine.pieces import keep_tokens, renumber_ids
@@ -22,7 +22,6 @@ from worker.engine.students import load_student, load_student_tokenizer
 if TYPE_CHECKING:
     from worker.methods.stages.trim_vocabulary import TrimVocabulary
 
-WHOLE = 2**31 - 1  # no text is cut, but where the model has no more positions
 log = logging.getLogger(__name__)
 
 
@@ -45,11 +44,7 @@ def trim(ctx: StageContext, settings: "TrimVocabulary") -> dict[str, Any]:
     return {
         "num_tokens": len(kept),
         "num_tokens_before": model.config.vocab_size,
-        "num_parameters": trimmed.num_parameters(),
-        "num_parameters_before": model.num_parameters(),
-        "validation_before": score(ctx, model, tokenizer),
-        "validation": score(ctx, trimmed, trimmed_tokenizer),
-    }
+    } | compare(ctx, Reader(model, tokenizer), Reader(trimmed, trimmed_tokenizer))
 
 
 def count_tokens(
@@ -101,12 +96,3 @@ def keep_rows(model: PreTrainedModel, kept: list[int]) -> PreTrainedModel:
 def _cut(model: PreTrainedModel, name: str, tensor: Tensor, owners: list[Module], rows: Tensor) -> Tensor:
     owner = model.get_submodule(name.rpartition(".")[0])
     return tensor[rows] if any(owner is one for one in owners) else tensor
-
-
-def score(ctx: StageContext, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, float] | None:
-    """Returns how well a model does on the validation split; None without one."""
-    path: Path | None = ctx.find_split("validation")
-    if path is None:
-        return None
-    model.to(ctx.device)
-    return ctx.task.score(model, ctx.task.encode(path, model, tokenizer, WHOLE), ctx.check_stop)

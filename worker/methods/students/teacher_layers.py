@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from core.methods import ModelFacts, Problem, Student
+from core.methods import Importance, ModelFacts, OneOf, Problem, Student
 from core.strict import StrictModel, one_message
 
 if TYPE_CHECKING:
@@ -27,8 +27,8 @@ class Choice(StrictModel):
 class TeacherLayers(Student):
     """Keeps some layers of the teacher, with embeddings and head, as the student's first weights.
 
-    They can be narrower, too: of the states between layers, of the heads and of the feed-forward neurons those are kept
-    that the validation split uses most.
+    They can be narrower, too: of the states between layers those are kept that the validation split uses most, of the
+    heads and of the feed-forward neurons the most important ones.
 
     Paper: Sanh et al. 2019, "DistilBERT, a distilled version of BERT", section 3 (student initialisation); Sajjad,
     Dalvi, Durrani, Nakov 2023, "On the Effect of Dropping Layers of Pre-trained Transformer Models", section 3 (rules);
@@ -51,6 +51,11 @@ class TeacherLayers(Student):
     )
     intermediate_size: int | None = Field(
         None, ge=1, le=262_144, description="Neurons inside each feed-forward layer; null as many as the teacher's."
+    )
+    importance: Annotated[Importance, OneOf()] = Field(
+        default={"kind": "activation"},
+        validate_default=True,
+        description="Which neurons and heads a narrower one keeps.",
     )
 
     @property
@@ -112,9 +117,8 @@ class TeacherLayers(Student):
         from worker.engine.narrowing import narrow
         from worker.engine.students import choose_layers, keep_layers
 
-        teacher = ctx.load_model("teacher")
-        keep = (
-            choose_layers(ctx, teacher, self.keep.count, self.keep.by) if isinstance(self.keep, Choice) else self.keep
-        )
+        teacher, tokenizer, keep = ctx.load_model("teacher"), ctx.load_tokenizer("teacher"), self.keep
+        if isinstance(keep, Choice):
+            keep = choose_layers(ctx, teacher, tokenizer, keep.count, keep.by)
         student = keep_layers(teacher, keep)
-        return narrow(ctx, student, self.hidden_size, self.intermediate_size) if self.is_narrower else student
+        return narrow(ctx, student, tokenizer, self) if self.is_narrower else student

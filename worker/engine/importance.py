@@ -1,0 +1,106 @@
+"""How much the inputs of linear maps count, one by one or in blocks, over a sample of the data."""
+
+from collections.abc import Iterable
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn import Linear, Module
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from core.errors import StageFailed
+from core.methods import Importance
+from worker.engine.context import StageContext
+from worker.engine.objective import label_objective
+from worker.kernels.heads import backward
+
+BATCH = 32
+Map: TypeAlias = Linear | Conv1D
+
+
+def by_input(linear: Map) -> Tensor:
+    """Returns a linear map's weight with a row for each of its inputs, weight_ID."""
+    weight: Tensor = linear.weight.detach()
+    return weight if isinstance(linear, Conv1D) else weight.T
+
+
+class Site:
+    """A linear map whose inputs may be left out, in blocks of one width, and what was seen of them.
+
+    Attributes:
+        weight_ID: Its weights, a row for each input.
+        size_I: Mean size of each input, over all tokens.
+        square_I: Mean square of each input.
+        effect_I: Of each batch, the size of the derivative of its loss by a gate on the block; the mean, spread over
+            the block's inputs.
+    """
+
+    def __init__(self, module: Map, block: int) -> None:
+        self.weight_ID, self._block = by_input(module).float(), block
+        zeros_I = torch.zeros(len(self.weight_ID), device=self.weight_ID.device)
+        self.size_I, self.square_I, self.effect_I = zeros_I, zeros_I.clone(), zeros_I.clone()
+        self._gate_B = torch.ones(len(zeros_I) // block, device=zeros_I.device, requires_grad=True)
+        self._num_tokens, self._num_batches = 0, 0
+
+    def note(self, _: Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        """Adds the inputs of a forward pass up, and lets a gate through whose derivative can be asked for."""
+        x_NI = inputs[0].detach().float().flatten(0, -2)
+        self.size_I += x_NI.abs().sum(0)
+        self.square_I += x_NI.square().sum(0)
+        self._num_tokens += len(x_NI)
+        if not torch.is_grad_enabled():
+            return None
+        return (inputs[0] * self._gate_B.repeat_interleave(self._block).to(inputs[0].dtype), *inputs[1:])
+
+    def end_batch(self) -> None:
+        """Adds the derivative of a batch's loss by the gate up."""
+        self._num_batches += 1
+        if self._gate_B.grad is not None:
+            self.effect_I += self._gate_B.grad.abs().repeat_interleave(self._block) / self._block
+            self._gate_B.grad = None
+
+    def blocks(self, importance_I: Tensor) -> Tensor:
+        """Returns the importance of each block, on the processor."""
+        return importance_I.unflatten(0, (-1, self._block)).sum(-1).cpu()
+
+    def finish(self) -> None:
+        """Makes means of the sums."""
+        self.size_I /= max(1, self._num_tokens)
+        self.square_I /= max(1, self._num_tokens)
+        self.effect_I /= max(1, self._num_batches)
+
+
+def watch(ctx: StageContext, model: PreTrainedModel, sites: dict[Map, Site], by: Importance, data: Any) -> None:
+    """Runs the model over a sample of the data, and has the sites note what they get.
+
+    Raises:
+        StageFailed: `spec_invalid` if gradients are needed of a model that has learned nothing of the task.
+    """
+    if by.needs_gradients and model.has_new_head:
+        message = f"The model has no head for the task, so '{by.kind}' cannot tell what it misses."
+        raise StageFailed("spec_invalid", message, suggestion="Put a finetune stage before this one.")
+    objective = label_objective(ctx)
+    hooks = [module.register_forward_pre_hook(site.note) for module, site in sites.items()]
+    model.eval()
+    try:
+        for batch in data.shuffled(BATCH, [ctx.seed], 0, ctx.device):
+            with torch.set_grad_enabled(by.needs_gradients):
+                answer = ctx.task.answer(model, batch)
+            if by.needs_gradients:
+                backward(answer, objective, None, batch.row_labels, int(batch.is_row.sum()))
+            for site in sites.values():
+                site.end_batch()
+            ctx.check_stop()
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.zero_grad(set_to_none=True)
+    for site in sites.values():
+        site.finish()
+
+
+def rank_blocks(ctx: StageContext, sites: Iterable[Site], by: Importance) -> list[Tensor]:
+    """Returns how much each block of each site counts."""
+    importance = by.build(ctx)
+    return [site.blocks(importance(site)) for site in sites]
