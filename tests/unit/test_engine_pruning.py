@@ -137,6 +137,10 @@ def test_a_language_model_is_pruned(tmp_path: Path) -> None:
     spec = make_spec([stage], task={"kind": "causal_lm", "block_tokens": 32})
     summary = Bench(tmp_path).lay_language().succeed(spec, labels=[]).last["summary"]
     assert summary["num_parameters_before"] - summary["num_parameters"] == 2 * 64 * (2 * 32 + 1)
+    parts = summary["parameters"]
+    assert parts["attention"] == 2 * (4 * 32 * 32 + 4 * 32)
+    assert parts["feed_forward"] == 2 * (2 * 64 * 32 + 64 + 32 + 4 * 32)
+    assert sum(parts.values()) == summary["num_parameters"]
 
 
 def test_what_cannot_be_pruned_is_said_at_submit() -> None:

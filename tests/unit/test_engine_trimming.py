@@ -141,6 +141,8 @@ def test_a_job_trims_its_student_after_learning_and_goes_on(tmp_path: Path) -> N
     before, after = trimmed["num_parameters_before"], trimmed["num_parameters"]
     assert 5 < trimmed["num_tokens"] < trimmed["num_tokens_before"] == tokens
     assert before - after == 32 * (tokens - trimmed["num_tokens"])
+    change = {part: trimmed["parameters_before"][part] - count for part, count in trimmed["parameters"].items()}
+    assert change == {"embeddings": before - after, "attention": 0, "feed_forward": 0, "head": 0, "other": 0}
     assert trimmed["validation_before"] == pytest.approx(done[1].last["summary"]["validation"])
     assert trimmed["validation"]["accuracy"] > 0.9
     report = json.loads((done[5].outputs / "report" / "report.json").read_text())

@@ -1,7 +1,11 @@
 """What a stage that makes a model smaller changed."""
 
+from collections import Counter
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
+from torch.nn import Module
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from worker.engine.context import StageContext
@@ -17,13 +21,34 @@ class Reader(NamedTuple):
 
 
 def compare(ctx: StageContext, before: Reader, after: Reader) -> dict[str, Any]:
-    """Returns parameters and validation scores of a model before the stage and after it."""
+    """Returns parameters, also by what they belong to, and validation scores of a model before the stage and after."""
     return {
         "num_parameters": after.model.num_parameters(),
         "num_parameters_before": before.model.num_parameters(),
+        "parameters": count_parameters(ctx, after.model),
+        "parameters_before": count_parameters(ctx, before.model),
         "validation": score(ctx, after),
         "validation_before": score(ctx, before),
     }
+
+
+def count_parameters(ctx: StageContext, model: PreTrainedModel) -> dict[str, int]:
+    """Returns how many parameters embeddings, attention, the rest of the layers, the head, and what is left have."""
+    embeddings = _prefixes(model, lambda module: isinstance(module, torch.nn.Embedding))
+    attention = _prefixes(model, lambda module: "Attention" in type(module).__name__)
+    layers = _prefixes(model, lambda module: isinstance(module, torch.nn.ModuleList))
+    last = _prefixes(model, lambda module: module is model.get_output_embeddings())
+    counts = Counter(embeddings=0, attention=0, feed_forward=0, head=0, other=0)
+    for name, parameter in model.named_parameters():
+        is_head = name.startswith(last) or ctx.task.is_head(model, name)
+        part = "feed_forward" if name.startswith(layers) else "head" if is_head else "other"
+        part = "embeddings" if name.startswith(embeddings) else "attention" if name.startswith(attention) else part
+        counts[part] += parameter.numel()
+    return dict(counts)
+
+
+def _prefixes(model: PreTrainedModel, is_wanted: Callable[[Module], bool]) -> tuple[str, ...]:
+    return tuple(f"{name}." for name, module in model.named_modules() if is_wanted(module))
 
 
 def score(ctx: StageContext, reader: Reader) -> dict[str, float] | None:
