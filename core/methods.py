@@ -291,6 +291,24 @@ class Importance(Method):
         raise NotImplementedError
 
 
+class Sparsity(Method):
+    """Which single weights of a matrix become zero, and what becomes of the others.
+
+    `scope` says whether weights are compared within one output's row or all of the matrix, unless the stage says so.
+    """
+
+    family: ClassVar[str] = "sparsity"
+    needs_data: ClassVar[bool] = False
+    scope: ClassVar[Literal["row", "tensor"]] = "tensor"
+
+    def build(self, ctx: Any) -> Any:
+        """Returns a callable `(matrix, choose) -> weight_OI` (torch).
+
+        `matrix` is a `worker.engine.sparsity.Matrix`, and `choose` tells of scores_OI which weights stay.
+        """
+        raise NotImplementedError
+
+
 class Exporter(Method):
     """One deployable form of the student; `bytes_per_parameter` is about what it takes to store one."""
 
@@ -347,7 +365,7 @@ class Stage(Method):
         raise NotImplementedError
 
 
-FAMILIES: tuple[type[Method], ...] = (Task, Teacher, Student, Loss, Importance, Exporter, Stage)
+FAMILIES: tuple[type[Method], ...] = (Task, Teacher, Student, Loss, Importance, Sparsity, Exporter, Stage)
 _REGISTRY: dict[str, dict[str, type[Method]]] = {}
 
 

@@ -28,6 +28,7 @@ from worker.engine.rollouts import Rollouts
 from worker.engine.sharding import clip_gradients, join_layers, parts_like, whole_on_first
 from worker.engine.tasks import Split
 from worker.engine.teaching import Teaching
+from worker.engine.zeros import Zeros, find_zeros, keep_zeros
 from worker.kernels.heads import add_numbers, backward
 
 LOGGED_POINTS = 200
@@ -50,6 +51,7 @@ class Trainer:
     validation_data: Split | None = field(init=False)
     watch: ShareWatch = field(init=False)
     beside: torch.nn.ModuleDict = field(init=False)
+    zeros: Zeros = field(init=False)
     _window: list[dict[str, float]] = field(default_factory=list)
     _best: dict[str, Any] = field(default_factory=dict)
     _best_state: dict[str, Tensor] | None = None
@@ -67,6 +69,7 @@ class Trainer:
         if self.rollouts is None:  # which may write any token
             used = np.flatnonzero(self.train_data.count_ids())
             train_used_rows(self.model, np.union1d(used, self.tokenizer.all_special_ids))
+        self.zeros = find_zeros(self.model)
         self.optimizer = make_optimizer(self.model, self.settings, self.task.is_head)
         self.beside = self.features.projections.to(self.ctx.device) if self.features else torch.nn.ModuleDict()
         if len(self.beside):
@@ -245,6 +248,7 @@ class Trainer:
         self._check_finite("gradient", clip_gradients(trained, self.settings.max_gradient_norm))
         self.objective.learn(numbers)
         self.optimizer.step()
+        keep_zeros(self.zeros)
         self.schedule.step()
         if self.average:
             self.average.update()

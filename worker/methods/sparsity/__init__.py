@@ -1,0 +1,1 @@
+"""Which single weights of a matrix become zero."""
