@@ -8,17 +8,17 @@ import importlib
 import pkgutil
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
-from pydantic import Field, GetCoreSchemaHandler, model_validator
+from pydantic import GetCoreSchemaHandler
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from core.datasets.reading import RowProblem as RowProblem
 from core.models.facts import ModelFacts as ModelFacts
 from core.models.refs import ModelRef as ModelRef
 from core.models.refs import ModelSource as ModelSource
-from core.strict import StrictModel, one_message, suggest
-from core.weights import Course, PerExample, Temperature, Weight
+from core.strict import StrictModel, suggest
+from core.weights import Weight
 
 if TYPE_CHECKING:
     from core.jobs.spec import JobSpec
@@ -79,9 +79,14 @@ class Task(Method):
         return [
             {"kind": "finetune", "of": "teacher"} if teacher.is_model else {"kind": "answer", "splits": [*SPLITS]},
             {"kind": "distill"},
-            {"kind": "export", "formats": [{"kind": kind} for kind in self.forms]},
+            {"kind": "export", "formats": [{"kind": kind} for kind in self._default_forms()]},
             {"kind": "evaluate"},
         ]
+
+    def _default_forms(self) -> list[str]:
+        """Returns the forms that every model of the task has."""
+        known = list_methods("exporters")
+        return [kind for kind in self.forms if not known[kind].model_types]  # type: ignore[attr-defined]
 
     def build(self, ctx: Any) -> Any:
         """Returns what a stage does for this task (torch), a `worker.engine.tasks.TaskRun`."""
@@ -178,103 +183,11 @@ class Loss(Method):
         raise NotImplementedError
 
 
-class Divergence(Loss):
-    """A distance of softmax(z/T) of the student from softmax(u/T) of the teacher; it has no kind of its own.
-
-    Paper: Hinton, Vinyals, Dean 2015, "Distilling the Knowledge in a Neural Network", section 2 (T² keeps the size of
-    the gradient when T changes).
-    """
-
-    scaling_power: ClassVar[int] = 2
-
-    temperature: Temperature = 4.0
-    temperature_scaling: bool = Field(
-        True, description="Multiply by T² (total variation: by T), so that the weight means the same at every T."
-    )
-
-    def measure(self) -> Any:
-        """Returns a callable `(log_p_NC, log_q_NC) -> distance_N` (torch), of teacher and student."""
-        raise NotImplementedError
-
-    def build(self, ctx: Any) -> Any:
-        """Returns the scaled distance as the loss of each row; the labels are not used."""
-        wanted, distance = self.temperature, self.measure()
-        power = self.scaling_power if self.temperature_scaling else 0
-
-        def loss(student_NC: Any, signal: Any, _: Any) -> Any:
-            if isinstance(wanted, PerExample):
-                temperature_N1 = wanted.of(student_NC, signal)
-                return temperature_N1[..., 0] ** power * distance(*signal.compare(student_NC, temperature_N1))
-            temperature = wanted.at(ctx.share_done) if isinstance(wanted, Course) else wanted
-            return temperature**power * distance(*signal.compare(student_NC, temperature))
-
-        return loss
-
-
 class Depths(NamedTuple):
     """How many layers student and teacher have."""
 
     student: int
     teacher: int
-
-
-LayerPart = Literal["first_token", "hidden", "query", "key", "value"]  # of what a layer computes
-
-
-class FeatureLoss(Loss):
-    """A distance between what layers of teacher and student compute; it has no kind of its own."""
-
-    compares: ClassVar[Literal["probabilities", "values", "both"]] = "both"
-    needs: ClassVar[tuple[LayerPart, ...]] = ("hidden",)
-    needs_same: ClassVar[str | None] = None  # setting of both models' configs
-    projects: ClassVar[bool] = False  # states of another width, by a matrix that is trained beside the student
-    denominator: ClassVar[Literal["tokens", "examples"]] = "tokens"
-
-    layers: Annotated[
-        Literal["uniform", "skip", "last"] | list[Annotated[list[int], Field(min_length=2, max_length=2)]],
-        one_message("layers", "layers is 'uniform', 'skip', 'last', or a list of [student's, teacher's] from 0"),
-    ] = Field(
-        "uniform",
-        description="Which layers are compared: `uniform` each of the student with the last of its share of the "
-        "teacher's, `skip` these without the last, `last` the last ones, or pairs `[student's, teacher's]` from 0.",
-    )
-
-    @model_validator(mode="after")
-    def _has_number(self) -> Self:
-        if self.weight == "auto":
-            raise PydanticCustomError("weight", "only a loss on logits can have the weight 'auto'; give a number", {})
-        if not self.layers:
-            raise PydanticCustomError("layers", "layers is empty; name at least one pair of layers", {})
-        return self
-
-    def pairs(self, depths: Depths) -> list[tuple[int, int]]:
-        """Returns pairs of a student's and a teacher's layer, counted from 0.
-
-        Paper: Jiao et al. 2020, "TinyBERT", section 3.1 (uniform); Sun et al. 2019, "Patient Knowledge Distillation for
-        BERT Model Compression", section 3.2 (skip).
-        """
-        if not isinstance(self.layers, str):
-            return [(student, teacher) for student, teacher in self.layers]
-        count = depths.student
-        uniform = [(index, (index + 1) * depths.teacher // count - 1) for index in range(count)]
-        return {"uniform": uniform, "skip": uniform[:-1] or uniform, "last": uniform[-1:]}[self.layers]
-
-    def find_wrong(self, depths: Depths) -> str | None:
-        """Returns what to say of a pair whose layers are not there."""
-        wrong = [[s, t] for s, t in self.pairs(depths) if not (0 <= s < depths.student and 0 <= t < depths.teacher)]
-        return (
-            f"layers names {wrong[0]}; the student has {depths.student} layers and the teacher {depths.teacher}, "
-            "counted from 0"
-            if wrong
-            else None
-        )
-
-    def build(self, ctx: Any) -> Any:
-        """Returns a callable `(student's layer, teacher's, seen) -> sum over tokens or examples` (torch).
-
-        The layers are `worker.engine.features.Layer`, and `seen` says where tokens are.
-        """
-        raise NotImplementedError
 
 
 class Importance(Method):
@@ -310,10 +223,16 @@ class Sparsity(Method):
 
 
 class Exporter(Method):
-    """One deployable form of the student; `bytes_per_parameter` is about what it takes to store one."""
+    """One deployable form of the student; `bytes_per_parameter` is about what it takes to store one.
+
+    `model_types` are the architectures that it is known for, all if there are none, and `is_measured` says whether a
+    stage can run it to measure it.
+    """
 
     family: ClassVar[str] = "exporters"
     bytes_per_parameter: ClassVar[float]
+    model_types: ClassVar[tuple[str, ...]] = ()
+    is_measured: ClassVar[bool] = True
 
     def build(self, ctx: Any) -> Any:
         """Returns a callable that writes and checks the form."""
@@ -330,6 +249,10 @@ class Stage(Method):
 
     def check(self, spec: "JobSpec") -> list[Problem]:  # noqa: ARG002 - most stages have nothing to check
         """Returns what is wrong with these settings inside that spec; fields are relative to the stage."""
+        return []
+
+    def check_model(self, spec: "JobSpec", start: ModelFacts) -> list[Problem]:  # noqa: ARG002 - most stages take any
+        """Returns what is wrong with these settings for a student that starts from that model; fields as of `check`."""
         return []
 
     def check_depths(self, spec: "JobSpec", depths: Depths) -> list[Problem]:  # noqa: ARG002 - most stages need not know

@@ -18,7 +18,7 @@ from core.datasets.repository import find_dataset, list_dataset_names
 from core.errors import Gone, ModelInvalid, NotFound
 from core.jobs.repository import find_artifact, get_job
 from core.jobs.spec import JobSpec, spec_invalid
-from core.methods import SPLITS, Api, Depths, ModelSource, Task
+from core.methods import SPLITS, Api, Depths, ModelSource, Problem, Task
 from core.models.facts import ModelFacts, read_facts
 from core.models.hub import resolve as resolve_hub
 from core.models.repository import files_of, find_model, get_manifest, list_model_names
@@ -185,6 +185,9 @@ def describe_models(
     facts = {role: model.facts for role, model in found.items() if model and model.facts}
     if "teacher" in facts and spec.teacher.is_model:
         problems += check_student(spec, facts["teacher"]) or _check_depths(spec, facts)
+    start = facts.get("base" if spec.student.source() else "teacher")
+    if start:
+        problems += _of_stages([(index, stage.check_model(spec, start)) for index, stage in enumerate(spec.stages)])
     if spec.compares_tokens() and "base" in found:
         for role in spec.teacher.sources():
             wrong, why = ("base", OTHER_STUDENT) if spec.teacher.is_model else (role, OTHER_MEMBER)
@@ -216,11 +219,12 @@ def _check_depths(spec: JobSpec, facts: dict[str, ModelFacts]) -> Problems:
     student = spec.student.count_layers(start) if start else None
     if not student or not teacher:
         return []
-    return [
-        {"field": f"stages.{index}.{p.field}", "message": p.message}
-        for index, stage in enumerate(spec.stages)
-        for p in stage.check_depths(spec, Depths(student, teacher))
-    ]
+    depths = Depths(student, teacher)
+    return _of_stages([(index, stage.check_depths(spec, depths)) for index, stage in enumerate(spec.stages)])
+
+
+def _of_stages(found: list[tuple[int, list[Problem]]]) -> Problems:
+    return [{"field": f"stages.{n}.{p.field}", "message": p.message} for n, some in found for p in some]
 
 
 def _check_vocabulary(field: str, hint: str, *models: Found | None) -> Problems:

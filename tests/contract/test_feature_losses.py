@@ -28,7 +28,8 @@ from transformers import (
 )
 
 from core.errors import SpecInvalid, StageFailed
-from core.methods import Depths, FeatureLoss, list_methods
+from core.losses import FeatureLoss
+from core.methods import Depths, list_methods
 from tests import pico
 from tests.engine_bench import FAST, Bench, make_spec
 from worker.engine.data import Batch

@@ -15,7 +15,8 @@ from scipy.stats import wasserstein_distance
 from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
-from core.methods import FeatureLoss, list_methods
+from core.losses import FeatureLoss
+from core.methods import list_methods
 from worker.kernels.signals import DenseSignal
 
 LOSSES = {kind: loss for kind, loss in list_methods("losses").items() if not issubclass(loss, FeatureLoss)}

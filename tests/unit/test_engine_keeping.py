@@ -20,7 +20,8 @@ from transformers import (
 )
 
 from core.errors import SpecInvalid, StageFailed
-from core.methods import FeatureLoss, list_methods
+from core.losses import FeatureLoss
+from core.methods import list_methods
 from tests import pico
 from tests.engine_bench import Bench, contents, make_spec
 from worker.engine.data import Encoded

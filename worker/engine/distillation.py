@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, cast
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from core.errors import StageFailed
-from core.methods import FeatureLoss
+from core.losses import FeatureLoss
 from worker.engine.context import StageContext
 from worker.engine.features import Features
 from worker.engine.objective import Objective, make_term, name_losses

@@ -100,7 +100,7 @@ NOTES = (
 
 def list_candidates(ctx: StageContext) -> list[str]:
     """Returns the models to measure: teacher (if it is one), student, and the exported forms, in the spec's order."""
-    forms = [form.kind for stage in ctx.spec.stages for form in stage.forms()]
+    forms = [form.kind for stage in ctx.spec.stages for form in stage.forms() if form.is_measured]
     models = ["teacher", "student"] if ctx.spec.teacher.is_model else ["student"]
     return [*models, *dict.fromkeys(form for form in forms if ctx.has_input(form))]
 

@@ -65,7 +65,7 @@ def write_safetensors(ctx: StageContext, folder: Path) -> dict[str, float]:
     ctx.task.save_model(reference.model, reference.tokenizer, folder)
     again = ctx.task.load_model(folder, attn_implementation="eager").eval()
     logits_NC = ctx.task.logits(again, reference.data, ctx.check_stop)
-    return _measure(ctx, reference, logits_NC, "safetensors", EQUAL_LOGITS)
+    return measure(ctx, reference, logits_NC, "safetensors", EQUAL_LOGITS)
 
 
 def write_onnx(ctx: StageContext, settings: "Onnx", folder: Path) -> dict[str, float]:
@@ -73,7 +73,7 @@ def write_onnx(ctx: StageContext, settings: "Onnx", folder: Path) -> dict[str, f
     reference = get_reference(ctx)
     shutil.copyfile(make_onnx(ctx), folder / "model.onnx")
     _write_companions(ctx, reference, folder)
-    return _measure(ctx, reference, run_onnx(ctx, reference.data, folder), "onnx", settings.tolerance)
+    return measure(ctx, reference, run_onnx(ctx, reference.data, folder), "onnx", settings.tolerance)
 
 
 def write_onnx_int8(ctx: StageContext, settings: "OnnxInt8", folder: Path) -> dict[str, float]:
@@ -92,7 +92,7 @@ def write_onnx_int8(ctx: StageContext, settings: "OnnxInt8", folder: Path) -> di
         op_types_to_quantize=["MatMul", "Gemm", "Gather"],
     )
     _write_companions(ctx, reference, folder)
-    measured = _measure(ctx, reference, run_onnx(ctx, reference.data, folder), "onnx_int8", None)
+    measured = measure(ctx, reference, run_onnx(ctx, reference.data, folder), "onnx_int8", None)
     if measured["agreement"] < settings.min_agreement:
         raise StageFailed(
             "goal_missed",
@@ -184,9 +184,14 @@ def _write_companions(ctx: StageContext, reference: Reference, folder: Path) -> 
     save_labels(ctx.labels, folder)
 
 
-def _measure(
+def measure(
     ctx: StageContext, reference: Reference, logits_NC: Tensor, form: str, tolerance: float | None
 ) -> dict[str, float]:
+    """Returns the largest difference of a logit, and how far the answers agree.
+
+    Raises:
+        StageFailed: `export_unsupported` where logits are not finite, or differ by more than what is accepted.
+    """
     difference = (logits_NC - reference.logits_NC).abs().max().item()
     agreement = ctx.task.agreement(logits_NC, reference.logits_NC)
     if not logits_NC.isfinite().all() or (tolerance is not None and difference > tolerance):

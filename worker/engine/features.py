@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.nn import Linear
 
 from core.errors import StageFailed
-from core.methods import Depths, FeatureLoss, LayerPart
+from core.losses import FeatureLoss, LayerPart
+from core.methods import Depths
 from worker.engine.data import Batch
 from worker.kernels.divergences import widen
 

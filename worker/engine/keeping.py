@@ -24,7 +24,7 @@ from torch.nn import Module
 from transformers import PreTrainedModel
 
 from core.errors import StageFailed
-from core.methods import LayerPart
+from core.losses import LayerPart
 from worker.engine.blocks import Blocks
 from worker.engine.data import Encoded
 from worker.engine.features import Layer, Sizes, Wanted, make_layer, mask_of

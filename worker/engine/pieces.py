@@ -75,7 +75,7 @@ def _of_merges(contents: Contents, wanted: set[str]) -> set[str]:
     """
     model = contents["model"]
     parts: dict[str, set[str]] = defaultdict(set)
-    for pair in _list_merges(model):
+    for pair in list_merges(model):
         parts[_join(model, pair)] |= {*pair}
     needed, new = set(), wanted | _list_first(contents, set(model["vocab"]) - parts.keys())
     while new:
@@ -106,7 +106,8 @@ _KINDS: dict[str, Callable[[Contents, set[str]], set[str]]] = {
 }
 
 
-def _list_merges(model: Contents) -> list[tuple[str, str]]:
+def list_merges(model: Contents) -> list[tuple[str, str]]:
+    """Returns what is merged by a tokenizer of kind BPE, the first first."""
     return [tuple(merge.split(" ", 1) if isinstance(merge, str) else merge) for merge in model["merges"]]
 
 
@@ -125,7 +126,7 @@ def _renumber(contents: Contents, new_ids: dict[str, int]) -> None:
     else:
         model["vocab"] = {token: new_ids[token] for token in model["vocab"] if token in new_ids}
     if model["type"] == "BPE":
-        pairs = _list_merges(model)
+        pairs = list_merges(model)
         model["merges"] = [[*pair] for pair in pairs if {*pair, _join(model, pair)} <= new_ids.keys()]
     for added in contents["added_tokens"]:
         added["id"] = new_ids[added["content"]]

@@ -10,7 +10,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.pytorch_utils import Conv1D
 
 from core.errors import StageFailed
-from core.methods import LayerPart
+from core.losses import LayerPart
 from worker.engine.features import Layer, Sizes, Wanted, make_layer
 from worker.engine.loading import find_layers
 

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from core.methods import FeatureLoss, list_methods
+from core.losses import FeatureLoss
+from core.methods import list_methods
 from worker.engine.objective import Objective, Term
 from worker.kernels.heads import AcrossSignal, Head, HeadSignal, backward_through_head
 from worker.kernels.precision import halves

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from core.methods import FeatureLoss
+from core.losses import FeatureLoss
 
 if TYPE_CHECKING:
     from torch import Tensor

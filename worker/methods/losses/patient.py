@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from core.methods import FeatureLoss, LayerPart
+from core.losses import FeatureLoss, LayerPart
 
 if TYPE_CHECKING:
     from torch import Tensor

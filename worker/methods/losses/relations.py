@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from core.methods import FeatureLoss, LayerPart
+from core.losses import FeatureLoss, LayerPart
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from core.methods import Divergence
+from core.losses import Divergence
 from core.weights import Alpha, PerRow
 
 if TYPE_CHECKING:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from core.methods import Divergence
+from core.losses import Divergence
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import Field
 
-from core.methods import Depths, FeatureLoss, LayerPart, Problem, Stage
+from core.losses import FeatureLoss, LayerPart
+from core.methods import Depths, Problem, Stage
 from core.strict import StrictModel
 
 if TYPE_CHECKING:

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from core.methods import Depths, FeatureLoss, Loss, Method, OneOf, Problem, Task, list_methods
+from core.losses import FeatureLoss
+from core.methods import Depths, Loss, Method, OneOf, Problem, Task, list_methods
 from core.strict import StrictModel, one_message
 from core.training import Training
 from worker.methods.stages.answer import Answer

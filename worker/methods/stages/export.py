@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from core.methods import Exporter, OneOf, Problem, Stage
+from core.methods import Exporter, ModelFacts, OneOf, Problem, Stage
 
 if TYPE_CHECKING:
     from core.jobs.spec import JobSpec
@@ -35,6 +35,14 @@ class Export(Stage):
             Problem(f"formats.{index}", f"'{kind}' writes no {spec.task.kind} model; known: {', '.join(known)}")
             for index, kind in enumerate(kinds)
             if kind not in known
+        ]
+
+    def check_model(self, spec: "JobSpec", start: ModelFacts) -> list[Problem]:
+        """Returns which forms such a model does not have."""
+        return [
+            Problem(f"formats.{index}", f"'{form.kind}' is not written for a '{start.model_type}'; leave it out")
+            for index, form in enumerate(self.formats)
+            if form.model_types and start.model_type not in form.model_types
         ]
 
     def reads(self, spec: "JobSpec") -> set[str]:

@@ -21,6 +21,7 @@ class CausalLM(Task):
     learned and measured.
     """
 
+    forms: ClassVar[tuple[str, ...]] = ("safetensors", "gguf")
     shares_tokens: ClassVar[bool] = True
     stage_defaults: ClassVar[dict[str, dict[str, Any]]] = {
         "distill": {"losses": [{"kind": "cross_entropy"}, {"kind": "forward_kl", "temperature": 1.0}]}

@@ -1,0 +1,190 @@
+"""Language models as one file of llama.cpp's."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType as Form
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from core.errors import StageFailed
+from worker.engine.context import StageContext
+from worker.engine.exporting import get_reference, measure
+from worker.engine.loading import OFFLINE
+from worker.engine.pieces import BYTE_TOKENS, list_merges
+
+if TYPE_CHECKING:
+    from worker.methods.exporters.gguf import Gguf
+
+FORMS = {"f32": Form.F32, "f16": Form.F16, "q8_0": Form.Q8_0, "q4_0": Form.Q4_0}
+BLOCK = 32
+ARCHITECTURES = {
+    "llama": gguf.MODEL_ARCH.LLAMA,
+    "mistral": gguf.MODEL_ARCH.LLAMA,
+    "qwen2": gguf.MODEL_ARCH.QWEN2,
+    "qwen3": gguf.MODEL_ARCH.QWEN3,
+}
+# How texts are cut into words before bytes are merged, by llama.cpp's names.
+LLAMA_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+WORDS = {LLAMA_WORDS: "llama-bpe", LLAMA_WORDS.replace(r"\p{N}{1,3}", r"\p{N}"): "qwen2"}
+
+
+def write_gguf(ctx: StageContext, settings: "Gguf", folder: Path) -> dict[str, float]:
+    """Writes the student as GGUF, reads it again with `transformers`, and returns how far it agrees.
+
+    Raises:
+        StageFailed: `export_unsupported` where the model or its tokenizer is of a kind that is not known, `goal_missed`
+            when too few tokens agree.
+    """
+    reference = get_reference(ctx)
+    write_file(reference.model, reference.tokenizer, folder / "model.gguf", settings.weights)
+    again = AutoModelForCausalLM.from_pretrained(folder, gguf_file="model.gguf", dtype=torch.float32, **OFFLINE).eval()
+    measured = measure(ctx, reference, ctx.task.logits(again, reference.data, ctx.check_stop), "gguf", None)
+    if measured["agreement"] < settings.min_agreement:
+        raise StageFailed(
+            "goal_missed",
+            f"gguf puts the student's token first for {measured['agreement']:.2%} of the tokens, and min_agreement is "
+            f"{settings.min_agreement:.2%}.",
+            suggestion="Lower min_agreement, or choose other weights.",
+        )
+    return measured
+
+
+def write_file(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, weights: str) -> None:
+    """Writes a model with its tokenizer as GGUF."""
+    config = model.config
+    _check(config)
+    architecture = ARCHITECTURES[config.model_type]
+    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[architecture])
+    _add_sizes(writer, config)
+    _add_tokenizer(writer, tokenizer, config.vocab_size)
+    names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    for name, tensor in model.state_dict().items():
+        if name not in tied:
+            own = names.get_name(name, try_suffixes=(".weight", ".bias"))
+            _add_tensor(writer, str(own), _turn(name, tensor, config), weights)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _check(config: PreTrainedConfig) -> None:
+    """Raises StageFailed for what the file could not say."""
+    rope = (config.rope_parameters or {}).get("rope_type", "default")
+    window = getattr(config, "sliding_window", None)
+    is_local = window is not None and window < config.max_position_embeddings
+    what = (
+        f"the architecture '{config.model_type}'"
+        if config.model_type not in ARCHITECTURES
+        else f"positions of kind '{rope}'"
+        if rope != "default"
+        else f"a window of {window} tokens"
+        if is_local
+        else None
+    )
+    if what:
+        raise _unsupported(f"GGUF is not written for {what}.")
+
+
+def _unsupported(message: str) -> StageFailed:
+    return StageFailed("export_unsupported", message, suggestion="Leave the form gguf out.")
+
+
+def _add_sizes(writer: gguf.GGUFWriter, config: PreTrainedConfig) -> None:
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(head)
+    writer.add_value_length(head)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(head)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_vocab_size(config.vocab_size)
+
+
+def _turn(name: str, tensor: Tensor, config: PreTrainedConfig) -> Tensor:
+    """Returns queries and keys of a Llama in llama.cpp's order.
+
+    It turns neighbours (2i, 2i + 1), and transformers the two halves of a head (i, i + D/2).
+    """
+    turned = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    num_heads = next((number for part, number in turned.items() if part in name), None)
+    if num_heads is None or ARCHITECTURES[config.model_type] != gguf.MODEL_ARCH.LLAMA:
+        return tensor
+    return tensor.unflatten(0, (num_heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+
+
+def _add_tensor(writer: gguf.GGUFWriter, name: str, tensor: Tensor, weights: str) -> None:
+    data = np.ascontiguousarray(tensor.float().numpy())
+    form = FORMS[weights] if data.ndim > 1 else Form.F32
+    if form == Form.Q4_0 and name.startswith(("token_embd", "output")):
+        form = Form.Q8_0  # what tokens begin and end with suffers most
+    if form in (Form.Q8_0, Form.Q4_0) and data.shape[-1] % BLOCK:
+        form = Form.F16
+    writer.add_tensor(name, gguf.quants.quantize(data, form), raw_dtype=form)
+
+
+def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, num_tokens: int) -> None:
+    contents = json.loads(tokenizer.backend_tokenizer.to_str())
+    model = contents["model"]
+    if model["type"] != "BPE":
+        raise _unsupported(f"GGUF is not written for a tokenizer of kind '{model['type']}'.")
+    names = {index: token for token, index in tokenizer.get_vocab().items()}
+    tokens = [names.get(index, f"[unused {index}]") for index in range(num_tokens)]
+    added = {token["content"]: token["special"] for token in contents["added_tokens"]}
+    kinds = [_kind(token, index in names, added, model) for index, token in enumerate(tokens)]
+    if model.get("byte_fallback"):
+        writer.add_tokenizer_model("llama")
+        ranks = {"".join(pair): -float(rank) for rank, pair in reversed([*enumerate(list_merges(model), 1)])}
+        writer.add_token_scores([ranks.get(token, 0.0) for token in tokens])
+        writer.add_add_space_prefix(tokenizer.tokenize("a")[0].startswith("▁"))
+    else:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(_find_words(contents["pre_tokenizer"]))
+        writer.add_token_merges([" ".join(pair) for pair in list_merges(model)])
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    for role in ("bos", "eos", "pad", "unk"):
+        if (index := getattr(tokenizer, f"{role}_token_id")) is not None:
+            getattr(writer, f"add_{role}_token_id")(index)
+    first, *_, last = tokenizer("a b")["input_ids"]
+    writer.add_add_bos_token(first == tokenizer.bos_token_id)
+    writer.add_add_eos_token(last == tokenizer.eos_token_id)
+    if tokenizer.chat_template:
+        writer.add_chat_template(tokenizer.chat_template)
+
+
+def _kind(token: str, is_known: bool, added: dict[str, bool], model: dict[str, Any]) -> gguf.TokenType:
+    if not is_known:
+        return gguf.TokenType.UNUSED
+    if token == model.get("unk_token"):
+        return gguf.TokenType.UNKNOWN
+    if token in added:
+        return gguf.TokenType.CONTROL if added[token] else gguf.TokenType.USER_DEFINED
+    return gguf.TokenType.BYTE if model.get("byte_fallback") and token in BYTE_TOKENS else gguf.TokenType.NORMAL
+
+
+def _find_words(pre_tokenizer: dict[str, Any]) -> str:
+    """Returns llama.cpp's name for how a text is cut into words. Raises StageFailed if it has none."""
+    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+    splits = [step["pattern"].get("Regex") for step in steps if step["type"] == "Split"]
+    last = steps[-1]
+    if last["type"] == "ByteLevel" and not last.get("add_prefix_space"):
+        if not splits and last.get("use_regex", True):
+            return "gpt-2"
+        if len(splits) == 1 and splits[0] in WORDS:
+            return WORDS[splits[0]]
+    raise _unsupported("GGUF is not written for a tokenizer that cuts texts into words as this one does.")
