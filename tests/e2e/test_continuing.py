@@ -58,7 +58,7 @@ def order(stack: Stack, job_id: str, action: str) -> None:
 
 def pause_in(stack: Stack, job_id: str, ordinal: int) -> None:
     """Pauses the job in the middle of a stage."""
-    until(lambda: checkpoints_of(job_id, ordinal), every_s=0.02)
+    until(lambda: checkpoints_of(job_id, ordinal), 600, 0.02)  # stages before it may have to run again
     order(stack, job_id, "pause")
     until(lambda: stack.job(job_id)["state"] == "paused")
     assert stack.job(job_id)["stages"][ordinal]["state"] == "pending"
