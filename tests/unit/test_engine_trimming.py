@@ -32,8 +32,9 @@ STORIES = ROOT.parent / "shared" / "models" / "stories260k"
 
 
 def trained(kind: str) -> Fast:
-    """Returns a tokenizer of a kind, trained on this project's own texts."""
-    texts = [(ROOT / name).read_text() for name in ("README.md", "ARCHITECTURE.md", "CHANGELOG.md")]
+    """Returns a tokenizer of a kind, trained on the tickets of the example."""
+    rows = (ROOT / "examples" / "tickets" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    texts = [json.loads(row)["text"] for row in rows]
     special = ["<pad>", "<s>", "</s>", "<unk>", "<mask>"]
     options = {"vocab_size": 1500, "special_tokens": special, "show_progress": False}
     if kind == "bytes":
