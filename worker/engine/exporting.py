@@ -92,13 +92,20 @@ def write_onnx_int8(ctx: StageContext, settings: "OnnxInt8", folder: Path) -> di
         op_types_to_quantize=["MatMul", "Gemm", "Gather"],
     )
     _write_companions(ctx, reference, folder)
-    measured = measure(ctx, reference, run_onnx(ctx, reference.data, folder), "onnx_int8", None)
-    if measured["agreement"] < settings.min_agreement:
+    return measure_agreement(ctx, reference, run_onnx(ctx, reference.data, folder), "onnx_int8", settings.min_agreement)
+
+
+def measure_agreement(
+    ctx: StageContext, reference: Reference, logits_NC: Tensor, form: str, least: float
+) -> dict[str, float]:
+    """Returns what `measure` does of a form that is not exact. Raises StageFailed: `goal_missed` below `least`."""
+    measured = measure(ctx, reference, logits_NC, form, None)
+    if measured["agreement"] < least:
         raise StageFailed(
             "goal_missed",
-            f"onnx_int8 agrees with the student to {measured['agreement']:.2%} on {len(reference.data)} texts, and "
-            f"min_agreement is {settings.min_agreement:.2%}.",
-            suggestion="Lower min_agreement, or leave this form out.",
+            f"{form} agrees with the student to {measured['agreement']:.2%} on {len(reference.data)} examples, and "
+            f"min_agreement is {least:.2%}.",
+            suggestion="Lower min_agreement, choose other weights, or leave this form out.",
         )
     return measured
 

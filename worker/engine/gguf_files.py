@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from core.errors import StageFailed
 from worker.engine.context import StageContext
-from worker.engine.exporting import get_reference, measure
+from worker.engine.exporting import get_reference, measure_agreement
 from worker.engine.loading import OFFLINE
 from worker.engine.pieces import BYTE_TOKENS, list_merges
 
@@ -46,15 +46,8 @@ def write_gguf(ctx: StageContext, settings: "Gguf", folder: Path) -> dict[str, f
     reference = get_reference(ctx)
     write_file(reference.model, reference.tokenizer, folder / "model.gguf", settings.weights)
     again = AutoModelForCausalLM.from_pretrained(folder, gguf_file="model.gguf", dtype=torch.float32, **OFFLINE).eval()
-    measured = measure(ctx, reference, ctx.task.logits(again, reference.data, ctx.check_stop), "gguf", None)
-    if measured["agreement"] < settings.min_agreement:
-        raise StageFailed(
-            "goal_missed",
-            f"gguf puts the student's token first for {measured['agreement']:.2%} of the tokens, and min_agreement is "
-            f"{settings.min_agreement:.2%}.",
-            suggestion="Lower min_agreement, or choose other weights.",
-        )
-    return measured
+    logits_NC = ctx.task.logits(again, reference.data, ctx.check_stop)
+    return measure_agreement(ctx, reference, logits_NC, "gguf", settings.min_agreement)
 
 
 def write_file(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, weights: str) -> None:

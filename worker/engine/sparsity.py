@@ -5,17 +5,17 @@ import logging
 import zlib
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn import Linear, Module
+from torch.nn import Module
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from core.errors import StageFailed
 from worker.engine.changes import Reader, compare
 from worker.engine.context import StageContext
+from worker.engine.importance import BATCH, Map, by_input
 from worker.engine.loading import find_layers
 from worker.engine.students import load_student, load_student_tokenizer
 from worker.kernels.masks import keep_largest, keep_n_of_m
@@ -24,9 +24,7 @@ if TYPE_CHECKING:
     from worker.kernels.obs import Choose
     from worker.methods.stages.sparsify import Sparsify
 
-BATCH = 32
 CHUNK_BYTES = 2**24
-Map: TypeAlias = Linear | Conv1D
 log = logging.getLogger(__name__)
 
 
@@ -39,9 +37,8 @@ class Matrix:
     """
 
     def __init__(self, module: Map) -> None:
-        weight: Tensor = module.weight.detach()
-        self.module, self.weight_OI = module, weight.T if isinstance(module, Conv1D) else weight
-        self.gram_II = torch.zeros(self.weight_OI.shape[1:] * 2, device=weight.device)
+        self.module, self.weight_OI = module, by_input(module).T
+        self.gram_II = torch.zeros(self.weight_OI.shape[1:] * 2, device=self.weight_OI.device)
 
     def note(self, _: Module, inputs: tuple[Tensor, ...]) -> None:
         """Adds the inputs of a forward pass up."""

@@ -31,6 +31,13 @@ def load_student_tokenizer(ctx: StageContext) -> PreTrainedTokenizerBase:
     return ctx.load_tokenizer(next(role for role in ("student", "base", "teacher") if ctx.has_input(role)))
 
 
+def load_either(ctx: StageContext, role: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Returns the teacher or the student, as it is so far, with its tokenizer."""
+    if role == "teacher":
+        return ctx.load_model("teacher"), ctx.load_tokenizer("teacher")
+    return load_student(ctx), load_student_tokenizer(ctx)
+
+
 def choose_layers(
     ctx: StageContext, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, count: int, rule: str
 ) -> list[int]:

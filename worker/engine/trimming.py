@@ -17,7 +17,7 @@ from worker.engine.changes import WHOLE, Reader, compare
 from worker.engine.context import StageContext
 from worker.engine.loading import load_tokenizer
 from worker.engine.pieces import keep_tokens, renumber_ids
-from worker.engine.students import load_student, load_student_tokenizer
+from worker.engine.students import load_either
 
 if TYPE_CHECKING:
     from worker.methods.stages.trim_vocabulary import TrimVocabulary
@@ -31,10 +31,7 @@ def trim(ctx: StageContext, settings: "TrimVocabulary") -> dict[str, Any]:
     Raises:
         StageFailed: `export_unsupported` where the tokenizer or the model is of a kind that is not known.
     """
-    if settings.of == "teacher":
-        model, tokenizer = ctx.load_model("teacher"), ctx.load_tokenizer("teacher")
-    else:
-        model, tokenizer = load_student(ctx), load_student_tokenizer(ctx)
+    model, tokenizer = load_either(ctx, settings.of)
     wanted = choose_tokens(count_tokens(ctx, model, tokenizer, settings.splits), settings)
     kept = keep_tokens(tokenizer, wanted.tolist(), ctx.scratch_dir / "tokenizer")
     trimmed, trimmed_tokenizer = keep_rows(model, kept), load_tokenizer(ctx.scratch_dir / "tokenizer")
