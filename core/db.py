@@ -84,3 +84,10 @@ def session_scope() -> Iterator[Session]:
     """Yields a session whose work is committed at the end, or rolled back on an error."""
     with Session(get_engine(), expire_on_commit=False) as session, session.begin():
         yield session
+
+
+@contextmanager
+def read_scope() -> Iterator[Session]:
+    """Yields a session that only reads, each statement by itself: without the two round trips of a transaction."""
+    with Session(get_autocommit_engine(), expire_on_commit=False) as session:
+        yield session

@@ -11,8 +11,9 @@ from sqlalchemy import Engine, create_engine, make_url, text
 from core import db
 from core.datasets.repository import create_dataset
 from core.ids import new_id
-from core.jobs import ownership, repository
+from core.jobs import ownership
 from core.jobs.checkpoints import record_checkpoint
+from core.jobs.creation import create_job
 from core.jobs.spec import load_spec
 from core.models.facts import ModelFacts
 from core.models.repository import create_model
@@ -73,7 +74,7 @@ def make_dataset(store: ArtifactStore, tenant_id: str, content: bytes) -> dict[s
 def make_job(tenant_id: str, teacher: dict[str, str], split: dict[str, object]) -> str:
     inputs = {"teacher": teacher, "data": {"train": split}, "labels": []}
     with db.session_scope() as session:
-        job, _ = repository.create_job(session, tenant_id, load_spec(SPEC), inputs)
+        job = create_job(session, tenant_id, load_spec(SPEC), inputs)
         job.queue = job.id
         return job.id
 

@@ -6,7 +6,7 @@ from sqlalchemy.orm import Session
 
 from app.jobs.resolving import check_student
 from app.jobs.schemas import JobView
-from app.jobs.service import hold_inputs, plan, view
+from app.jobs.service import plan, view
 from core.db import session_scope
 from core.jobs import forking
 from core.jobs.repository import get_job
@@ -51,6 +51,5 @@ def draft(principal: Principal, job_id: str, order: forking.Fork) -> Draft:
 
 def fork(session: Session, tenant_id: str, made: Draft) -> JobView:
     """Returns the new job. Raises Conflict when a stage that it takes over is not done."""
-    hold_inputs(session, tenant_id, made.fresh)
     parent = get_job(session, tenant_id, made.parent_id, lock=True)
-    return view(session, forking.continue_job(session, parent, made.spec, made.first, made.inputs))
+    return view(session, forking.continue_job(session, parent, made.spec, made.first, made.inputs, made.fresh))

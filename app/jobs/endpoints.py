@@ -10,7 +10,7 @@ from app.files import etag_matches
 from app.jobs import continuing, service
 from app.jobs.examples import FORK_BODY, SPEC_BODY
 from app.jobs.schemas import CancelMode, JobPage, JobView, TeacherUsage, UsageView, ValidatedSpec
-from core.db import get_autocommit_engine, session_scope
+from core.db import get_autocommit_engine, read_scope, session_scope
 from core.jobs import forking, repository
 from core.jobs.answers import sum_spent
 from core.jobs.content import digest
@@ -45,7 +45,7 @@ def create_job(body: Body, principal: Writer, response: Response, idempotency_ke
     """Accepts a job: teacher, student and data; the rest has defaults. The body is JSON or YAML."""
     spec = parse_spec(body)
     tenant_id, fingerprint = principal.tenant_id, spec.digest()
-    with session_scope() as session:
+    with read_scope() as session:
         accepted = service.find_replay(session, tenant_id, idempotency_key, fingerprint)
     if accepted is None:
         made = service.plan(principal, spec)
@@ -101,7 +101,7 @@ def list_jobs(
 ) -> Any:
     """Lists your jobs, newest first."""
     labels = service.parse_metadata(metadata)
-    with session_scope() as session:
+    with read_scope() as session:
         found = repository.list_jobs(
             session, principal.tenant_id, state=state, name=name, labels=labels, after=after, limit=limit
         )
@@ -122,7 +122,7 @@ def get_job(job_id: JobId, principal: Reader, response: Response, if_none_match:
             version = repository.find_version(connection, principal.tenant_id, job_id)
         if version is not None and etag_matches(if_none_match, etag := service.etag_of(job_id, version)):
             return Response(status_code=304, headers={"ETag": etag, **caching})
-    with session_scope() as session:
+    with read_scope() as session:
         job = repository.get_job(session, principal.tenant_id, job_id)
         response.headers.update({"ETag": service.etag_of(job.id, job.version), **caching})
         return service.view(session, job)
@@ -235,7 +235,7 @@ def fork_job(
     """
     fork = forking.parse_fork(body)
     tenant_id, fingerprint = principal.tenant_id, digest({"fork": job_id} | fork.model_dump())
-    with session_scope() as session:
+    with read_scope() as session:
         accepted = service.find_replay(session, tenant_id, idempotency_key, fingerprint)
     if accepted is None:
         draft = continuing.draft(principal, job_id, fork)

@@ -10,15 +10,14 @@ from sqlalchemy.orm import Session
 from app.jobs.resolving import Plan, find_sources, resolve
 from app.jobs.sampling import Point, downsample
 from app.jobs.schemas import ArtifactView, ExpectedStudent, JobSummary, JobView, Series, StageView
-from core.datasets.repository import hold_dataset
-from core.db import session_scope
-from core.errors import Conflict, NotFound
+from core.db import read_scope
+from core.errors import NotFound
 from core.jobs import repository
+from core.jobs.creation import create_job
 from core.jobs.models import Artifact, Job, StageRun
 from core.jobs.spec import JobSpec
 from core.models.models import Manifest
-from core.models.refs import MODEL_ROLES
-from core.models.repository import files_of, get_manifest, hold_model
+from core.models.repository import files_of, get_manifest
 from core.settings import get_settings
 from core.storage import Blob
 from core.tenants.keys import Principal
@@ -33,7 +32,7 @@ class Accepted(NamedTuple):
 
 def plan(principal: Principal, spec: JobSpec) -> Plan:
     """Returns what a spec's references mean; no session is open while files are read or the hub is asked."""
-    with session_scope() as session:
+    with read_scope() as session:
         sources = find_sources(session, principal, spec)
     return resolve(spec, sources)
 
@@ -73,19 +72,7 @@ def accept(
 
 def create(session: Session, tenant_id: str, spec: JobSpec, made: Plan) -> JobView:
     """Returns the new job."""
-    hold_inputs(session, tenant_id, made.inputs)
-    return _view(*repository.create_job(session, tenant_id, spec, made.inputs))
-
-
-def hold_inputs(session: Session, tenant_id: str, inputs: dict[str, Any]) -> None:
-    """Locks what the job uses against deletion until the job is committed."""
-    for dataset_id in sorted({split["dataset_id"] for split in inputs.get("data", {}).values()}):
-        if not hold_dataset(session, tenant_id, dataset_id):
-            raise Conflict("A data set of this spec was deleted meanwhile; submit the job again.", param="data")
-    for role in MODEL_ROLES & inputs.keys():
-        model_id = inputs[role].get("model_id")
-        if model_id and not hold_model(session, tenant_id, model_id):
-            raise Conflict(f"The model of the {role} was deleted meanwhile; submit the job again.")
+    return view(session, create_job(session, tenant_id, spec, made.inputs, named=made.inputs))
 
 
 def summary(job: Job) -> JobSummary:
@@ -95,11 +82,7 @@ def summary(job: Job) -> JobSummary:
 
 def view(session: Session, job: Job) -> JobView:
     """Returns a job with its stages."""
-    return _view(job, repository.list_stages(session, job.tenant_id, job.id))
-
-
-def _view(job: Job, rows: list[StageRun]) -> JobView:
-    stages = [_stage_view(row) for row in rows]
+    stages = [_stage_view(row) for row in repository.list_stages(session, job.tenant_id, job.id)]
     progress = sum(stage.progress for stage in stages) / max(len(stages), 1)
     extra = {name: getattr(job, name) for name in ("spec", "inputs", "retries", "envelope_sha256")}
     extra |= {"progress": round(progress, 6), "stages": stages}

@@ -16,7 +16,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
 from app.jobs.schemas import EventView
-from core.db import DatabaseAway, session_scope
+from core.db import DatabaseAway, read_scope
 from core.jobs.state import TERMINAL
 
 INTERVAL_S = 0.25
@@ -68,7 +68,7 @@ def read_news(places: Sequence[Place]) -> dict[int, News]:
     """Returns what is new by the index of its place; a place where nothing is new has no entry."""
     tenants, jobs, afters = (list(column) for column in zip(*places, strict=True))
     values = {"tenants": tenants, "jobs": jobs, "afters": afters, "batch": BATCH, "terminal": list(TERMINAL)}
-    with session_scope() as session:
+    with read_scope() as session:
         rows = session.execute(NEWS, values).all()
     return {number - 1: _news(list(group)) for number, group in groupby(rows, key=lambda row: row.number)}
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from sqlalchemy import or_, select
+from sqlalchemy import bindparam, or_, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
@@ -10,6 +10,10 @@ from core.datasets.models import Dataset
 from core.errors import Conflict, NotFound
 from core.ids import new_id
 from core.jobs.repository import find_unfinished_user
+
+FIND = select(Dataset).where(  # every job asks this, so it is put together once
+    Dataset.tenant_id == bindparam("tenant_id"), or_(Dataset.name == bindparam("ref"), Dataset.id == bindparam("ref"))
+)
 
 
 def create_dataset(
@@ -29,15 +33,8 @@ def create_dataset(
 
 def find_dataset(session: Session, tenant_id: str, ref: str) -> Dataset | None:
     """Returns the tenant's data set of that name or id, or None."""
-    query = select(Dataset).where(Dataset.tenant_id == tenant_id, or_(Dataset.name == ref, Dataset.id == ref))
-    rows = session.scalars(query).all()
+    rows = session.scalars(FIND, {"tenant_id": tenant_id, "ref": ref}).all()
     return next((row for row in rows if row.name == ref), rows[0] if rows else None)
-
-
-def hold_dataset(session: Session, tenant_id: str, dataset_id: str) -> bool:
-    """Tells whether the tenant has the data set, and keeps it from being deleted until the transaction ends."""
-    query = select(Dataset.id).where(Dataset.tenant_id == tenant_id, Dataset.id == dataset_id)
-    return session.scalar(query.with_for_update(read=True)) is not None
 
 
 def get_dataset(session: Session, tenant_id: str, ref: str) -> Dataset:

@@ -8,8 +8,9 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from core.errors import Conflict
+from core.jobs.creation import create_job
 from core.jobs.models import Checkpoint, Job, StageRun
-from core.jobs.repository import create_job, get_job, list_stages
+from core.jobs.repository import get_job, list_stages
 from core.jobs.reuse import copy_metrics, take_over
 from core.jobs.spec import JobSpec, load_spec, parse_mapping, spec_invalid, validate
 from core.jobs.state import DONE
@@ -57,14 +58,16 @@ def retry_job(session: Session, tenant_id: str, job_id: str) -> Job:
         instead = INSTEAD_OF_RETRY.get(parent.state, "wait for its end or cancel it; to change it meanwhile, fork it")
         raise Conflict(f"The job is {parent.state}; only a failed or cancelled job can be retried: {instead}.")
     first = next(stage.ordinal for stage in list_stages(session, tenant_id, parent.id) if stage.state not in DONE)
-    return continue_job(session, parent, load_spec(parent.spec), first, parent.inputs)
+    return continue_job(session, parent, load_spec(parent.spec), first, parent.inputs, {})
 
 
-def continue_job(session: Session, parent: Job, spec: JobSpec, first: int, inputs: dict[str, Any]) -> Job:
+def continue_job(
+    session: Session, parent: Job, spec: JobSpec, first: int, inputs: dict[str, Any], named: dict[str, Any]
+) -> Job:
     """Returns a new job that takes over the stages of a locked one before the ordinal `first`, and goes on from there.
 
     The parent is locked so that nothing of it goes before the copy is committed. `inputs` says what the spec's
-    references mean.
+    references mean, and `named` those of them that were resolved for this job.
 
     Raises:
         Conflict: One of those stages is not done.
@@ -77,7 +80,8 @@ def continue_job(session: Session, parent: Job, spec: JobSpec, first: int, input
                 f"fork from stage {source.ordinal} or an earlier one, or wait until it is done.",
                 param="from_stage",
             )
-    job, stages = create_job(session, parent.tenant_id, spec, inputs, parent.id)
+    job = create_job(session, parent.tenant_id, spec, inputs, named=named, parent_id=parent.id)
+    stages = list_stages(session, job.tenant_id, job.id)
     job.queue = spec.stages[first].queue
     for stage, source in zip(stages, sources[:first], strict=False):
         take_over(session, job, stage, source)

@@ -24,6 +24,28 @@ from core.storage import Blob, ManifestFile
 
 USAGE_WINDOW_S = 300
 RETRY_AFTER_S = 10
+CLAIM = text(
+    """
+    with job as (
+      update jobs
+         set state = 'running', fence = fence + 1, lease_owner = :worker, lease_until = now() + :lease,
+             claimed_at = now(), started_at = coalesce(started_at, now()),
+             event_seq = event_seq + 1, version = version + 1
+       where id = (
+         select id from jobs
+          where state = 'queued' and desired = 'run' and queue = any(:queues) and deleted_at is null
+            and not_before <= now()
+          order by id limit 1 for update skip locked)
+      returning *
+    ), its_event as (
+      insert into events (job_id, seq, tenant_id, type, message, data)
+      select id, event_seq, tenant_id, 'job.running', 'claimed by ' || lease_owner,
+             jsonb_build_object('worker', lease_owner, 'fence', fence)
+        from job
+    )
+    select id, tenant_id, fence from job
+    """
+)
 
 
 class Claim(NamedTuple):
@@ -44,37 +66,8 @@ class Point(NamedTuple):
 
 def claim(session: Session, worker: str, queues: list[str]) -> Claim | None:
     """Returns the oldest queued job of these queues, now owned by `worker`, or None."""
-    oldest = (
-        select(Job.id)
-        .where(
-            Job.state == "queued",
-            Job.desired == "run",
-            Job.queue.in_(queues),
-            Job.deleted_at.is_(None),
-            Job.not_before <= func.now(),
-        )
-        .order_by(Job.id)
-        .limit(1)
-        .with_for_update(skip_locked=True)
-        .scalar_subquery()
-    )
-    job = session.scalar(
-        update(Job)
-        .where(Job.id == oldest)
-        .values(
-            state="running",
-            fence=Job.fence + 1,
-            lease_owner=worker,
-            lease_until=_lease_end(),
-            claimed_at=func.now(),
-            started_at=func.coalesce(Job.started_at, func.now()),
-        )
-        .returning(Job)
-    )
-    if job is None:
-        return None
-    add_event(session, job, "job.running", f"claimed by {worker}", data={"worker": worker, "fence": job.fence})
-    return Claim(job.id, job.tenant_id, job.fence)
+    claimed = session.execute(CLAIM, {"worker": worker, "queues": queues, "lease": _lease()}).one_or_none()
+    return Claim(*claimed) if claimed else None
 
 
 def owned(session: Session, claim: Claim) -> Job:
@@ -92,7 +85,7 @@ def heartbeat(session: Session, claim: Claim) -> str:
     job = session.scalar(
         update(Job)
         .where(Job.id == claim.job_id, Job.fence == claim.fence, Job.state.in_(OWNED))
-        .values(lease_until=_lease_end())
+        .values(lease_until=func.now() + _lease())
         .returning(Job)
     )
     if job is None:
@@ -325,8 +318,8 @@ def _keep_log(stage: StageRun, stage_log: Blob) -> None:
     stage.log_sha256, stage.log_size_bytes = stage_log.sha256, stage_log.size_bytes
 
 
-def _lease_end() -> Any:
-    return func.now() + timedelta(seconds=get_settings().lease_s)
+def _lease() -> timedelta:
+    return timedelta(seconds=get_settings().lease_s)
 
 
 def _where(stage: StageRun) -> dict[str, Any]:

@@ -8,15 +8,15 @@ from sqlalchemy.dialects.postgresql import JSONB, JSONPATH, insert
 from sqlalchemy.orm import Session, aliased, defer
 
 from core.errors import Conflict, Gone, IdempotencyMismatch, NotFound
-from core.ids import new_id
 from core.jobs.models import Artifact, Checkpoint, Event, IdempotencyKey, Job, JobLabel, Metric, StageRun, Usage
-from core.jobs.spec import JobSpec
 from core.jobs.state import TERMINAL, UNFINISHED, can_change
-from core.models.models import Manifest
-from core.models.refs import MODEL_ROLES
-from core.settings import get_settings
 
-# Who polls a job asks this again and again, so it is put together once, and reads nothing of the spec.
+# Who polls a job asks these again and again, so they are put together once.
+STAGES = (
+    select(StageRun)
+    .where(StageRun.tenant_id == bindparam("tenant_id"), StageRun.job_id == bindparam("job_id"))
+    .order_by(StageRun.ordinal)
+)
 VERSION = select(Job.version).where(
     Job.tenant_id == bindparam("tenant_id"), Job.id == bindparam("job_id"), Job.deleted_at.is_(None)
 )
@@ -29,89 +29,24 @@ class Page(NamedTuple):
     next_cursor: str | None
 
 
-def create_job(
-    session: Session, tenant_id: str, spec: JobSpec, inputs: dict[str, Any], parent_id: str | None = None
-) -> tuple[Job, list[StageRun]]:
-    """Returns the new queued job and its stages; with its first event, they are in the caller's transaction.
-
-    Raises Conflict when a model's files are there no more, as another job whose output it was may be deleted.
-    """
-    for role in sorted(MODEL_ROLES & inputs.keys()):
-        _hold_model(session, role, inputs[role].get("manifest_id"))
-    job = Job(
-        id=new_id("job"),
-        tenant_id=tenant_id,
-        name=spec.name,
-        labels=dict(spec.metadata),
-        spec=spec.model_dump(mode="json"),
-        spec_sha256=spec.digest(),
-        inputs=inputs,
-        parent_id=parent_id,
-        queue=spec.stages[0].queue,
-        state="queued",
-        desired="run",
-        event_seq=0,
-        version=0,
-        fence=0,
-        lost_attempts=0,
-    )
-    data = {"parent_id": parent_id} if parent_id else {}
-    first = next_event(job, "job.queued", f"job accepted with {len(spec.stages)} stages", data=data)
-    session.add(job)
-    session.flush()
-    session.add_all(
-        JobLabel(tenant_id=tenant_id, key=key, value=value, job_id=job.id) for key, value in spec.metadata.items()
-    )
-    stages = [
-        StageRun(
-            job_id=job.id,
-            ordinal=ordinal,
-            tenant_id=tenant_id,
-            kind=stage.kind,
-            settings=stage.model_dump(mode="json"),
-        )
-        for ordinal, stage in enumerate(spec.stages)
-    ]
-    session.add_all([*stages, first])
-    session.flush()
-    return job, stages
-
-
-def _hold_model(session: Session, role: str, wanted: str | None) -> None:
-    """Sees to it that a model's manifest is young: the collection then keeps it until the job refers to it."""
-    if wanted is None:
-        return
-    old = func.now() - timedelta(seconds=get_settings().collect_after_s / 2)  # many jobs at once share a model
-    if session.scalar(select(Manifest.created_at >= old).where(Manifest.id == wanted)):
-        return
-    touch = update(Manifest).where(Manifest.id == wanted, Manifest.created_at < old).values(created_at=func.now())
-    session.execute(touch, execution_options={"synchronize_session": False})
-    if session.scalar(select(Manifest.id).where(Manifest.id == wanted)) is None:
-        raise Conflict(f"The model of the {role} was deleted meanwhile; submit the job again.")
-
-
 def find_idempotent(session: Session, tenant_id: str, key: str, fingerprint: str, ttl_s: int) -> Job | None:
     """Returns the job that this key made before, or claims the key and returns None.
 
     A concurrent request with the same key waits here until the other's transaction ends. Call `bind_idempotent`
     with the new job before the transaction ends. Raises IdempotencyMismatch when the key came with another body.
     """
-    session.execute(
-        delete(IdempotencyKey).where(
-            IdempotencyKey.tenant_id == tenant_id,
-            IdempotencyKey.key == key,
-            IdempotencyKey.created_at < func.now() - timedelta(seconds=ttl_s),
-        )
-    )
-    claimed = session.execute(
+    values = {"fingerprint": fingerprint, "job_id": "", "created_at": func.now()}
+    claimed = session.scalar(
         insert(IdempotencyKey)
-        .values(tenant_id=tenant_id, key=key, fingerprint=fingerprint, job_id="")
-        .on_conflict_do_nothing()
+        .values(tenant_id=tenant_id, key=key, **values)
+        .on_conflict_do_update(
+            index_elements=["tenant_id", "key"],
+            set_=values,
+            where=IdempotencyKey.created_at < func.now() - timedelta(seconds=ttl_s),
+        )
         .returning(IdempotencyKey.key)
-    ).one_or_none()
-    if claimed is not None:
-        return None
-    return peek_idempotent(session, tenant_id, key, fingerprint, ttl_s)
+    )
+    return peek_idempotent(session, tenant_id, key, fingerprint, ttl_s) if claimed is None else None
 
 
 def peek_idempotent(session: Session, tenant_id: str, key: str, fingerprint: str, ttl_s: int) -> Job | None:
@@ -132,8 +67,8 @@ def peek_idempotent(session: Session, tenant_id: str, key: str, fingerprint: str
 
 def bind_idempotent(session: Session, tenant_id: str, key: str, job_id: str) -> None:
     """Notes which job a claimed key made."""
-    row = session.get_one(IdempotencyKey, (tenant_id, key))
-    row.job_id = job_id
+    claimed = (IdempotencyKey.tenant_id == tenant_id, IdempotencyKey.key == key)
+    session.execute(update(IdempotencyKey).where(*claimed).values(job_id=job_id))
 
 
 def get_job(session: Session, tenant_id: str, job_id: str, *, lock: bool = False) -> Job:
@@ -201,13 +136,7 @@ def find_unfinished_user(session: Session, tenant_id: str, path: str, object_id:
 
 def list_stages(session: Session, tenant_id: str, job_id: str) -> list[StageRun]:
     """Returns the job's stages in order."""
-    return list(
-        session.scalars(
-            select(StageRun)
-            .where(StageRun.tenant_id == tenant_id, StageRun.job_id == job_id)
-            .order_by(StageRun.ordinal)
-        )
-    )
+    return list(session.scalars(STAGES, {"tenant_id": tenant_id, "job_id": job_id}))
 
 
 def list_artifacts(session: Session, tenant_id: str, job_id: str) -> list[Artifact]:
@@ -357,23 +286,12 @@ def add_event(
     level: str = "info",
     data: dict[str, Any] | None = None,
 ) -> None:
-    """Adds the next event of a locked job."""
-    session.add(next_event(job, type, message, level, data))
-
-
-def next_event(job: Job, type: str, message: str, level: str = "info", data: dict[str, Any] | None = None) -> Event:
-    """Returns the next event of a locked or new job, which counts it."""
+    """Adds the next event of a locked job, which counts it."""
     job.event_seq += 1
     job.version += 1
-    return Event(
-        job_id=job.id,
-        seq=job.event_seq,
-        tenant_id=job.tenant_id,
-        type=type,
-        level=level,
-        message=message[:2000],
-        data=data or {},
-    )
+    event = Event(job_id=job.id, seq=job.event_seq, tenant_id=job.tenant_id, type=type, level=level)
+    event.message, event.data = message[:2000], data or {}
+    session.add(event)
 
 
 def _page(session: Session, query: Select[Any], limit: int, cursor: Any) -> Page:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from sqlalchemy import func, or_, select
+from sqlalchemy import bindparam, func, or_, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
@@ -12,6 +12,10 @@ from core.jobs.repository import find_unfinished_user
 from core.models.facts import ModelFacts
 from core.models.models import Manifest, Model
 from core.storage import ManifestFile, manifest_digest
+
+FIND = select(Model).where(  # every job asks this, so it is put together once
+    Model.tenant_id == bindparam("tenant_id"), or_(Model.name == bindparam("ref"), Model.id == bindparam("ref"))
+)
 
 
 def put_manifest(session: Session, tenant_id: str, files: Iterable[ManifestFile]) -> Manifest:
@@ -63,15 +67,8 @@ def create_model(
 
 def find_model(session: Session, tenant_id: str, ref: str) -> Model | None:
     """Returns the tenant's model of that name or id, or None."""
-    query = select(Model).where(Model.tenant_id == tenant_id, or_(Model.name == ref, Model.id == ref))
-    rows = session.scalars(query).all()
+    rows = session.scalars(FIND, {"tenant_id": tenant_id, "ref": ref}).all()
     return next((row for row in rows if row.name == ref), rows[0] if rows else None)
-
-
-def hold_model(session: Session, tenant_id: str, model_id: str) -> bool:
-    """Tells whether the tenant has the model, and keeps it from being deleted until the transaction ends."""
-    query = select(Model.id).where(Model.tenant_id == tenant_id, Model.id == model_id)
-    return session.scalar(query.with_for_update(read=True)) is not None
 
 
 def get_model(session: Session, tenant_id: str, ref: str) -> Model:

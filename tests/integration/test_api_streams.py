@@ -40,7 +40,7 @@ def looks() -> Iterator[list[int]]:
     seen: list[int] = []
 
     def note(_c: Any, _cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
-        if "with ordinality" in statement:
+        if "with ordinality" in statement and "jobs" in parameters:
             seen.append(len(parameters["jobs"]))
 
     event.listen(get_engine(), "before_cursor_execute", note)

@@ -14,6 +14,7 @@ from core.db import session_scope
 from core.errors import Conflict, LeaseLost
 from core.ids import new_id
 from core.jobs import checkpoints, ownership, repository
+from core.jobs.creation import create_job
 from core.jobs.models import Artifact, Checkpoint, Event, Job, StageRun, Usage
 from core.jobs.spec import load_spec
 from core.jobs.state import OWNED, TERMINAL, TRANSITIONS
@@ -94,7 +95,7 @@ class JobMachine(RuleBasedStateMachine):
     def submit(self, retries: int) -> None:
         with session_scope() as session:
             inputs = {"teacher": {}, "data": {}, "labels": []}
-            job, _ = repository.create_job(session, self.tenant, load_spec(SPEC | {"retries": retries}), inputs)
+            job = create_job(session, self.tenant, load_spec(SPEC | {"retries": retries}), inputs)
             job.queue = self.queue
             self.jobs[job.id] = Expected(retries)
 

@@ -9,7 +9,9 @@ from sqlalchemy import select, text, update
 import worker.reconciler
 from core.db import session_scope
 from core.errors import Conflict, LeaseLost
+from core.ids import new_id
 from core.jobs import ownership, repository
+from core.jobs.creation import create_job
 from core.jobs.models import Event, Job
 from core.jobs.spec import load_spec
 from core.storage import get_store
@@ -21,13 +23,13 @@ LOG = ownership.Blob("0" * 64, 0)
 @pytest.fixture
 def queue() -> str:
     """A queue of this test's own, so that no other test's job is claimed."""
-    return repository.new_id("q")
+    return new_id("q")
 
 
 def make_jobs(tenant_id: str, queue: str, count: int = 1) -> list[str]:
     with session_scope() as session:
         jobs = [
-            repository.create_job(session, tenant_id, load_spec(SPEC), {"teacher": {}, "data": {}, "labels": []})[0]
+            create_job(session, tenant_id, load_spec(SPEC), {"teacher": {}, "data": {}, "labels": []})
             for _ in range(count)
         ]
         for job in jobs:

@@ -5,6 +5,7 @@ import pytest
 from core.db import session_scope
 from core.ids import new_id
 from core.jobs import ownership, repository
+from core.jobs.creation import create_job
 from core.jobs.models import Job
 from core.jobs.spec import load_spec
 from core.models.repository import files_of, get_manifest, put_manifest
@@ -29,7 +30,7 @@ def claim(tenant: tuple[str, str]) -> ownership.Claim:
     with session_scope() as session:
         teacher = put_manifest(session, tenant[0], files("uploaded"))
         inputs = {"teacher": {"manifest_id": teacher.id}, "data": {}, "labels": []}
-        repository.create_job(session, tenant[0], load_spec(SPEC), inputs)[0].queue = queue
+        create_job(session, tenant[0], load_spec(SPEC), inputs).queue = queue
     with session_scope() as session:
         taken = ownership.claim(session, "w", [queue])
     assert taken is not None

@@ -9,8 +9,9 @@ from sqlalchemy.orm import Session
 
 from core.db import session_scope
 from core.ids import new_id
-from core.jobs import ownership, repository
+from core.jobs import ownership
 from core.jobs.checkpoints import record_checkpoint, reject_checkpoint
+from core.jobs.creation import create_job
 from core.jobs.models import Event, Job, StageRun
 from core.jobs.spec import load_spec
 from core.models.repository import put_manifest
@@ -30,7 +31,7 @@ def claim(tenant: tuple[str, str]) -> ownership.Claim:
     with session_scope() as session:
         teacher = put_manifest(session, tenant[0], [])
         inputs = {"teacher": {"manifest_id": teacher.id}, "data": {}, "labels": []}
-        repository.create_job(session, tenant[0], load_spec(SPEC), inputs)[0].queue = queue
+        create_job(session, tenant[0], load_spec(SPEC), inputs).queue = queue
     with session_scope() as session:
         taken = ownership.claim(session, "w", [queue])
     assert taken is not None

@@ -21,6 +21,7 @@ from core.datasets.repository import delete_dataset
 from core.errors import Conflict, Gone
 from core.jobs import repository
 from core.jobs.checkpoints import drop_checkpoints as drop_stage_checkpoints
+from core.jobs.creation import create_job
 from core.jobs.forking import retry_job
 from core.jobs.models import Artifact, Checkpoint, Event, Job, Metric, StageRun
 from core.jobs.ownership import fail_stage, hand_back
@@ -406,7 +407,7 @@ def test_a_model_is_kept_while_its_job_is_being_made_and_after(world: ArtifactSt
     split = make_dataset(world, tenant_id, b"rows")
     inputs = {"teacher": {}, role: {"manifest_id": manifest_id}, "data": {"train": split}, "labels": []}
     with db.session_scope() as session:
-        repository.create_job(session, tenant_id, load_spec(SPEC), inputs)
+        create_job(session, tenant_id, load_spec(SPEC), inputs)
         with db.session_scope() as other:
             drop_manifests(other)
     age_manifests()
