@@ -17,6 +17,7 @@ from core.datasets.reading import RowProblem as RowProblem
 from core.models.facts import ModelFacts as ModelFacts
 from core.models.refs import ModelRef as ModelRef
 from core.models.refs import ModelSource as ModelSource
+from core.models.widths import Widths as Widths
 from core.strict import StrictModel, suggest
 from core.weights import Weight
 
@@ -84,9 +85,9 @@ class Task(Method):
         ]
 
     def _default_forms(self) -> list[str]:
-        """Returns the forms that every model of the task has."""
+        """Returns the forms that a job writes unless it says so."""
         known = list_methods("exporters")
-        return [kind for kind in self.forms if not known[kind].model_types]  # type: ignore[attr-defined]
+        return [kind for kind in self.forms if known[kind].is_default]  # type: ignore[attr-defined]
 
     def build(self, ctx: Any) -> Any:
         """Returns what a stage does for this task (torch), a `worker.engine.tasks.TaskRun`."""
@@ -153,6 +154,10 @@ class Student(Method):
         """Returns how many layers it will have, made of that model; None if unknown."""
         return start.num_layers
 
+    def widths(self, start: ModelFacts) -> Widths | None:
+        """Returns how wide it will be, made of that model; None if unknown."""
+        return start.composition.widths if start.composition else None
+
     def count_parameters(self, start: ModelFacts) -> int | None:  # noqa: ARG002 - not every kind can tell
         """Returns how many parameters it will have, made of that model, without a new head; None if unknown."""
         return None
@@ -217,7 +222,22 @@ class Sparsity(Method):
     def build(self, ctx: Any) -> Any:
         """Returns a callable `(matrix, choose) -> weight_OI` (torch).
 
-        `matrix` is a `worker.engine.sparsity.Matrix`, and `choose` tells of scores_OI which weights stay.
+        `matrix` is a `worker.engine.matrices.Matrix`, and `choose` tells of scores_OI which weights stay.
+        """
+        raise NotImplementedError
+
+
+class Rounding(Method):
+    """How the weights of a matrix get on a grid of few values."""
+
+    family: ClassVar[str] = "quantization"
+    needs_data: ClassVar[bool] = False
+
+    def build(self, ctx: Any) -> Any:
+        """Returns a callable `(matrix, fit, group) -> (weight_OI, grid)` (torch).
+
+        `matrix` is a `worker.engine.matrices.Matrix`, `fit` gives the `worker.kernels.grids.Grid` for weight_OI and a
+        group, and `group` is how many inputs share a scale, None for all of a row.
         """
         raise NotImplementedError
 
@@ -225,13 +245,14 @@ class Sparsity(Method):
 class Exporter(Method):
     """One deployable form of the student; `bytes_per_parameter` is about what it takes to store one.
 
-    `model_types` are the architectures that it is known for, all if there are none, and `is_measured` says whether a
-    stage can run it to measure it.
+    `model_types` are the architectures that it is known for, all if there are none; `is_default` says whether a job
+    writes it unless it says so, and `is_measured` whether a stage can run it to measure it.
     """
 
     family: ClassVar[str] = "exporters"
     bytes_per_parameter: ClassVar[float]
     model_types: ClassVar[tuple[str, ...]] = ()
+    is_default: ClassVar[bool] = True
     is_measured: ClassVar[bool] = True
 
     def build(self, ctx: Any) -> Any:
@@ -288,7 +309,7 @@ class Stage(Method):
         raise NotImplementedError
 
 
-FAMILIES: tuple[type[Method], ...] = (Task, Teacher, Student, Loss, Importance, Sparsity, Exporter, Stage)
+FAMILIES: tuple[type[Method], ...] = (Task, Teacher, Student, Loss, Importance, Sparsity, Rounding, Exporter, Stage)
 _REGISTRY: dict[str, dict[str, type[Method]]] = {}
 
 

@@ -120,6 +120,10 @@ class Widths(BaseModel):
         heads, groups = self.num_heads * self.head, self.num_groups * self.head
         return {"h": self.states, "i": self.inner, "a": heads, "k": groups, "d": self.head}
 
+    def undivided(self, group: int) -> int | None:
+        """Returns the inputs of a layer's matrix that groups of so many do not divide; None if they divide all."""
+        return next((size for letter, size in self.sizes().items() if letter in "hia" and size % group), None)
+
 
 class Composition(BaseModel):
     """How many parameters a model has at which widths: each term is so many times the product of its letters' sizes.

@@ -72,7 +72,7 @@ def write_onnx(ctx: StageContext, settings: "Onnx", folder: Path) -> dict[str, f
     """Writes the student as ONNX, runs it in onnxruntime, and returns the largest difference of a logit."""
     reference = get_reference(ctx)
     shutil.copyfile(make_onnx(ctx), folder / "model.onnx")
-    _write_companions(ctx, reference, folder)
+    write_companions(ctx, reference, folder)
     return measure(ctx, reference, run_onnx(ctx, reference.data, folder), "onnx", settings.tolerance)
 
 
@@ -91,7 +91,7 @@ def write_onnx_int8(ctx: StageContext, settings: "OnnxInt8", folder: Path) -> di
         reduce_range=settings.reduce_range,
         op_types_to_quantize=["MatMul", "Gemm", "Gather"],
     )
-    _write_companions(ctx, reference, folder)
+    write_companions(ctx, reference, folder)
     return measure_agreement(ctx, reference, run_onnx(ctx, reference.data, folder), "onnx_int8", settings.min_agreement)
 
 
@@ -185,7 +185,8 @@ def _export_graph(reference: Reference, path: Path) -> Path:
     return path
 
 
-def _write_companions(ctx: StageContext, reference: Reference, folder: Path) -> None:
+def write_companions(ctx: StageContext, reference: Reference, folder: Path) -> None:
+    """Writes what belongs to a graph: config, tokenizer and labels."""
     reference.model.config.save_pretrained(folder)
     save_tokenizer(reference.tokenizer, folder)
     save_labels(ctx.labels, folder)

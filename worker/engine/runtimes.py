@@ -71,14 +71,11 @@ def _open_torch(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> O
 
 
 def count_onnx_parameters(path: Path) -> int:
-    """Returns the number of values in the graph's weights of two or more dimensions, and in its float vectors.
-
-    The scales and zero points that quantisation adds are scalars or vectors beside their weight and are not counted.
-    """
+    """Returns the number of values in the graph's weights, without the scales and zero points of quantised ones."""
     weights = onnx.load(str(path), load_external_data=False).graph.initializer
     side = ("_scale", "_zero_point")
     return sum(
-        int(np.prod(weight.dims))
+        int(np.prod(weight.dims)) * (2 if weight.name.endswith("_packed4") else 1)
         for weight in weights
         if weight.dims and not weight.name.endswith(side) and weight.data_type != onnx.TensorProto.INT64
     )

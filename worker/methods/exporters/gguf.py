@@ -22,6 +22,7 @@ class Gguf(Exporter):
     """
 
     model_types: ClassVar[tuple[str, ...]] = ("llama", "mistral", "qwen2", "qwen3")
+    is_default: ClassVar[bool] = False
     is_measured: ClassVar[bool] = False
 
     kind: Literal["gguf"] = "gguf"

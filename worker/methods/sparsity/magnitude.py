@@ -7,7 +7,7 @@ from core.methods import Sparsity
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from worker.engine.sparsity import Matrix
+    from worker.engine.matrices import Matrix
     from worker.kernels.obs import Choose
 
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from core.methods import OneOf, Problem, Sparsity, Stage
+from core.methods import ModelFacts, OneOf, Problem, Sparsity, Stage
 
 if TYPE_CHECKING:
     from core.jobs.spec import JobSpec
@@ -56,6 +56,15 @@ class Sparsify(Stage):
         if self.scope == "global" and self.method.needs_data:
             return [Problem("scope", f"'{self.method.kind}' compares weights of one matrix; use 'row' or 'tensor'")]
         return []
+
+    def check_model(self, spec: "JobSpec", start: ModelFacts) -> list[Problem]:
+        """Returns whether groups do not divide a matrix, as far as it is known how wide it will be."""
+        widths, group = spec.student.widths(start), (self.numbers or (0, 1))[1]
+        if widths is None or any(stage.resizes for stage in spec.stages):
+            return []
+        odd = widths.undivided(group)
+        why = f"groups of {group} do not divide the {odd} inputs of a matrix; choose another pattern, or a share"
+        return [Problem("pattern", why)] if odd else []
 
     def reads(self, spec: "JobSpec") -> set[str]:
         """Returns the teacher's role, unless it is a student that starts from another model."""

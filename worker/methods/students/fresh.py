@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from core.methods import ModelFacts, Problem, Student
+from core.methods import ModelFacts, Problem, Student, Widths
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,10 +41,13 @@ class Fresh(Student):
 
     def count_parameters(self, start: ModelFacts) -> int | None:
         """Returns those of the teacher's architecture in these sizes."""
-        made, num_layers = start.composition, self.num_layers or start.num_layers
-        if made is None or num_layers is None:
-            return None
-        return made.count(made.widths.resized(self.hidden_size, self.num_heads, self.intermediate_size), num_layers)
+        made, widths, num_layers = start.composition, self.widths(start), self.num_layers or start.num_layers
+        return made.count(widths, num_layers) if made and widths and num_layers else None
+
+    def widths(self, start: ModelFacts) -> Widths | None:
+        """Returns its own, or the teacher's in proportion."""
+        made = start.composition
+        return made.widths.resized(self.hidden_size, self.num_heads, self.intermediate_size) if made else None
 
     def count_layers(self, start: ModelFacts) -> int | None:
         """Returns its own number, or the teacher's."""

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from core.methods import Importance, ModelFacts, OneOf, Problem, Student
+from core.methods import Importance, ModelFacts, OneOf, Problem, Student, Widths
 from core.strict import StrictModel, one_message
 
 if TYPE_CHECKING:
@@ -106,9 +106,13 @@ class TeacherLayers(Student):
             kept = sum(layers[index] for index in self.keep)
         return None if kept is None else start.num_parameters - sum(layers) + kept
 
-    def _count_narrower(self, start: ModelFacts) -> int | None:
+    def widths(self, start: ModelFacts) -> Widths | None:
+        """Returns the teacher's, or those that are asked for."""
         made = start.composition
-        widths = made.widths.narrowed(self.hidden_size, self.intermediate_size) if made else None
+        return made.widths.narrowed(self.hidden_size, self.intermediate_size) if made else None
+
+    def _count_narrower(self, start: ModelFacts) -> int | None:
+        made, widths = start.composition, self.widths(start)
         num_layers = self.keep.count if isinstance(self.keep, Choice) else len(self.keep)
         return made.count(widths, num_layers) if made and widths else None
 

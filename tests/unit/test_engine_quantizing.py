@@ -1,0 +1,209 @@
+"""Weights on grids of few values, and the form that packs their codes."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from core.errors import SpecInvalid
+from core.jobs.spec import load_spec
+from core.models.facts import read_facts
+from core.models.safetensors_header import read_tensors
+from tests.engine_bench import FAST, Bench, make_spec
+from tests.unit.test_engine_models import CONFIGS, make
+from tests.unit.test_engine_sparsity import SPEC, TASK, matrices
+from worker.engine.matrices import find_matrices
+from worker.engine.quantizing import read_grids
+from worker.engine.runtimes import count_onnx_parameters, open_session, run_session
+from worker.kernels.grids import decode, encode
+
+STUDENT = {"kind": "teacher_layers", "keep": [0, 1, 2]}
+RTN, GPTQ = {"kind": "rtn"}, {"kind": "gptq"}
+EXACT = {"kind": "onnx_int4", "embedding_bits": None, "compute": "float32", "min_agreement": 1}
+
+
+@pytest.fixture(scope="module")
+def walks(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    """One with a language model that has learned."""
+    bench = Bench(tmp_path_factory.mktemp("walks")).lay_language()
+    bench.succeed_all(make_spec([{"kind": "finetune", **FAST}], task=TASK, student=STUDENT), labels=[])
+    return bench
+
+
+def quantize_language(walks: Bench, root: Path, **settings: Any) -> tuple[Path, Path, dict[str, Any]]:
+    """Returns the folders of a language model before and after, and the stage's summary."""
+    bench = walks.copy(root / "work")
+    spec = make_spec([{"kind": "quantize", "group": 16, **settings}], task=TASK, student=STUDENT)
+    done = bench.succeed(spec, labels=[], name="later")
+    return bench.inputs / "teacher", done.outputs / "student", done.last["summary"]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize(
+    "settings",
+    [{"method": RTN}, {"method": GPTQ}, {"method": GPTQ | {"order": "given"}, "symmetric": True, "group": None}],
+    ids=str,
+)
+def test_each_weight_of_a_layer_is_one_of_few_values(
+    walks: Bench, settings: dict[str, Any], bits: int, tmp_path: Path
+) -> None:
+    before, after, summary = quantize_language(walks, tmp_path, **settings, bits=bits)
+    grids = read_grids(after)
+    old, new = (AutoModelForCausalLM.from_pretrained(folder) for folder in (before, after))
+    found = matrices(new)
+    assert {f"{name}.weight" for name in found} == set(grids)
+    for name, weight_OI in found.items():
+        grid = grids[f"{name}.weight"]
+        torch.testing.assert_close(decode(encode(weight_OI, grid), grid), weight_OI)
+        groups = weight_OI.reshape(-1, weight_OI.shape[1] // grid.scale_OG.shape[1])
+        assert max(len(group.unique()) for group in groups) <= 2**bits
+        assert not torch.equal(weight_OI, matrices(old)[name])
+    kept = {name for name, _ in old.named_parameters()} - set(grids)
+    assert all(torch.equal(old.get_parameter(name), new.get_parameter(name)) for name in kept)
+    sizes = {name: parameter.numel() for name, parameter in new.named_parameters()}
+    codes = sum(sizes[name] * bits / 8 + 5 * grid.scale_OG.numel() for name, grid in grids.items())
+    assert summary["packed_bytes"] == codes + 4 * sum(sizes[name] for name in kept)
+    assert summary["packed_bytes"] < summary["stored_bytes"]
+
+
+def test_fewer_bits_cost_more_and_gptq_less_than_the_nearest(walks: Bench, tmp_path: Path) -> None:
+    lost = {}
+    for bits in (2, 3, 4, 8):
+        for method in (RTN, GPTQ):
+            _, _, summary = quantize_language(walks, tmp_path / f"{bits}{method['kind']}", bits=bits, method=method)
+            before, after = (summary[name]["loss"] for name in ("validation_before", "validation"))
+            lost[bits, method["kind"]] = after - before
+    assert lost[2, "gptq"] < lost[2, "rtn"]
+    assert lost[3, "gptq"] < lost[3, "rtn"]
+    assert lost[2, "rtn"] > lost[3, "rtn"] > lost[4, "rtn"] > lost[8, "rtn"]
+    assert abs(lost[8, "gptq"]) < 0.01
+    assert not any(map(math.isnan, lost.values()))
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.model_type)
+def test_every_model_has_its_matrices_found(config: Any) -> None:
+    model = make(config)
+    found = {matrix.name: matrix.weight_OI for layer in find_matrices(model) for matrix in layer}
+    assert {name.removesuffix(".weight") for name in found} == set(matrices(model))
+    assert all(
+        torch.equal(weight_OI, matrices(model)[name.removesuffix(".weight")]) for name, weight_OI in found.items()
+    )
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    """One with a student that has learned the classes."""
+    bench = Bench(tmp_path_factory.mktemp("taught")).lay()
+    stages = [{"kind": "finetune", **FAST}, {"kind": "distill", **FAST}]
+    bench.succeed_all(make_spec(stages))
+    return bench
+
+
+def spoil(weight_OI: torch.Tensor) -> torch.Tensor:
+    """Returns a matrix with one huge weight a row, beside which 15 steps cannot tell the others apart."""
+    spoiled_OI = weight_OI.clone()
+    spoiled_OI[:, 0] = 100 * weight_OI.abs().amax()
+    return spoiled_OI
+
+
+def go_on(bench: Bench, root: Path, *stages: dict[str, Any]) -> Path:
+    """Runs stages after the student has learned, in a copy; returns the folder of what there is then, by role."""
+    work, spec = bench.copy(root / "work"), make_spec([{"kind": "distill"}, *stages])
+    for ordinal, stage in enumerate(stages, 1):
+        work.adopt(work.succeed(spec, ordinal, f"later-{ordinal}"), ordinal, stage["kind"])
+    return work.inputs
+
+
+def read(folder: Path, text: str) -> tuple[dict[str, torch.Tensor], np.ndarray]:
+    """Returns a text's tokens, and what an ONNX form says of it."""
+    inputs = dict(AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt"))
+    return inputs, run_session(open_session(folder, 1), inputs)
+
+
+@pytest.mark.parametrize("group", [16, None])
+@pytest.mark.parametrize("bits", [3, 4])
+def test_a_quantised_student_is_packed_without_loss(bench: Bench, group: int | None, bits: int, tmp_path: Path) -> None:
+    stages = [{"kind": "quantize", "group": group, "bits": bits}, {"kind": "export", "formats": [EXACT]}]
+    inputs = go_on(bench, tmp_path, *stages)
+    folder, student = inputs / "onnx_int4", AutoModelForSequenceClassification.from_pretrained(inputs / "student")
+    for text in ("a b c", "one two three four"):
+        tokens, logits = read(folder, text)
+        with torch.no_grad():
+            np.testing.assert_allclose(logits, student(**tokens).logits.numpy(), atol=1e-4)
+    graph = onnx.load(folder / "model.onnx").graph
+    assert sum(node.op_type == "MatMulNBits" for node in graph.node) == len(matrices(student))
+    assert count_onnx_parameters(folder / "model.onnx") == pytest.approx(student.num_parameters(), rel=0.03)
+
+
+def test_without_a_stage_before_weights_are_rounded_to_the_nearest(bench: Bench, tmp_path: Path) -> None:
+    forms = [{"kind": "onnx"}, {"kind": "onnx_int4", "group": 16, "embedding_bits": 4, "min_agreement": 0.5}]
+    inputs = go_on(bench, tmp_path, {"kind": "export", "formats": forms}, {"kind": "evaluate"})
+    sizes = {kind: (inputs / kind / "model.onnx").stat().st_size for kind in ("onnx", "onnx_int4")}
+    assert sizes["onnx_int4"] < 0.65 * sizes["onnx"]
+    graph = onnx.load(inputs / "onnx_int4" / "model.onnx").graph
+    kinds = [node.op_type for node in graph.node]
+    assert "GatherBlockQuantized" in kinds
+    assert "MatMulNBits" in kinds
+    report = (inputs / "report" / "report.json").read_text()
+    assert '"onnx_int4"' in report
+
+
+def test_a_form_that_disagrees_is_not_published(bench: Bench, tmp_path: Path) -> None:
+    work = bench.copy(tmp_path / "work")
+    rough = {"kind": "onnx_int4", "group": 32, "min_agreement": 1, "embedding_bits": 4}
+    for path in (work.inputs / "student").glob("model.safetensors"):
+        weights = {name: spoil(tensor) if tensor.dim() == 2 else tensor for name, tensor in load_file(path).items()}
+        path.chmod(0o644)
+        save_file(weights, path, metadata={"format": "pt"})
+    finished = work.run(make_spec([{"kind": "distill"}, {"kind": "export", "formats": [rough]}]), 1, "later")
+    assert finished.last["type"] == "error"
+    assert finished.last["reason"] == "goal_missed"
+
+
+def test_what_makes_no_sense_is_said_at_submit() -> None:
+    def problems(*stages: dict[str, Any]) -> list[tuple[str, str]]:
+        with pytest.raises(SpecInvalid) as caught:
+            load_spec(SPEC | {"stages": list(stages)})
+        return [(detail["field"], detail["message"]) for detail in caught.value.details]
+
+    quantize = {"kind": "quantize"}
+    [(field, message)] = problems(quantize, {"kind": "distill"})
+    assert (field, "'distill', would take the weights off their grids" in message) == ("stages.0.kind", True)
+    [(field, message)] = problems(quantize, quantize)
+    assert (field, "stage 1, 'quantize'" in message) == ("stages.0.kind", True)
+    [(field, message)] = problems(quantize | {"bits": 8}, {"kind": "export", "formats": [{"kind": "onnx_int4"}]})
+    assert (field, "use 4" in message) == ("stages.0.bits", True)
+    assert problems(quantize | {"bits": 5})[0][0] == "stages.0.bits"
+    assert problems(quantize | {"group": 48})[0][0] == "stages.0.group"
+
+
+def test_groups_that_do_not_divide_are_refused(tmp_path: Path) -> None:
+    """At submit where the widths are known, and else when the stage starts."""
+    bench = Bench(tmp_path).lay()
+    tensors = read_tensors(bench.inputs / "teacher" / "model.safetensors")
+    facts = read_facts(json.loads((bench.inputs / "teacher" / "config.json").read_text()), tensors=tensors)
+
+    def problems(student: dict[str, Any], *stages: dict[str, Any]) -> list[str]:
+        spec = load_spec(SPEC | {"student": student, "stages": list(stages)})
+        return [problem.message for stage in spec.stages for problem in stage.check_model(spec, facts)]
+
+    thirds = {"kind": "sparsify", "pattern": "3:7"}
+    assert "32 do not divide the 48 inputs" in problems(STUDENT, {"kind": "quantize", "group": 32})[0]
+    assert "7 do not divide the 32 inputs" in problems(STUDENT, thirds)[0]
+    narrow = STUDENT | {"intermediate_size": 32}
+    assert (
+        problems(STUDENT, {"kind": "quantize", "group": 16})
+        == problems(narrow, {"kind": "quantize", "group": 32})
+        == []
+    )
+    assert problems(STUDENT, {"kind": "prune", "intermediate_size": 32}, thirds) == []
+    finished = bench.run(make_spec([{"kind": "quantize", "group": 256}]))
+    assert finished.last["type"] == "error"
+    assert "do not divide the 32 inputs" in finished.last["message"]

@@ -1,0 +1,91 @@
+"""The matrices of a model's layers, changed one layer after the other."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from transformers import PreTrainedModel
+
+from core.errors import StageFailed
+from worker.engine.context import StageContext
+from worker.engine.importance import BATCH, Map, by_input
+from worker.engine.loading import find_layers
+
+
+class Matrix:
+    """A linear map, and what was seen of its inputs.
+
+    Attributes:
+        name: Of its weights in the model's state.
+        weight_OI: Its weights, a row for each output; what changes here changes there.
+        gram_II: Σ x xᵀ over the inputs x of all tokens.
+    """
+
+    def __init__(self, name: str, module: Map) -> None:
+        self.name, self.module, self.weight_OI = f"{name}.weight", module, by_input(module).T
+        self.gram_II = torch.zeros(self.weight_OI.shape[1:] * 2, device=self.weight_OI.device)
+
+    def note(self, _: Module, inputs: tuple[Tensor, ...]) -> None:
+        """Adds the inputs of a forward pass up."""
+        x_NI = inputs[0].detach().float().flatten(0, -2)
+        self.gram_II.addmm_(x_NI.T, x_NI)
+
+
+def find_matrices(model: PreTrainedModel) -> list[list[Matrix]]:
+    """Returns the matrices of each layer."""
+    stack, count = find_layers(model)
+    layers = [(f"{stack}.{number}", model.get_submodule(f"{stack}.{number}")) for number in range(count)]
+    return [
+        [Matrix(f"{layer}.{name}", part) for name, part in module.named_modules() if isinstance(part, Map)]
+        for layer, module in layers
+    ]
+
+
+def check_groups(layers: list[list[Matrix]], group: int, remedy: str) -> None:
+    """Raises StageFailed where groups do not divide the inputs."""
+    odd = [matrix for matrices in layers for matrix in matrices if matrix.weight_OI.shape[1] % group]
+    if odd:
+        message = f"Groups of {group} do not divide the {odd[0].weight_OI.shape[1]} inputs of {odd[0].name}."
+        raise StageFailed("spec_invalid", message, suggestion=remedy)
+
+
+def change_layers(
+    ctx: StageContext,
+    model: PreTrainedModel,
+    layers: list[list[Matrix]],
+    data: Any,
+    change: Callable[[Matrix], Tensor],
+) -> None:
+    """Gives each matrix the weights that `change` returns.
+
+    A layer is looked at once those before it are changed, as it will get what they then say.
+
+    Args:
+        ctx: The stage's surroundings.
+        model: The model that the matrices belong to.
+        layers: What `find_matrices` found.
+        data: A sample that shows what matrices get, or None where that does not matter.
+        change: Returns weight_OI.
+    """
+    for number, matrices in enumerate(layers):
+        ctx.progress(number, len(layers))
+        if data is not None:
+            _look(ctx, model, matrices, data)
+        for matrix in matrices:
+            matrix.weight_OI.copy_(change(matrix))
+            matrix.gram_II = torch.empty(0)
+
+
+def _look(ctx: StageContext, model: PreTrainedModel, matrices: list[Matrix], data: Any) -> None:
+    """Runs the model over a sample of the data, and has the matrices note their inputs."""
+    hooks = [matrix.module.register_forward_pre_hook(matrix.note) for matrix in matrices]
+    try:
+        for batch in data.shuffled(BATCH, [ctx.seed], 0, ctx.device):
+            with torch.no_grad():
+                ctx.task.answer(model, batch)
+            ctx.check_stop()
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,66 @@
+"""Grids of few values that weights are put on, a grid for each group of a row's weights."""
+
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+
+class Grid(NamedTuple):
+    """The values scale · (code − zero), with whole codes from 0 to 2^bits − 1.
+
+    Attributes:
+        scale_OG: Of each output and each group of inputs that follow each other, float32.
+        zero_OG: The code of the weight 0, whole.
+        bits: Of a code.
+    """
+
+    scale_OG: Tensor
+    zero_OG: Tensor
+    bits: int
+
+
+Fit: TypeAlias = Callable[[Tensor, int | None], Grid]  # of weight_OI and a group
+
+
+def fit(weight_OI: Tensor, group: int | None, *, bits: int, symmetric: bool) -> Grid:
+    """Returns the grid that holds 0 and reaches from the smallest to the largest weight of each group.
+
+    Paper: Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
+    Inference", section 2.1 and equation 13.
+
+    Args:
+        weight_OI: The matrix; its number of inputs is a multiple of the group.
+        group: Inputs in a group; None for all of a row.
+        bits: Of a code.
+        symmetric: Let the grid reach as far below 0 as above, so that all zeros are the same.
+    """
+    groups_OGN = weight_OI.float().unflatten(1, (-1, group or weight_OI.shape[1]))
+    if symmetric:
+        scale_OG = groups_OGN.abs().amax(-1) / (2 ** (bits - 1) - 1)
+        scale_OG = torch.where(scale_OG > 0, scale_OG, 1.0)
+        return Grid(scale_OG, torch.full_like(scale_OG, 2 ** (bits - 1)), bits)
+    low_OG, high_OG = groups_OGN.amin(-1).clamp(max=0), groups_OGN.amax(-1).clamp(min=0)
+    scale_OG = (high_OG - low_OG) / (2**bits - 1)
+    scale_OG = torch.where(scale_OG > 0, scale_OG, 1.0)
+    return Grid(scale_OG, (-low_OG / scale_OG).round(), bits)
+
+
+def encode(weight_OI: Tensor, grid: Grid) -> Tensor:
+    """Returns the code of the grid's value that is nearest to each weight, codes_OI, whole numbers as floats."""
+    groups_OGN = weight_OI.unflatten(1, (grid.scale_OG.shape[1], -1))
+    codes_OGN = (groups_OGN / grid.scale_OG[..., None]).round() + grid.zero_OG[..., None]
+    return codes_OGN.clamp(0, 2**grid.bits - 1).flatten(1)
+
+
+def decode(codes_OI: Tensor, grid: Grid) -> Tensor:
+    """Returns the weights that codes stand for, weight_OI."""
+    groups_OGN = codes_OI.unflatten(1, (grid.scale_OG.shape[1], -1))
+    return ((groups_OGN - grid.zero_OG[..., None]) * grid.scale_OG[..., None]).flatten(1)
+
+
+def join(grids: list[Grid]) -> Grid:
+    """Returns the grid of groups that follow each other."""
+    scales, zeros = [grid.scale_OG for grid in grids], [grid.zero_OG for grid in grids]
+    return Grid(torch.cat(scales, 1), torch.cat(zeros, 1), grids[0].bits)

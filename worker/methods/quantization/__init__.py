@@ -1,0 +1,1 @@
+"""How weights get on a grid of few values."""

@@ -1,0 +1,68 @@
+"""A student whose weights are few values."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
+
+from core.methods import ModelFacts, OneOf, Problem, Rounding, Stage
+
+if TYPE_CHECKING:
+    from core.jobs.spec import JobSpec
+    from worker.engine.context import StageContext
+
+
+class Quantize(Stage):
+    """Puts the weights of the student's layers on grids of few values, which later forms store as codes of few bits.
+
+    The student itself stays in floating point, so that it runs everywhere, with the values that the codes stand for;
+    its artifact holds the grids beside it. The stage says what the codes take. `onnx_int4` packs them.
+    """
+
+    kind: Literal["quantize"] = "quantize"
+    bits: Literal[2, 3, 4, 8] = Field(4, description="Bits of a weight's code.")
+    group: Literal[16, 32, 64, 128, 256] | None = Field(
+        64, description="How many inputs of an output share a scale; null for all of them."
+    )
+    symmetric: bool = Field(
+        False, description="Let grids reach as far below zero as above; else each has a zero point of its own."
+    )
+    method: Annotated[Rounding, OneOf()] = Field(
+        default={"kind": "gptq"}, validate_default=True, description="How weights are rounded."
+    )
+
+    def check(self, spec: "JobSpec") -> list[Problem]:
+        """Returns which later stages would take the weights off their grids, or have no room for the codes."""
+        own = next(number for number, stage in enumerate(spec.stages) if stage is self)
+        later = [(number, stage) for number, stage in enumerate(spec.stages) if number > own]
+        changes = [(number, stage.kind) for number, stage in later if "student" in stage.writes()]
+        problems = [
+            Problem("kind", f"stage {number}, '{kind}', would take the weights off their grids; quantize after it")
+            for number, kind in changes
+        ]
+        if self.bits > 4 and any(form.kind == "onnx_int4" for _, stage in later for form in stage.forms()):
+            problems.append(Problem("bits", "'onnx_int4' holds codes of 4 bits; use 4, or the form 'onnx_int8'"))
+        return problems
+
+    def check_model(self, spec: "JobSpec", start: ModelFacts) -> list[Problem]:
+        """Returns whether groups do not divide a matrix, as far as it is known how wide it will be."""
+        widths, group = spec.student.widths(start), self.group or 1
+        if widths is None or any(stage.resizes for stage in spec.stages):
+            return []
+        odd = widths.undivided(group)
+        why = f"groups of {group} do not divide the {odd} inputs of a matrix; choose fewer, or null"
+        return [Problem("group", why)] if odd else []
+
+    def reads(self, spec: "JobSpec") -> set[str]:
+        """Returns the teacher's role, unless it is a student that starts from another model."""
+        return set() if spec.student.source() else {"teacher"}
+
+    def writes(self) -> set[str]:
+        """Returns the student's role."""
+        return {"student"}
+
+    def build(self, ctx: "StageContext") -> Callable[[], dict[str, Any]]:
+        """Returns the run."""
+        from worker.engine.quantizing import quantize
+
+        return lambda: quantize(ctx, self)
