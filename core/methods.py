@@ -309,6 +309,23 @@ class Stage(Method):
         raise NotImplementedError
 
 
+class ModelStage(Stage):
+    """A stage that makes another model of the student, or of the one that its field `of` names."""
+
+    @property
+    def role(self) -> str:
+        """The role of the model that it changes."""
+        return getattr(self, "of", "student")
+
+    def reads(self, spec: "JobSpec") -> set[str]:
+        """Returns the teacher's role, unless it is a student that starts from another model."""
+        return set() if self.role == "student" and spec.student.source() else {"teacher"}
+
+    def writes(self) -> set[str]:
+        """Returns the role of the model."""
+        return {self.role}
+
+
 FAMILIES: tuple[type[Method], ...] = (Task, Teacher, Student, Loss, Importance, Sparsity, Rounding, Exporter, Stage)
 _REGISTRY: dict[str, dict[str, type[Method]]] = {}
 

@@ -4,13 +4,13 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from core.methods import Stage
+from core.methods import ModelStage
 
 if TYPE_CHECKING:
     from core.jobs.spec import JobSpec
 
 
-class Training(Stage):
+class Training(ModelStage):
     """A stage that trains a model; it has no kind of its own."""
 
     epochs: float = Field(4.0, gt=0, le=1000, description="Passes over the training split.")

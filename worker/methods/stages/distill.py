@@ -170,10 +170,6 @@ class Distill(Training):
         """Returns the role of the teacher, or of the answers of one that is no model."""
         return {"teacher" if spec.teacher.is_model else "answers"}
 
-    def writes(self) -> set[str]:
-        """Returns the student's role."""
-        return {"student"}
-
     def build(self, ctx: "StageContext") -> Callable[[], dict[str, Any]]:
         """Returns the training run."""
         from worker.engine.distillation import distill

@@ -8,7 +8,6 @@ from pydantic import Field
 from core.training import Training
 
 if TYPE_CHECKING:
-    from core.jobs.spec import JobSpec
     from worker.engine.context import StageContext
 
 
@@ -20,14 +19,6 @@ class Finetune(Training):
     open_pooler: bool = Field(
         True, description="Start the layer between encoder and a new head as the identity, where the model has one."
     )
-
-    def reads(self, spec: "JobSpec") -> set[str]:
-        """Returns the teacher's role, unless it is a student that starts from another model."""
-        return set() if self.of == "student" and spec.student.source() else {"teacher"}
-
-    def writes(self) -> set[str]:
-        """Returns the trained model's role."""
-        return {self.of}
 
     def build(self, ctx: "StageContext") -> Callable[[], dict[str, Any]]:
         """Returns the training run."""

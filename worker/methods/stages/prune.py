@@ -5,14 +5,14 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from core.methods import Depths, Importance, OneOf, Problem, Stage
+from core.methods import Depths, Importance, ModelStage, OneOf, Problem
 
 if TYPE_CHECKING:
     from core.jobs.spec import JobSpec
     from worker.engine.context import StageContext
 
 
-class Prune(Stage):
+class Prune(ModelStage):
     """Leaves the least important layers, neurons, heads and states out of the student, which really gets smaller.
 
     What comes out is a model of the same class with a smaller config, which stock `transformers` loads. It has
@@ -57,14 +57,6 @@ class Prune(Stage):
         if self.num_layers is None or self.num_layers <= depths.student:
             return []
         return [Problem("num_layers", f"the student has {depths.student} layers; choose at most as many")]
-
-    def reads(self, spec: "JobSpec") -> set[str]:
-        """Returns the teacher's role, unless it is a student that starts from another model."""
-        return set() if spec.student.source() else {"teacher"}
-
-    def writes(self) -> set[str]:
-        """Returns the student's role."""
-        return {"student"}
 
     def build(self, ctx: "StageContext") -> Callable[[], dict[str, Any]]:
         """Returns the pruning run."""

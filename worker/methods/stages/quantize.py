@@ -5,14 +5,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from core.methods import ModelFacts, OneOf, Problem, Rounding, Stage
+from core.methods import ModelFacts, ModelStage, OneOf, Problem, Rounding
 
 if TYPE_CHECKING:
     from core.jobs.spec import JobSpec
     from worker.engine.context import StageContext
 
 
-class Quantize(Stage):
+class Quantize(ModelStage):
     """Puts the weights of the student's layers on grids of few values, which later forms store as codes of few bits.
 
     The student itself stays in floating point, so that it runs everywhere, with the values that the codes stand for;
@@ -52,14 +52,6 @@ class Quantize(Stage):
         odd = widths.undivided(group)
         why = f"groups of {group} do not divide the {odd} inputs of a matrix; choose fewer, or null"
         return [Problem("group", why)] if odd else []
-
-    def reads(self, spec: "JobSpec") -> set[str]:
-        """Returns the teacher's role, unless it is a student that starts from another model."""
-        return set() if spec.student.source() else {"teacher"}
-
-    def writes(self) -> set[str]:
-        """Returns the student's role."""
-        return {"student"}
 
     def build(self, ctx: "StageContext") -> Callable[[], dict[str, Any]]:
         """Returns the run."""

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from core.methods import ModelFacts, OneOf, Problem, Sparsity, Stage
+from core.methods import ModelFacts, ModelStage, OneOf, Problem, Sparsity
 
 if TYPE_CHECKING:
     from core.jobs.spec import JobSpec
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 PATTERN = r"^\d{1,3}:\d{1,3}$"
 
 
-class Sparsify(Stage):
+class Sparsify(ModelStage):
     """Makes single weights of the student's layers zero; later training leaves them so.
 
     What is stored has the same shape and, as it is, the same size: zeros pay where files are compressed, or in a
@@ -65,14 +65,6 @@ class Sparsify(Stage):
         odd = widths.undivided(group)
         why = f"groups of {group} do not divide the {odd} inputs of a matrix; choose another pattern, or a share"
         return [Problem("pattern", why)] if odd else []
-
-    def reads(self, spec: "JobSpec") -> set[str]:
-        """Returns the teacher's role, unless it is a student that starts from another model."""
-        return set() if spec.student.source() else {"teacher"}
-
-    def writes(self) -> set[str]:
-        """Returns the student's role."""
-        return {"student"}
 
     def build(self, ctx: "StageContext") -> Callable[[], dict[str, Any]]:
         """Returns the run."""

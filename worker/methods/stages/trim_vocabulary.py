@@ -5,14 +5,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from core.methods import Problem, Stage
+from core.methods import ModelStage, Problem
 
 if TYPE_CHECKING:
     from core.jobs.spec import JobSpec
     from worker.engine.context import StageContext
 
 
-class TrimVocabulary(Stage):
+class TrimVocabulary(ModelStage):
     """Leaves tokens that the data do not use out of a model and its tokenizer.
 
     A small encoder is mostly embeddings of words that its data never say. Texts of the tokens that stay are read and
@@ -54,14 +54,6 @@ class TrimVocabulary(Stage):
             why = f"'{compared[0]}' compares the student's tokens with the teacher's; trim the teacher instead"
             return [Problem("of", f"{why}, before the student is made")]
         return []
-
-    def reads(self, spec: "JobSpec") -> set[str]:
-        """Returns the teacher's role, unless it is a student that starts from another model."""
-        return set() if self.of == "student" and spec.student.source() else {"teacher"}
-
-    def writes(self) -> set[str]:
-        """Returns the trimmed model's role."""
-        return {self.of}
 
     def build(self, ctx: "StageContext") -> Callable[[], dict[str, Any]]:
         """Returns the trimming run."""
