@@ -18,7 +18,7 @@ def write_gguf(folder: Path, path: Path, weights: str = "f32") -> Path:
     """Writes a Llama as one file and returns its path; a chat is what its messages say, one after the other."""
     tokenizer = load_tokenizer(folder)
     tokenizer.chat_template = CHAT
-    write_file(load_language_model(folder), tokenizer, path, weights)
+    write_file(load_language_model(folder), tokenizer, path, weights, {})
     return path
 
 

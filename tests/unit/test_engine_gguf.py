@@ -9,6 +9,8 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from gguf import GGMLQuantizationType as Form
+from gguf import GGUFReader
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 from core.errors import StageFailed
@@ -111,12 +113,42 @@ def test_a_job_exports_each_form_that_still_says_the_same(tmp_path: Path) -> Non
     assert "min_agreement is 90.00%" in refused.last["message"]
 
 
+@pytest.mark.parametrize(
+    ("settings", "form", "tolerance"),
+    [
+        ({"bits": 4, "symmetric": True}, Form.Q4_0, 1e-4),
+        ({"bits": 8, "symmetric": True, "group": None}, Form.Q8_0, 1e-4),
+        ({"bits": 4}, Form.Q4_1, 0.05),  # its zero points are not whole
+        ({"bits": 3}, Form.F32, 1e-4),
+    ],
+    ids=str,
+)
+def test_a_quantised_model_keeps_its_codes(
+    settings: dict[str, Any], form: Form, tolerance: float, tmp_path: Path
+) -> None:
+    bench = Bench(tmp_path).lay_language()
+    write_model(bench.inputs / "teacher", LlamaConfig)
+    stages = [
+        {"kind": "quantize", "group": 32, **settings},
+        {"kind": "export", "formats": [{"kind": "gguf", "weights": "f32"}]},
+    ]
+    student, task = {"kind": "teacher_layers", "keep": [0, 1]}, {"kind": "causal_lm", "block_tokens": 32}
+    done = bench.succeed_all(make_spec(stages, task=task, student=student), labels=[])
+    assert done[1].last["summary"]["formats"]["gguf"]["max_logit_difference"] < tolerance
+    file = done[1].outputs / "gguf" / "model.gguf"
+    forms = {tensor.name: tensor.tensor_type for tensor in GGUFReader(file).tensors}
+    assert {forms[f"blk.{layer}.{name}.weight"] for layer in (0, 1) for name in ("attn_q", "attn_v", "ffn_down")} == {
+        form
+    }
+    compare_with_llama_cpp(done[0].outputs / "student", file, 0.3)
+
+
 def test_what_the_file_cannot_say_is_refused(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "model", LlamaConfig)
     model, tokenizer = load_language_model(folder), load_tokenizer(folder)
     model.config.rope_parameters = {"rope_type": "llama3", "rope_theta": 1e4}
     with pytest.raises(StageFailed, match="positions of kind 'llama3'"):
-        write_file(model, tokenizer, tmp_path / "model.gguf", "f32")
+        write_file(model, tokenizer, tmp_path / "model.gguf", "f32", {})
     with pytest.raises(StageFailed, match="cuts texts into words"):
         _find_words({"type": "Whitespace"})
 

@@ -8,6 +8,7 @@ import gguf
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Form
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -16,6 +17,8 @@ from worker.engine.context import StageContext
 from worker.engine.exporting import get_reference, measure_agreement
 from worker.engine.loading import OFFLINE
 from worker.engine.pieces import BYTE_TOKENS, list_merges
+from worker.engine.quantizing import read_grids
+from worker.kernels.grids import Grid, encode
 
 if TYPE_CHECKING:
     from worker.methods.exporters.gguf import Gguf
@@ -44,14 +47,17 @@ def write_gguf(ctx: StageContext, settings: "Gguf", folder: Path) -> dict[str, f
             when too few tokens agree.
     """
     reference = get_reference(ctx)
-    write_file(reference.model, reference.tokenizer, folder / "model.gguf", settings.weights)
+    grids = read_grids(ctx.input("student"))
+    write_file(reference.model, reference.tokenizer, folder / "model.gguf", settings.weights, grids)
     again = AutoModelForCausalLM.from_pretrained(folder, gguf_file="model.gguf", dtype=torch.float32, **OFFLINE).eval()
     logits_NC = ctx.task.logits(again, reference.data, ctx.check_stop)
     return measure_agreement(ctx, reference, logits_NC, "gguf", settings.min_agreement)
 
 
-def write_file(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, weights: str) -> None:
-    """Writes a model with its tokenizer as GGUF."""
+def write_file(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, weights: str, grids: dict[str, Grid]
+) -> None:
+    """Writes a model with its tokenizer as GGUF; matrices on a grid that the file has a form for keep their codes."""
     config = model.config
     _check(config)
     architecture = ARCHITECTURES[config.model_type]
@@ -63,7 +69,10 @@ def write_file(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path:
     for name, tensor in model.state_dict().items():
         if name not in tied:
             own = names.get_name(name, try_suffixes=(".weight", ".bias"))
-            _add_tensor(writer, str(own), _turn(name, tensor, config), weights)
+            grid = grids.get(name)
+            if grid:
+                grid = Grid(_turn(name, grid.scale_OG, config), _turn(name, grid.zero_OG, config), grid.bits)
+            _add_tensor(writer, str(own), _turn(name, tensor, config), weights, grid)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -120,7 +129,11 @@ def _turn(name: str, tensor: Tensor, config: PreTrainedConfig) -> Tensor:
     return tensor.unflatten(0, (num_heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
-def _add_tensor(writer: gguf.GGUFWriter, name: str, tensor: Tensor, weights: str) -> None:
+def _add_tensor(writer: gguf.GGUFWriter, name: str, tensor: Tensor, weights: str, grid: Grid | None) -> None:
+    kept = _find_form(tensor, grid) if grid else None
+    if grid and kept:
+        writer.add_tensor(name, _pack(encode(tensor.float(), grid), grid, kept), raw_dtype=kept)
+        return
     data = np.ascontiguousarray(tensor.float().numpy())
     form = FORMS[weights] if data.ndim > 1 else Form.F32
     if form == Form.Q4_0 and name.startswith(("token_embd", "output")):
@@ -128,6 +141,30 @@ def _add_tensor(writer: gguf.GGUFWriter, name: str, tensor: Tensor, weights: str
     if form in (Form.Q8_0, Form.Q4_0) and data.shape[-1] % BLOCK:
         form = Form.F16
     writer.add_tensor(name, gguf.quants.quantize(data, form), raw_dtype=form)
+
+
+def _find_form(weight_OI: Tensor, grid: Grid) -> Form | None:
+    """Returns the form that has a code and a scale for each weight of a grid, if there is one."""
+    width = weight_OI.shape[1] // grid.scale_OG.shape[1]
+    is_symmetric = bool((grid.zero_OG == 2 ** (grid.bits - 1)).all())
+    if width % BLOCK or grid.bits not in (4, 8) or (grid.bits == 8 and not is_symmetric):
+        return None
+    return Form.Q8_0 if grid.bits == 8 else Form.Q4_0 if is_symmetric else Form.Q4_1
+
+
+def _pack(codes_OI: Tensor, grid: Grid, form: Form) -> NDArray[np.uint8]:
+    """Returns the bytes of each row: of each block of 32 its scale, the value of code 0 where it has one, the codes."""
+    codes_OBN = codes_OI.to(torch.uint8).unflatten(1, (-1, BLOCK)).numpy()
+    parts = codes_OBN.shape[1] // grid.scale_OG.shape[1]
+    scale_OB, zero_OB = (part.repeat_interleave(parts, 1).numpy() for part in grid[:2])
+    head = [scale_OB] if form != Form.Q4_1 else [scale_OB, -scale_OB * zero_OB]
+    if form == Form.Q8_0:
+        body_OBN = (codes_OBN - np.uint8(128)).view(np.uint8)
+    else:
+        low_OBN, high_OBN = np.split(codes_OBN, 2, axis=-1)
+        body_OBN = low_OBN | (high_OBN << 4)
+    heads = [value.astype(np.float16)[..., None].view(np.uint8) for value in head]
+    return np.concatenate([*heads, body_OBN], axis=-1).reshape(len(codes_OBN), -1)
 
 
 def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, num_tokens: int) -> None:

@@ -11,7 +11,8 @@ class Grid(NamedTuple):
     """The values scale · (code − zero), with whole codes from 0 to 2^bits − 1.
 
     Attributes:
-        scale_OG: Of each output and each group of inputs that follow each other, float32.
+        scale_OG: Of each output and each group of inputs that follow each other; values of half precision, in which
+            most files store them, as float32.
         zero_OG: The code of the weight 0, whole.
         bits: Of a code.
     """
@@ -38,13 +39,17 @@ def fit(weight_OI: Tensor, group: int | None, *, bits: int, symmetric: bool) -> 
     """
     groups_OGN = weight_OI.float().unflatten(1, (-1, group or weight_OI.shape[1]))
     if symmetric:
-        scale_OG = groups_OGN.abs().amax(-1) / (2 ** (bits - 1) - 1)
-        scale_OG = torch.where(scale_OG > 0, scale_OG, 1.0)
+        scale_OG = _half(groups_OGN.abs().amax(-1) / (2 ** (bits - 1) - 1))
         return Grid(scale_OG, torch.full_like(scale_OG, 2 ** (bits - 1)), bits)
     low_OG, high_OG = groups_OGN.amin(-1).clamp(max=0), groups_OGN.amax(-1).clamp(min=0)
-    scale_OG = (high_OG - low_OG) / (2**bits - 1)
-    scale_OG = torch.where(scale_OG > 0, scale_OG, 1.0)
+    scale_OG = _half((high_OG - low_OG) / (2**bits - 1))
     return Grid(scale_OG, (-low_OG / scale_OG).round(), bits)
+
+
+def _half(scale_OG: Tensor) -> Tensor:
+    """Returns scales in half precision, one where all weights are zero or nearly so."""
+    halved_OG = scale_OG.half().float()
+    return torch.where(halved_OG > 0, halved_OG, 1.0)
 
 
 def encode(weight_OI: Tensor, grid: Grid) -> Tensor:

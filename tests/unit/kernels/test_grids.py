@@ -16,9 +16,9 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_a_symmetric_row_is_what_torch_makes_of_it(bits: int) -> None:
-    """By the definition: s = max |W_row| / (2^(b-1) - 1)."""
+    """By the definition: s = max |W_row| / (2^(b-1) - 1), in half precision."""
     weight_OI, largest = random(12, 40), 2 ** (bits - 1) - 1
-    scale_O = weight_OI.abs().amax(1) / largest
+    scale_O = (weight_OI.abs().amax(1) / largest).half().float()
     wanted = torch.fake_quantize_per_channel_affine(
         weight_OI, scale_O, torch.zeros(12, dtype=torch.int32), 0, -largest - 1, largest
     )
@@ -36,6 +36,7 @@ def test_an_asymmetric_group_is_what_torch_makes_of_it(bits: int, group: int) ->
     rows_RN = weight_OI.reshape(-1, group)
     observer(rows_RN)
     scale_R, zero_R = observer.calculate_qparams()
+    scale_R = scale_R.half().float()
     wanted = torch.fake_quantize_per_channel_affine(rows_RN, scale_R, zero_R.int(), 0, 0, 2**bits - 1)
     grid = fit(weight_OI, group, bits=bits, symmetric=False)
     torch.testing.assert_close(decode(encode(weight_OI, grid), grid), wanted.reshape(6, 40), rtol=1e-5, atol=1e-6)
