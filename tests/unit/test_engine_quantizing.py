@@ -10,17 +10,18 @@ import onnx
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForSequenceClassification as Classifier
 
 from core.errors import SpecInvalid
 from core.jobs.spec import load_spec
 from core.models.facts import read_facts
 from core.models.safetensors_header import read_tensors
-from tests.engine_bench import FAST, Bench, make_spec
+from tests.engine_bench import FAST, Bench, contents, make_spec
 from tests.unit.test_engine_models import CONFIGS, make
 from tests.unit.test_engine_sparsity import SPEC, TASK, matrices
 from worker.engine.matrices import find_matrices
-from worker.engine.quantizing import read_grids
+from worker.engine.quantizing import Wanted, put_on_grids, read_grids, settle
 from worker.engine.runtimes import count_onnx_parameters, open_session, run_session
 from worker.kernels.grids import decode, encode
 
@@ -96,6 +97,47 @@ def test_every_model_has_its_matrices_found(config: Any) -> None:
     )
 
 
+@pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[-1]], ids=lambda config: config.model_type)
+@pytest.mark.parametrize("wanted", [Wanted(4, 16, symmetric=False), Wanted(8, None, symmetric=True)], ids=str)
+def test_in_training_a_model_is_the_rounded_one(config: Any, wanted: Wanted) -> None:
+    """Values are those that stay; the derivative by a weight is that by its rounded one."""
+    model, ids = make(config).eval(), torch.arange(3, 23).reshape(2, 10)
+    put_on_grids(model, wanted)
+    model(input_ids=ids).logits.square().sum().backward()
+    trained = model(input_ids=ids).logits.detach()
+    slopes = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if "original" in name}
+    grids = settle(model)
+    assert {f"{name}.weight" for name in matrices(model)} == set(grids)
+    model.zero_grad()
+    logits = model(input_ids=ids).logits
+    assert torch.equal(logits, trained)
+    logits.square().sum().backward()
+    for name, slope in slopes.items():
+        found = model.get_parameter(name.replace("parametrizations.weight.original", "weight")).grad
+        torch.testing.assert_close(found, slope)
+    for name, weight_OI in matrices(model).items():
+        grid = grids[f"{name}.weight"]
+        torch.testing.assert_close(decode(encode(weight_OI, grid), grid), weight_OI)
+
+
+def test_a_model_that_hears_what_it_was_before_regains_what_rounding_cost() -> None:
+    model, ids = make(CONFIGS[0]).eval(), torch.randint(3, 60, (64, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for weight_OI in matrices(model).values():
+            weight_OI *= 5  # else little of the answers hangs on the layers
+        wanted = model(input_ids=ids).logits
+    put_on_grids(model, Wanted(3, 16, symmetric=False))
+    optimizer, losses = torch.optim.Adam(model.parameters(), lr=1e-3), []
+    for _ in range(60):
+        loss = (model(input_ids=ids).logits - wanted).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    settle(model)
+    assert (model(input_ids=ids).logits - wanted).square().mean().item() < 0.3 * losses[0]
+
+
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     """One with a student that has learned the classes."""
@@ -131,7 +173,7 @@ def read(folder: Path, text: str) -> tuple[dict[str, torch.Tensor], np.ndarray]:
 def test_a_quantised_student_is_packed_without_loss(bench: Bench, group: int | None, bits: int, tmp_path: Path) -> None:
     stages = [{"kind": "quantize", "group": group, "bits": bits}, {"kind": "export", "formats": [EXACT]}]
     inputs = go_on(bench, tmp_path, *stages)
-    folder, student = inputs / "onnx_int4", AutoModelForSequenceClassification.from_pretrained(inputs / "student")
+    folder, student = inputs / "onnx_int4", Classifier.from_pretrained(inputs / "student")
     for text in ("a b c", "one two three four"):
         tokens, logits = read(folder, text)
         with torch.no_grad():
@@ -166,6 +208,30 @@ def test_a_form_that_disagrees_is_not_published(bench: Bench, tmp_path: Path) ->
     assert finished.last["reason"] == "goal_missed"
 
 
+def test_training_goes_on_with_weights_on_grids(bench: Bench, tmp_path: Path) -> None:
+    """And ends with the same bytes after a kill and a stop, and is packed without loss."""
+    work = bench.copy(tmp_path / "work")
+    stages = [{"kind": "quantize", "group": 16, "bits": 2}, {"kind": "distill", **FAST}]
+    spec = make_spec([{"kind": "distill"}, *stages, {"kind": "export", "formats": [EXACT]}])
+    work.adopt(work.succeed(spec, 1, "rounded"), 1, "quantize")
+    again = work.copy(tmp_path / "again")
+    trained = work.succeed(spec, 2, "trained")
+    checkpoint = None
+    for how in ("kill", "stop"):
+        order = again.write_order(spec, 2, how, checkpoint=checkpoint and str(checkpoint), checkpoint_s=0)
+        found, _ = again.interrupt(order, 2, how)
+        checkpoint = found[-1]
+    resumed = again.succeed(spec, 2, "last", checkpoint=str(checkpoint))
+    assert contents(resumed.outputs) == contents(trained.outputs)
+    grids, model = (read(trained.outputs / "student") for read in (read_grids, Classifier.from_pretrained))
+    for name, weight_OI in matrices(model).items():
+        grid = grids[f"{name}.weight"]
+        assert max(len(group.unique()) for group in weight_OI.reshape(-1, 16)) <= 4
+        torch.testing.assert_close(decode(encode(weight_OI, grid), grid), weight_OI)
+    work.adopt(trained, 2, "distill")
+    assert work.succeed(spec, 3, "exported").last["summary"]["formats"]["onnx_int4"]["max_logit_difference"] < 1e-4
+
+
 def test_what_makes_no_sense_is_said_at_submit() -> None:
     def problems(*stages: dict[str, Any]) -> list[tuple[str, str]]:
         with pytest.raises(SpecInvalid) as caught:
@@ -173,8 +239,8 @@ def test_what_makes_no_sense_is_said_at_submit() -> None:
         return [(detail["field"], detail["message"]) for detail in caught.value.details]
 
     quantize = {"kind": "quantize"}
-    [(field, message)] = problems(quantize, {"kind": "distill"})
-    assert (field, "'distill', would take the weights off their grids" in message) == ("stages.0.kind", True)
+    [(field, message)] = problems(quantize, {"kind": "sparsify"})
+    assert (field, "'sparsify', would take the weights off their grids" in message) == ("stages.0.kind", True)
     [(field, message)] = problems(quantize, quantize)
     assert (field, "stage 1, 'quantize'" in message) == ("stages.0.kind", True)
     [(field, message)] = problems(quantize | {"bits": 8}, {"kind": "export", "formats": [{"kind": "onnx_int4"}]})

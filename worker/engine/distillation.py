@@ -9,6 +9,7 @@ from core.losses import FeatureLoss
 from worker.engine.context import StageContext
 from worker.engine.features import Features
 from worker.engine.objective import Objective, make_term, name_losses
+from worker.engine.quantizing import find_wanted
 from worker.engine.rollouts import Rollouts
 from worker.engine.students import load_student, load_student_tokenizer
 from worker.engine.training import Trainer
@@ -35,6 +36,7 @@ def distill(ctx: StageContext, settings: "Distill") -> dict[str, Any]:
         teaching,
         Features(ctx, compared, Watched(student), teaching.layers) if compared and teaching.layers else None,
         make_rollouts(ctx, student, tokenizer, settings),
+        find_wanted(ctx),
     )
     teacher_scores = teaching.score(trainer.validation_data)
     summary = trainer.run()

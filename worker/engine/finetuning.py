@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from worker.engine.context import StageContext
 from worker.engine.objective import label_objective
 from worker.engine.optimization import open_pooler
+from worker.engine.quantizing import find_wanted
 from worker.engine.students import load_either
 from worker.engine.training import Trainer
 
@@ -17,7 +18,8 @@ def finetune(ctx: StageContext, settings: "Finetune") -> dict[str, Any]:
     model, tokenizer = load_either(ctx, settings.of)
     if settings.open_pooler and model.has_new_head:
         open_pooler(model)
-    trainer = Trainer(ctx, model, tokenizer, settings, label_objective(ctx))
+    wanted = find_wanted(ctx) if settings.of == "student" else None
+    trainer = Trainer(ctx, model, tokenizer, settings, label_objective(ctx), wanted=wanted)
     summary = trainer.run()
     trainer.save(settings.of)
     return summary

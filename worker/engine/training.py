@@ -24,11 +24,13 @@ from worker.engine.failures import CheckpointUnfit, StopRequested, is_out_of_mem
 from worker.engine.features import Features
 from worker.engine.objective import Objective, ShareWatch, warn_of_share
 from worker.engine.optimization import Average, make_optimizer, make_schedule, set_dropout
+from worker.engine.quantizing import Wanted, put_on_grids, settle, write_grids
 from worker.engine.rollouts import Rollouts
 from worker.engine.sharding import clip_gradients, join_layers, parts_like, whole_on_first
 from worker.engine.tasks import Split
 from worker.engine.teaching import Teaching
 from worker.engine.zeros import Zeros, find_zeros, keep_zeros
+from worker.kernels.grids import Grid
 from worker.kernels.heads import add_numbers, backward
 
 LOGGED_POINTS = 200
@@ -47,11 +49,13 @@ class Trainer:
     teaching: Teaching | None = None
     features: Features | None = None
     rollouts: Rollouts | None = None
+    wanted: Wanted | None = None
     train_data: Split = field(init=False)
     validation_data: Split | None = field(init=False)
     watch: ShareWatch = field(init=False)
     beside: torch.nn.ModuleDict = field(init=False)
     zeros: Zeros = field(init=False)
+    grids: dict[str, Grid] = field(init=False)
     _window: list[dict[str, float]] = field(default_factory=list)
     _best: dict[str, Any] = field(default_factory=dict)
     _best_state: dict[str, Tensor] | None = None
@@ -69,7 +73,9 @@ class Trainer:
         if self.rollouts is None:  # which may write any token
             used = np.flatnonzero(self.train_data.count_ids())
             train_used_rows(self.model, np.union1d(used, self.tokenizer.all_special_ids))
-        self.zeros = find_zeros(self.model)
+        self.zeros, self.grids = find_zeros(self.model), {}
+        if self.wanted:
+            put_on_grids(self.model, self.wanted)
         self.optimizer = make_optimizer(self.model, self.settings, self.task.is_head)
         self.beside = self.features.projections.to(self.ctx.device) if self.features else torch.nn.ModuleDict()
         if len(self.beside):
@@ -107,6 +113,7 @@ class Trainer:
             self.model.load_state_dict(kept)
         whole_rows(self.model)
         join_layers(self.model)
+        self.grids = settle(self.model)
         if self.settings.gradient_checkpointing:
             self.model.gradient_checkpointing_disable()
         self.model.eval()
@@ -208,6 +215,8 @@ class Trainer:
         if ranks.number():
             return
         self.task.save_model(self.model, self.tokenizer, self.ctx.output(role))
+        if self.wanted:
+            write_grids(self.ctx.output(role), self.grids, self.wanted)
 
     def _encode(self, path: Path) -> Split:
         split: Split = self.task.encode(path, self.model, self.tokenizer, self.settings.max_length)

@@ -65,6 +65,15 @@ def decode(codes_OI: Tensor, grid: Grid) -> Tensor:
     return ((groups_OGN - grid.zero_OG[..., None]) * grid.scale_OG[..., None]).flatten(1)
 
 
+def round_through(weight_OI: Tensor, grid: Grid) -> Tensor:
+    """Returns the weights on the grid, with the gradient of what they were before: as if nothing had been rounded.
+
+    Paper: Bengio et al. 2013, "Estimating or Propagating Gradients Through Stochastic Neurons for Conditional
+    Computation", section 4 (straight-through estimator).
+    """
+    return weight_OI + (decode(encode(weight_OI, grid), grid) - weight_OI).detach()
+
+
 def join(grids: list[Grid]) -> Grid:
     """Returns the grid of groups that follow each other."""
     scales, zeros = [grid.scale_OG for grid in grids], [grid.zero_OG for grid in grids]

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from core.methods import ModelFacts, ModelStage, OneOf, Problem, Rounding
+from core.training import Training
 
 if TYPE_CHECKING:
     from core.jobs.spec import JobSpec
@@ -16,7 +17,8 @@ class Quantize(ModelStage):
     """Puts the weights of the student's layers on grids of few values, which later forms store as codes of few bits.
 
     The student itself stays in floating point, so that it runs everywhere, with the values that the codes stand for;
-    its artifact holds the grids beside it. The stage says what the codes take. `onnx_int4` packs them.
+    its artifact holds the grids beside it. The stage says what the codes take. `onnx_int4` and `gguf` pack them. A
+    `distill` stage after this one trains with the weights on grids (QAT), which brings back what was lost.
     """
 
     kind: Literal["quantize"] = "quantize"
@@ -32,10 +34,14 @@ class Quantize(ModelStage):
     )
 
     def check(self, spec: "JobSpec") -> list[Problem]:
-        """Returns which later stages would take the weights off their grids, or have no room for the codes."""
+        """Returns which later stages would take the weights off their grids, or have no room for the codes.
+
+        Training does not: it goes on with weights on grids.
+        """
         own = next(number for number, stage in enumerate(spec.stages) if stage is self)
         later = [(number, stage) for number, stage in enumerate(spec.stages) if number > own]
-        changes = [(number, stage.kind) for number, stage in later if "student" in stage.writes()]
+        others = [(number, stage) for number, stage in later if not isinstance(stage, Training)]
+        changes = [(number, stage.kind) for number, stage in others if "student" in stage.writes()]
         problems = [
             Problem("kind", f"stage {number}, '{kind}', would take the weights off their grids; quantize after it")
             for number, kind in changes
