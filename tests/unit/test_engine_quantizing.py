@@ -129,7 +129,7 @@ def test_a_model_that_hears_what_it_was_before_regains_what_rounding_cost() -> N
         wanted = model(input_ids=ids).logits
     put_on_grids(model, Wanted(3, 16, symmetric=False))
     optimizer, losses = torch.optim.Adam(model.parameters(), lr=1e-3), []
-    for _ in range(30):
+    for _ in range(50):
         loss = (model(input_ids=ids).logits - wanted).square().mean()
         optimizer.zero_grad()
         loss.backward()
