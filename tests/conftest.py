@@ -63,6 +63,9 @@ def pytest_configure(config: pytest.Config) -> None:
         _stop.append(redis.stop)
     if config.getoption("dist", "no") != "no" and not hasattr(config, "workerinput"):
         return  # the processes that run the tests inherit the servers
+    count = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    # Before torch is imported: with more threads than cores, those of one process wait for those of another.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     os.environ["STILLHOUSE_REDIS_URL"] = _choose_redis(os.environ["STILLHOUSE_REDIS_URL"])
     os.environ["STILLHOUSE_DATABASE_URL"] = _make_database(os.environ["STILLHOUSE_DATABASE_URL"])
     os.environ["STILLHOUSE_STORAGE_DIR"] = str(scratch / "blobs")
