@@ -47,8 +47,6 @@ def quantize(ctx: StageContext, settings: "Quantize") -> dict[str, Any]:
     check_groups(found, settings.group or 1, "Choose a smaller group, or null for one scale a row.")
     grids: dict[str, Grid] = {}
 
-    wanted = Wanted(settings.bits, settings.group, settings.symmetric)
-
     def change(matrix: Matrix) -> Tensor:
         fitted = partial(fit, bits=settings.bits, symmetric=settings.symmetric)
         weight_OI, grids[matrix.name] = round_weights(matrix, fitted, settings.group)
@@ -57,7 +55,7 @@ def quantize(ctx: StageContext, settings: "Quantize") -> dict[str, Any]:
     change_layers(ctx, model, found, data, change)
     folder = ctx.output("student")
     ctx.task.save_model(model.cpu(), tokenizer, folder)
-    write_grids(folder, grids, wanted)
+    write_grids(folder, grids, Wanted(settings.bits, settings.group, settings.symmetric))
     stored_bytes = sum(path.stat().st_size for path in folder.glob("model*.safetensors"))
     change_made = compare(ctx, Reader(before, tokenizer), Reader(model, tokenizer))
     return change_made | {"stored_bytes": stored_bytes, "packed_bytes": count_packed_bytes(model, grids)}
