@@ -183,17 +183,30 @@ def test_a_quantised_student_is_packed_without_loss(bench: Bench, group: int | N
     assert count_onnx_parameters(folder / "model.onnx") == pytest.approx(student.num_parameters(), rel=0.03)
 
 
-def test_without_a_stage_before_weights_are_rounded_to_the_nearest(bench: Bench, tmp_path: Path) -> None:
-    forms = [{"kind": "onnx"}, {"kind": "onnx_int4", "group": 16, "embedding_bits": 4, "min_agreement": 0.5}]
+def test_forms_of_fewer_bits_need_no_stage_before(bench: Bench, tmp_path: Path) -> None:
+    forms = [
+        {"kind": "onnx"},
+        {"kind": "onnx_fp16"},
+        {"kind": "onnx_int4", "group": 16, "embedding_bits": 4, "min_agreement": 0.5},
+    ]
     inputs = go_on(bench, tmp_path, {"kind": "export", "formats": forms}, {"kind": "evaluate"})
-    sizes = {kind: (inputs / kind / "model.onnx").stat().st_size for kind in ("onnx", "onnx_int4")}
+    sizes = {kind: (inputs / kind / "model.onnx").stat().st_size for kind in ("onnx", "onnx_fp16", "onnx_int4")}
     assert sizes["onnx_int4"] < 0.65 * sizes["onnx"]
+    assert sizes["onnx_fp16"] < sizes["onnx"]
+    halves = onnx.load(inputs / "onnx_fp16" / "model.onnx").graph.initializer
+    assert {tensor.data_type for tensor in halves if len(tensor.dims) > 1} == {onnx.TensorProto.FLOAT16}
     graph = onnx.load(inputs / "onnx_int4" / "model.onnx").graph
     kinds = [node.op_type for node in graph.node]
     assert "GatherBlockQuantized" in kinds
     assert "MatMulNBits" in kinds
     report = (inputs / "report" / "report.json").read_text()
     assert '"onnx_int4"' in report
+    assert '"onnx_fp16"' in report
+    tokens, logits = read(inputs / "onnx_fp16", "a b c")
+    with torch.no_grad():
+        wanted = Classifier.from_pretrained(inputs / "student")(**tokens).logits.numpy()
+    np.testing.assert_allclose(logits, wanted, atol=0.05)
+    assert not np.allclose(logits, wanted, atol=1e-6)
 
 
 def test_a_form_that_disagrees_is_not_published(bench: Bench, tmp_path: Path) -> None:

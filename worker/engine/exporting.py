@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ import numpy as np
 import onnx
 import torch
 from onnxruntime.quantization import QuantType, quantize_dynamic
+from onnxruntime.transformers.float16 import convert_float_to_float16
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -22,6 +24,7 @@ from worker.engine.runtimes import open_session, run_session
 
 if TYPE_CHECKING:
     from worker.methods.exporters.onnx import Onnx
+    from worker.methods.exporters.onnx_fp16 import OnnxFp16
     from worker.methods.exporters.onnx_int8 import OnnxInt8
     from worker.methods.stages.export import Export
 
@@ -72,7 +75,7 @@ def write_onnx(ctx: StageContext, settings: "Onnx", folder: Path) -> dict[str, f
     """Writes the student as ONNX, runs it in onnxruntime, and returns the largest difference of a logit."""
     reference = get_reference(ctx)
     shutil.copyfile(make_onnx(ctx), folder / "model.onnx")
-    write_companions(ctx, reference, folder)
+    _write_companions(ctx, reference, folder)
     return measure(ctx, reference, run_onnx(ctx, reference.data, folder), "onnx", settings.tolerance)
 
 
@@ -82,7 +85,6 @@ def write_onnx_int8(ctx: StageContext, settings: "OnnxInt8", folder: Path) -> di
     Raises:
         StageFailed: `goal_missed` when too few labels agree.
     """
-    reference = get_reference(ctx)
     quantize_dynamic(
         make_onnx(ctx),
         folder / "model.onnx",
@@ -91,8 +93,27 @@ def write_onnx_int8(ctx: StageContext, settings: "OnnxInt8", folder: Path) -> di
         reduce_range=settings.reduce_range,
         op_types_to_quantize=["MatMul", "Gemm", "Gather"],
     )
-    write_companions(ctx, reference, folder)
-    return measure_agreement(ctx, reference, run_onnx(ctx, reference.data, folder), "onnx_int8", settings.min_agreement)
+    return check_onnx(ctx, folder, "onnx_int8", settings.min_agreement)
+
+
+def write_onnx_fp16(ctx: StageContext, settings: "OnnxFp16", folder: Path) -> dict[str, float]:
+    """Writes the student as ONNX in half precision, and returns its agreement with the student.
+
+    Raises:
+        StageFailed: `goal_missed` when too few labels agree.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of each number that is rounded to what half precision has
+        proto = convert_float_to_float16(onnx.load(make_onnx(ctx)), keep_io_types=True)
+    onnx.save(proto, folder / "model.onnx")
+    return check_onnx(ctx, folder, "onnx_fp16", settings.min_agreement)
+
+
+def check_onnx(ctx: StageContext, folder: Path, form: str, least: float) -> dict[str, float]:
+    """Writes what belongs to a graph, and returns what `measure_agreement` does of it."""
+    reference = get_reference(ctx)
+    _write_companions(ctx, reference, folder)
+    return measure_agreement(ctx, reference, run_onnx(ctx, reference.data, folder), form, least)
 
 
 def measure_agreement(
@@ -185,8 +206,7 @@ def _export_graph(reference: Reference, path: Path) -> Path:
     return path
 
 
-def write_companions(ctx: StageContext, reference: Reference, folder: Path) -> None:
-    """Writes what belongs to a graph: config, tokenizer and labels."""
+def _write_companions(ctx: StageContext, reference: Reference, folder: Path) -> None:
     reference.model.config.save_pretrained(folder)
     save_tokenizer(reference.tokenizer, folder)
     save_labels(ctx.labels, folder)

@@ -12,7 +12,7 @@ from onnx import GraphProto, NodeProto, helper, numpy_helper
 from torch import Tensor
 
 from worker.engine.context import StageContext
-from worker.engine.exporting import get_reference, make_onnx, measure_agreement, run_onnx, write_companions
+from worker.engine.exporting import check_onnx, get_reference, make_onnx
 from worker.engine.importance import Map, by_input
 from worker.engine.quantizing import read_grids
 from worker.kernels.grids import Grid, encode, fit
@@ -32,9 +32,8 @@ def write_onnx_int4(ctx: StageContext, settings: "OnnxInt4", folder: Path) -> di
     Raises:
         StageFailed: `goal_missed` when too few labels agree.
     """
-    reference, proto = get_reference(ctx), onnx.load(make_onnx(ctx))
-    grids = read_grids(ctx.input("student"))
-    modules = {name: part for name, part in reference.model.named_modules() if isinstance(part, Map)}
+    proto, grids = onnx.load(make_onnx(ctx)), read_grids(ctx.input("student"))
+    modules = {name: part for name, part in get_reference(ctx).model.named_modules() if isinstance(part, Map)}
     known = {
         _digest(by_input(module).numpy()): grids[f"{name}.weight"]
         for name, module in modules.items()
@@ -43,8 +42,7 @@ def write_onnx_int4(ctx: StageContext, settings: "OnnxInt4", folder: Path) -> di
     pack(proto.graph, known, settings)
     proto.opset_import.append(helper.make_opsetid(DOMAIN, 1))
     onnx.save(proto, folder / "model.onnx")
-    write_companions(ctx, reference, folder)
-    return measure_agreement(ctx, reference, run_onnx(ctx, reference.data, folder), "onnx_int4", settings.min_agreement)
+    return check_onnx(ctx, folder, "onnx_int4", settings.min_agreement)
 
 
 def pack(graph: GraphProto, known: dict[str, Grid], settings: "OnnxInt4") -> None:

@@ -19,7 +19,7 @@ class TextRegression(Task):
     event warns of one that is far from it.
     """
 
-    forms: ClassVar[tuple[str, ...]] = ("safetensors", "onnx", "onnx_int8", "onnx_int4")
+    forms: ClassVar[tuple[str, ...]] = ("safetensors", "onnx", "onnx_fp16", "onnx_int8", "onnx_int4")
     gives_values: ClassVar[bool] = True
     min_labels: ClassVar[int] = 1
     label_loss: ClassVar[str] = "squared_error"

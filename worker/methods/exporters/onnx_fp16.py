@@ -1,0 +1,38 @@
+"""ONNX in half precision."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field
+
+from core.methods import Exporter
+
+if TYPE_CHECKING:
+    from worker.engine.context import StageContext
+
+
+class OnnxFp16(Exporter):
+    """Writes `model.onnx` with weights and arithmetic in half precision; inputs and logits stay as they are.
+
+    Half the size everywhere, and faster where half precision is: on GPUs, in browsers, on many phones. A desktop's
+    processor may need longer for it.
+    """
+
+    bytes_per_parameter: ClassVar[float] = 2.0
+    is_default: ClassVar[bool] = False
+
+    kind: Literal["onnx_fp16"] = "onnx_fp16"
+    min_agreement: float = Field(
+        0.99,
+        gt=0,
+        le=1,
+        description="Least accepted share of validation texts with the student's label, or, of a regression, "
+        "correlation with its numbers.",
+    )
+
+    def build(self, ctx: "StageContext") -> Callable[[Path], dict[str, float]]:
+        """Returns a callable that writes the form into a folder, checks it, and returns what the check measured."""
+        from worker.engine.exporting import write_onnx_fp16
+
+        return lambda folder: write_onnx_fp16(ctx, self, folder)
