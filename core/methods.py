@@ -267,10 +267,20 @@ class Stage(Method):
     queue: ClassVar[str] = "cpu"
     reports_on_job: ClassVar[bool] = False
     resizes: ClassVar[bool] = False  # the model, to what only the stage knows
+    trains: ClassVar[bool] = False
 
     def check(self, spec: "JobSpec") -> list[Problem]:  # noqa: ARG002 - most stages have nothing to check
         """Returns what is wrong with these settings inside that spec; fields are relative to the stage."""
         return []
+
+    def advise(self, spec: "JobSpec") -> list[Problem]:  # noqa: ARG002 - most stages have no advice
+        """Returns what is allowed in that spec, and seldom meant; fields as of `check`."""
+        return []
+
+    def later(self, spec: "JobSpec") -> "dict[int, Stage]":
+        """Returns the stages of its spec that come after this one, by their ordinals."""
+        own = next(ordinal for ordinal, stage in enumerate(spec.stages) if stage is self)
+        return {ordinal: stage for ordinal, stage in enumerate(spec.stages) if ordinal > own}
 
     def check_model(self, spec: "JobSpec", start: ModelFacts) -> list[Problem]:  # noqa: ARG002 - most stages take any
         """Returns what is wrong with these settings for a student that starts from that model; fields as of `check`."""
@@ -312,6 +322,8 @@ class Stage(Method):
 class ModelStage(Stage):
     """A stage that makes another model of the student, or of the one that its field `of` names."""
 
+    forgets: ClassVar[bool] = False  # something that a training brings back
+
     @property
     def role(self) -> str:
         """The role of the model that it changes."""
@@ -324,6 +336,14 @@ class ModelStage(Stage):
     def writes(self) -> set[str]:
         """Returns the role of the model."""
         return {self.role}
+
+    def advise(self, spec: "JobSpec") -> list[Problem]:
+        """Returns whether nothing brings back what is forgotten."""
+        if not self.forgets or any(s.trains and self.role in s.writes() for s in self.later(spec).values()):
+            return []
+        return [
+            Problem("kind", f"nothing trains the {self.role} after it; a 'distill' stage brings back what it loses")
+        ]
 
 
 FAMILIES: tuple[type[Method], ...] = (Task, Teacher, Student, Loss, Importance, Sparsity, Rounding, Exporter, Stage)

@@ -1,6 +1,6 @@
 """What every stage that trains a model lets its user set."""
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 class Training(ModelStage):
     """A stage that trains a model; it has no kind of its own."""
+
+    trains: ClassVar[bool] = True
 
     epochs: float = Field(4.0, gt=0, le=1000, description="Passes over the training split.")
     patience: int | None = Field(

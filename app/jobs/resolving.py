@@ -327,6 +327,7 @@ def _warnings(spec: JobSpec, sources: Sources) -> Problems:
         for role, split in sources.splits.items()
         for warning in split["warnings"]
     ]
+    warnings += _of_stages([(ordinal, stage.advise(spec)) for ordinal, stage in enumerate(spec.stages)])
     if spec.data.validation is None:
         _add(warnings, "data.validation", "no validation split: nothing tells when training goes wrong")
     train = sources.splits["train"]["sha256"]

@@ -101,3 +101,21 @@ def test_what_a_stage_sees_of_a_spec_can_be_read_as_one(teacher: dict) -> None:
         if stage.kind == "answer":
             assert type(seen.teacher) is type(spec.teacher)
             assert seen.teacher.sources().keys() == spec.teacher.sources().keys()
+
+
+@pytest.mark.parametrize(
+    ("stages", "advised"),
+    [
+        (["distill", "prune", "evaluate"], [1]),
+        (["distill", "prune", "distill", "sparsify"], [3]),
+        (["distill", "sparsify", "quantize", "export"], [1]),
+        (["prune", "sparsify", "quantize", "distill", "export"], []),
+    ],
+)
+def test_what_is_seldom_meant_is_told(stages: list[str], advised: list[int]) -> None:
+    settings = {"prune": {"num_layers": 1}}
+    whole = [{"kind": kind, **settings.get(kind, {})} for kind in stages]
+    spec = load_spec(
+        {"teacher": {"model": "m"}, "data": "d", "student": {"kind": "teacher_layers", "keep": [0, 1]}, "stages": whole}
+    )
+    assert [ordinal for ordinal, stage in enumerate(spec.stages) if stage.advise(spec)] == advised

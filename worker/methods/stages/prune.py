@@ -23,6 +23,7 @@ class Prune(ModelStage):
     """
 
     resizes: ClassVar[bool] = True
+    forgets: ClassVar[bool] = True
 
     kind: Literal["prune"] = "prune"
     num_layers: int | None = Field(

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from core.methods import ModelFacts, ModelStage, OneOf, Problem, Rounding
-from core.training import Training
 
 if TYPE_CHECKING:
     from core.jobs.spec import JobSpec
@@ -38,15 +37,14 @@ class Quantize(ModelStage):
 
         Training does not: it goes on with weights on grids.
         """
-        own = next(number for number, stage in enumerate(spec.stages) if stage is self)
-        later = [(number, stage) for number, stage in enumerate(spec.stages) if number > own]
-        others = [(number, stage) for number, stage in later if not isinstance(stage, Training)]
-        changes = [(number, stage.kind) for number, stage in others if "student" in stage.writes()]
+        later = self.later(spec)
+        others = {ordinal: stage for ordinal, stage in later.items() if not stage.trains}
         problems = [
-            Problem("kind", f"stage {number}, '{kind}', would take the weights off their grids; quantize after it")
-            for number, kind in changes
+            Problem("kind", f"stage {ordinal}, '{stage.kind}', takes weights off their grids; quantize after it")
+            for ordinal, stage in others.items()
+            if "student" in stage.writes()
         ]
-        if self.bits > 4 and any(form.kind == "onnx_int4" for _, stage in later for form in stage.forms()):
+        if self.bits > 4 and any(form.kind == "onnx_int4" for stage in later.values() for form in stage.forms()):
             problems.append(Problem("bits", "'onnx_int4' holds codes of 4 bits; use 4, or the form 'onnx_int8'"))
         return problems
 

@@ -1,7 +1,7 @@
 """A student with zeros among its weights."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -21,6 +21,8 @@ class Sparsify(ModelStage):
     runtime with kernels for such matrices. The stage says what the file takes compressed. To make a model smaller and
     faster everywhere, `prune` it. A `distill` stage after this one brings back what was lost.
     """
+
+    forgets: ClassVar[bool] = True
 
     kind: Literal["sparsify"] = "sparsify"
     share: float = Field(0.5, gt=0, lt=1, description="Share of the weights that become zero.")
