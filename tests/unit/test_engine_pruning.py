@@ -122,6 +122,7 @@ def test_a_job_prunes_and_brings_back_what_was_lost(tmp_path: Path) -> None:
     done = Bench(tmp_path).lay().succeed_all(spec)
     pruned = done[2].last["summary"]
     assert pruned["num_parameters"] < 0.6 * pruned["num_parameters_before"]
+    assert pruned["flops"] < 0.6 * pruned["flops_before"]
     assert pruned["validation"]["loss"] > pruned["validation_before"]["loss"]
     assert done[3].last["summary"]["validation"]["accuracy"] > 0.9
     made = Classifier.from_pretrained(done[4].outputs / "safetensors")

@@ -6,10 +6,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.nn import Module
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from worker.engine.context import StageContext
 
+ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # torch's own list lacks it
 WHOLE = 2**31 - 1  # no text is cut, but where the model has no more positions
 
 
@@ -21,12 +23,14 @@ class Reader(NamedTuple):
 
 
 def compare(ctx: StageContext, before: Reader, after: Reader) -> dict[str, Any]:
-    """Returns parameters, also by what they belong to, and validation scores of a model before the stage and after."""
+    """Returns parameters, also by what they belong to, operations, and validation scores before the stage and after."""
     return {
         "num_parameters": after.model.num_parameters(),
         "num_parameters_before": before.model.num_parameters(),
         "parameters": count_parameters(ctx, after.model),
         "parameters_before": count_parameters(ctx, before.model),
+        "flops": count_flops(ctx, after),
+        "flops_before": count_flops(ctx, before),
         "validation": score(ctx, after),
         "validation_before": score(ctx, before),
     }
@@ -49,6 +53,23 @@ def count_parameters(ctx: StageContext, model: PreTrainedModel) -> dict[str, int
 
 def _prefixes(model: PreTrainedModel, is_wanted: Callable[[Module], bool]) -> tuple[str, ...]:
     return tuple(f"{name}." for name, module in model.named_modules() if is_wanted(module))
+
+
+def count_flops(ctx: StageContext, reader: Reader) -> float:
+    """Returns the operations of a model for one text, the mean over a sample of the data with its padding.
+
+    A multiplication and an addition are two. Counted are products of matrices and attention, as if nothing was zero.
+    """
+    model, tokenizer = reader
+    data = ctx.task.sample(ctx.find_split("validation") or ctx.get_split("train"), model, tokenizer)
+    counter = FlopCounterMode(display=False, custom_mapping={ATTENTION: _count_attention})
+    with counter:
+        ctx.task.logits(model, data, ctx.check_stop)
+    return float(counter.get_total_flops()) / len(data)
+
+
+def _count_attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> Any:
+    return sdpa_flop_count(query, key, value)
 
 
 def score(ctx: StageContext, reader: Reader) -> dict[str, float] | None:
