@@ -1,6 +1,6 @@
 """How much the inputs of linear maps count, one by one or in blocks, over a sample of the data."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -12,11 +12,13 @@ from transformers.pytorch_utils import Conv1D
 from core.errors import StageFailed
 from core.methods import Importance
 from worker.engine.context import StageContext
+from worker.engine.data import Batch
 from worker.engine.objective import label_objective
 from worker.kernels.heads import backward
 
 BATCH = 32
 Map: TypeAlias = Linear | Conv1D
+Note: TypeAlias = Callable[[Module, tuple[Tensor, ...]], tuple[Tensor, ...] | None]  # of a map and its inputs
 
 
 def by_input(linear: Map) -> Tensor:
@@ -71,6 +73,23 @@ class Site:
         self.effect_I /= max(1, self._num_batches)
 
 
+def listen(
+    ctx: StageContext, model: PreTrainedModel, data: Any, notes: Mapping[Map, Note], *, needs_gradients: bool = False
+) -> Iterator[tuple[Batch, Any]]:
+    """Yields each batch of a sample of the data and the model's answer; `notes` hear what their maps get."""
+    hooks = [module.register_forward_pre_hook(note) for module, note in notes.items()]
+    model.eval()
+    try:
+        for batch in data.shuffled(BATCH, [ctx.seed], 0, ctx.device):
+            with torch.set_grad_enabled(needs_gradients):
+                answer = ctx.task.answer(model, batch)
+            yield batch, answer
+            ctx.check_stop()
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def watch(ctx: StageContext, model: PreTrainedModel, sites: dict[Map, Site], by: Importance, data: Any) -> None:
     """Runs the model over a sample of the data, and has the sites note what they get.
 
@@ -81,21 +100,13 @@ def watch(ctx: StageContext, model: PreTrainedModel, sites: dict[Map, Site], by:
         message = f"The model has no head for the task, so '{by.kind}' cannot tell what it misses."
         raise StageFailed("spec_invalid", message, suggestion="Put a finetune stage before this one.")
     objective = label_objective(ctx)
-    hooks = [module.register_forward_pre_hook(site.note) for module, site in sites.items()]
-    model.eval()
-    try:
-        for batch in data.shuffled(BATCH, [ctx.seed], 0, ctx.device):
-            with torch.set_grad_enabled(by.needs_gradients):
-                answer = ctx.task.answer(model, batch)
-            if by.needs_gradients:
-                backward(answer, objective, None, batch.row_labels, int(batch.is_row.sum()))
-            for site in sites.values():
-                site.end_batch()
-            ctx.check_stop()
-    finally:
-        for hook in hooks:
-            hook.remove()
-        model.zero_grad(set_to_none=True)
+    notes = {module: site.note for module, site in sites.items()}
+    for batch, answer in listen(ctx, model, data, notes, needs_gradients=by.needs_gradients):
+        if by.needs_gradients:
+            backward(answer, objective, None, batch.row_labels, int(batch.is_row.sum()))
+        for site in sites.values():
+            site.end_batch()
+    model.zero_grad(set_to_none=True)
     for site in sites.values():
         site.finish()
 

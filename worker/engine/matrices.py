@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from core.errors import StageFailed
 from worker.engine.context import StageContext
-from worker.engine.importance import BATCH, Map, by_input
+from worker.engine.importance import Map, by_input, listen
 from worker.engine.loading import find_layers
 
 
@@ -72,20 +72,8 @@ def change_layers(
     for number, matrices in enumerate(layers):
         ctx.progress(number, len(layers))
         if data is not None:
-            _look(ctx, model, matrices, data)
+            for _ in listen(ctx, model, data, {matrix.module: matrix.note for matrix in matrices}):
+                pass
         for matrix in matrices:
             matrix.weight_OI.copy_(change(matrix))
             matrix.gram_II = torch.empty(0)
-
-
-def _look(ctx: StageContext, model: PreTrainedModel, matrices: list[Matrix], data: Any) -> None:
-    """Runs the model over a sample of the data, and has the matrices note their inputs."""
-    hooks = [matrix.module.register_forward_pre_hook(matrix.note) for matrix in matrices]
-    try:
-        for batch in data.shuffled(BATCH, [ctx.seed], 0, ctx.device):
-            with torch.no_grad():
-                ctx.task.answer(model, batch)
-            ctx.check_stop()
-    finally:
-        for hook in hooks:
-            hook.remove()
