@@ -8,9 +8,9 @@ import importlib
 import pkgutil
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 
-from pydantic import GetCoreSchemaHandler
+from pydantic import Field, GetCoreSchemaHandler
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from core.datasets.reading import RowProblem as RowProblem
@@ -242,6 +242,17 @@ class Rounding(Method):
         raise NotImplementedError
 
 
+Agreement = Annotated[
+    float,
+    Field(
+        gt=0,
+        le=1,
+        description="Least accepted share of validation texts with the student's label, or, of a regression, "
+        "correlation with its numbers.",
+    ),
+]
+
+
 class Exporter(Method):
     """One deployable form of the student; `bytes_per_parameter` is about what it takes to store one.
 
@@ -317,33 +328,6 @@ class Stage(Method):
     def build(self, ctx: Any) -> Any:
         """Returns a callable without arguments that runs the stage; `ctx` is a `worker.engine.context.StageContext`."""
         raise NotImplementedError
-
-
-class ModelStage(Stage):
-    """A stage that makes another model of the student, or of the one that its field `of` names."""
-
-    forgets: ClassVar[bool] = False  # something that a training brings back
-
-    @property
-    def role(self) -> str:
-        """The role of the model that it changes."""
-        return getattr(self, "of", "student")
-
-    def reads(self, spec: "JobSpec") -> set[str]:
-        """Returns the teacher's role, unless it is a student that starts from another model."""
-        return set() if self.role == "student" and spec.student.source() else {"teacher"}
-
-    def writes(self) -> set[str]:
-        """Returns the role of the model."""
-        return {self.role}
-
-    def advise(self, spec: "JobSpec") -> list[Problem]:
-        """Returns whether nothing brings back what is forgotten."""
-        if not self.forgets or any(s.trains and self.role in s.writes() for s in self.later(spec).values()):
-            return []
-        return [
-            Problem("kind", f"nothing trains the {self.role} after it; a 'distill' stage brings back what it loses")
-        ]
 
 
 FAMILIES: tuple[type[Method], ...] = (Task, Teacher, Student, Loss, Importance, Sparsity, Rounding, Exporter, Stage)

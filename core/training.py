@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from core.methods import ModelStage
+from core.changing import ModelStage
 
 if TYPE_CHECKING:
     from core.jobs.spec import JobSpec

@@ -18,7 +18,7 @@ from worker.engine.exporting import get_reference, measure_agreement
 from worker.engine.loading import OFFLINE
 from worker.engine.pieces import BYTE_TOKENS, list_merges
 from worker.engine.quantizing import read_grids
-from worker.kernels.grids import Grid, encode
+from worker.kernels.grids import Grid, divide, encode
 
 if TYPE_CHECKING:
     from worker.methods.exporters.gguf import Gguf
@@ -155,8 +155,8 @@ def _find_form(weight_OI: Tensor, grid: Grid) -> Form | None:
 def _pack(codes_OI: Tensor, grid: Grid, form: Form) -> NDArray[np.uint8]:
     """Returns the bytes of each row: of each block of 32 its scale, the value of code 0 where it has one, the codes."""
     codes_OBN = codes_OI.to(torch.uint8).unflatten(1, (-1, BLOCK)).numpy()
-    parts = codes_OBN.shape[1] // grid.scale_OG.shape[1]
-    scale_OB, zero_OB = (part.repeat_interleave(parts, 1).numpy() for part in grid[:2])
+    blocks = divide(grid, codes_OBN.shape[1] // grid.scale_OG.shape[1])
+    scale_OB, zero_OB = blocks.scale_OG.numpy(), blocks.zero_OG.numpy()
     head = [scale_OB] if form != Form.Q4_1 else [scale_OB, -scale_OB * zero_OB]
     if form == Form.Q8_0:
         body_OBN = (codes_OBN - np.uint8(128)).view(np.uint8)

@@ -15,7 +15,7 @@ from worker.engine.context import StageContext
 from worker.engine.exporting import check_onnx, get_reference, make_onnx
 from worker.engine.importance import Map, by_input
 from worker.engine.quantizing import read_grids
-from worker.kernels.grids import Grid, encode, fit
+from worker.kernels.grids import Grid, divide, encode, fit
 
 if TYPE_CHECKING:
     from worker.methods.exporters.onnx_int4 import OnnxInt4
@@ -80,7 +80,7 @@ def _pack_product(
     block = next((block for block in BLOCKS if block <= width and width % block == num_inputs % block == 0), None)
     if block is None:
         return None
-    grid = _split(grid, width // block) if grid else fit(weight_OI, block, bits=4, symmetric=False)
+    grid = divide(grid, width // block) if grid else fit(weight_OI, block, bits=4, symmetric=False)
     codes_OI = encode(weight_OI, grid).to(torch.uint8).unflatten(1, (-1, block))
     names = _add(graph, node.input[1], codes_OI, grid, 4)
     level = ACCURACY_LEVELS[settings.compute]
@@ -118,11 +118,6 @@ def _halve(codes: Tensor) -> Tensor:
     """Returns codes of 4 bits with two in a byte, the first of them in the low bits; an odd row ends in a zero."""
     even = torch.nn.functional.pad(codes, (0, codes.shape[-1] % 2))
     return even[..., 0::2] | (even[..., 1::2] << 4)
-
-
-def _split(grid: Grid, parts: int) -> Grid:
-    """Returns the same grid with each group in so many parts."""
-    return Grid(grid.scale_OG.repeat_interleave(parts, 1), grid.zero_OG.repeat_interleave(parts, 1), grid.bits)
 
 
 def _digest(weight_IO: NDArray[np.float32]) -> str:

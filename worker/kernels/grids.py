@@ -74,6 +74,11 @@ def round_through(weight_OI: Tensor, grid: Grid) -> Tensor:
     return weight_OI + (decode(encode(weight_OI, grid), grid) - weight_OI).detach()
 
 
+def divide(grid: Grid, parts: int) -> Grid:
+    """Returns the same grid with each group in so many."""
+    return Grid(grid.scale_OG.repeat_interleave(parts, 1), grid.zero_OG.repeat_interleave(parts, 1), grid.bits)
+
+
 def join(grids: list[Grid]) -> Grid:
     """Returns the grid of groups that follow each other."""
     scales, zeros = [grid.scale_OG for grid in grids], [grid.zero_OG for grid in grids]

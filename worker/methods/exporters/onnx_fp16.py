@@ -4,9 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import Field
-
-from core.methods import Exporter
+from core.methods import Agreement, Exporter
 
 if TYPE_CHECKING:
     from worker.engine.context import StageContext
@@ -23,13 +21,7 @@ class OnnxFp16(Exporter):
     is_default: ClassVar[bool] = False
 
     kind: Literal["onnx_fp16"] = "onnx_fp16"
-    min_agreement: float = Field(
-        0.99,
-        gt=0,
-        le=1,
-        description="Least accepted share of validation texts with the student's label, or, of a regression, "
-        "correlation with its numbers.",
-    )
+    min_agreement: Agreement = 0.99
 
     def build(self, ctx: "StageContext") -> Callable[[Path], dict[str, float]]:
         """Returns a callable that writes the form into a folder, checks it, and returns what the check measured."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from core.methods import Exporter
+from core.methods import Agreement, Exporter
 
 if TYPE_CHECKING:
     from worker.engine.context import StageContext
@@ -24,13 +24,7 @@ class OnnxInt4(Exporter):
     is_default: ClassVar[bool] = False
 
     kind: Literal["onnx_int4"] = "onnx_int4"
-    min_agreement: float = Field(
-        0.95,
-        gt=0,
-        le=1,
-        description="Least accepted share of validation texts with the student's label, or, of a regression, "
-        "correlation with its numbers.",
-    )
+    min_agreement: Agreement = 0.95
     group: Literal[16, 32, 64, 128, 256] = Field(
         32, description="How many weights share a scale, where no `quantize` stage has chosen."
     )

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from core.methods import Exporter
+from core.methods import Agreement, Exporter
 
 if TYPE_CHECKING:
     from worker.engine.context import StageContext
@@ -18,13 +18,7 @@ class OnnxInt8(Exporter):
     bytes_per_parameter: ClassVar[float] = 1.05  # scales, and norms and biases in single precision
 
     kind: Literal["onnx_int8"] = "onnx_int8"
-    min_agreement: float = Field(
-        0.95,
-        gt=0,
-        le=1,
-        description="Least accepted share of validation texts with the student's label, or, of a regression, "
-        "correlation with its numbers.",
-    )
+    min_agreement: Agreement = 0.95
     weights: Literal["uint8", "int8"] = Field(
         "uint8",
         description="Type of the weights. 'uint8' agrees best and never overflows; 'int8' is 10 to 20 % faster, and on "

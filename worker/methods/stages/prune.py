@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from core.methods import Depths, Importance, ModelStage, OneOf, Problem
+from core.changing import ModelStage
+from core.methods import Depths, Importance, OneOf, Problem
 
 if TYPE_CHECKING:
     from core.jobs.spec import JobSpec

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from core.methods import ModelFacts, ModelStage, OneOf, Problem, Rounding
+from core.changing import ModelStage
+from core.methods import ModelFacts, OneOf, Problem, Rounding
 
 if TYPE_CHECKING:
     from core.jobs.spec import JobSpec
@@ -50,10 +51,8 @@ class Quantize(ModelStage):
 
     def check_model(self, spec: "JobSpec", start: ModelFacts) -> list[Problem]:
         """Returns whether groups do not divide a matrix, as far as it is known how wide it will be."""
-        widths, group = spec.student.widths(start), self.group or 1
-        if widths is None or any(stage.resizes for stage in spec.stages):
-            return []
-        odd = widths.undivided(group)
+        group = self.group or 1
+        odd = self.undivided(spec, start, group)
         why = f"groups of {group} do not divide the {odd} inputs of a matrix; choose fewer, or null"
         return [Problem("group", why)] if odd else []
 

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from core.methods import ModelFacts, ModelStage, OneOf, Problem, Sparsity
+from core.changing import ModelStage
+from core.methods import ModelFacts, OneOf, Problem, Sparsity
 
 if TYPE_CHECKING:
     from core.jobs.spec import JobSpec
@@ -61,10 +62,8 @@ class Sparsify(ModelStage):
 
     def check_model(self, spec: "JobSpec", start: ModelFacts) -> list[Problem]:
         """Returns whether groups do not divide a matrix, as far as it is known how wide it will be."""
-        widths, group = spec.student.widths(start), (self.numbers or (0, 1))[1]
-        if widths is None or any(stage.resizes for stage in spec.stages):
-            return []
-        odd = widths.undivided(group)
+        group = (self.numbers or (0, 1))[1]
+        odd = self.undivided(spec, start, group)
         why = f"groups of {group} do not divide the {odd} inputs of a matrix; choose another pattern, or a share"
         return [Problem("pattern", why)] if odd else []
 

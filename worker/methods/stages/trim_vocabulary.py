@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from core.methods import ModelStage, Problem
+from core.changing import ModelStage
+from core.methods import Problem
 
 if TYPE_CHECKING:
     from core.jobs.spec import JobSpec
