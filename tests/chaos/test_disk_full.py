@@ -52,8 +52,11 @@ def test_a_full_disk_at_every_kth_write(
 ) -> None:
     disk, before = Disk(tmp_path / "disk"), proving.find_damage()
     worker = stack.start_worker(**proving.EAGER, **disk.settings)
-    proving.clean_run(stack)
+    proving.clean_run(stack)  # which an earlier test may have done, on another disk
+    disk.refuse(0, 0)
+    assert stack.wait(proving.submit(stack), 600)["state"] == "succeeded"
     num_writes = disk.count()
+    assert num_writes > 100
     firsts = range(1, num_writes, max(1, num_writes // scaled(60)))
     lengths, num_failed = cycle(LENGTHS), 0
     for first in firsts:
