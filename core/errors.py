@@ -1,5 +1,6 @@
 """One error tree: a code, an HTTP status, whether a retry can help, and a default message (the docstring)."""
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 Reason = Literal[
@@ -145,11 +146,21 @@ class StageFailed(StillhouseError):
 
     code = "stage_failed"
 
-    def __init__(self, reason: Reason, message: str, *, suggestion: str = "", retryable: bool = False) -> None:
+    def __init__(
+        self,
+        reason: Reason,
+        message: str,
+        *,
+        suggestion: str = "",
+        retryable: bool = False,
+        publishes: Sequence[str] = (),
+    ) -> None:
+        """Takes the roles of what it made that is of use all the same, as `publishes`."""
         super().__init__(message)
         self.reason: Reason = reason
         self.suggestion = suggestion
         self.can_retry = retryable
+        self.publishes = list(publishes)
 
     def report(self) -> dict[str, Any]:
         """Returns what is told of it, as the constructor takes it."""

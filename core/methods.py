@@ -56,7 +56,7 @@ class Task(Method):
 
     `forms` names the exporters for its models; `shares_tokens` says whether tokens are what teacher and student choose
     among, and `gives_values` whether its models give numbers, where others give probabilities. `label_loss` is what is
-    learned from labels alone, and `stage_defaults` holds, by the kind of a stage, settings that a spec may leave out.
+    learned from labels alone, and `shares_trunk` says whether its models can share all but the head with others.
     """
 
     family: ClassVar[str] = "tasks"
@@ -65,7 +65,15 @@ class Task(Method):
     gives_values: ClassVar[bool] = False
     min_labels: ClassVar[int] = 0
     label_loss: ClassVar[str] = "cross_entropy"
-    stage_defaults: ClassVar[dict[str, dict[str, Any]]] = {}
+    shares_trunk: ClassVar[bool] = False
+
+    def parts(self) -> "dict[str, Task]":
+        """Returns the tasks that it is made of, by name; most are made of none."""
+        return {}
+
+    def stage_defaults(self) -> dict[str, dict[str, Any]]:
+        """Returns, by the kind of a stage, settings that a spec may leave out."""
+        return {}
 
     def columns(self) -> dict[str, str]:
         """Returns the columns the data must have, by their role (`text`, `label`)."""
@@ -141,6 +149,7 @@ class Student(Method):
     """
 
     family: ClassVar[str] = "students"
+    made_by: ClassVar[str | None] = None  # the kind of stage that alone can make it
 
     def source(self) -> str | None:
         """Returns the reference of the model that it starts from, None for the teacher."""
@@ -257,7 +266,8 @@ class Exporter(Method):
     """One deployable form of the student; `bytes_per_parameter` is about what it takes to store one.
 
     `model_types` are the architectures that it is known for, all if there are none; `is_default` says whether a job
-    writes it unless it says so, and `is_measured` whether a stage can run it to measure it.
+    writes it unless it says so, `is_measured` whether a stage can run it to measure it, and `calibrates` whether it
+    looks at the training split.
     """
 
     family: ClassVar[str] = "exporters"
@@ -265,6 +275,7 @@ class Exporter(Method):
     model_types: ClassVar[tuple[str, ...]] = ()
     is_default: ClassVar[bool] = True
     is_measured: ClassVar[bool] = True
+    calibrates: ClassVar[bool] = False
 
     def build(self, ctx: Any) -> Any:
         """Returns a callable that writes and checks the form."""
@@ -279,6 +290,7 @@ class Stage(Method):
     reports_on_job: ClassVar[bool] = False
     resizes: ClassVar[bool] = False  # the model, to what only the stage knows
     trains: ClassVar[bool] = False
+    makes_student: ClassVar[bool] = False  # of a kind that it alone can make
 
     def check(self, spec: "JobSpec") -> list[Problem]:  # noqa: ARG002 - most stages have nothing to check
         """Returns what is wrong with these settings inside that spec; fields are relative to the stage."""
@@ -317,6 +329,10 @@ class Stage(Method):
         """Returns whether it compares the tokens of teacher and student one by one."""
         return False
 
+    def calibrates(self) -> list[str]:
+        """Returns the kinds of what it does by a look at the training split."""
+        return [form.kind for form in self.forms() if form.calibrates]
+
     def forms(self) -> list[Exporter]:
         """Returns the forms of the student that this stage writes."""
         return []
@@ -352,14 +368,15 @@ class OneOf:
     """Marks a field typed as a family: its values are any registered method of it, told apart by `kind`.
 
     The schema is built when it is first used, so that it holds every method that `discover()` finds. With a default,
-    `kind` may be left out.
+    `kind` may be left out; with `only`, the name of a flag of the family, it holds those that have it.
     """
 
-    def __init__(self, default: str | None = None) -> None:
-        self.default = default
+    def __init__(self, default: str | None = None, only: str | None = None) -> None:
+        self.default, self.only = default, only
 
     def __get_pydantic_core_schema__(self, source: type[Method], handler: GetCoreSchemaHandler) -> CoreSchema:
-        choices = {kind: handler.generate_schema(cls) for kind, cls in list_methods(source.family).items()}
+        known = {k: cls for k, cls in list_methods(source.family).items() if not self.only or getattr(cls, self.only)}
+        choices = {kind: handler.generate_schema(cls) for kind, cls in known.items()}
 
         def known_kind(value: Any) -> Any:
             if self.default and isinstance(value, dict) and "kind" not in value:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,11 +11,44 @@ from tokenizers import Tokenizer
 from stillhouse.errors import InvalidInput
 
 DEFAULT_MAX_TOKENS = 512
+TAGS = "token_classification"
 Values = NDArray[np.float64]
 
 
+class Head(NamedTuple):
+    """What a model gives for one task: its labels, where their logits stand, and of what kind it is."""
+
+    labels: list[str]
+    columns: list[int]
+    kind: str | None
+
+    @property
+    def gives(self) -> str:
+        """What the numbers of its labels are."""
+        return "value" if self.kind == "regression" else "probability"
+
+    def read(self, logits_C: Values) -> list[tuple[str, float]]:
+        """Returns every label with its number, the largest first."""
+        found_C = self._numbers(logits_C[self.columns])
+        return [(self.labels[index], float(found_C[index])) for index in np.argsort(-found_C)]
+
+    def _numbers(self, logits_C: Values) -> Values:
+        if self.kind == "regression":
+            return logits_C
+        if self.kind == "multi_label_classification":
+            likelier_C = 1 / (1 + np.exp(-np.abs(logits_C)))
+            return np.where(logits_C < 0, 1 - likelier_C, likelier_C)
+        exponents_C = np.exp(logits_C - logits_C.max())
+        probabilities_C: Values = exponents_C / exponents_C.sum()
+        return probabilities_C
+
+
 class Classifier:
-    """The model of a folder with `model.onnx`, `tokenizer.json` and `labels.json`."""
+    """The model of a folder with `model.onnx`, `tokenizer.json` and `labels.json`.
+
+    Attributes:
+        heads: What it gives for each of its tasks, by name; of a model of one task the name is empty.
+    """
 
     def __init__(self, folder: str | Path) -> None:
         import onnxruntime
@@ -23,10 +57,15 @@ class Classifier:
         missing = [n for n in ("model.onnx", "tokenizer.json", "labels.json") if not (folder / n).is_file()]
         if missing:
             raise InvalidInput(f"{folder} holds no {missing[0]}. Name a downloaded 'onnx' or 'onnx_int8' folder.")
-        config = folder / "config.json"
-        self._kind = json.loads(config.read_text(encoding="utf-8")).get("problem_type") if config.is_file() else None
-        self.gives = "value" if self._kind == "regression" else "probability"
-        self.labels: list[str] = json.loads((folder / "labels.json").read_text(encoding="utf-8"))
+        path = folder / "config.json"
+        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        labels = json.loads((folder / "labels.json").read_text(encoding="utf-8"))
+        self.heads = {
+            task: Head([labels[place].removeprefix(f"{task}/") for place in found], found, kind)
+            for task, kind in config.get("tasks", {"": config.get("problem_type")}).items()
+            if kind != TAGS
+            and (found := [n for n, label in enumerate(labels) if label.startswith(f"{task}/" * bool(task))])
+        }
         self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self._tokenizer.enable_truncation(_max_tokens(folder))
         self._tokenizer.no_padding()
@@ -35,14 +74,32 @@ class Classifier:
         self._session = onnxruntime.InferenceSession(
             str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"]
         )
-        if len(self._session.get_outputs()[0].shape) != 2:
+        self._reads_words = len(self._session.get_outputs()[0].shape) != 2
+        if not self.heads or (self._reads_words and not config.get("tasks")):
             raise InvalidInput(f"{folder} holds a model that gives each word a tag, not a classifier of whole texts.")
 
-    def classify(self, text: str, pair: str | None = None) -> list[tuple[str, float]]:
+    def classify(self, text: str, pair: str | None = None, task: str | None = None) -> list[tuple[str, float]]:
         """Returns every label with its probability, the most probable first; `pair` is a second text.
 
         Of a model that gives several labels, each probability is of one alone; a regression's number is given as it is.
+        A model of several tasks answers for one of them.
         """
+        chosen = self.choose(task)
+        if len(chosen) > 1:
+            raise InvalidInput(f"The model has several tasks; name one of {', '.join(chosen)}.")
+        return self.classify_all(text, pair)[next(iter(chosen))]
+
+    def choose(self, task: str | None) -> dict[str, Head]:
+        """Returns the head of a task, or of each. Raises InvalidInput for a task that the model does not have."""
+        if task is None:
+            return self.heads
+        if task not in self.heads:
+            known = ", ".join(self.heads) if any(self.heads) else "none, as it is of one task"
+            raise InvalidInput(f"The model has no task '{task}' of whole texts; known: {known}.")
+        return {task: self.heads[task]}
+
+    def classify_all(self, text: str, pair: str | None = None) -> dict[str, list[tuple[str, float]]]:
+        """Returns what `classify` does for each task of the model, by its name."""
         encoded = self._tokenizer.encode(text, pair)
         columns = {
             "input_ids": encoded.ids,
@@ -50,18 +107,9 @@ class Classifier:
             "token_type_ids": encoded.type_ids,
         }
         inputs = {node.name: np.array([columns[node.name]], dtype=np.int64) for node in self._session.get_inputs()}
-        found_C = self._read(self._session.run(["logits"], inputs)[0][0].astype(np.float64))
-        return [(self.labels[index], float(found_C[index])) for index in np.argsort(-found_C)]
-
-    def _read(self, logits_C: Values) -> Values:
-        if self._kind == "regression":
-            return logits_C
-        if self._kind == "multi_label_classification":
-            likelier_C = 1 / (1 + np.exp(-np.abs(logits_C)))
-            return np.where(logits_C < 0, 1 - likelier_C, likelier_C)
-        exponents_C = np.exp(logits_C - logits_C.max())
-        probabilities_C: Values = exponents_C / exponents_C.sum()
-        return probabilities_C
+        logits = self._session.run(["logits"], inputs)[0][0].astype(np.float64)
+        logits_C = logits[0] if self._reads_words else logits  # those of a text are its first token's
+        return {task: head.read(logits_C) for task, head in self.heads.items()}
 
 
 def _max_tokens(folder: Path) -> int:

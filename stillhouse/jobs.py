@@ -13,7 +13,7 @@ import httpx
 
 from stillhouse.download import Downloader, OnBytes, plan
 from stillhouse.errors import ClientError, InvalidInput, ServerError, Unreachable, WaitTimeout
-from stillhouse.results import Artifact, Event, Job, Series, Usage, Validation
+from stillhouse.results import Artifact, Event, Job, Point, Series, Usage, Validation
 from stillhouse.specs import Spec, load_spec
 from stillhouse.transport import Transport, pause_s
 
@@ -94,6 +94,11 @@ class Jobs:
         """Returns the series of a job; `query` may hold `stage`, `step_from`, `step_to` and `max_points`."""
         answer = self._transport.json("GET", f"/v1/jobs/{job_id}/metrics", params={"names": list(names)} | query)
         return [Series.model_validate(item) for item in answer["data"]]
+
+    def pareto(self, job_id: str) -> list[Point]:
+        """Returns the students that a search of the job has measured so far."""
+        answer = self._transport.json("GET", f"/v1/jobs/{job_id}/pareto")
+        return [Point.model_validate(item) for item in answer["data"]]
 
     def log(self, job_id: str, ordinal: int) -> str:
         """Returns the log of a stage."""

@@ -213,3 +213,18 @@ class Secret(Result):
 
     name: str
     changed_at: datetime
+
+
+class Point(Result):
+    """A student that a search of a job has trained and measured."""
+
+    number: int
+    stage: int
+    sizes: dict[str, int]
+    retained: float
+    size_bytes: int
+    latency_p50_ms: float
+    latency_p95_ms: float
+    meets: bool
+    on_front: bool
+    files: dict[str, str] | None

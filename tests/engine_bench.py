@@ -84,8 +84,9 @@ class Bench:
         return self
 
     def copy(self, root: Path) -> "Bench":
-        shutil.copytree(self.root, root)
-        return Bench(root, self.server)
+        made = Bench(root, self.server)
+        shutil.copytree(self.inputs, made.inputs)
+        return made
 
     def write_order(self, spec: dict[str, Any], ordinal: int, name: str, **changes: Any) -> Path:
         outputs, whole = self.root / name / "out", load_spec(spec)

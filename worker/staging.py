@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -185,11 +186,11 @@ class Staging:
             dropped = record_checkpoint(session, self.claim, self.ordinal, step, blob, stage_key)
         discard(dropped)
 
-    def take_outputs(self) -> dict[str, list[ManifestFile]]:
-        """Stores what the child made and returns it by role."""
+    def take_outputs(self, roles: Sequence[str] | None = None) -> dict[str, list[ManifestFile]]:
+        """Stores what the child made, or of it these roles, and returns it by role."""
         store = get_store()
         folders = sorted(path for path in self.outputs.iterdir() if path.is_dir() and not path.is_symlink())
-        return {folder.name: store.take_folder(folder) for folder in folders}
+        return {path.name: store.take_folder(path) for path in folders if roles is None or path.name in roles}
 
     def take_log(self) -> Blob:
         """Stores the end of the stage's log and returns its blob."""

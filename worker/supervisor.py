@@ -6,6 +6,7 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from sqlalchemy import select
@@ -141,7 +142,7 @@ def _settle(taken: Claim, staging: Staging, outcome: dict[str, Any]) -> bool:
             return not _commit(taken, staging, outcome["summary"]) and _goes_on(taken)
         case "error":
             error = {key: outcome.get(key) for key in ("reason", "message", "suggestion", "retryable")}
-            _fail(taken, staging, error)
+            _fail(taken, staging, error, outcome.get("publishes", []))
             return False
         case "stopped":
             return _stop(taken, staging)
@@ -207,12 +208,14 @@ def _hand_back(taken: Claim, why: str, *, lost: bool = False) -> bool:
     return False
 
 
-def _fail(taken: Claim, staging: Staging, error: dict[str, Any]) -> None:
+def _fail(taken: Claim, staging: Staging, error: dict[str, Any], publishes: Sequence[str] = ()) -> None:
+    stage_log, outputs = None, {}
     try:
         stage_log = staging.take_log()
+        outputs = staging.take_outputs(publishes)
     except (OSError, StillhouseError):
-        stage_log = None
-    transact(lambda session: fail_stage(session, taken, staging.ordinal, error, stage_log))
+        log.exception("what stage %d of %s left is not stored", staging.ordinal, taken.job_id)
+    transact(lambda session: fail_stage(session, taken, staging.ordinal, error, stage_log, outputs))
 
 
 def _error_of(error: Exception) -> dict[str, Any]:

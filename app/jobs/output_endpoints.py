@@ -9,7 +9,7 @@ from app.envelope import errors
 from app.files import FILE_ANSWERS, file_answer, find_file, tar_answer
 from app.jobs import service
 from app.jobs.endpoints import JobId
-from app.jobs.schemas import ArtifactList, EventPage, EventView, SeriesList
+from app.jobs.schemas import ArtifactList, EventPage, EventView, PointList, SeriesList
 from app.jobs.streaming import event_stream, wants_stream
 from app.jobs.watching import Place
 from core.jobs import repository
@@ -79,6 +79,13 @@ def artifacts(job_id: JobId, session: DbSession, principal: Reader) -> Any:
     """Lists what a job has made so far, with every file's sha256."""
     job = repository.get_job(session, principal.tenant_id, job_id)
     return {"data": service.list_artifacts(session, job)}
+
+
+@router.get("/pareto", operation_id="list_points", response_model=PointList)
+def pareto(job_id: JobId, session: DbSession, principal: Reader) -> Any:
+    """Lists the students that a search of the job has measured so far, and which of them no other is better than."""
+    job = repository.get_job(session, principal.tenant_id, job_id)
+    return {"data": service.list_points(session, job)}
 
 
 @router.head(

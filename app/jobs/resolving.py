@@ -32,6 +32,7 @@ from core.tenants.models import Secret
 from core.tenants.secrets import list_secrets
 
 MAX_CLASSES = 10_000
+LEAST_ROWS = 16  # that tell what numbers inside a model are like
 OTHER_STUDENT = (
     "choose a student with the teacher's tokenizer, as its tokens are compared one by one, or a loss that compares "
     "none, as 'uld'"
@@ -75,11 +76,10 @@ def find_sources(session: Session, principal: Principal, spec: JobSpec) -> Sourc
             models[role] = _with_files(session, principal, model) if compares_tokens else model
     find = cache(partial(find_dataset, session, principal.tenant_id))  # most jobs take all splits of one data set
     splits = {}
-    for role in SPLITS:
-        ref = getattr(spec.data, role)
-        found = _find_split(session, principal.tenant_id, find, role, ref, problems) if ref else None
-        if found:
-            splits[role] = found
+    for path, ref in spec.data.refs().items():
+        split = _find_split(session, principal.tenant_id, find, path, ref, problems)
+        if split:
+            splits[path] = split
     api = spec.teacher.api()
     if api is not None:
         _check_api(session, principal.tenant_id, api, problems)
@@ -99,7 +99,7 @@ def _check_api(session: Session, tenant_id: str, api: Api, problems: Problems) -
 
 
 def _find_model(session: Session, principal: Principal, source: ModelSource, problems: Problems) -> Found | None:
-    field, ref = source
+    field, ref = source.field, source.ref
     if ref.startswith("hub:"):
         return Found({"hub": ref})
     if ref.startswith("job:"):
@@ -138,12 +138,12 @@ def _find_split(
     session: Session,
     tenant_id: str,
     find: Callable[[str], Dataset | None],
-    role: str,
+    path: str,
     ref: str,
     problems: Problems,
 ) -> dict[str, Any] | None:
     name, _, split = ref.partition("/")
-    field = f"data.{role}"
+    field = _field(path)
     dataset = find(name)
     if dataset is None:
         hint = suggest(name, list_dataset_names(session, tenant_id))
@@ -160,20 +160,33 @@ def resolve(spec: JobSpec, sources: Sources) -> Plan:
     """Returns the plan of a spec. Raises SpecInvalid with every problem, Unavailable when the hub does not answer."""
     problems = list(sources.problems)
     models, facts = describe_models(spec, sources, problems)
-    counts = {role: _label_counts(spec, role, split, problems) for role, split in sources.splits.items()}
-    labels = sorted(counts.get("train") or {})
-    _check_labels(spec.task, counts, problems)
-    if not spec.teacher.is_model and labels:
+    counts = {path: _label_counts(spec.task_of(path), path, split, problems) for path, split in sources.splits.items()}
+    labels = {
+        part: sorted(counts.get(f"train/{part}" if part else "train") or {}) for part in spec.task.parts() or [""]
+    }
+    for part in labels:
+        _check_labels(spec, part, counts, problems)
+    problems += _check_samples(spec, sources)
+    if not spec.teacher.is_model and any(labels.values()):
         problems += _check_known_labels(spec, facts, labels)
     if problems:
         raise spec_invalid(problems)
     kept = ("sha256", "size_bytes", "num_rows", "dataset_id", "split")
     inputs = {
         **models,
-        "data": {role: {key: split[key] for key in kept} for role, split in sources.splits.items()},
-        "labels": labels,
+        "data": {path: {key: split[key] for key in kept} for path, split in sources.splits.items()},
+        "labels": _join(labels),
     }
     return Plan(inputs, facts, _warnings(spec, sources))
+
+
+def _field(path: str) -> str:
+    return f"data.{path.replace('/', '.')}"
+
+
+def _join(labels: dict[str, list[str]]) -> list[str]:
+    """Returns the labels of one task, or those of several, each after its task's name."""
+    return [f"{part}/{label}" if part else label for part, names in labels.items() for label in names]
 
 
 def describe_models(
@@ -196,15 +209,15 @@ def describe_models(
     return inputs | {f"{role}_facts": known.model_dump() for role, known in facts.items()}, facts
 
 
-def _check_known_labels(spec: JobSpec, facts: dict[str, ModelFacts], labels: list[str]) -> Problems:
+def _check_known_labels(spec: JobSpec, facts: dict[str, ModelFacts], labels: dict[str, list[str]]) -> Problems:
     """Returns which of a teacher's several models, which are not trained in this job, have other labels."""
     problems: Problems = []
     for role in facts.keys() & spec.teacher.sources().keys() - {"teacher"}:
-        found = facts[role].labels or []
-        if sorted(found) != labels:
+        found, source = facts[role].labels or [], spec.models()[role]
+        if sorted(found) != sorted(labels[source.part] if source.part else _join(labels)):
             shown = ", ".join(found[:10]) or "none"
             why = f"its labels ({shown}) are not those of the data; name a model that was fine-tuned on these"
-            _add(problems, spec.models()[role].field, why)
+            _add(problems, source.field, why)
     return problems
 
 
@@ -271,30 +284,43 @@ def _read_output(files: list[ManifestFile]) -> ModelFacts:
         raise ModelInvalid(f"this artifact cannot be used as a model: {error}") from error
 
 
-def _label_counts(spec: JobSpec, role: str, split: dict[str, Any], problems: Problems) -> dict[str, int] | None:
+def _label_counts(task: Task, path: str, split: dict[str, Any], problems: Problems) -> dict[str, int] | None:
     """Returns the classes of a split, as the upload counted them, or counted now when the job uses other columns."""
-    columns = spec.task.columns()
+    columns = task.columns()
     missing = [name for name in columns.values() if name not in split["columns"]]
     for name in missing:
         hint = suggest(name, split["columns"])
-        _add(problems, f"data.{role}", f"'{split['ref']}' has no column '{name}'; {hint}, or set it in task")
+        _add(problems, _field(path), f"'{split['ref']}' has no column '{name}'; {hint}, or set it in task")
     if missing:
         return None
     if "label" in columns and (columns["text"], columns["label"]) == (split["text_column"], split["label_column"]):
         return dict(split["label_counts"])
-    return _count_labels(spec.task, role, split, problems)
+    return _count_labels(task, path, split, problems)
 
 
-def _count_labels(task: Task, role: str, split: dict[str, Any], problems: Problems) -> dict[str, int] | None:
+def _count_labels(task: Task, path: str, split: dict[str, Any], problems: Problems) -> dict[str, int] | None:
     counts: Counter[str] = Counter()
     for number, row in _rows(split):
         wrong, names = task.read_labels(row)
         counts.update(names)
         if wrong or len(counts) > MAX_CLASSES:
             why = f"{wrong[0].field}: {wrong[0].message}" if wrong else f"more than {MAX_CLASSES:,} labels"
-            _add(problems, f"data.{role}", f"'{split['ref']}', row {number:,}, {why}")
+            _add(problems, _field(path), f"'{split['ref']}', row {number:,}, {why}")
             return None
     return dict(counts)
+
+
+def _check_samples(spec: JobSpec, sources: Sources) -> Problems:
+    """Returns which stages look at a training split that shows too little."""
+    found: Problems = []
+    train = [split for path, split in sources.splits.items() if path.partition("/")[0] == "train"]
+    small = [split for split in train if split["num_rows"] < LEAST_ROWS]
+    for number, stage in enumerate(spec.stages):
+        for kind in stage.calibrates() if small else ():
+            shown = f"'{small[0]['ref']}', which has {small[0]['num_rows']} rows"
+            why = f"'{kind}' measures on {shown}; it needs at least {LEAST_ROWS}"
+            _add(found, f"stages.{number}", why)
+    return found
 
 
 def _rows(split: dict[str, Any]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -303,37 +329,37 @@ def _rows(split: dict[str, Any]) -> Iterator[tuple[int, dict[str, Any]]]:
             yield number, json.loads(line)
 
 
-def _check_labels(task: Task, counts: dict[str, dict[str, int] | None], problems: Problems) -> None:
-    train = counts.get("train")
+def _check_labels(spec: JobSpec, part: str, counts: dict[str, dict[str, int] | None], problems: Problems) -> None:
+    """Adds what is wrong with the labels of the spec's one task, or of one of its parts."""
+    paths = {split: f"{split}/{part}" if part else split for split in SPLITS}
+    task, train = spec.task_of(paths["train"]), counts.get(paths["train"])
     if train is None:
         return
     if len(train) < task.min_labels:
         named = ", ".join(f"'{label[:80]}'" for label in train) or "none"
-        _add(problems, "data.train", f"a {task.kind} needs at least {task.min_labels} labels; the split has {named}")
-    for role, found in counts.items():
-        unknown = sorted(set(found or ()) - set(train))
+        why = f"a {task.kind} needs at least {task.min_labels} labels; the split has {named}"
+        _add(problems, _field(paths["train"]), why)
+    for path in paths.values():
+        unknown = sorted(set(counts.get(path) or ()) - set(train))
         if unknown:
             shown = ", ".join(f"'{label[:80]}'" for label in unknown[:5])
-            _add(
-                problems,
-                f"data.{role}",
-                f"labels that train lacks: {shown}; add examples to train or leave the rows out",
-            )
+            why = f"labels that train lacks: {shown}; add examples to train or leave the rows out"
+            _add(problems, _field(path), why)
 
 
 def _warnings(spec: JobSpec, sources: Sources) -> Problems:
     warnings = [
-        {"field": f"data.{role}", "message": warning["message"]}
-        for role, split in sources.splits.items()
+        {"field": _field(path), "message": warning["message"]}
+        for path, split in sources.splits.items()
         for warning in split["warnings"]
     ]
     warnings += _of_stages([(ordinal, stage.advise(spec)) for ordinal, stage in enumerate(spec.stages)])
     if spec.data.validation is None:
         _add(warnings, "data.validation", "no validation split: nothing tells when training goes wrong")
-    train = sources.splits["train"]["sha256"]
-    for role in ("validation", "test"):
-        if role in sources.splits and sources.splits[role]["sha256"] == train:
-            _add(warnings, f"data.{role}", "the same rows as train; measures on them will look too good")
+    for path, split in sources.splits.items():
+        name, slash, part = path.partition("/")
+        if name != "train" and split["sha256"] == sources.splits[f"train{slash}{part}"]["sha256"]:
+            _add(warnings, _field(path), "the same rows as train; measures on them will look too good")
     return warnings
 
 

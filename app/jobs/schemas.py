@@ -184,3 +184,35 @@ class ArtifactList(BaseModel):
     """A job's artifacts, in the order in which they were made."""
 
     data: list[ArtifactView]
+
+
+class FileRef(BaseModel):
+    """A folder inside a job's artifact."""
+
+    artifact: str = Field(examples=["points"])
+    path: str = Field(examples=["3/"])
+
+
+class PointView(BaseModel):
+    """A student that a search has trained and measured."""
+
+    number: int = Field(description="Counts from 1, in the order in which they were trained.")
+    stage: int = Field(description="The ordinal of the stage that searched.")
+    sizes: dict[str, int] = Field(examples=[{"num_layers": 2, "intermediate_size": 768, "hidden_size": 384}])
+    num_tokens: int
+    num_parameters: int
+    score: float = Field(description="On the validation split, of the form itself.")
+    retained: float = Field(description="Its share of the teacher's score.")
+    size_bytes: int = Field(description="All files of the form.")
+    latency_p50_ms: float
+    latency_p95_ms: float
+    meets: bool = Field(description="Whether it meets the goal.")
+    on_front: bool = Field(description="Whether no other is at least as good in all of quality, bytes and time.")
+    seconds: float = Field(description="What it took to train and measure.")
+    files: FileRef | None = Field(description="Where its form is, once the stage has ended.")
+
+
+class PointList(BaseModel):
+    """What the searches of a job have measured so far."""
+
+    data: list[PointView]

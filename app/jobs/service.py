@@ -9,7 +9,16 @@ from sqlalchemy.orm import Session
 
 from app.jobs.resolving import Plan, find_sources, resolve
 from app.jobs.sampling import Point, downsample
-from app.jobs.schemas import ArtifactView, ExpectedStudent, JobSummary, JobView, Series, StageView
+from app.jobs.schemas import (
+    ArtifactView,
+    ExpectedStudent,
+    FileRef,
+    JobSummary,
+    JobView,
+    PointView,
+    Series,
+    StageView,
+)
 from core.db import read_scope
 from core.errors import NotFound
 from core.jobs import repository
@@ -18,6 +27,7 @@ from core.jobs.models import Artifact, Job, StageRun
 from core.jobs.spec import JobSpec
 from core.models.models import Manifest
 from core.models.repository import files_of, get_manifest
+from core.pareto import POINTS, find_front
 from core.settings import get_settings
 from core.storage import Blob
 from core.tenants.keys import Principal
@@ -153,6 +163,27 @@ def _artifact_view(session: Session, artifact: Artifact, stage: str) -> Artifact
         files=files_of(manifest),
         created_at=artifact.created_at,
     )
+
+
+def list_points(session: Session, job: Job) -> list[PointView]:
+    """Returns what the job's searches have measured: of one that is done its summary, of another its events.
+
+    A student whose attempt was lost is trained again; then the newest measure counts.
+    """
+    artifacts = repository.list_artifacts(session, job.tenant_id, job.id)
+    published = {artifact.ordinal for artifact in artifacts if artifact.name == POINTS}
+    told: dict[int, dict[int, dict[str, Any]]] = {}
+    for event in repository.list_measured(session, job.tenant_id, job.id):
+        told.setdefault(event["ordinal"], {})[event["number"]] = event
+    points = []
+    for stage in repository.list_stages(session, job.tenant_id, job.id):
+        heard = sorted(told.get(stage.ordinal, {}).items())
+        found = (stage.summary or {}).get(POINTS) or [event for _, event in heard]
+        for point, on_front in zip(found, find_front(found), strict=True):
+            place = FileRef(artifact=POINTS, path=f"{point['number']}/") if stage.ordinal in published else None
+            seen = point | {"stage": stage.ordinal, "on_front": on_front, "files": place}
+            points.append(PointView.model_validate(seen))
+    return points
 
 
 def get_artifact_manifest(session: Session, tenant_id: str, job_id: str, name: str) -> Manifest:

@@ -211,15 +211,7 @@ def settle_cancelled(session: Session, job: Job) -> bool:
 
 def finish_stage(session: Session, job: Job, stage: StageRun, message: str) -> bool:
     """Publishes a done stage's outputs as the job's artifacts; the last stage ends the job. Returns whether it did."""
-    for role, manifest_id in stage.outputs.items():
-        values = {"ordinal": stage.ordinal, "manifest_id": manifest_id}
-        session.execute(
-            insert(Artifact)
-            .values(job_id=job.id, tenant_id=job.tenant_id, name=role, **values)
-            .on_conflict_do_update(
-                index_elements=["job_id", "name"], set_=values, where=Artifact.ordinal <= stage.ordinal
-            )  # a stage that runs again does not replace what a later one made of it
-        )
+    _publish(session, job, stage)
     stage.eta_s = 0.0
     stage.step = stage.total_steps = max(stage.total_steps, 1)
     stage.finished_at = func.now()
@@ -234,6 +226,18 @@ def finish_stage(session: Session, job: Job, stage: StageRun, message: str) -> b
         set_state(session, job, "succeeded")
         seal(session, job)
     return not left
+
+
+def _publish(session: Session, job: Job, stage: StageRun) -> None:
+    for role, manifest_id in stage.outputs.items():
+        values = {"ordinal": stage.ordinal, "manifest_id": manifest_id}
+        session.execute(
+            insert(Artifact)
+            .values(job_id=job.id, tenant_id=job.tenant_id, name=role, **values)
+            .on_conflict_do_update(
+                index_elements=["job_id", "name"], set_=values, where=Artifact.ordinal <= stage.ordinal
+            )  # a stage that runs again does not replace what a later one made of it
+        )
 
 
 def redo_stage(session: Session, claim: Claim, role: str, before: int, why: str) -> bool:
@@ -260,10 +264,17 @@ def list_done(session: Session, job_id: str, before: int) -> list[StageRun]:
     return list(session.scalars(query.order_by(StageRun.ordinal)))
 
 
-def fail_stage(session: Session, claim: Claim, ordinal: int, error: dict[str, Any], stage_log: Blob | None) -> None:
+def fail_stage(
+    session: Session,
+    claim: Claim,
+    ordinal: int,
+    error: dict[str, Any],
+    stage_log: Blob | None,
+    outputs: dict[str, list[ManifestFile]] | None = None,
+) -> None:
     """Marks the stage and its job failed, or queues the job again while a retry is left and can help.
 
-    `error` has reason, message, suggestion, retryable.
+    `error` has reason, message, suggestion, retryable; `outputs` is what the stage made that is of use all the same.
     """
     job = owned(session, claim)
     if settle_cancelled(session, job):
@@ -280,6 +291,8 @@ def fail_stage(session: Session, claim: Claim, ordinal: int, error: dict[str, An
         return
     stage.state = "failed"
     stage.finished_at = func.now()
+    stage.outputs = {role: put_manifest(session, job.tenant_id, files).id for role, files in (outputs or {}).items()}
+    _publish(session, job, stage)
     add_event(session, job, "stage.failed", error["message"], "error", error)
     book_usage(session, job)
     set_state(session, job, "failed", error)

@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session, aliased, defer
 from core.errors import Conflict, Gone, IdempotencyMismatch, NotFound
 from core.jobs.models import Artifact, Checkpoint, Event, IdempotencyKey, Job, JobLabel, Metric, StageRun, Usage
 from core.jobs.state import TERMINAL, UNFINISHED, can_change
+from core.pareto import MEASURED
 
 # Who polls a job asks these again and again, so they are put together once.
 STAGES = (
@@ -171,6 +172,12 @@ def list_events(session: Session, tenant_id: str, job_id: str, *, after: int = 0
         select(Event).where(Event.tenant_id == tenant_id, Event.job_id == job_id, Event.seq > after).order_by(Event.seq)
     )
     return _page(session, query, limit, lambda event: str(event.seq))
+
+
+def list_measured(session: Session, tenant_id: str, job_id: str) -> list[dict[str, Any]]:
+    """Returns what searches among the job's stages have told of their students, oldest first."""
+    query = select(Event.data).where(Event.tenant_id == tenant_id, Event.job_id == job_id, Event.type == MEASURED)
+    return list(session.scalars(query.order_by(Event.seq)))
 
 
 def list_metrics(

@@ -6,7 +6,15 @@ import re
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from core.errors import SpecInvalid
@@ -22,7 +30,8 @@ from core.methods import (
     Teacher,
     list_methods,
 )
-from core.strict import StrictModel
+from core.strict import StrictModel, one_message, suggest
+from core.target import Target
 
 DATA_REF = re.compile(r"^[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,63}$")
 NEEDED = {
@@ -34,35 +43,74 @@ MAX_YAML_EVENTS = 20_000
 M = TypeVar("M", bound=StrictModel)
 
 
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and "/" not in value
+
+
+def _complete(stage: dict[str, Any], known: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Returns a stage with what is known of its kind, and of the stages that it runs inside."""
+    inner = {k: {**known[k], **stage.get(k, {})} for k in known if k == "distill" and stage.get("kind") == "search"}
+    return {**known.get(str(stage.get("kind")), {}), **stage, **inner}
+
+
 def _or_name(schema: dict[str, Any]) -> None:
     whole = dict(schema)
     schema.clear()
     name = {"type": "string", "description": "A data set; its train, validation and test splits are used."}
-    schema |= {"description": whole.get("description", ""), "anyOf": [whole, name]}
+    names = {"type": "object", "additionalProperties": name, "description": "A data set for each task, by its name."}
+    schema |= {"description": whole.get("description", ""), "anyOf": [whole, name, names]}
+
+
+def _known_form(value: str | dict[str, str]) -> str | dict[str, str]:
+    for ref in [value] if isinstance(value, str) else value.values():
+        if not DATA_REF.match(ref):
+            raise PydanticCustomError("data_ref", "'{ref}' names no split; write 'dataset/split'", {"ref": ref})
+    return value
+
+
+SplitRef = Annotated[
+    str | dict[str, str],
+    one_message("data_ref", "name a split as 'dataset/split', or one for each task of a 'multi_task'"),
+    AfterValidator(_known_form),
+]
 
 
 class DataSpec(StrictModel):
-    """The splits to use, each as `dataset/split`."""
+    """The splits to use, each as `dataset/split`; of several tasks one for each, by its name."""
 
     model_config = ConfigDict(json_schema_extra=_or_name)
 
-    train: str = Field(description="Split to train on.", examples=["tickets/train"])
-    validation: str | None = Field(None, description="Split to watch while training.", examples=["tickets/validation"])
-    test: str | None = Field(None, description="Split to measure on at the end.", examples=["tickets/test"])
+    train: SplitRef = Field(description="Split to train on.", examples=["tickets/train"])
+    validation: SplitRef | None = Field(
+        None, description="Split to watch while training.", examples=["tickets/validation"]
+    )
+    test: SplitRef | None = Field(None, description="Split to measure on at the end.", examples=["tickets/test"])
 
     @model_validator(mode="before")
     @classmethod
-    def _from_name(cls, data: Any) -> Any:
+    def _from_names(cls, data: Any) -> Any:
         if isinstance(data, str):
-            return {split: f"{data}/{split}" for split in ("train", "validation", "test")}
+            return {split: f"{data}/{split}" for split in SPLITS}
+        if isinstance(data, dict) and data and not data.keys() & {*SPLITS} and all(map(_is_name, data.values())):
+            return {split: {task: f"{name}/{split}" for task, name in data.items()} for split in SPLITS}
         return data
 
-    @field_validator("train", "validation", "test")
-    @classmethod
-    def _known_form(cls, value: str | None) -> str | None:
-        if value is not None and not DATA_REF.match(value):
-            raise PydanticCustomError("data_ref", "'{ref}' names no split; write 'dataset/split'", {"ref": value})
-        return value
+    def refs(self) -> dict[str, str]:
+        """Returns the splits by the path of their files, which is `train`, or `train/sentiment` of a task."""
+        return {path: ref for split in SPLITS for path, ref in self.refs_of(split).items()}
+
+    def refs_of(self, split: str) -> dict[str, str]:
+        """Returns those of one split; nothing if there is none."""
+        found: str | dict[str, str] | None = getattr(self, split)
+        if isinstance(found, dict):
+            return {f"{split}/{task}": ref for task, ref in found.items()}
+        return {split: found} if found else {}
+
+
+def _default_stages(spec: dict[str, Any]) -> list[dict[str, Any]]:
+    if spec.get("target"):
+        return [{"kind": "finetune"}, {"kind": "search", **spec["target"].model_dump()}, {"kind": "evaluate"}]
+    return spec["task"].default_stages(spec["teacher"]) if spec.keys() >= {"task", "teacher"} else []
 
 
 class JobSpec(StrictModel):
@@ -72,13 +120,17 @@ class JobSpec(StrictModel):
     task: Annotated[Task, OneOf()] = Field(
         default={"kind": "text_classification"}, validate_default=True, description="What the model is to do."
     )
+    target: Target | None = Field(
+        None,
+        exclude=True,
+        description="What the student is to reach, in place of `student` and `stages`: a search finds the smallest one "
+        "that does. It is a shorter way to write a stage `search`.",
+    )
     teacher: Annotated[Teacher, OneOf(default="model")] = Field(description="Who to learn from; a model, or another.")
     student: Annotated[Student, OneOf()] = Field(description="Where the student comes from.")
     data: DataSpec = Field(description="The splits; a bare data set name means its train, validation and test.")
     stages: list[Annotated[Stage, OneOf()]] = Field(
-        default_factory=lambda spec: (
-            spec["task"].default_stages(spec["teacher"]) if spec.keys() >= {"task", "teacher"} else []
-        ),
+        default_factory=lambda spec: _default_stages(spec),
         validate_default=True,
         min_length=1,
         max_length=32,
@@ -107,6 +159,18 @@ class JobSpec(StrictModel):
     )
     metadata: dict[str, str] = Field({}, description="Your own labels; jobs can be listed by them.", max_length=16)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _from_target(cls, data: Any) -> Any:
+        """Has the student searched for."""
+        if not isinstance(data, dict) or data.get("target") is None:
+            return data
+        taken = [name for name in ("student", "stages") if name in data]
+        if taken:
+            why = "'{name}' says what to make, and 'target' has it searched for; leave one of them out"
+            raise PydanticCustomError("target", why, {"name": taken[0]})
+        return data | {"student": {"kind": "searched"}}
+
     @field_validator("metadata")
     @classmethod
     def _short(cls, value: dict[str, str]) -> dict[str, str]:
@@ -120,10 +184,10 @@ class JobSpec(StrictModel):
     @classmethod
     def _fill_in(cls, value: Any, info: ValidationInfo) -> Any:
         """Adds what the task sets where a stage leaves it out."""
-        known = info.data["task"].stage_defaults if "task" in info.data else {}
+        known = info.data["task"].stage_defaults() if "task" in info.data else {}
         if not known or not isinstance(value, list):
             return value
-        return [{**known.get(str(s.get("kind")), {}), **s} if isinstance(s, dict) else s for s in value]
+        return [_complete(stage, known) if isinstance(stage, dict) else stage for stage in value]
 
     def digest(self) -> str:
         """Returns the sha256 of the normalised spec."""
@@ -132,9 +196,14 @@ class JobSpec(StrictModel):
 
     def models(self) -> dict[str, ModelSource]:
         """Returns the models that the spec names, by the role in which a stage finds their files."""
-        taught = {role: ModelSource(f"teacher.{s.field}", s.ref) for role, s in self.teacher.sources().items()}
+        taught = {role: s._replace(field=f"teacher.{s.field}") for role, s in self.teacher.sources().items()}
         base = self.student.source()
         return taught | ({} if base is None else {"base": ModelSource("student.model", base)})
+
+    def task_of(self, path: str) -> Task:
+        """Returns the task of a split, by its path as of `DataSpec.refs`."""
+        name = path.partition("/")[2]
+        return self.task.parts()[name] if name else self.task
 
     def compares_tokens(self) -> bool:
         """Returns whether some stage needs teacher and student to have the same tokens."""
@@ -149,12 +218,15 @@ class JobSpec(StrictModel):
         """
         fields = self.model_dump(mode="json", exclude={"metadata", "cache", "retries", "max_seconds"})
         if not stage.reports_on_job:
-            splits = [split for split in SPLITS if getattr(self.data, split)]
+            data: dict[str, Any] = {}
+            for path in self.data.refs():
+                split, _, task = path.partition("/")
+                data[split] = f"data/{split}" if not task else data.get(split, {}) | {task: f"data/{split}"}
             fields |= {
                 "name": "job",
                 "teacher": self._teacher_seen_by(stage),
                 "student": self._student_seen_by(stage),
-                "data": {split: f"data/{split}" for split in splits},
+                "data": data,
                 "stages": [stage.model_dump(mode="json")],
             }
         return fields
@@ -170,11 +242,12 @@ class JobSpec(StrictModel):
 
     def check(self) -> list[Problem]:
         """Returns what is wrong between the parts of the spec: each stage must find what it reads."""
-        problems = [Problem(f"teacher.{p.field}", p.message) for p in self.teacher.check(self)]
+        problems = self._check_tasks() + [Problem(f"teacher.{p.field}", p.message) for p in self.teacher.check(self)]
         roles = {"teacher"} if self.teacher.is_model else set()
         if not self.teacher.is_model and self.student.source() is None:
             why = f"a '{self.teacher.kind}' teacher only answers, so nothing of it can be kept; use kind 'pretrained'"
             problems.append(Problem("student.kind", why))
+        problems += self._check_maker()
         for index, stage in enumerate(self.stages):
             problems += [Problem(f"stages.{index}.{p.field}", p.message) for p in stage.check(self)]
             for role in sorted(stage.reads(self) - roles):
@@ -183,6 +256,39 @@ class JobSpec(StrictModel):
                 )
                 problems.append(Problem(f"stages.{index}", why))
             roles |= stage.writes()
+        return problems
+
+    def _check_maker(self) -> list[Problem]:
+        """Returns whether another stage makes the student than the one that can."""
+        wanted = self.student.made_by
+        makers = [(n, stage) for n, stage in enumerate(self.stages) if "student" in stage.writes()]
+        if wanted and (not makers or makers[0][1].kind != wanted):
+            why = f"a '{self.student.kind}' student comes from a stage '{wanted}'; put it before those that use one"
+            return [Problem("student.kind", why)]
+        why = "'{}' finds the student, once; write student: {{kind: searched}}"
+        return [
+            Problem(f"stages.{number}", why.format(stage.kind))
+            for place, (number, stage) in enumerate(makers)
+            if stage.makes_student and (stage.kind != wanted or place > 0)
+        ]
+
+    def _check_tasks(self) -> list[Problem]:
+        """Returns which tasks have no split, and which splits no task."""
+        problems, tasks = [], self.task.parts().keys()
+        for split in SPLITS:
+            refs = getattr(self.data, split)
+            named = refs.keys() if isinstance(refs, dict) else set()
+            if refs is None or named == tasks:
+                continue
+            if not tasks:
+                why = f"a {self.task.kind} has one task, so one split; write 'dataset/split'"
+            elif named - tasks:
+                why = f"there is no task '{min(named - tasks)}'; {suggest(min(named - tasks), tasks)}"
+            else:
+                why = (
+                    f"the task '{min(tasks - named)}' has no split here; name one for each: {', '.join(sorted(tasks))}"
+                )
+            problems.append(Problem(f"data.{split}", why))
         return problems
 
 

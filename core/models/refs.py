@@ -13,10 +13,11 @@ MODEL_REF = re.compile(
 
 
 class ModelSource(NamedTuple):
-    """A model that a spec names, and the field that does."""
+    """A model that a spec names, the field that does, and the one task of several that it is of, if it is of one."""
 
     field: str
     ref: str
+    part: str | None = None
 
 
 def _check(value: str) -> str:

@@ -266,6 +266,33 @@ def usage(job: JobRef, as_json: Json = False) -> None:
     print_json(found) if as_json else print_fields(fields)
 
 
+SIZES = {"num_layers": "layers", "intermediate_size": "neurons", "hidden_size": "states"}
+
+
+@app.command()
+def pareto(job: JobRef, as_json: Json = False) -> None:
+    """Show the students that a search has measured: what they keep, bytes and times. The best are marked with *."""
+    with connect() as client:
+        points = client.jobs.pareto(find_job(client, job).id)
+    if as_json:
+        print_json(points)
+        return
+    rows = [
+        (
+            f"{point.number}{'*' if point.on_front else ''}",
+            ", ".join(f"{point.sizes[name]} {called}" for name, called in SIZES.items()),
+            f"{point.retained:.3f}",
+            size(point.size_bytes),
+            f"{point.latency_p50_ms:.2f}",
+            f"{point.latency_p95_ms:.2f}",
+            "yes" if point.meets else "no",
+        )
+        for point in points
+    ]
+    heads = ("STUDENT", "SIZES", "RETAINED", "SIZE", "P50 MS", "P95 MS", "MEETS")
+    print_table(heads, rows, "Nothing measured: the job searches for no target, or has trained no student yet.")
+
+
 @app.command()
 def delete(job: JobRef, as_json: Json = False) -> None:
     """Delete a job that has ended, with its artifacts, metrics and events."""

@@ -16,6 +16,9 @@ def predict(
         list[str] | None,
         typer.Argument(help="Texts; without any, one a line from stdin. Of a pair, the second comes after a tab."),
     ] = None,
+    task: Annotated[
+        str | None, typer.Option(help="Of a model of several tasks, the one to answer for; all of them without it.")
+    ] = None,
     top: Annotated[int, typer.Option(min=1, help="How many labels to show of each text.")] = 1,
     as_json: Json = False,
 ) -> None:
@@ -32,14 +35,28 @@ def predict(
         raise InvalidInput("No text was given. Write it after the folder, or pipe texts in, one a line.")
     classifier = Classifier(folder)
     lines = texts or [line.rstrip("\n") for line in sys.stdin if line.strip()]
-    found = [(text, classifier.classify(*text.split("\t", 1))[:top]) for text in lines]
+    heads = classifier.choose(task)
+    found = [
+        (text, name, labels[:top])
+        for text in lines
+        for name, labels in classifier.classify_all(*text.split("\t", 1)).items()
+        if name in heads
+    ]
     if as_json:
         print_json(
             [
-                {"text": text, "labels": [{"label": label, classifier.gives: p} for label, p in labels]}
-                for text, labels in found
+                {"text": text}
+                | ({"task": name} if name else {})
+                | {"labels": [{"label": label, heads[name].gives: number} for label, number in labels]}
+                for text, name, labels in found
             ]
         )
         return
-    rows = [(label, f"{number:.3f}", text) for text, labels in found for label, number in labels]
-    print_table(("LABEL", classifier.gives.upper(), "TEXT"), rows, "No text.")
+    rows = [
+        (*([name] if name else []), label, f"{number:.3f}", text)
+        for text, name, labels in found
+        for label, number in labels
+    ]
+    gives = {head.gives for head in heads.values()}
+    number = gives.pop() if len(gives) == 1 else "number"
+    print_table((*(["TASK"] if any(heads) else []), "LABEL", number.upper(), "TEXT"), rows, "No text.")

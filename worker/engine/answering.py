@@ -77,7 +77,7 @@ def answer_texts(
     speak: Callable[[Any, int], Tensor],
     splits: dict[str, Any],
     max_length: int,
-    recorder: Recorder | None,
+    recorder: Recorder | None = None,
 ) -> Tensors:
     """Returns what a teacher of labels says of each split, logits_NC; `recorder` keeps its layers, if that is wanted.
 

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from worker.engine.context import StageContext
+from worker.engine.inference import as_answer
 
 ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # torch's own list lacks it
 WHOLE = 2**31 - 1  # no text is cut, but where the model has no more positions
@@ -64,7 +65,7 @@ def count_flops(ctx: StageContext, reader: Reader) -> float:
     data = ctx.task.sample(ctx.find_split("validation") or ctx.get_split("train"), model, tokenizer)
     counter = FlopCounterMode(display=False, custom_mapping={ATTENTION: _count_attention})
     with counter:
-        ctx.task.logits(model, data, ctx.check_stop)
+        ctx.task.logits(as_answer(model), data, ctx.check_stop)
     return float(counter.get_total_flops()) / len(data)
 
 

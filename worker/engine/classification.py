@@ -1,9 +1,9 @@
 """Single-label text classification inside a stage."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -15,9 +15,10 @@ from core.errors import StageFailed
 from worker.engine.answering import answer_texts
 from worker.engine.data import Batch, Encoded, digest, encode, read_examples
 from worker.engine.evaluation import Card, Column, Measured, Quality, Row, list_candidates, row_of_answers
-from worker.engine.inference import predict_logits
+from worker.engine.inference import Answer, answer_rows, predict_logits
 from worker.engine.keeping import KeptLayers, Recorder
 from worker.engine.loading import (
+    head_bias,
     input_names,
     is_head,
     is_same_tokenizer,
@@ -25,16 +26,16 @@ from worker.engine.loading import (
     load_classifier,
     save_classifier,
 )
-from worker.engine.measuring import answer_all, count_bytes, time_singles
+from worker.engine.measuring import CPU, answer_all, count_bytes, time_singles
 from worker.engine.rendering import if_known, percent, percent_range
 from worker.engine.runtimes import Forward, open_model
-from worker.engine.scores import accuracy, bootstrap, macro_f1, per_class, same_first
-from worker.engine.tasks import Kept, Scores
-from worker.engine.teaching import AnswersAhead, AnswersKept, AnswersOnline, Masking, Teaching, load_teacher
+from worker.engine.scores import accuracy, bootstrap, largest_difference, macro_f1, per_class, same_first
+from worker.engine.tasks import Kept, Scores, TaskHead
+from worker.engine.teaching import AnswersAhead, AnswersKept, AnswersOnline, Masking, Teaching
 
 if TYPE_CHECKING:
     from worker.engine.context import StageContext
-    from worker.methods.stages.answer import Answer
+    from worker.methods.stages.answer import Answer as AnswerStage
     from worker.methods.stages.distill import Distill
     from worker.methods.stages.evaluate import Evaluate
 
@@ -46,7 +47,8 @@ log = logging.getLogger(__name__)
 class Classification:
     """A classifier over the job's labels."""
 
-    headline = "accuracy"
+    headline = share = "accuracy"  # the score that counts first, and one that is a share of 1
+    heads: ClassVar[Mapping[str, TaskHead]] = {}
     auto_class: Any = AutoModelForSequenceClassification
     problem_type: str | None = "single_label_classification"  # what stock `transformers` is told of it
 
@@ -61,7 +63,11 @@ class Classification:
             model.config.problem_type = self.problem_type
         if model.has_new_head:
             log.info("%s has no head for these %d classes and gets a new one", folder.name, len(self.labels))
+            self.start_head(head_bias(model))
         return model
+
+    def start_head(self, bias_C: Tensor | None) -> None:
+        """Gives the bias of a new head what it begins with, if the task has better than what it has."""
 
     def save_model(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
         """Writes the classifier, its tokenizer and its labels."""
@@ -123,9 +129,13 @@ class Classification:
         """Returns the first texts of the split."""
         return self.tokenise(self.read(path).part(0, SAMPLED_TEXTS), tokenizer, input_names(model, tokenizer))
 
-    def logits(self, model: PreTrainedModel, data: Encoded, between: Callable[[], None]) -> Tensor:
-        """Returns the logits of every row, in the order of the split."""
-        return predict_logits(model, data, between, SAMPLE_BATCH)
+    def logits(self, answer: Answer, data: Encoded, between: Callable[[], None]) -> Tensor:
+        """Returns the logits of every row, logits_NC in the order of the split."""
+        return answer_rows(data, data.by_length(SAMPLE_BATCH, CPU), answer, between)
+
+    def compare(self, found: Tensor, expected: Tensor) -> tuple[float, float]:
+        """Returns the largest difference of a logit, and how far the answers agree."""
+        return largest_difference(found, expected), self.agreement(found, expected)
 
     def agreement(self, logits_NC: Tensor, others_NC: Tensor) -> float:
         """Returns the share of rows that get the same class."""
@@ -145,20 +155,14 @@ class Classification:
         if ctx.has_input("answers"):
             folder = ctx.input("answers")
             return AnswersKept(folder, KeptLayers(folder, ctx.device) if settings.feature_losses else None)
-        teacher, own_tokenizer = load_teacher(ctx), ctx.load_tokenizer("teacher")
-        masking = Masking(tokenizer.mask_token_id, settings.mask_probability, ctx.seed)
-        is_alike = is_same_tokenizer(own_tokenizer, tokenizer) and input_names(teacher, own_tokenizer) == input_names(
-            student, tokenizer
-        )
-        if not settings.feature_losses:
-            own = None if is_alike else self._read_as(teacher, own_tokenizer, settings.max_length)
-            return AnswersAhead(ctx, teacher, masking, own)
-        if not is_alike:
-            message = "The layers of two models that read texts as other tokens cannot be compared."
-            raise StageFailed("vocab_incompatible", message, suggestion="Leave the losses on layers out.")
-        return AnswersOnline(ctx, teacher, masking)
+        if settings.feature_losses:
+            return answer_online(ctx, student, tokenizer, settings)
+        teacher, own_tokenizer = ctx.load_teacher(), ctx.load_tokenizer("teacher")
+        is_alike = read_alike((teacher, own_tokenizer), (student, tokenizer))
+        own = None if is_alike else self._read_as(teacher, own_tokenizer, settings.max_length)
+        return AnswersAhead(ctx, teacher, make_masking(ctx, tokenizer, settings), own)
 
-    def keep(self, settings: "Answer") -> Kept:
+    def keep(self, settings: "AnswerStage") -> Kept:
         """Has the teacher answer the splits; keeps `logits` of the labels, and `test`, those of the test split."""
         ctx, recorder = self.ctx, self.record(settings)
         paths = {split: ctx.find_split(split) for split in settings.splits}
@@ -171,11 +175,11 @@ class Classification:
         num_rows = {split: len(logits_NC) for split, logits_NC in answers.items()}
         return Kept(tensors, self.digest(found["train"]), scores, {"num_rows": num_rows}, recorder)
 
-    def record(self, settings: "Answer") -> Recorder | None:
+    def record(self, settings: "AnswerStage") -> Recorder | None:
         """Returns what keeps the teacher's layers while it reads the training split, if that is wanted."""
         if not settings.layers.wanted:
             return None
-        teacher, tokenizer = load_teacher(self.ctx), self.ctx.load_tokenizer("teacher")
+        teacher, tokenizer = self.ctx.load_teacher(), self.ctx.load_tokenizer("teacher")
         train = self.encode(self.ctx.get_split("train"), teacher, tokenizer, settings.max_length)
         return Recorder(self.ctx, teacher, train, settings.layers.wanted)
 
@@ -206,7 +210,7 @@ class Classification:
         rows = [one.row | latency for one, latency in zip(found.values(), latencies, strict=True)]
         answers = {name: one.logits_NC for name, one in found.items()}
         if not ctx.spec.teacher.is_model and ctx.has_input("answers"):
-            heard_NC = AnswersKept(ctx.input("answers")).of_test
+            heard_NC = AnswersKept(ctx.input("answers")).of_test()
             if heard_NC is not None:
                 answers["teacher"] = heard_NC
                 rows.insert(0, row_of_answers(self.assess(settings, test, self.choose(heard_NC))))
@@ -259,6 +263,34 @@ class Classification:
             "macro_f1": macro_f1(labels_N, predicted_N, num_classes),
             "macro_f1_ci": list(intervals["macro_f1"]),
         }
+
+
+def read_alike(
+    first: tuple[PreTrainedModel, PreTrainedTokenizerBase], second: tuple[PreTrainedModel, PreTrainedTokenizerBase]
+) -> bool:
+    """Returns whether two models read every text as the same tokens and inputs."""
+    return is_same_tokenizer(first[1], second[1]) and input_names(*first) == input_names(*second)
+
+
+def answer_online(
+    ctx: "StageContext", student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: "Distill"
+) -> AnswersOnline:
+    """Returns a teacher that answers each batch, so that its layers can be compared with the student's.
+
+    Raises:
+        StageFailed: `vocab_incompatible` where the two read texts as other tokens.
+    """
+    teacher = ctx.load_teacher()
+    if not read_alike((teacher, ctx.load_tokenizer("teacher")), (student, tokenizer)):
+        message = "The layers of two models that read texts as other tokens cannot be compared."
+        raise StageFailed("vocab_incompatible", message, suggestion="Leave the losses on layers out.")
+    return AnswersOnline(ctx, teacher, make_masking(ctx, tokenizer, settings))
+
+
+def make_masking(ctx: "StageContext", tokenizer: PreTrainedTokenizerBase, settings: "Distill") -> Masking:
+    """Returns what is masked of the student's tokens."""
+    of_teacher = settings.masked_for == "both"
+    return Masking(tokenizer.mask_token_id, settings.mask_probability, ctx.seed, of_teacher)
 
 
 class Candidate(NamedTuple):

@@ -86,6 +86,8 @@ class StageContext:
         self.reporter = reporter
         self.device = choose_device()
         self.share_done = 0.0  # of a training stage, 0 at its first step and 1 at its last
+        self.part = ""  # of several tasks the one that sees it
+        self.hears_again = False  # whether several students hear the teacher on the same texts
         self.is_own_text = False  # whether the student wrote what a training stage's step is about
         self._stop, self._mailbox = stop, mailbox
         self._all_stop = self._all_save = False  # as all processes of the stage have agreed
@@ -214,15 +216,30 @@ class StageContext:
         """Returns the role's model for this job's task, in float32, on the processor."""
         return self.task.load_model(self.input(role), **options)
 
+    def load_teacher(self) -> PreTrainedModel:
+        """Returns the stage's teacher on the device, loaded once; warns where its answers are random."""
+
+        def load() -> PreTrainedModel:
+            teacher = self.place(self.load_model("teacher")).eval()
+            if teacher.has_new_head:
+                message = "The teacher has no head for these classes: its answers are random."
+                self.warn("teacher_untrained", f"{message} Put a finetune stage before distill.")
+            return teacher
+
+        return self.remember("teacher", load)
+
     def load_tokenizer(self, role: str) -> PreTrainedTokenizerBase:
         """Returns the role's tokenizer."""
         return load_tokenizer(self.input(role))
 
     def find_split(self, name: str) -> Path | None:
-        """Returns the file of a split, JSON Lines, or None when the spec has none of that name."""
+        """Returns the file of a split, JSON Lines, or None when the spec has none of that name.
+
+        Of several tasks it is a folder with a file for each.
+        """
         written = self.order.inputs_dir / "texts" / f"{name}.jsonl"  # by the teacher, in an earlier stage
-        path = written if written.is_file() else self.order.inputs_dir / "data" / f"{name}.jsonl"
-        return path if path.is_file() else None
+        given = self.order.inputs_dir / "data"
+        return next((path for path in (written, given / f"{name}.jsonl", given / name) if path.exists()), None)
 
     def get_split(self, name: str) -> Path:
         """Returns the file of a split. Raises StageFailed when there is none."""

@@ -56,13 +56,15 @@ class Batch(NamedTuple):
 
     `labels` is labels_B, labels_BT or labels_BC. `rows`, of the same shape and on the processor, is the number that
     each row has in the whole split, and -1 where there is none. One that does not count is there because another
-    process has one at that moment; it has no rows.
+    process has one at that moment; it has no rows. Of several tasks it is about one, whose models give numbers or not.
     """
 
     inputs: dict[str, Tensor]
     labels: Tensor
     rows: Tensor
     counts: bool = True
+    task: str = ""
+    gives_values: bool | None = None
 
     @property
     def is_row(self) -> Tensor:
@@ -90,7 +92,7 @@ class Batch(NamedTuple):
 
     def _take(self, some: slice) -> "Batch":
         inputs = {name: ids_BT[some] for name, ids_BT in self.inputs.items()}
-        return Batch(inputs, self.labels[some], self.rows[some])
+        return self._replace(inputs=inputs, labels=self.labels[some], rows=self.rows[some])
 
     def without_rows(self) -> "Batch":
         """Returns the same inputs, of which nothing counts."""

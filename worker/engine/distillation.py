@@ -12,6 +12,7 @@ from worker.engine.objective import Objective, make_term, name_losses
 from worker.engine.quantizing import find_wanted
 from worker.engine.rollouts import Rollouts
 from worker.engine.students import load_student, load_student_tokenizer
+from worker.engine.teaching import Teaching
 from worker.engine.training import Trainer
 from worker.engine.watching import Watched
 
@@ -24,10 +25,27 @@ def distill(ctx: StageContext, settings: "Distill") -> dict[str, Any]:
     """Trains the student on the labels and the teacher's answers; returns the stage's summary."""
     student, tokenizer = load_student(ctx), load_student_tokenizer(ctx)
     teaching = ctx.task.teach(student, tokenizer, settings)
+    trainer = make_trainer(ctx, settings, student, tokenizer, teaching)
+    teacher_scores = teaching.score(trainer.validation_data)
+    summary = trainer.run()
+    trainer.save("student")
+    if teacher_scores and summary["validation"]:
+        compare(ctx, teacher_scores, summary["validation"])
+    return {**summary, "teacher_validation": teacher_scores}
+
+
+def make_trainer(
+    ctx: StageContext,
+    settings: "Distill",
+    student: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    teaching: Teaching,
+) -> Trainer:
+    """Returns the training of a student that hears these answers."""
     losses = name_losses(settings.losses)
     terms = [make_term(ctx, name, loss) for name, loss in losses.items() if not isinstance(loss, FeatureLoss)]
     compared = [(name, loss) for name, loss in losses.items() if isinstance(loss, FeatureLoss)]
-    trainer = Trainer(
+    return Trainer(
         ctx,
         student,
         tokenizer,
@@ -38,12 +56,6 @@ def distill(ctx: StageContext, settings: "Distill") -> dict[str, Any]:
         make_rollouts(ctx, student, tokenizer, settings),
         find_wanted(ctx),
     )
-    teacher_scores = teaching.score(trainer.validation_data)
-    summary = trainer.run()
-    trainer.save("student")
-    if teacher_scores and summary["validation"]:
-        compare(ctx, teacher_scores, summary["validation"])
-    return {**summary, "teacher_validation": teacher_scores}
 
 
 def make_rollouts(

@@ -77,7 +77,7 @@ def evaluate(ctx: StageContext, settings: "Evaluate") -> dict[str, Any]:
         "job": ctx.spec.name,
         "task": ctx.spec.task.model_dump(mode="json"),
         "labels": ctx.labels,
-        "test": {"split": ctx.spec.data.test, "num_examples": measured.num_examples},
+        "test": {"split": ", ".join(ctx.spec.data.refs_of("test").values()), "num_examples": measured.num_examples},
         "confidence": settings.confidence,
         "models": measured.models,
         **measured.details,

@@ -1,13 +1,14 @@
 """Deployable forms of the student, each compared with the student before it is published."""
 
 import logging
+import math
 import shutil
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import onnx
 import torch
 from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -17,10 +18,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from core.errors import StageFailed
 from worker.engine.context import StageContext
-from worker.engine.data import Encoded
-from worker.engine.inference import answer_rows
+from worker.engine.inference import as_answer
 from worker.engine.loading import save_labels, save_tokenizer
 from worker.engine.runtimes import open_session, run_session
+from worker.engine.tasks import TaskHead
 
 if TYPE_CHECKING:
     from worker.methods.exporters.onnx import Onnx
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from worker.methods.stages.export import Export
 
 OPSET = 17
-CHECK_BATCH = 32
 EQUAL_LOGITS = 1e-5  # the same weights in the same library; only the attention kernel may differ
 MAX_ONNX_BYTES = 2**31 - 2**20  # a protobuf message ends there
 log = logging.getLogger(__name__)
@@ -37,15 +37,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Reference:
-    """The student with the examples on which its forms are compared, and its logits for them.
+    """The student with the examples on which its forms are compared, and what it says of them.
 
-    `data` is what the task's `sample` gives: an `Encoded` where a form can be run that reads one, as the ONNX forms do.
+    `data` is what the task's `sample` gives, and `answers` what its `logits` does.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     data: Any
-    logits_NC: Tensor
+    answers: Any
 
 
 def export(ctx: StageContext, settings: "Export") -> dict[str, Any]:
@@ -66,9 +66,9 @@ def write_safetensors(ctx: StageContext, folder: Path) -> dict[str, float]:
     """Writes the student for `from_pretrained`, loads it again, and returns the largest difference of a logit."""
     reference = get_reference(ctx)
     ctx.task.save_model(reference.model, reference.tokenizer, folder)
-    again = ctx.task.load_model(folder, attn_implementation="eager").eval()
-    logits_NC = ctx.task.logits(again, reference.data, ctx.check_stop)
-    return measure(ctx, reference, logits_NC, "safetensors", EQUAL_LOGITS)
+    again = ctx.task.load_model(folder, attn_implementation="eager")
+    answers = ctx.task.logits(as_answer(again), reference.data, ctx.check_stop)
+    return measure(ctx, reference, answers, "safetensors", EQUAL_LOGITS)
 
 
 def write_onnx(ctx: StageContext, settings: "Onnx", folder: Path) -> dict[str, float]:
@@ -117,10 +117,10 @@ def check_onnx(ctx: StageContext, folder: Path, form: str, least: float) -> dict
 
 
 def measure_agreement(
-    ctx: StageContext, reference: Reference, logits_NC: Tensor, form: str, least: float
+    ctx: StageContext, reference: Reference, answers: Any, form: str, least: float
 ) -> dict[str, float]:
     """Returns what `measure` does of a form that is not exact. Raises StageFailed: `goal_missed` below `least`."""
-    measured = measure(ctx, reference, logits_NC, form, None)
+    measured = measure(ctx, reference, answers, form, None)
     if measured["agreement"] < least:
         raise StageFailed(
             "goal_missed",
@@ -138,7 +138,7 @@ def get_reference(ctx: StageContext) -> Reference:
         model = ctx.load_model("student", attn_implementation="eager").eval()
         tokenizer = ctx.load_tokenizer("student")
         data = ctx.task.sample(ctx.find_split("validation") or ctx.get_split("train"), model, tokenizer)
-        return Reference(model, tokenizer, data, ctx.task.logits(model, data, ctx.check_stop))
+        return Reference(model, tokenizer, data, ctx.task.logits(as_answer(model), data, ctx.check_stop))
 
     return ctx.remember("reference", make)
 
@@ -149,31 +149,29 @@ def make_onnx(ctx: StageContext) -> Path:
     Raises:
         StageFailed: `export_unsupported` when the graph cannot be exported.
     """
-    return ctx.remember("onnx", lambda: _export_graph(get_reference(ctx), ctx.scratch_dir / "model.onnx"))
+    return ctx.remember("onnx", lambda: _export_graph(ctx, get_reference(ctx), ctx.scratch_dir / "model.onnx"))
 
 
-def run_onnx(ctx: StageContext, data: Encoded, folder: Path) -> Tensor:
-    """Returns the logits logits_NC of a folder with `model.onnx`, in the order of the split."""
+def run_onnx(ctx: StageContext, data: Any, folder: Path) -> Any:
+    """Returns what a folder with `model.onnx` says of a sample."""
     session = open_session(folder, ctx.num_threads)
-    batches = data.by_length(CHECK_BATCH, torch.device("cpu"))
-    return answer_rows(data, batches, lambda inputs: torch.from_numpy(run_session(session, inputs)), ctx.check_stop)
+    return ctx.task.logits(lambda inputs: torch.from_numpy(run_session(session, inputs)), data, ctx.check_stop)
 
 
 class Logits(torch.nn.Module):
-    """The model as a function from tensors, in the order of their names, to logits."""
+    """The model as a function from tensors, in the order of their names, to its logits and those of each head."""
 
-    def __init__(self, model: PreTrainedModel, names: list[str]) -> None:
+    def __init__(self, model: PreTrainedModel, names: list[str], heads: Mapping[str, TaskHead]) -> None:
         super().__init__()
-        self.model = model
-        self.names = names
+        self.model, self.names, self.heads = model, names, heads
 
-    def forward(self, *inputs: Tensor) -> Tensor:
-        """Returns logits_BC of a classifier of texts, logits_BTC of one of tokens."""
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Returns logits_BC of a classifier of texts, logits_BTC of one of tokens; then the part of each task."""
         logits: Tensor = self.model(**dict(zip(self.names, inputs, strict=True))).logits
-        return logits
+        return logits, *(head.of(logits) for head in self.heads.values())
 
 
-def _export_graph(reference: Reference, path: Path) -> Path:
+def _export_graph(ctx: StageContext, reference: Reference, path: Path) -> Path:
     size_bytes = sum(parameter.numel() * 4 for parameter in reference.model.parameters())
     if size_bytes > MAX_ONNX_BYTES:
         raise StageFailed(
@@ -181,20 +179,21 @@ def _export_graph(reference: Reference, path: Path) -> Path:
             f"The student has {size_bytes} bytes of weights; one ONNX file holds 2 GiB.",
             suggestion="Leave ONNX out.",
         )
-    names = list(reference.data.columns)
-    batch = reference.data.batch(np.arange(min(2, len(reference.data))), torch.device("cpu"))
+    batch, heads = next(iter(reference.data.shuffled(2, [0], 0, torch.device("cpu")))), ctx.task.heads
+    names, outputs = list(batch.inputs), ["logits", *heads]
     both = {0: "batch", 1: "sequence"}
-    wrapper = Logits(reference.model, names).eval()  # the exporter restores this flag, so it must be set on the wrapper
+    # the exporter restores the flag of evaluation, so it must be set on the wrapper
+    wrapper = Logits(reference.model, names, heads).eval()
     with torch.inference_mode():
-        is_of_tokens = wrapper(*batch.inputs.values()).dim() == 3
-    axes = dict.fromkeys(names, both) | {"logits": both if is_of_tokens else {0: "batch"}}
+        found = zip(outputs, wrapper(*batch.inputs.values()), strict=True)
+    axes = dict.fromkeys(names, both) | {name: both if x.dim() == 3 else {0: "batch"} for name, x in found}
     try:
         torch.onnx.export(
             wrapper,
             tuple(batch.inputs.values()),
             str(path),
             input_names=names,
-            output_names=["logits"],
+            output_names=outputs,
             dynamic_axes=axes,
             opset_version=OPSET,
             dynamo=False,
@@ -213,16 +212,15 @@ def _write_companions(ctx: StageContext, reference: Reference, folder: Path) -> 
 
 
 def measure(
-    ctx: StageContext, reference: Reference, logits_NC: Tensor, form: str, tolerance: float | None
+    ctx: StageContext, reference: Reference, answers: Any, form: str, tolerance: float | None
 ) -> dict[str, float]:
     """Returns the largest difference of a logit, and how far the answers agree.
 
     Raises:
         StageFailed: `export_unsupported` where logits are not finite, or differ by more than what is accepted.
     """
-    difference = (logits_NC - reference.logits_NC).abs().max().item()
-    agreement = ctx.task.agreement(logits_NC, reference.logits_NC)
-    if not logits_NC.isfinite().all() or (tolerance is not None and difference > tolerance):
+    difference, agreement = ctx.task.compare(answers, reference.answers)
+    if not math.isfinite(difference) or (tolerance is not None and difference > tolerance):
         raise StageFailed(
             "export_unsupported",
             f"The logits of {form} differ from the student's by up to {difference:.3g}; {tolerance:g} is accepted."

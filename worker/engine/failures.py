@@ -30,7 +30,8 @@ def explain(error: BaseException) -> dict[str, Any]:
     """Returns the error report: reason, message, suggestion, and whether a retry can help."""
     for cause in _chain(error):
         if isinstance(cause, StageFailed):
-            return {"type": "error", **cause.report()}
+            made = {"publishes": cause.publishes} if cause.publishes else {}
+            return {"type": "error", **cause.report()} | made
         if is_out_of_memory(cause):
             return _report(
                 "out_of_memory",

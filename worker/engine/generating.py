@@ -15,7 +15,6 @@ from worker.engine.context import StageContext
 from worker.engine.data import read_rows
 from worker.engine.devices import autocast
 from worker.engine.failures import CheckpointUnfit, StopRequested
-from worker.engine.teaching import load_teacher
 
 if TYPE_CHECKING:
     from worker.engine.language import LanguageModelling
@@ -65,7 +64,7 @@ def generate(ctx: StageContext, settings: "Generate") -> dict[str, Any]:
     if not ctx.spec.teacher.is_model:
         return ask_for_texts(ctx, settings)
     task, path = cast("LanguageModelling", ctx.task), ctx.get_split("train")
-    model, tokenizer = load_teacher(ctx), ctx.load_tokenizer("teacher")
+    model, tokenizer = ctx.load_teacher(), ctx.load_tokenizer("teacher")
     prompts = task.prompts(path, model, tokenizer, settings)
     order = sorted((row for row, ids in enumerate(prompts) if len(ids)), key=lambda row: len(prompts[row]))
     if not order:

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from core.errors import StageFailed
 from worker.engine.context import StageContext
 from worker.engine.exporting import get_reference, measure_agreement
+from worker.engine.inference import as_answer
 from worker.engine.loading import OFFLINE
 from worker.engine.pieces import BYTE_TOKENS, list_merges
 from worker.engine.quantizing import read_grids
@@ -49,9 +50,9 @@ def write_gguf(ctx: StageContext, settings: "Gguf", folder: Path) -> dict[str, f
     reference = get_reference(ctx)
     grids = read_grids(ctx.input("student"))
     write_file(reference.model, reference.tokenizer, folder / "model.gguf", settings.weights, grids)
-    again = AutoModelForCausalLM.from_pretrained(folder, gguf_file="model.gguf", dtype=torch.float32, **OFFLINE).eval()
-    logits_NC = ctx.task.logits(again, reference.data, ctx.check_stop)
-    return measure_agreement(ctx, reference, logits_NC, "gguf", settings.min_agreement)
+    again = AutoModelForCausalLM.from_pretrained(folder, gguf_file="model.gguf", dtype=torch.float32, **OFFLINE)
+    answers = ctx.task.logits(as_answer(again), reference.data, ctx.check_stop)
+    return measure_agreement(ctx, reference, answers, "gguf", settings.min_agreement)
 
 
 def write_file(

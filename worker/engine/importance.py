@@ -1,6 +1,7 @@
 """How much the inputs of linear maps count, one by one or in blocks, over a sample of the data."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -103,7 +104,8 @@ def watch(ctx: StageContext, model: PreTrainedModel, sites: dict[Map, Site], by:
     notes = {module: site.note for module, site in sites.items()}
     for batch, answer in listen(ctx, model, data, notes, needs_gradients=by.needs_gradients):
         if by.needs_gradients:
-            backward(answer, objective, None, batch.row_labels, int(batch.is_row.sum()))
+            heard = partial(objective, resting=objective.resting(batch))
+            backward(answer, heard, None, batch.row_labels, int(batch.is_row.sum()))
         for site in sites.values():
             site.end_batch()
     model.zero_grad(set_to_none=True)

@@ -11,6 +11,7 @@ from worker.engine.data import Batch, Encoded
 from worker.engine.sharding import is_sharded
 
 INFERENCE_BATCH = 64
+Answer = Callable[[dict[str, Tensor]], Tensor]  # a model, as a function from a batch's inputs to logits
 
 
 def predict_logits(
@@ -47,7 +48,7 @@ def predict_logits(
 def answer_rows(
     data: Encoded,
     batches: Iterable[Batch],
-    answer: Callable[[dict[str, Tensor]], Tensor],
+    answer: Answer,
     between: Callable[[], None],
 ) -> Tensor:
     """Returns the logits of every row, logits_NC in the order of the split; zeros of one that no batch has.
@@ -55,7 +56,7 @@ def answer_rows(
     Args:
         data: The tokenised split.
         batches: All of it.
-        answer: A model, as a function from a batch's inputs to logits.
+        answer: The model.
         between: Called after each batch; may raise to stop.
     """
     logits_NC: Tensor | None = None
@@ -67,3 +68,16 @@ def answer_rows(
         between()
     assert logits_NC is not None  # noqa: S101 - a split has rows
     return logits_NC
+
+
+def as_answer(model: PreTrainedModel) -> Answer:
+    """Returns a model, put into evaluation mode, as a function from inputs to logits."""
+    model.eval()
+    options = {"use_cache": False} if model.can_generate() else {}
+
+    def answer(inputs: dict[str, Tensor]) -> Tensor:
+        with torch.no_grad():
+            logits: Tensor = model(**inputs, **options).logits
+            return logits
+
+    return answer

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -22,22 +22,23 @@ from worker.engine.answering import Asked, keep_likeliest
 from worker.engine.blocks import NOWHERE, Blocks, count_bytes_of_texts, read_prompts, read_starts, read_stream
 from worker.engine.data import Batch
 from worker.engine.evaluation import Card, Column, Measured, Quality, Row, list_candidates, row_of_answers
+from worker.engine.inference import Answer
 from worker.engine.keeping import KeptLayers, Recorder
 from worker.engine.loading import load_language_model, save_language_model, some_tokens
 from worker.engine.measuring import as_forward, count_bytes, measure_speed, time_singles
 from worker.engine.members import Members, count_tokens, load_members
 from worker.engine.rendering import if_known, percent
-from worker.engine.scores import bootstrap_sums, same_first
+from worker.engine.scores import bootstrap_sums, largest_difference, same_first
 from worker.engine.sharding import is_sharded
-from worker.engine.tasks import Kept, Scores
-from worker.engine.teaching import AnswersKept, AnswersOnline, Teaching, load_teacher
+from worker.engine.tasks import Kept, Scores, TaskHead
+from worker.engine.teaching import AnswersKept, AnswersOnline, Teaching
 from worker.kernels.divergences import forward_kl
 from worker.kernels.heads import Head, rows_at_once
 from worker.kernels.mixtures import Mixture
 
 if TYPE_CHECKING:
     from worker.engine.context import StageContext
-    from worker.methods.stages.answer import Answer
+    from worker.methods.stages.answer import Answer as AnswerStage
     from worker.methods.stages.distill import Distill, OnPolicy
     from worker.methods.stages.evaluate import Evaluate
     from worker.methods.stages.generate import Generate
@@ -54,6 +55,7 @@ class LanguageModelling:
     """A causal language model."""
 
     headline = "loss"
+    heads: ClassVar[Mapping[str, TaskHead]] = {}
 
     def __init__(self, ctx: "StageContext", task: "CausalLM") -> None:
         self.ctx, self.task = ctx, task
@@ -132,14 +134,17 @@ class LanguageModelling:
         split = self.encode(path, model, tokenizer, 0)
         return split.head(max(1, SAMPLED_ROWS // split.max_length))
 
-    def logits(self, model: PreTrainedModel, data: Blocks, between: Callable[[], None]) -> Tensor:
-        """Returns the logits of every token that is to be predicted, by the model's own way to them."""
+    def logits(self, answer: Answer, data: Blocks, between: Callable[[], None]) -> Tensor:
+        """Returns the logits of every token that is to be predicted, logits_NV."""
         found = []
-        for batch in data.in_order(model.device):
-            with torch.inference_mode():
-                found.append(model(**batch.inputs, use_cache=False).logits[batch.is_row].float().cpu())
+        for batch in data.in_order(CPU):
+            found.append(answer(batch.inputs)[batch.is_row].float().cpu())
             between()
         return torch.cat(found)
+
+    def compare(self, found: Tensor, expected: Tensor) -> tuple[float, float]:
+        """Returns the largest difference of a logit, and how far the answers agree."""
+        return largest_difference(found, expected), self.agreement(found, expected)
 
     def agreement(self, logits_NC: Tensor, others_NC: Tensor) -> float:
         """Returns the share of tokens for which both put the same one first."""
@@ -160,7 +165,7 @@ class LanguageModelling:
                 raise StageFailed("vocab_incompatible", message, suggestion=hint)
             self._agree(tokenizer, kept.num_classes, student.config.vocab_size)
             return kept
-        teacher = load_teacher(self.ctx)
+        teacher = self.ctx.load_teacher()
         if not settings.compares_tokens() and not self._reads_alike(tokenizer):
             return self._teach_across(teacher, tokenizer, settings)
         self._agree(tokenizer, teacher.config.vocab_size, student.config.vocab_size)
@@ -220,7 +225,7 @@ class LanguageModelling:
         if len(set(widths)) > 1:
             self._num_common = min(common, *widths)
 
-    def keep(self, settings: "Answer") -> Kept:
+    def keep(self, settings: "AnswerStage") -> Kept:
         """Has the teacher answer every place of the training split, and keeps its likeliest tokens.
 
         Of the test split, if it is to be answered, SUMS of each block are kept, as `test`.
@@ -278,7 +283,7 @@ class LanguageModelling:
             | latency
             for name, speed, latency in zip(names, speeds, latencies, strict=True)
         ]
-        heard = None if has_teacher or not ctx.has_input("answers") else AnswersKept(ctx.input("answers")).of_test
+        heard = None if has_teacher or not ctx.has_input("answers") else AnswersKept(ctx.input("answers")).of_test()
         if heard is not None:
             rows.insert(0, row_of_answers(self._rate(heard.numpy(), num_bytes, settings)))
         return Measured(

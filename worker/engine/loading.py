@@ -118,6 +118,12 @@ def output_layer(model: PreTrainedModel) -> str:
     return names[-1]
 
 
+def head_bias(model: PreTrainedModel) -> torch.Tensor | None:
+    """Returns the bias of the layer that makes the logits, to be changed in place; None where it has none."""
+    bias_C = model.get_submodule(output_layer(model)).bias
+    return bias_C.detach() if isinstance(bias_C, torch.Tensor) else None
+
+
 def some_tokens(model: PreTrainedModel) -> torch.Tensor:
     """Returns a few tokens that the model has, ids_BT, by which can be seen how it computes."""
     return torch.arange(CHECKED_TOKENS, device=model.device)[None] % model.config.vocab_size

@@ -11,7 +11,6 @@ from core.errors import StageFailed
 from core.models.vocabulary import VocabularyDiffers, count_common
 from worker.engine.blocks import Blocks
 from worker.engine.data import Batch
-from worker.engine.teaching import load_teacher
 from worker.kernels.heads import Head
 from worker.kernels.mixtures import Mixture
 
@@ -69,7 +68,7 @@ def load_members(ctx: "StageContext") -> tuple[PreTrainedModel | Members, PreTra
         StageFailed: `vocab_incompatible` if a model of an ensemble has other tokens than the first one.
     """
     if ctx.spec.teacher.is_model:
-        return load_teacher(ctx), ctx.load_tokenizer("teacher")
+        return ctx.load_teacher(), ctx.load_tokenizer("teacher")
     settings = cast("Ensemble", ctx.spec.teacher)
     first, *others = settings.sources()
     tokenizers = {role: ctx.load_tokenizer(role) for role in (first, *others)}

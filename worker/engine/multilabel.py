@@ -36,7 +36,7 @@ class Decisions(Encoded):
 class MultiLabel(Classification):
     """A classifier that decides for each label by itself whether it fits."""
 
-    headline = "f1"
+    headline = share = "f1"
     problem_type = "multi_label_classification"
 
     def read_label(self, row: dict[str, Any]) -> list[int]:

@@ -1,8 +1,8 @@
 """The objective: a weighted sum of losses over what teacher and labels say, with one denominator for a whole step."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from pydantic import TypeAdapter
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from core.methods import Loss, OneOf
 from worker.engine.context import StageContext
+from worker.engine.data import Batch
 from worker.kernels.divergences import widen
 from worker.kernels.signals import Signal
 
@@ -28,6 +29,12 @@ class Term:
     weight: float | None
     loss: Callable[[Tensor, Signal | None, Tensor], Tensor]
     is_of_labels: bool = False
+    compares: Literal["probabilities", "values", "both"] = "both"
+
+    def rests(self, batch: Batch, *, is_own: bool = False) -> bool:
+        """Returns whether it has nothing to say of a batch: the student wrote it, or its task gives something else."""
+        fits = self.compares == "both" or batch.gives_values in {None, self.compares == "values"}
+        return not fits or (is_own and self.is_of_labels)
 
 
 def name_losses(losses: Sequence[Loss]) -> dict[str, Loss]:
@@ -40,13 +47,15 @@ def name_losses(losses: Sequence[Loss]) -> dict[str, Loss]:
 
 def make_term(ctx: StageContext, name: str, loss: Loss) -> Term:
     """Returns a loss on logits as a term."""
-    return Term(name, None if loss.weight == "auto" else loss.weight, loss.build(ctx), loss.is_of_labels)
+    weight = None if loss.weight == "auto" else loss.weight
+    return Term(name, weight, loss.build(ctx), loss.is_of_labels, loss.compares)
 
 
 def label_objective(ctx: StageContext) -> "Objective":
-    """Returns the loss on labels alone, as the task has it."""
-    loss = LOSS.validate_python({"kind": ctx.spec.task.label_loss})
-    return Objective([make_term(ctx, loss.kind, loss)])
+    """Returns the loss on labels alone, as the task has it, or each of several tasks."""
+    kinds = [task.label_loss for task in ctx.spec.task.parts().values() or [ctx.spec.task]]
+    losses = [LOSS.validate_python({"kind": kind}) for kind in dict.fromkeys(kinds)]
+    return Objective([make_term(ctx, loss.kind, loss) for loss in losses])
 
 
 class Objective:
@@ -82,6 +91,10 @@ class Objective:
         norm = self.norms.get(term.name, 0.0)
         return min(max(wanted / norm, 1 / MAX_BALANCE), MAX_BALANCE) if norm else 1.0
 
+    def resting(self, batch: Batch, *, is_own: bool = False) -> set[str]:
+        """Returns the names of the terms that have nothing to say of a batch."""
+        return {term.name for term in self.terms if term.rests(batch, is_own=is_own)}
+
     def learn(self, numbers: dict[str, float]) -> None:
         """Notes the norms of a whole step, of which `numbers` are the sums of the parts; a term that rests has none."""
         for name, weight in self.weights().items():
@@ -90,7 +103,13 @@ class Objective:
                 self.norms[name] = norm + NORM_MEMORY * (self.norms.get(name, norm) - norm)
 
     def __call__(
-        self, student_NC: Tensor, signal: Signal | None, labels_N: Tensor, num_rows: int, *, with_labels: bool = True
+        self,
+        student_NC: Tensor,
+        signal: Signal | None,
+        labels_N: Tensor,
+        num_rows: int,
+        *,
+        resting: Container[str] = (),
     ) -> tuple[Tensor, dict[str, float]]:
         """Returns the gradient of a part's share of L by the logits, and what the part adds to the step's numbers.
 
@@ -102,14 +121,14 @@ class Objective:
             signal: What the teacher says of these rows; None if no term hears one.
             labels_N: Their classes.
             num_rows: Rows of the whole step.
-            with_labels: Whether the labels are true; if not, the terms of them rest.
+            resting: The names of the terms that have nothing to say of this part; they add zeros.
         """
         divisor = 1 if self.is_sum else max(1, num_rows)
         logits_NC = widen(student_NC.detach()).requires_grad_()
         gradient_NC: Tensor | None = None
         numbers_J2, weights = [], self.weights()
         for term in self.terms:
-            if term.is_of_labels and not with_labels:
+            if term.name in resting:
                 numbers_J2 += [logits_NC.new_zeros(())] * 2
                 continue
             value = term.loss(logits_NC, signal, labels_N).sum() / divisor

@@ -9,6 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from core.pareto import find_front
+
 if TYPE_CHECKING:
     from worker.engine.evaluation import Quality
 
@@ -69,6 +71,23 @@ def plot_quality(models: list[dict[str, Any]], quality: "Quality", field: str, t
         axes.set_xlabel(title)
         axes.set_ylabel(f"test {quality.title}")
         axes.legend(frameon=False, fontsize=8)
+        return to_svg(figure)
+
+
+def plot_front(points: list[dict[str, Any]]) -> str:
+    """Returns what each point of a search keeps against its size, with the front that no other point is better than."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(5.2, 3.6), layout="constrained")
+        axes = figure.subplots()
+        places = [(point["size_bytes"] / 1e6, 100 * point["retained"]) for point in points]
+        is_front = find_front(points)
+        for point, place, on in zip(points, places, is_front, strict=True):
+            axes.plot(*place, "o" if point["meets"] else "x", color="C0" if on else "C7")
+            axes.annotate(f" {point['number']}", place, fontsize=8)
+        front = sorted(place for place, on in zip(places, is_front, strict=True) if on)
+        axes.plot(*zip(*front, strict=True), "-", color="C0", linewidth=1)
+        axes.set_xlabel("size on disk, MB")
+        axes.set_ylabel("kept of the teacher's validation score, %")
         return to_svg(figure)
 
 

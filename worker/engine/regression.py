@@ -1,19 +1,16 @@
 """Regression on texts, inside a stage."""
 
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from worker.engine.classification import INTERVAL_NOTE, SPEED, SPEED_NOTE, Classification
 from worker.engine.data import Examples
 from worker.engine.evaluation import Card, Column, Measured, Quality, Row
-from worker.engine.loading import output_layer
 from worker.engine.rendering import if_known
 from worker.engine.scores import bootstrap_sums, correlation
 from worker.engine.tasks import Scores
@@ -28,17 +25,13 @@ LEAST_SPREAD, MOST_SPREAD = 0.1, 10.0
 class Regression(Classification):
     """A model that gives each text a number."""
 
-    headline = "rmse"
+    headline, share = "rmse", "pearson"
     problem_type = "regression"
 
-    def load_model(self, folder: Path, **options: Any) -> PreTrainedModel:
-        """Returns the folder's model; a new head begins with the mean of the training split."""
-        model = super().load_model(folder, **options)
-        if model.has_new_head:
-            layer = model.get_submodule(output_layer(model))
-            if isinstance(layer.bias, Tensor):
-                torch.nn.init.constant_(layer.bias, self.ctx.remember("mean", self._find_mean))
-        return model
+    def start_head(self, bias_C: Tensor | None) -> None:
+        """Has a new head begin with the mean of the training split."""
+        if bias_C is not None:
+            bias_C.fill_(self.ctx.remember(f"mean {self.labels[0]}", self._find_mean))
 
     def _find_mean(self) -> float:
         """Returns the mean of what is to be learned; warns of numbers for which learning rates are not made."""
@@ -77,7 +70,12 @@ class Regression(Classification):
         labels_N = self.labels_of(test).numpy()
         sums_N2 = np.stack([np.ones(len(labels_N)), np.square(predicted_N - labels_N, dtype=np.float64)], axis=-1)
         interval = bootstrap_sums(sums_N2, _root_mean, settings.confidence, self.ctx.spec.seed)
-        return {**_rate(labels_N, predicted_N), "rmse_ci": interval}
+        pairs_N6 = _sums_of(labels_N.astype(np.float64), predicted_N.astype(np.float64))
+        return {
+            **_rate(labels_N, predicted_N),
+            "rmse_ci": interval,
+            "pearson_ci": bootstrap_sums(pairs_N6, _pearson, settings.confidence, self.ctx.spec.seed),
+        }
 
     def describe(self, test: Examples, rows: list[Row], student_N: NDArray[Any]) -> Measured:  # noqa: ARG002
         """Returns what was measured, with how to show it."""
@@ -124,6 +122,18 @@ def _ranks(values_N: NDArray[Any]) -> NDArray[np.float64]:
     _, places_N, counts = np.unique(values_N, return_inverse=True, return_counts=True)
     ranks: NDArray[np.float64] = (np.cumsum(counts) - (counts - 1) / 2)[places_N]
     return ranks
+
+
+def _sums_of(x_N: NDArray[np.float64], y_N: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Returns what Pearson's correlation is made of when it is added up."""
+    x_N, y_N = x_N - x_N.mean(), y_N - y_N.mean()  # small numbers lose less
+    return np.stack([np.ones(len(x_N)), x_N, y_N, x_N * x_N, y_N * y_N, x_N * y_N], axis=-1)
+
+
+def _pearson(sums_6: NDArray[Any]) -> float:
+    count, x, y, xx, yy, xy = sums_6.tolist()
+    spread = (count * xx - x * x) * (count * yy - y * y)
+    return (count * xy - x * y) / math.sqrt(spread) if spread > 0 else 0.0
 
 
 def _root_mean(sums_2: NDArray[Any]) -> float:

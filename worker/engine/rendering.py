@@ -9,7 +9,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from worker.engine.plots import plot_losses, plot_quality
+from worker.engine.plots import plot_front, plot_losses, plot_quality
 
 if TYPE_CHECKING:
     from worker.engine.evaluation import Card, Column, Quality
@@ -28,6 +28,7 @@ def write_html(report: dict[str, Any], columns: "Sequence[Column]", quality: "Qu
             plot_quality(models, quality, "latency_p50_ms", "median latency at batch 1, ms", 1.0),
         ),
     ]
+    plots += [("Pareto front", plot_front(points)) for points in _find_points(report["stages"])]
     # the SVG comes from our own plots, whose texts matplotlib escapes
     figures = [(title, Markup(svg)) for title, svg in plots if svg]  # noqa: S704
     page = (
@@ -36,6 +37,11 @@ def write_html(report: dict[str, Any], columns: "Sequence[Column]", quality: "Qu
         .render(**report, columns=columns, figures=figures, settings=to_yaml(report["spec"]))
     )
     path.write_text(page, encoding="utf-8")
+
+
+def _find_points(stages: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Returns what each search among the stages measured."""
+    return [stage["summary"]["points"] for stage in stages if (stage["summary"] or {}).get("points")]
 
 
 def write_model_card(report: dict[str, Any], columns: "Sequence[Column]", card: "Card", path: Path) -> None:

@@ -1,7 +1,8 @@
 """Exported models as a user runs them: torch for `transformers` folders, onnxruntime for ONNX."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -31,6 +32,29 @@ def run_session(session: onnxruntime.InferenceSession, inputs: dict[str, Tensor]
     names = [node.name for node in session.get_inputs()]
     logits_BC: NDArray[np.float32] = session.run(["logits"], {name: inputs[name].numpy() for name in names})[0]
     return logits_BC
+
+
+class Running:
+    """A form in its runtime, where a model is asked for."""
+
+    training, device = False, torch.device("cpu")
+
+    def __init__(self, forward: Forward) -> None:
+        self._forward = forward
+
+    def __call__(self, **inputs: Tensor) -> SimpleNamespace:
+        """Returns its logits."""
+        return SimpleNamespace(logits=torch.from_numpy(self._forward(inputs)))
+
+    def train(self, _: bool = True) -> "Running":
+        """Changes nothing, as it cannot be trained."""
+        return self
+
+    eval = train
+
+    def modules(self) -> Iterator[torch.nn.Module]:
+        """Yields nothing."""
+        return iter(())
 
 
 class OpenModel(NamedTuple):

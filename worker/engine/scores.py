@@ -22,6 +22,11 @@ def same_first(logits_NC: Tensor, others_NC: Tensor) -> float:
     return (logits_NC.argmax(-1) == others_NC.argmax(-1)).double().mean().item()
 
 
+def largest_difference(logits_NC: Tensor, others_NC: Tensor) -> float:
+    """Returns the largest difference of a logit, which is not a number where one of them is not."""
+    return (logits_NC - others_NC).abs().max().item()
+
+
 def correlation(values_N: Values, others_N: Values) -> float:
     """Returns Pearson's correlation; 0 where one of the two is constant, of which nothing can be said."""
     if np.ptp(values_N) == 0 or np.ptp(others_N) == 0:

@@ -20,7 +20,6 @@ from worker.engine.inference import predict_logits
 from worker.engine.language import predict_next
 from worker.engine.loading import input_names, limit_length, load_language_model
 from worker.engine.sharding import is_sharded
-from worker.engine.teaching import load_teacher
 from worker.kernels.heads import Head
 from worker.kernels.mixtures import Mixture
 
@@ -35,7 +34,7 @@ READ_TOKENS = 4096  # in one batch
 
 def speak_as_classifier(ctx: StageContext) -> Speak:
     """Returns what gives the teacher's logits for examples, each cut at so many tokens."""
-    return _speak_with(ctx, load_teacher(ctx), ctx.load_tokenizer("teacher"))
+    return _speak_with(ctx, ctx.load_teacher(), ctx.load_tokenizer("teacher"))
 
 
 def speak_as_ensemble(ctx: StageContext, settings: "Ensemble") -> Speak:
@@ -44,14 +43,7 @@ def speak_as_ensemble(ctx: StageContext, settings: "Ensemble") -> Speak:
     Raises:
         StageFailed: `teacher_unavailable` for a model without a head for the job's labels.
     """
-    speakers = []
-    for role in settings.sources():
-        model = ctx.place(ctx.load_model(role)).eval()
-        if model.has_new_head:
-            message = f"The {role.replace('_', ' ')} has no head for the labels {', '.join(ctx.labels[:20])}."
-            hint = "Name a model that was fine-tuned on these labels, as 'job:<id>/teacher'."
-            raise StageFailed("teacher_unavailable", message, suggestion=hint)
-        speakers.append(_speak_with(ctx, model, ctx.load_tokenizer(role)))
+    speakers = [speak_as_one(ctx, role) for role in settings.sources()]
     weights = [member.weight for member in settings.members]
 
     def speak(examples: Examples, max_length: int) -> Tensor:
@@ -65,6 +57,20 @@ def speak_as_ensemble(ctx: StageContext, settings: "Ensemble") -> Speak:
         return mixture.logits()
 
     return speak
+
+
+def speak_as_one(ctx: StageContext, role: str) -> Speak:
+    """Returns what gives the logits of a model that is not trained in the job, for examples cut at so many tokens.
+
+    Raises:
+        StageFailed: `teacher_unavailable` if it has no head for the labels.
+    """
+    model = ctx.place(ctx.load_model(role)).eval()
+    if model.has_new_head:
+        message = f"The {role.replace('_', ' ')} has no head for the labels {', '.join(ctx.labels[:20])}."
+        hint = "Name a model that was fine-tuned on these labels, as 'job:<id>/teacher'."
+        raise StageFailed("teacher_unavailable", message, suggestion=hint)
+    return _speak_with(ctx, model, ctx.load_tokenizer(role))
 
 
 def _speak_with(ctx: StageContext, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Speak:

@@ -89,7 +89,7 @@ def keep_layers(teacher: PreTrainedModel, keep: list[int]) -> PreTrainedModel:
     if keep[0] != 0 and _is_first_unlike(teacher):
         message = f"The first layer of a '{teacher.config.model_type}' is unlike the others: none can take its place."
         raise StageFailed("spec_invalid", message, suggestion=f"Keep layer 0, as in {[0, *keep[1:]]}.")
-    student = type(teacher)._from_config(_with_layers(teacher, keep), dtype=torch.float32)
+    student = type(teacher)._from_config(with_layers(teacher, keep), dtype=torch.float32)
     student.has_new_head = teacher.has_new_head
     student.load_state_dict(renumber(teacher.state_dict(), stack, keep))
     return student
@@ -109,7 +109,7 @@ def make_fresh(teacher: PreTrainedModel, sizes: "Fresh") -> PreTrainedModel:
     """
     old = teacher.config
     num_layers = sizes.num_layers or old.num_hidden_layers
-    config = _with_layers(teacher, [index % old.num_hidden_layers for index in range(num_layers)])
+    config = with_layers(teacher, [index % old.num_hidden_layers for index in range(num_layers)])
     widths = read_widths(old).resized(sizes.hidden_size, sizes.num_heads, sizes.intermediate_size)
     set_widths(config, widths)
     try:
@@ -148,7 +148,7 @@ def _find_inner_width(config: PreTrainedConfig) -> str | None:
     return next((name for name in INNER_WIDTHS if getattr(config, name, None)), None)
 
 
-def _with_layers(teacher: PreTrainedModel, keep: list[int]) -> PreTrainedConfig:
+def with_layers(teacher: PreTrainedModel, keep: list[int]) -> PreTrainedConfig:
     """Returns the teacher's config with these of its layers."""
     config, num_layers = copy.deepcopy(teacher.config), teacher.config.num_hidden_layers
     for name, value in vars(teacher.config).items():

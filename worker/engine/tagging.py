@@ -28,7 +28,7 @@ OUTSIDE = "O"
 class Tagging(Classification):
     """A classifier of words, whose rows are words and whose score is that of entities."""
 
-    headline = "f1"
+    headline = share = "f1"
     auto_class = AutoModelForTokenClassification
     problem_type = None
 

@@ -1,6 +1,6 @@
 """What training and measuring ask of a task; `Task.build` of a task's method returns one."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -11,13 +11,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from worker.engine.data import Batch
+from worker.engine.inference import Answer
 from worker.kernels.heads import Head
 
 if TYPE_CHECKING:
     from worker.engine.evaluation import Measured
     from worker.engine.keeping import Recorder
     from worker.engine.teaching import Teaching
-    from worker.methods.stages.answer import Answer
+    from worker.methods.stages.answer import Answer as AnswerStage
     from worker.methods.stages.distill import Distill
     from worker.methods.stages.evaluate import Evaluate
 
@@ -32,6 +33,17 @@ class Kept(NamedTuple):
     scores: Scores | None
     summary: dict[str, Any]
     layers: "Recorder | None" = None
+
+
+class TaskHead(NamedTuple):
+    """Of a model of several tasks, which logits are one task's, and whether those of a text are its first token's."""
+
+    columns: slice
+    of_first_token: bool
+
+    def of(self, logits: Tensor) -> Tensor:
+        """Returns the task's part of what the whole model answers."""
+        return (logits[:, 0] if self.of_first_token else logits)[..., self.columns]
 
 
 class Split(Protocol):
@@ -64,6 +76,10 @@ class TaskRun(Protocol):
     def headline(self) -> str:
         """The name of the score that counts first."""
 
+    @property
+    def heads(self) -> Mapping[str, TaskHead]:
+        """The heads of the tasks that share the model; none where it is of one task."""
+
     def load_model(self, folder: Path, **options: Any) -> PreTrainedModel:
         """Returns the folder's model for this task, in float32; `has_new_head` says whether its head is untrained."""
 
@@ -89,11 +105,11 @@ class TaskRun(Protocol):
     def sample(self, path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Any:
         """Returns some examples of a stored split, on which two forms of one model can be compared."""
 
-    def logits(self, model: PreTrainedModel, data: Any, between: Callable[[], None]) -> Tensor:
-        """Returns the logits of every row of a split, logits_NC in float32 on the processor, as a user gets them."""
+    def logits(self, answer: Answer, data: Any, between: Callable[[], None]) -> Any:
+        """Returns what a model says of every row of a sample, in float32 on the processor, for `compare`."""
 
-    def agreement(self, logits_NC: Tensor, others_NC: Tensor) -> float:
-        """Returns how far two models give the same answers, 1 if all are the same."""
+    def compare(self, found: Any, expected: Any) -> tuple[float, float]:
+        """Returns the largest difference of a logit, and how far the answers agree, 1 if all are the same."""
 
     def rank(self, scores: Scores) -> tuple[float, ...]:
         """Returns scores as what is larger for a better model."""
@@ -105,7 +121,7 @@ class TaskRun(Protocol):
             StageFailed: `vocab_incompatible` where the two cannot be compared.
         """
 
-    def keep(self, settings: "Answer") -> Kept:
+    def keep(self, settings: "AnswerStage") -> Kept:
         """Has the teacher answer the training split."""
 
     def measure(self, settings: "Evaluate") -> "Measured":

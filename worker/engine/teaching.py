@@ -52,23 +52,11 @@ class Teaching(Protocol):
         """Takes over what `save` returned."""
 
 
-def load_teacher(ctx: "StageContext") -> PreTrainedModel:
-    """Returns the stage's teacher on the device, loaded once; warns where its answers are random."""
-
-    def load() -> PreTrainedModel:
-        teacher = ctx.place(ctx.load_model("teacher")).eval()
-        if teacher.has_new_head:
-            message = "The teacher has no head for these classes: its answers are random."
-            ctx.warn("teacher_untrained", f"{message} Put a finetune stage before distill.")
-        return teacher
-
-    return ctx.remember("teacher", load)
-
-
 class Masking(NamedTuple):
     """After the first epoch a share of the tokens is masked, anew in every epoch, for teacher and student alike.
 
-    The student then hears the teacher on more inputs than there are texts. Without a mask's id nothing is masked.
+    The student then hears the teacher on more inputs than there are texts; or it alone reads masks, and hears what the
+    teacher says of the whole text. Without a mask's id nothing is masked.
 
     Paper: Tang et al. 2019, "Distilling Task-Specific Knowledge from BERT into Simple Neural Networks", section 3.2,
     with the noise of each epoch in place of a fixed, larger split.
@@ -77,6 +65,7 @@ class Masking(NamedTuple):
     mask_id: int | None = None
     probability: float = 0.0
     seed: int = 0
+    of_teacher: bool = True
 
     def is_due(self, epoch: int) -> bool:
         """Returns whether this epoch's inputs differ from the split."""
@@ -92,7 +81,7 @@ class AnswersAhead:
 
     Attributes:
         own: Training and validation split as the teacher reads them, where the student reads them otherwise; no
-            token is masked then.
+            token is masked then, but for the student alone.
     """
 
     layers = None
@@ -105,20 +94,30 @@ class AnswersAhead:
         own: tuple[Encoded, Encoded | None] | None = None,
     ) -> None:
         self._ctx, self._model, self.own = ctx, teacher, own
-        self._masking = Masking() if own else masking
+        self._masking = Masking() if own and masking.of_teacher else masking
         self._logits_NC: Tensor | None = None
         self._epoch = -1
 
     def prepare(self, epoch: int, data: Encoded) -> Encoded:
         """Masks the split, and has the teacher answer it where it has not."""
-        data = self._masking.mask(data, epoch)
-        if self._logits_NC is None or (self._masking.is_due(epoch) and self._epoch != epoch):
-            with autocast(self._ctx.device):  # a hint to train by, not an answer to a user
-                read = self.own[0] if self.own else data
-                self._logits_NC = predict_logits(self._model, read, self._ctx.check_stop)
-            self._epoch = epoch
-            log.info("the teacher answered %d texts for epoch %d", len(data), epoch + 1)
-        return data
+        masked = self._masking.mask(data, epoch)
+        heard, due = data, 0
+        if self._masking.of_teacher and self._masking.is_due(epoch):
+            heard, due = masked, epoch
+        if self._logits_NC is None or self._epoch != due:
+            if self._ctx.hears_again:
+                key = f"answers {data.digest()} {self._ctx.labels} {due}"
+                self._logits_NC = self._ctx.remember(key, lambda: self._ask(heard))
+            else:
+                self._logits_NC = self._ask(heard)
+            self._epoch = due
+        return masked
+
+    def _ask(self, data: Encoded) -> Tensor:
+        with autocast(self._ctx.device):  # a hint to train by, not an answer to a user
+            found = predict_logits(self._model, self.own[0] if self.own else data, self._ctx.check_stop)
+        log.info("the teacher answered %d texts", len(data))
+        return found
 
     def answer(self, batch: Batch) -> Signal:
         """Returns the rows' logits."""
@@ -150,6 +149,11 @@ class Stateless:
         """Has nothing to take over."""
 
 
+def kept_as(name: str, task: str) -> str:
+    """Returns the name of a kept tensor; of several tasks each has its own."""
+    return f"{task}/{name}" if task else name
+
+
 class AnswersKept(Stateless):
     """Answers that an earlier stage kept: a classifier's logits, or a language model's likeliest tokens; and layers."""
 
@@ -162,10 +166,12 @@ class AnswersKept(Stateless):
         self._rest = about["rest"]
         self._tensors = load_file(path)  # mapped into memory, so that only what is asked for is read
 
-    @property
-    def of_test(self) -> Tensor | None:
-        """What is kept of the test split, if it was asked: a classifier's logits, or a language model's sums."""
-        return self._tensors.get("test")
+    def of_test(self, task: str = "") -> Tensor | None:
+        """Returns what is kept of the test split, if it was asked: a classifier's logits, or a language model's sums.
+
+        Of several tasks it is asked for one.
+        """
+        return self._tensors.get(kept_as("test", task))
 
     @property
     def num_classes(self) -> int:
@@ -189,8 +195,9 @@ class AnswersKept(Stateless):
         rows_N = batch.row_numbers
         if self.layers:
             self.layers.see(batch.inputs)
-        if "logits" in self._tensors:
-            return DenseSignal(self._tensors["logits"][rows_N])
+        logits_NC = self._tensors.get(kept_as("logits", batch.task))
+        if logits_NC is not None:
+            return DenseSignal(logits_NC[rows_N])
         classes_NK, log_p_NK, log_rest_N = (self._tensors[name][rows_N] for name in ("classes", "log_p", "log_rest"))
         if self._rest == "samples":
             return SampledSignal(classes_NK.long(), log_p_NK, self._temperature)

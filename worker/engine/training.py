@@ -234,7 +234,7 @@ class Trainer:
 
         Labels of a batch that the student wrote itself are not to be learned.
         """
-        objective = partial(self.objective, with_labels=not is_own)
+        objective = partial(self.objective, resting=self.objective.resting(batch, is_own=is_own))
         ranks.seed_step(self.ctx.seed, self._step)
         num_rows = int(batch.is_row.sum())
         self.ctx.share_done, self.ctx.is_own_text = self._step / max(1, self.num_steps - 1), is_own

@@ -89,6 +89,10 @@ class Answer(Stage):
             return [Problem("kind", "a later stage changes the teacher; put 'answer' after it")]
         if self.layers.wanted and not spec.teacher.is_model:
             return [Problem("layers", "this teacher only answers, so nothing of its layers can be kept; leave it out")]
+        if self.layers.wanted and spec.task.parts():
+            return [
+                Problem("layers", "layers are not kept of texts of several tasks; leave it out, and 'answer' with it")
+            ]
         if spec.task.shares_tokens and spec.teacher.api():
             return [Problem("kind", "an API does not tell how likely the tokens of a text are; use 'generate' instead")]
         if not spec.task.shares_tokens:

@@ -98,6 +98,12 @@ class Distill(Training):
         "where each reads its own tokens.",
     )
 
+    masked_for: Literal["both", "student"] = Field(
+        "both",
+        description="Who reads masked tokens: with `student` the teacher's answers are those to the whole text, and it "
+        "answers once, which takes less time.",
+    )
+
     on_policy: OnPolicy | None = Field(
         None, description="Let a language model learn from its own texts in some of the steps."
     )
@@ -118,18 +124,33 @@ class Distill(Training):
         if alone:
             why = f"'{self.losses[alone[0]].kind}' compares given texts with the student's own; set on_policy"
             return [Problem(f"losses.{alone[0]}", why)]
-        unfit = [i for i, loss in enumerate(self.losses) if not fits(type(loss), spec.task)]
+        unfit = self._find_unfit(spec.task)
         if unfit:
-            known = ", ".join(k for k, loss in list_methods("losses").items() if fits(loss, spec.task))
-            why = f"'{self.losses[unfit[0]].kind}' fits no {spec.task.kind}; those that do: {known}"
-            return [Problem(f"losses.{unfit[0]}", why)]
+            return unfit
         if self.feature_losses and not spec.teacher.is_model:
             kind = self.feature_losses[0].kind
             return [Problem("losses", f"'{kind}' compares layers, and this teacher only answers; leave it out")]
+        if self.feature_losses and self.masked_for == "student":
+            why = "losses on layers compare what both make of the same tokens; use 'both'"
+            return [Problem("masked_for", why)]
         lacking = self._find_lacking(spec)
         if lacking or any(loss.weight != "auto" and loss.weight > 0 for loss in self.losses):
             return lacking
         return [Problem("losses", "no term has a weight above 0; give at least one a number, as 'weight: 1.0'")]
+
+    def _find_unfit(self, task: Task) -> list[Problem]:
+        """Returns the losses that compare nothing which models of the task give, and the parts without a loss."""
+        parts = task.parts() or {"": task}
+        for index, loss in enumerate(self.losses):
+            if not any(fits(type(loss), part) for part in parts.values()):
+                known = ", ".join(k for k, found in list_methods("losses").items() if fits(found, task))
+                why = f"'{loss.kind}' fits no {task.kind}; those that do: {known}"
+                return [Problem(f"losses.{index}", why)]
+        return [
+            Problem("losses", f"none fits the task '{name}', a {part.kind}; add '{part.label_loss}'")
+            for name, part in parts.items()
+            if not any(fits(type(loss), part) and not isinstance(loss, FeatureLoss) for loss in self.losses)
+        ][:1] * bool(task.parts())
 
     def check_depths(self, spec: "JobSpec", depths: Depths) -> list[Problem]:
         """Returns which losses compare layers that are not there, or that an earlier stage did not keep."""
@@ -140,7 +161,7 @@ class Distill(Training):
 
     def _find_lacking(self, spec: "JobSpec", depths: Depths | None = None) -> list[Problem]:
         """Returns the losses on layers for which an earlier stage that kept the answers keeps too little."""
-        before = [*enumerate(spec.stages[: spec.stages.index(self)])]
+        before = [*enumerate(spec.stages[: spec.stages.index(self)])] if self in spec.stages else []
         kept = next(((number, stage) for number, stage in reversed(before) if isinstance(stage, Answer)), None)
         if kept is None or self.on_policy:  # the teacher runs beside the student
             return []

@@ -56,6 +56,10 @@ class Quantize(ModelStage):
         why = f"groups of {group} do not divide the {odd} inputs of a matrix; choose fewer, or null"
         return [Problem("group", why)] if odd else []
 
+    def calibrates(self) -> list[str]:
+        """Returns the method, if it looks at the training split."""
+        return [self.method.kind] if self.method.needs_data else []
+
     def build(self, ctx: "StageContext") -> Callable[[], dict[str, Any]]:
         """Returns the run."""
         from worker.engine.quantizing import quantize

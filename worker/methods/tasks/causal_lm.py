@@ -23,9 +23,6 @@ class CausalLM(Task):
 
     forms: ClassVar[tuple[str, ...]] = ("safetensors", "gguf")
     shares_tokens: ClassVar[bool] = True
-    stage_defaults: ClassVar[dict[str, dict[str, Any]]] = {
-        "distill": {"losses": [{"kind": "cross_entropy"}, {"kind": "forward_kl", "temperature": 1.0}]}
-    }
 
     kind: Literal["causal_lm"] = "causal_lm"
     text: str = Field("text", description="Column that holds the text, or what follows the prompt.")
@@ -43,6 +40,10 @@ class CausalLM(Task):
         if self.chat and self.prompt is None:
             raise PydanticCustomError("chat", "a chat needs the column of what the user says; set task.prompt", {})
         return self
+
+    def stage_defaults(self) -> dict[str, dict[str, Any]]:
+        """Returns the losses of a distillation."""
+        return {"distill": {"losses": [{"kind": "cross_entropy"}, {"kind": "forward_kl", "temperature": 1.0}]}}
 
     def columns(self) -> dict[str, str]:
         """Returns the columns by role."""

@@ -21,7 +21,15 @@ class MultiLabelClassification(Task):
     Paper: Tsoumakas, Katakis 2007, "Multi-Label Classification: An Overview", section 2.1 (binary relevance).
     """
 
-    forms: ClassVar[tuple[str, ...]] = ("safetensors", "onnx", "onnx_fp16", "onnx_int8", "onnx_int4")
+    forms: ClassVar[tuple[str, ...]] = (
+        "safetensors",
+        "onnx",
+        "onnx_fp16",
+        "onnx_int8",
+        "onnx_int8_static",
+        "onnx_int4",
+    )
+    shares_trunk: ClassVar[bool] = True
     min_labels: ClassVar[int] = 1
 
     kind: Literal["multi_label_classification"] = "multi_label_classification"

@@ -15,7 +15,15 @@ if TYPE_CHECKING:
 class TextClassification(Task):
     """Puts each text, or each pair of texts, into one of the classes that the training split names."""
 
-    forms: ClassVar[tuple[str, ...]] = ("safetensors", "onnx", "onnx_fp16", "onnx_int8", "onnx_int4")
+    forms: ClassVar[tuple[str, ...]] = (
+        "safetensors",
+        "onnx",
+        "onnx_fp16",
+        "onnx_int8",
+        "onnx_int8_static",
+        "onnx_int4",
+    )
+    shares_trunk: ClassVar[bool] = True
     min_labels: ClassVar[int] = 2
 
     kind: Literal["text_classification"] = "text_classification"

@@ -19,18 +19,27 @@ class TextRegression(Task):
     event warns of one that is far from it.
     """
 
-    forms: ClassVar[tuple[str, ...]] = ("safetensors", "onnx", "onnx_fp16", "onnx_int8", "onnx_int4")
+    forms: ClassVar[tuple[str, ...]] = (
+        "safetensors",
+        "onnx",
+        "onnx_fp16",
+        "onnx_int8",
+        "onnx_int8_static",
+        "onnx_int4",
+    )
+    shares_trunk: ClassVar[bool] = True
     gives_values: ClassVar[bool] = True
     min_labels: ClassVar[int] = 1
     label_loss: ClassVar[str] = "squared_error"
-    stage_defaults: ClassVar[dict[str, dict[str, Any]]] = {
-        "distill": {"losses": [{"kind": "squared_error"}, {"kind": "logit_mse"}]}
-    }
 
     kind: Literal["text_regression"] = "text_regression"
     text: str = Field("text", description="Column that holds the text.")
     pair: str | None = Field(None, description="Column that holds a second text, where the number is of two.")
     value: str = Field("value", description="Column that holds the number; the model's one label is called so.")
+
+    def stage_defaults(self) -> dict[str, dict[str, Any]]:
+        """Returns the losses of a distillation."""
+        return {"distill": {"losses": [{"kind": "squared_error"}, {"kind": "logit_mse"}]}}
 
     def columns(self) -> dict[str, str]:
         """Returns the columns by role."""

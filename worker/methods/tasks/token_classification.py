@@ -21,7 +21,15 @@ class TokenClassification(Task):
     Entity Recognition", section 2.3 (entity F1).
     """
 
-    forms: ClassVar[tuple[str, ...]] = ("safetensors", "onnx", "onnx_fp16", "onnx_int8", "onnx_int4")
+    forms: ClassVar[tuple[str, ...]] = (
+        "safetensors",
+        "onnx",
+        "onnx_fp16",
+        "onnx_int8",
+        "onnx_int8_static",
+        "onnx_int4",
+    )
+    shares_trunk: ClassVar[bool] = True
     min_labels: ClassVar[int] = 2
 
     kind: Literal["token_classification"] = "token_classification"

@@ -1,0 +1,111 @@
+"""The splits of several tasks as one."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from worker.engine.data import Batch, Encoded
+
+
+@dataclass(frozen=True)
+class TaskSplits:
+    """A tokenised split of each task, whose batches are of one task each.
+
+    Attributes:
+        parts: The splits by task.
+        values: The tasks whose models give numbers.
+        temperature: How evenly tasks are drawn; see `MultiTask`.
+    """
+
+    parts: dict[str, Encoded]
+    values: frozenset[str] = frozenset()
+    temperature: float = 1.0
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts.values()))
+
+    @property
+    def max_length(self) -> int:
+        """Longest example in tokens."""
+        return max(part.max_length for part in self.parts.values())
+
+    @property
+    def num_cut(self) -> int:
+        """Examples that were longer."""
+        return sum(part.num_cut for part in self.parts.values())
+
+    def digest(self) -> str:
+        """Returns what only the same texts of the same tasks have."""
+        return join_digests({name: part.digest() for name, part in self.parts.items()})
+
+    def count_ids(self) -> NDArray[np.int64]:
+        """Returns how often each token occurs, up to the last one that does, counts_V."""
+        counts = [part.count_ids() for part in self.parts.values()]
+        return np.sum([np.pad(found, (0, max(map(len, counts)) - len(found))) for found in counts], axis=0)
+
+    @cached_property
+    def _starts(self) -> NDArray[np.int64]:
+        return np.cumsum([0, *map(len, self.parts.values())])
+
+    def single(self, row: int) -> dict[str, Tensor]:
+        """Returns the inputs of one example, a batch of one without padding."""
+        place = int(np.searchsorted(self._starts, row, side="right")) - 1
+        return [*self.parts.values()][place].single(row - int(self._starts[place]))
+
+    def masked(self, mask_id: int, probability: float, seed: Sequence[int]) -> "TaskSplits":
+        """Returns the splits with each token but the first and last of a text masked with this probability."""
+        parts = {n: part.masked(mask_id, probability, [*seed, i]) for i, (n, part) in enumerate(self.parts.items())}
+        return self.replace(parts)
+
+    def replace(self, parts: dict[str, Any]) -> "TaskSplits":
+        """Returns these splits in place of its own."""
+        return TaskSplits(parts, self.values, self.temperature)
+
+    def shuffled(self, batch_size: int, seed: Sequence[int], first: int, device: torch.device) -> Iterator[Batch]:
+        """Yields one epoch of batches from number `first` on; their order is a pure function of the seed.
+
+        Each task has its share of the batches of an epoch. One that has more batches than its share gives some of them,
+        other ones in each epoch; one that has fewer begins anew, in another order.
+        """
+        plan = self.plan(batch_size, seed)
+        names, streams = [*self.parts], {}
+        for number in plan[first:]:
+            name = names[number]
+            if name not in streams:
+                skipped = int((plan[:first] == number).sum())
+                streams[name] = _endless(self.parts[name], batch_size, [*seed, int(number)], skipped, device)
+            yield next(streams[name])._replace(task=name, gives_values=name in self.values)
+
+    def plan(self, batch_size: int, seed: Sequence[int]) -> NDArray[np.int64]:
+        """Returns the number of the task of each batch of an epoch, numbers_S."""
+        sizes = np.array([len(part) for part in self.parts.values()], dtype=np.float64)
+        shares = sizes ** (1 / self.temperature)
+        num_batches = -(-len(self) // batch_size)
+        wanted = shares / shares.sum() * num_batches
+        counts = np.floor(wanted).astype(np.int64)
+        missing = np.argsort(counts - wanted, kind="stable")[: num_batches - counts.sum()]
+        counts[missing] += 1
+        plan: NDArray[np.int64] = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(counts)), counts))
+        return plan
+
+
+def join_digests(found: dict[str, str]) -> str:
+    """Returns the digest of the splits of all tasks, by those of each."""
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+
+
+def _endless(data: Encoded, batch_size: int, seed: list[int], skipped: int, device: torch.device) -> Iterator[Batch]:
+    """Yields batches of a split, in another order each time it ends, without the first ones of all."""
+    per_pass = -(-len(data) // batch_size)
+    turn, first = divmod(skipped, per_pass)
+    while True:
+        yield from data.shuffled(batch_size, [*seed, turn], first, device)
+        turn, first = turn + 1, 0
