@@ -1,0 +1,170 @@
+"""What the API tells of a search and of several tasks."""
+
+import json
+import sys
+from typing import Any
+
+import pytest
+
+from core.db import session_scope
+from core.jobs import ownership
+from core.storage import ManifestFile, get_store
+from stillhouse import cli
+from tests.api import Api, claim_job, jsonl, model_files
+from tests.integration.test_cli_jobs import connect
+
+MISSED = {"reason": "goal_missed", "message": "m", "suggestion": "s", "retryable": False}
+
+
+def point(number: int, retained: float, size_bytes: int, *, meets: bool = True) -> dict[str, Any]:
+    return {
+        "number": number,
+        "sizes": {"num_layers": number, "intermediate_size": 8, "hidden_size": 4},
+        "num_tokens": 10,
+        "num_parameters": 100,
+        "score": retained,
+        "retained": retained,
+        "size_bytes": size_bytes,
+        "latency_p50_ms": 1.0,
+        "latency_p95_ms": 2.0,
+        "meets": meets,
+        "seconds": 3.0,
+    }
+
+
+POINTS = [point(1, 0.9, 500, meets=False), point(2, 0.99, 600), point(3, 0.98, 700)]
+
+
+def start_search(api: Api) -> tuple[str, ownership.Claim]:
+    """Returns a job that searches, with what it told so far: the second student was trained twice."""
+    job_id = api.make_job(student={"kind": "searched"}, stages=[{"kind": "search"}], name="hunt")
+    claimed = claim_job(job_id)
+    told = [POINTS[0], point(2, 0.5, 600), *POINTS[1:]]
+    events = [{"type": "trial.measured", "message": "m", "data": found} for found in told]
+    with session_scope() as session:
+        ownership.start_stage(session, claimed, 0)
+    with session_scope() as session:
+        ownership.record_progress(session, claimed, 0, None, [], events)
+    return job_id, claimed
+
+
+def outputs() -> dict[str, list[ManifestFile]]:
+    blob = get_store().put_bytes(b"a form")
+    file = ManifestFile(path="2/model.onnx", sha256=blob.sha256, size_bytes=blob.size_bytes)
+    return {"points": [file]}
+
+
+def points_of(api: Api, job_id: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = api("GET", f"/v1/jobs/{job_id}/pareto").json()["data"]
+    return found
+
+
+def test_points_are_told_while_they_are_found(api: Api, other: Api) -> None:
+    job_id, _ = start_search(api)
+    found = points_of(api, job_id)
+    assert [(one["number"], one["retained"], one["on_front"]) for one in found] == [
+        (1, 0.9, True),
+        (2, 0.99, True),
+        (3, 0.98, False),
+    ]
+    assert {one["files"] for one in found} == {None}
+    assert other("GET", f"/v1/jobs/{job_id}/pareto").status_code == 404
+    assert points_of(api, api.make_job()) == []
+
+
+def test_points_of_a_goal_that_was_missed_can_be_downloaded(api: Api) -> None:
+    job_id, claimed = start_search(api)
+    with session_scope() as session:
+        ownership.fail_stage(session, claimed, 0, MISSED, None, outputs())
+    found = points_of(api, job_id)
+    assert [one["files"] for one in found] == [{"artifact": "points", "path": f"{n}/"} for n in (1, 2, 3)]
+    job = api("GET", f"/v1/jobs/{job_id}").json()
+    assert (job["state"], job["error"]["reason"]) == ("failed", "goal_missed")
+    assert api("GET", f"/v1/jobs/{job_id}/artifacts/points/2/model.onnx").content == b"a form"
+
+
+def test_points_of_a_search_that_ended_are_its_summarys(
+    api: Api, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job_id, claimed = start_search(api)
+    with session_scope() as session:
+        log = get_store().put_bytes(b"log")
+        ownership.commit_stage(session, claimed, 0, outputs(), {"chosen": 2, "points": POINTS[:2]}, log)
+    assert [one["number"] for one in points_of(api, job_id)] == [1, 2]
+    monkeypatch.setattr("stillhouse.commands.session.Client", lambda: connect(api))
+    monkeypatch.setattr(sys, "argv", ["stillhouse", "jobs", "pareto", job_id])
+    assert cli._run() == 0
+    out = capsys.readouterr().out
+    assert "2*" in out
+    assert "2 layers, 8 neurons, 4 states" in " ".join(out.split())
+    monkeypatch.setattr(sys, "argv", ["stillhouse", "jobs", "pareto", job_id, "--json"])
+    assert cli._run() == 0
+    assert [one["meets"] for one in json.loads(capsys.readouterr().out)] == [False, True]
+
+
+TASKS = {"kind": "multi_task", "tasks": {"topic": {}, "stars": {"kind": "text_regression", "value": "stars"}}}
+
+
+def push_two(api: Api) -> None:
+    rows = [{"text": f"review {n}", "stars": n % 5} for n in range(20)]
+    api.make_job()
+    split = jsonl(rows)
+    assert api.push_dataset("reviews", {"train": split, "validation": split}).status_code == 201
+
+
+def test_several_tasks_are_resolved_each_with_its_own_data(api: Api) -> None:
+    push_two(api)
+    data = {
+        "train": {"topic": "tickets/train", "stars": "reviews/train"},
+        "validation": {"topic": "tickets/validation", "stars": "reviews/validation"},
+    }
+    stages = [{"kind": "finetune"}, {"kind": "distill"}]
+    answer = api("POST", "/v1/jobs/validate", json=api.spec(task=TASKS, data=data, stages=stages))
+    assert answer.status_code == 200, answer.text
+    found = answer.json()
+    assert found["inputs"]["labels"] == ["stars/stars", "topic/delivery", "topic/login", "topic/refund"]
+    assert sorted(found["inputs"]["data"]) == ["train/stars", "train/topic", "validation/stars", "validation/topic"]
+    assert {
+        "field": "data.validation.stars",
+        "message": "the same rows as train; measures on them will look too good",
+    } in (found["warnings"])
+    assert api("POST", "/v1/jobs", json=api.spec(task=TASKS, data=data, stages=stages)).status_code == 202
+
+
+@pytest.mark.parametrize(
+    ("data", "field", "hint"),
+    [
+        ({"topic": "tickets", "stars": "reviews"}, "data.test.stars", "has no split 'test'"),
+        ({"train": {"topic": "tickets/train", "stars": "tickets/train"}}, "data.train.stars", "has no column 'stars'"),
+        ({"train": {"topic": "reviews/train", "stars": "reviews/train"}}, "data.train.topic", "has no column 'label'"),
+        ({"train": {"topic": "ticket/train", "stars": "reviews/train"}}, "data.train.topic", "no data set 'ticket'"),
+    ],
+)
+def test_what_is_wrong_with_a_tasks_data_is_told(api: Api, data: dict[str, Any], field: str, hint: str) -> None:
+    push_two(api)
+    answer = api("POST", "/v1/jobs", json=api.spec(task=TASKS, data=data, stages=[{"kind": "finetune"}]))
+    assert answer.status_code == 422
+    details = {detail["field"]: detail["message"] for detail in answer.json()["error"]["details"]}
+    assert hint in details[field]
+
+
+def test_a_teacher_for_each_task_must_have_its_labels(api: Api) -> None:
+    push_two(api)
+    head = {"architectures": ["BertForSequenceClassification"], "id2label": {"0": "stars"}}
+    assert api.push_model("stars", model_files(6, **head)).status_code == 201
+    labels = {"id2label": {"0": "login", "1": "refund", "2": "delivery"}}
+    assert api.push_model("topics", model_files(6, **head | labels)).status_code == 201
+    spec = api.spec(
+        task=TASKS,
+        data={"train": {"topic": "tickets/train", "stars": "reviews/train"}},
+        teacher={"kind": "per_task", "models": {"topic": "topics", "stars": "topics"}},
+        student={"kind": "pretrained", "model": "minilm"},
+        stages=[{"kind": "answer"}, {"kind": "distill"}],
+    )
+    answer = api("POST", "/v1/jobs", json=spec)
+    assert answer.status_code == 422
+    [detail] = answer.json()["error"]["details"]
+    assert detail["field"] == "teacher.models.stars"
+    assert "are not those of the data" in detail["message"]
+    spec["teacher"]["models"]["stars"] = "stars"
+    assert api("POST", "/v1/jobs", json=spec).status_code == 202, answer.text

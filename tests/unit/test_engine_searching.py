@@ -1,0 +1,260 @@
+"""The search for the smallest student: its choices on known truths, and whole stages through the real child."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from core.errors import SpecInvalid
+from core.jobs.spec import load_spec
+from core.pareto import find_front
+from tests.engine_bench import FAST, Bench, contents, make_spec
+from worker.engine.shapes import HALVING_COSTS, Shape, choose, fit_costs
+
+WHOLE = Shape(6, 1536, 384)
+SHAPES = {
+    Shape(layers, inner, states): states * 3000 + layers * (4 * states**2 + 2 * inner * states)
+    for layers in range(1, 7)
+    for inner in (1536, 768, 384)
+    for states in (384, 192)
+}
+SMALL = FAST | {"epochs": 8}
+TARGET = {"min_retained": 0.9, "max_trials": 4}
+
+
+def hunt(costs_3: np.ndarray, least: float, largest: int = 10**9) -> dict[Shape, dict[str, Any]]:
+    """Plays a search whose students lose so much for each halving; returns what was trained."""
+    tried: dict[Shape, dict[str, Any]] = {}
+    refused: set[Shape] = set()
+    while (shape := choose(WHOLE, SHAPES, tried, refused, least)) is not None:
+        assert shape not in tried
+        assert not any(shape.contains(other) for other in refused)
+        if SHAPES[shape] > largest:
+            refused.add(shape)
+            continue
+        retained = 1 - float(shape.halvings(WHOLE) @ costs_3)
+        tried[shape] = {"retained": retained, "meets": retained >= least}
+    return tried
+
+
+@given(
+    st.tuples(*[st.floats(0.001, 0.1)] * 3).map(np.array),
+    st.floats(0.9, 0.995),
+    st.sampled_from([10**9, 6_000_000, 2_000_000]),
+)
+def test_a_search_ends_with_the_smallest_that_its_model_allows(costs_3: np.ndarray, least: float, largest: int) -> None:
+    tried = hunt(costs_3, least, largest)
+    good = [shape for shape in SHAPES if 1 - shape.halvings(WHOLE) @ costs_3 >= least and SHAPES[shape] <= largest]
+    found = [shape for shape, point in tried.items() if point["meets"]]
+    assert bool(found) == bool(good)  # what there is, is found, whatever the first guess
+    if found:
+        best = min(found, key=lambda shape: SHAPES[shape])
+        smaller = [shape for shape in good if SHAPES[shape] < SHAPES[best]]
+        costs = fit_costs(WHOLE, tried)
+        assert all(1 - shape.halvings(WHOLE) @ costs < least for shape in smaller)  # and left out as hopeless
+
+
+def test_a_search_needs_few_students_where_the_guess_is_right() -> None:
+    tried = hunt(HALVING_COSTS, 0.97)
+    best = min((shape for shape, point in tried.items() if point["meets"]), key=lambda shape: SHAPES[shape])
+    smallest = min(
+        (shape for shape in SHAPES if 1 - shape.halvings(WHOLE) @ HALVING_COSTS >= 0.97), key=lambda s: SHAPES[s]
+    )
+    assert (best, len(tried)) == (smallest, 1)
+
+
+def test_costs_are_those_of_bayesian_regression() -> None:
+    """With one student in each direction the posterior is the mean of guess and measure, weighted by precision."""
+    tried = {shape: {"retained": 0.9} for shape in (Shape(3, 1536, 384), Shape(6, 768, 384), Shape(6, 1536, 192))}
+    weight_3 = HALVING_COSTS**2 / (HALVING_COSTS**2 + 0.006**2)
+    np.testing.assert_allclose(fit_costs(WHOLE, tried), weight_3 * 0.1 + (1 - weight_3) * HALVING_COSTS)
+    np.testing.assert_allclose(fit_costs(WHOLE, {}), HALVING_COSTS)
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3), st.integers(0, 3)), max_size=8))
+def test_the_front_is_what_no_other_is_better_than(found: list[tuple[int, int, int]]) -> None:
+    points = [{"retained": kept, "size_bytes": size, "latency_p95_ms": time} for kept, size, time in found]
+    for own, on_front in zip(found, find_front(points), strict=True):
+        better = [
+            other
+            for other in found
+            if other != own and other[0] >= own[0] and other[1] <= own[1] and other[2] <= own[2]
+        ]
+        assert on_front == (not better)
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    """A teacher that was fine-tuned."""
+    bench = Bench(tmp_path_factory.mktemp("bench")).lay()
+    bench.adopt(bench.succeed(make_spec([{"kind": "finetune", **FAST}])), 0, "finetune")
+    return bench
+
+
+def searching(**settings: Any) -> dict[str, Any]:
+    stage = {"kind": "search", "distill": SMALL, **TARGET, **settings}
+    stages = [stage, {"kind": "evaluate", "latency_samples": 10}]
+    return make_spec(stages, student={"kind": "searched"})
+
+
+def test_the_smallest_student_that_meets_a_goal_is_found(bench: Bench, tmp_path: Path) -> None:
+    bench = bench.copy(tmp_path / "job")
+    spec = searching(max_bytes=90_000, max_p95_ms=200.0)
+    searched = bench.succeed(spec)
+    bench.adopt(searched, 0, "search")
+    summary = searched.last["summary"]
+    points = {point["number"]: point for point in summary["points"]}
+    assert [point["data"]["number"] for point in events(searched, "trial.measured")] == [*points]
+    chosen = points[summary["chosen"]]
+    assert chosen["meets"]
+    assert chosen["size_bytes"] == min(point["size_bytes"] for point in points.values() if point["meets"])
+    assert chosen["retained"] >= 0.905
+    form = bench.inputs / "onnx_int8"
+    assert sum(path.stat().st_size for path in form.iterdir()) == chosen["size_bytes"] <= 90_000
+    assert contents(form) == contents(bench.inputs / "points" / str(chosen["number"]))
+    assert json.loads((bench.inputs / "points" / "points.json").read_text()) == summary["points"]
+    model = AutoModelForSequenceClassification.from_pretrained(bench.inputs / "student").eval()
+    assert model.num_parameters() == chosen["num_parameters"]
+    assert model.config.num_hidden_layers == chosen["sizes"]["num_layers"]
+    assert model.config.intermediate_size == chosen["sizes"]["intermediate_size"]
+    assert right_answers(form, bench.inputs / "data" / "validation.jsonl") == pytest.approx(chosen["score"])
+    earlier = [{"kind": "search", "state": "succeeded", "seconds": 1.0, "summary": summary, "reused": None}]
+    evaluated = bench.succeed(spec, 1, earlier=earlier)
+    bench.adopt(evaluated, 1, "evaluate")
+    assert {row["name"] for row in evaluated.last["summary"]["models"]} == {"teacher", "student", "onnx_int8"}
+    assert "Pareto front" in (bench.inputs / "report" / "report.html").read_text()
+
+
+def events(finished: Any, type: str) -> list[dict[str, Any]]:
+    return [report["event"] for report in finished.of("event") if report["event"]["type"] == type]
+
+
+def right_answers(folder: Path, split: Path) -> float:
+    """Returns the accuracy of a form by onnxruntime and the stock tokenizer."""
+    session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+    tokenizer, labels = AutoTokenizer.from_pretrained(folder), json.loads((folder / "labels.json").read_text())
+    names = [node.name for node in session.get_inputs()]
+    rows = [json.loads(line) for line in split.read_text().splitlines()]
+    right = 0
+    for row in rows:
+        inputs = tokenizer(row["text"], return_tensors="np")
+        [logits_BC] = session.run(["logits"], {name: inputs[name].astype(np.int64) for name in names})
+        right += labels[int(logits_BC.argmax())] == row["label"]
+    return right / len(rows)
+
+
+def test_sizes_that_cannot_meet_it_are_not_trained(bench: Bench, tmp_path: Path) -> None:
+    bench = bench.copy(tmp_path / "job")
+    spec = searching(max_bytes=1000)
+    finished = bench.run(spec)
+    assert finished.last == {
+        "type": "error",
+        "reason": "goal_missed",
+        "message": "None of 0 students meets the goal, as all are too large or too slow.",
+        "suggestion": "Ask for less, or let it try more (max_trials); the artifact 'points' has what was found.",
+        "retryable": False,
+        "publishes": ["points"],
+    }
+    refused = events(finished, "trial.refused")
+    assert refused
+    assert all("and max_bytes is 1,000" in event["message"] for event in refused)
+    assert not finished.series("trial/1/loss/total")
+
+
+def test_a_goal_that_is_missed_tells_the_nearest(bench: Bench, tmp_path: Path) -> None:
+    bench = bench.copy(tmp_path / "job")
+    finished = bench.run(searching(min_retained=1.0, margin=0.5))
+    assert finished.last["reason"] == "goal_missed"
+    assert finished.last["message"].startswith("None of 1 students meets the goal; nearest: 3 layers of 32 states")
+    assert {path.name for path in (finished.outputs / "points").iterdir()} == {"1", "points.json"}
+    assert finished.series("trial/1/loss/total")
+
+
+def test_a_search_that_was_interrupted_finds_the_same(bench: Bench, tmp_path: Path) -> None:
+    bench = bench.copy(tmp_path / "job")
+    spec = searching(min_retained=1.0, margin=0.5, max_trials=3)
+    spec["stages"][0]["min_retained"], spec["stages"][0]["margin"] = 0.98, 0.0
+    whole = bench.succeed(spec, 0, "whole")
+    count = len(whole.last["summary"]["points"])
+    assert count > 1
+    found, _ = bench.interrupt(bench.write_order(spec, 0, "cut"), 1, "kill")
+    again = bench.succeed(spec, 0, "again", checkpoint=str(found[-1]))
+    assert [event["data"]["number"] for event in events(again, "trial.measured")] == [*range(2, count + 1)]
+    for role in ("student", "onnx_int8"):
+        assert contents(again.outputs / role) == contents(whole.outputs / role)
+    for number in range(1, count + 1):
+        place = Path("points") / str(number)
+        assert contents(again.outputs / place) == contents(whole.outputs / place)
+
+
+def test_a_teacher_that_knows_nothing_is_told(tmp_path: Path) -> None:
+    finished = Bench(tmp_path).lay().run(searching())
+    assert finished.last["reason"] == "spec_invalid"
+    assert finished.last["suggestion"] == "Put a finetune stage before this one."
+
+
+def test_a_target_is_a_search() -> None:
+    spec = load_spec({"teacher": {"model": "pico"}, "data": "toy", "target": {"min_retained": 0.97, "max_bytes": 9}})
+    assert [stage.kind for stage in spec.stages] == ["finetune", "search", "evaluate"]
+    assert spec.student.kind == "searched"
+    dumped = spec.model_dump(mode="json")
+    assert "target" not in dumped
+    assert (dumped["stages"][1]["min_retained"], dumped["stages"][1]["max_bytes"]) == (0.97, 9)
+    assert load_spec(dumped).digest() == spec.digest()
+
+
+def test_its_students_hear_the_losses_of_the_task() -> None:
+    task = {"kind": "text_regression", "value": "stars"}
+    spec = load_spec({"teacher": {"model": "pico"}, "data": "toy", "task": task, "target": {}})
+    assert [loss["kind"] for loss in spec.model_dump()["stages"][1]["distill"]["losses"]] == [
+        "squared_error",
+        "logit_mse",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "hint"),
+    [
+        ({"target": {"min_retained": 2.0}}, "target.min_retained", "less than or equal to 1"),
+        ({"target": {"max_size": 3}}, "target.max_size", "unknown field"),
+        ({"target": {"runtime": "tensorrt"}}, "target.runtime", "should match pattern"),
+        ({"target": {}, "student": {"kind": "teacher_layers", "keep": [0]}}, "", "'student' says what to make"),
+        ({"target": {}, "stages": [{"kind": "finetune"}]}, "", "'stages' says what to make"),
+        ({"target": {}, "task": {"kind": "causal_lm"}}, "stages.1.form", "is not searched for of a causal_lm"),
+        ({"target": {}, "data": {"train": "toy/train", "test": "toy/test"}}, "stages.1.kind", "set data.validation"),
+        (
+            {"student": {"kind": "searched"}, "stages": [{"kind": "distill"}]},
+            "student.kind",
+            "a 'searched' student comes from a stage 'search'",
+        ),
+        (
+            {"student": {"kind": "teacher_layers", "keep": [0]}, "stages": [{"kind": "search"}]},
+            "stages.0",
+            "write student: {kind: searched}",
+        ),
+        (
+            {"student": {"kind": "searched"}, "stages": [{"kind": "search"}, {"kind": "search"}]},
+            "stages.1",
+            "finds the student, once",
+        ),
+        (
+            {
+                "student": {"kind": "searched"},
+                "stages": [{"kind": "search", "distill": {"losses": [{"kind": "squared_error"}]}}],
+            },
+            "stages.0.distill.losses.0",
+            "fits no text_classification",
+        ),
+    ],
+)
+def test_specs_that_cannot_be(changes: dict[str, Any], field: str, hint: str) -> None:
+    with pytest.raises(SpecInvalid) as caught:
+        load_spec({"teacher": {"model": "pico"}, "data": "toy"} | changes)
+    details = {detail["field"]: detail["message"] for detail in caught.value.details}
+    assert hint in details.get(field, ""), details

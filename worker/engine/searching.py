@@ -1,0 +1,295 @@
+"""The smallest student that meets a goal."""
+
+import copy
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from core.errors import StageFailed
+from core.methods import Importance, list_methods
+from core.pareto import MEASURED, POINTS
+from worker.engine.context import StageContext
+from worker.engine.distillation import make_trainer
+from worker.engine.exporting import get_reference
+from worker.engine.loading import find_layers, load_tokenizer
+from worker.engine.measuring import count_bytes, time_singles
+from worker.engine.narrowing import narrow
+from worker.engine.pieces import keep_tokens
+from worker.engine.runtimes import Running, open_session, run_session
+from worker.engine.shapes import Shape, choose, list_shapes, narrowed_to, shape_of
+from worker.engine.students import keep_layers, set_widths, with_layers
+from worker.engine.trials import Trial
+from worker.engine.trimming import count_tokens, keep_rows
+
+if TYPE_CHECKING:
+    from worker.engine.classification import Classification
+    from worker.methods.stages.search import Search
+
+LATENCY_SAMPLES = 200
+TIME_RESERVE = 1.1
+PROBED = 1e-6  # what a form of an untrained model has to agree
+FILES = "files/"
+log = logging.getLogger(__name__)
+
+
+class Vocabulary(NamedTuple):
+    """The tokens that students are left with, by their old ids, and the tokenizer that knows only these."""
+
+    kept: list[int]
+    tokenizer: PreTrainedTokenizerBase
+
+
+def search(ctx: StageContext, settings: "Search") -> dict[str, Any]:
+    """Trains students until the smallest that meets the goal is found; returns the stage's summary.
+
+    Raises:
+        StageFailed: `goal_missed` where none does; the points are published all the same.
+    """
+    hunt = Hunt(ctx, settings)
+    hunt.run()
+    met = [point for point in hunt.points if point["meets"]]
+    (ctx.output(POINTS) / "points.json").write_text(json.dumps(hunt.points, indent=1) + "\n", encoding="utf-8")
+    if not met:
+        raise StageFailed(
+            "goal_missed",
+            f"None of {len(hunt.points)} students meets the goal{hunt.describe_nearest()}.",
+            suggestion="Ask for less, or let it try more (max_trials); the artifact 'points' has what was found.",
+            publishes=[POINTS],
+        )
+    best = min(met, key=lambda point: point["size_bytes"])
+    shutil.copytree(ctx.output(POINTS) / str(best["number"]), ctx.output(settings.form.kind), dirs_exist_ok=True)
+    shutil.copytree(hunt.student_folder, ctx.output("student"), dirs_exist_ok=True)
+    return {"chosen": best["number"], POINTS: hunt.points, "teacher_validation": hunt.teacher_scores}
+
+
+class Hunt:
+    """A search that goes on.
+
+    Attributes:
+        points: What was trained and measured, in order.
+        student_folder: The smallest student so far that meets the goal.
+    """
+
+    def __init__(self, ctx: StageContext, settings: "Search") -> None:
+        self.ctx, self.settings, self.points = ctx, settings, cast("list[dict[str, Any]]", [])
+        self.teacher, self.tokenizer = ctx.load_model("teacher"), ctx.load_tokenizer("teacher")
+        if self.teacher.has_new_head:
+            message = "The teacher has no head for the task, so there is nothing to keep."
+            raise StageFailed("spec_invalid", message, suggestion="Put a finetune stage before this one.")
+        ctx.hears_again = True
+        self.student_folder = ctx.scratch_dir / "best"
+        self.path = ctx.get_split("validation")
+        data = ctx.task.encode(self.path, self.teacher, self.tokenizer, settings.distill.max_length)
+        self.teacher_scores = ctx.task.score(ctx.load_teacher(), data, ctx.check_stop)
+        self.vocabulary = self._trim() if settings.trim else None
+        self.whole = shape_of(self.teacher)
+        self.shapes = {shape: self._count_parameters(shape) for shape in list_shapes(self.teacher)}
+        self.refused: set[Shape] = set()  # too large or too slow, and so is what contains them
+        self._began, self._before = time.monotonic(), 0.0
+        self._restore()
+
+    def _trim(self) -> Vocabulary:
+        counts_V = count_tokens(self.ctx, self.teacher, self.tokenizer, ("train", "validation"))
+        kept = keep_tokens(self.tokenizer, np.flatnonzero(counts_V).tolist(), self.ctx.scratch_dir / "tokenizer")
+        tokenizer = load_tokenizer(self.ctx.scratch_dir / "tokenizer")
+        tokenizer.model_max_length = self.tokenizer.model_max_length
+        log.info("%d of %d tokens are kept", len(kept), self.teacher.config.vocab_size)
+        return Vocabulary(kept, tokenizer)
+
+    @property
+    def seconds(self) -> float:
+        """The time that it took so far, in all attempts."""
+        return self._before + time.monotonic() - self._began
+
+    def run(self) -> None:
+        """Tries shapes until none is left that is worth it, or the budget is used up."""
+        settings = self.settings
+        while len(self.points) < settings.max_trials:
+            if settings.max_search_seconds and self.seconds >= settings.max_search_seconds:
+                log.info("the seconds are used up after %d students", len(self.points))
+                return
+            shape = choose(self.whole, self.shapes, self._tried(), self.refused, self._least())
+            if shape is None:
+                return
+            self._try(shape)
+
+    def _least(self) -> float:
+        return self.settings.min_retained + self.settings.margin
+
+    def _tried(self) -> dict[Shape, dict[str, Any]]:
+        return {Shape(**point["sizes"]): point for point in self.points}
+
+    def _try(self, shape: Shape) -> None:
+        """Measures a shape, and trains it if it is small and fast enough."""
+        began, number = time.monotonic(), len(self.points) + 1
+        student, tokenizer = self._make(shape), self.tokenizer
+        with Trial(self.ctx, number, self.settings.max_trials) as trial:
+            self._save(trial, student)
+            self._write_form(trial, is_trained=False)
+            too = self._find_excess(self._cost(trial))
+            if too:
+                self.refused.add(shape)
+                self._tell("trial.refused", f"{_describe(shape)}: {too}", sizes=shape._asdict())
+                return
+        with Trial(self.ctx, number, self.settings.max_trials) as trial:
+            teaching = self.ctx.task.teach(student, tokenizer, self.settings.distill)
+            trainer = make_trainer(trial.seen, self.settings.distill, student, tokenizer, teaching)
+            trainer.run()
+            self._save(trial, trainer.model.cpu())
+            try:
+                self._write_form(trial, is_trained=True)
+            except StageFailed as error:
+                if error.reason != "goal_missed":
+                    raise
+                log.info("%s: %s", _describe(shape), error)
+            self._note(trial, shape, time.monotonic() - began)
+        self._checkpoint()
+
+    def _make(self, shape: Shape) -> PreTrainedModel:
+        """Returns the teacher cut down to a shape."""
+        count = find_layers(self.teacher)[1]
+        keep = sorted({round(place) for place in np.linspace(0, count - 1, shape.num_layers)})
+        student = keep_layers(self.teacher, keep) if len(keep) < count else copy.deepcopy(self.teacher)
+        if shape._replace(num_layers=count) == self.whole:
+            return student
+        sizes = SimpleNamespace(
+            hidden_size=shape.hidden_size if shape.hidden_size < self.whole.hidden_size else None,
+            intermediate_size=shape.intermediate_size,
+            importance=cast("Importance", list_methods("pruning")["taylor"].model_validate({"kind": "taylor"})),
+        )
+        return narrow(self.ctx, student, self.tokenizer, sizes)
+
+    def _save(self, trial: "Trial", student: PreTrainedModel) -> None:
+        tokenizer = self.tokenizer
+        if self.vocabulary:
+            student, tokenizer = keep_rows(student, self.vocabulary.kept), self.vocabulary.tokenizer
+        self.ctx.task.save_model(student, tokenizer, trial.folder / "student")
+
+    def _write_form(self, trial: "Trial", *, is_trained: bool) -> None:
+        form = self.settings.form
+        if not is_trained and "min_agreement" in type(form).model_fields:
+            form = form.model_copy(update={"min_agreement": PROBED})
+        form.build(trial.seen)(trial.form_folder)
+
+    def _cost(self, trial: "Trial") -> dict[str, Any]:
+        """Returns bytes and times of the trial's form."""
+        forward, data = self._open(trial)
+        times = time_singles([(forward, data)], LATENCY_SAMPLES, self.ctx.check_stop)[0]
+        return {"size_bytes": count_bytes(trial.form_folder), **times}
+
+    def _open(self, trial: "Trial") -> tuple[Callable[[dict[str, Tensor]], NDArray[np.float32]], Any]:
+        session = open_session(trial.form_folder, self.settings.num_threads)
+        reference = get_reference(trial.seen)
+        length = self.settings.distill.max_length
+        data = self.ctx.task.encode(self.path, reference.model, reference.tokenizer, length)
+        return lambda inputs: run_session(session, inputs), data
+
+    def _find_excess(self, cost: dict[str, Any]) -> str:
+        """Returns what of the cost is more than the goal allows."""
+        settings, size, p95_ms = self.settings, cost["size_bytes"], cost["latency_p95_ms"]
+        if settings.max_bytes and size > settings.max_bytes:
+            return f"{size:,} bytes, and max_bytes is {settings.max_bytes:,}"
+        if settings.max_p95_ms and p95_ms * TIME_RESERVE > settings.max_p95_ms:
+            return f"p95 is {p95_ms:.2f} ms, and {settings.max_p95_ms / TIME_RESERVE:.2f} leaves a tenth of max_p95_ms"
+        return ""
+
+    def _note(self, trial: "Trial", shape: Shape, seconds: float) -> None:
+        """Measures a trained student's form, and makes a point of it."""
+        task = cast("Classification", self.ctx.task)
+        forward, data = self._open(trial)
+        scores = task.score(cast("PreTrainedModel", Running(forward)), data, self.ctx.check_stop)
+        cost = self._cost(trial)
+        retained = scores[task.share] / self.teacher_scores[task.share]
+        point = {
+            "number": trial.number,
+            "sizes": shape._asdict(),
+            "num_tokens": len(self.vocabulary.kept) if self.vocabulary else self.teacher.config.vocab_size,
+            "num_parameters": self.shapes[shape],
+            "score": scores[task.share],
+            "retained": retained,
+            **cost,
+            "meets": retained >= self._least() and not self._find_excess(cost),
+            "seconds": round(seconds, 1),
+        }
+        is_best = point["meets"] and all(
+            point["size_bytes"] < other["size_bytes"] for other in self.points if other["meets"]
+        )
+        self.points.append(point)
+        shutil.copytree(trial.form_folder, self.ctx.output(POINTS) / str(trial.number))
+        if is_best:
+            shutil.rmtree(self.student_folder, ignore_errors=True)
+            shutil.copytree(trial.folder / "student", self.student_folder)
+        verdict = "meets the goal" if point["meets"] else "does not meet the goal"
+        self._tell(MEASURED, f"{_describe(shape)}: {_show(point)}; it {verdict}", **point)
+
+    def _tell(self, type: str, message: str, **data: Any) -> None:
+        log.info("%s", message)
+        self.ctx.reporter.event(type, "info", message, **data)
+
+    def describe_nearest(self) -> str:
+        """Returns the two points that keep most, in words."""
+        nearest = sorted(self.points, key=lambda point: -point["retained"])[:2]
+        shown = [f"{_describe(Shape(**point['sizes']))} has {_show(point)}" for point in nearest]
+        return f"; nearest: {'; '.join(shown)}" if shown else ", as all are too large or too slow"
+
+    def _count_parameters(self, shape: Shape) -> int:
+        """Returns how many parameters a student will have, without making its weights."""
+        keep = list(range(shape.num_layers))
+        config = with_layers(self.teacher, keep)
+        widths = narrowed_to(self.teacher, shape)
+        assert widths is not None  # noqa: S101 - it is one of the shapes that can be
+        set_widths(config, widths)
+        if self.vocabulary:
+            config.vocab_size = len(self.vocabulary.kept)
+            config.pad_token_id = None  # whose place the smaller table may not have
+        with torch.device("meta"):
+            return int(type(self.teacher)._from_config(config).num_parameters())
+
+    def _checkpoint(self) -> None:
+        """Hands all points over with the files of their forms, and the best student."""
+        folders = {POINTS: self.ctx.output(POINTS), "student": self.student_folder}
+        tensors = {
+            f"{FILES}{name}/{path.relative_to(folder)}": torch.from_numpy(np.fromfile(path, dtype=np.uint8))
+            for name, folder in folders.items()
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        }
+        refused = [shape._asdict() for shape in sorted(self.refused)]
+        state = {"points": self.points, "refused": refused, "seconds": self.seconds}
+        self.ctx.save_checkpoint(len(self.points), tensors, state)
+
+    def _restore(self) -> None:
+        found = self.ctx.find_checkpoint()
+        if found is None:
+            return
+        tensors, state = found
+        self.points, self._before = state["points"], state["seconds"]
+        self.refused = {Shape(**sizes) for sizes in state["refused"]}
+        folders = {POINTS: self.ctx.output(POINTS), "student": self.student_folder}
+        for key, tensor in tensors.items():
+            name, _, path = key.removeprefix(FILES).partition("/")
+            target = folders[name] / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(tensor.numpy().tobytes())
+        log.info("going on after %d students", len(self.points))
+
+
+def _describe(shape: Shape) -> str:
+    return f"{shape.num_layers} layers of {shape.hidden_size} states and {shape.intermediate_size} neurons"
+
+
+def _show(point: dict[str, Any]) -> str:
+    return (
+        f"{point['retained']:.3f} of the teacher's score, {point['size_bytes']:,} bytes, p95 "
+        f"{point['latency_p95_ms']:.2f} ms"
+    )

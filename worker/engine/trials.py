@@ -1,0 +1,98 @@
+"""One student of a search: its files, and the stage as it sees it."""
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from worker.engine.context import StageContext
+from worker.engine.loading import load_tokenizer
+
+PROGRESS_STEPS = 1000
+T = TypeVar("T")
+
+
+class Trial:
+    """One student's files, and the stage as it sees it: without checkpoints of its own, with progress within all.
+
+    Attributes:
+        seen: The context for what trains and exports it.
+    """
+
+    def __init__(self, ctx: StageContext, number: int, count: int) -> None:
+        self.number, self.folder = number, Path(tempfile.mkdtemp(prefix="trial-", dir=ctx.scratch_dir))
+        self.seen = cast("StageContext", TrialContext(ctx, self.folder, number, count))
+        self.form_folder = self.folder / "form"
+        self.form_folder.mkdir()
+
+    def __enter__(self) -> "Trial":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class TrialContext:
+    """A stage as the training and export of one of its students see it."""
+
+    def __init__(self, whole: StageContext, folder: Path, number: int, count: int) -> None:
+        self._whole, self._number, self._count = whole, number, count
+        self._remembered: dict[str, Any] = {}
+        self.folder = self.scratch_dir = folder
+        self.reporter = TrialReporter(whole, number)
+        self.share_done, self.is_own_text = 0.0, False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._whole, name)
+
+    def progress(self, step: int, total: int) -> None:
+        """Reports how far all students are."""
+        done = PROGRESS_STEPS * (self._number - 1) + PROGRESS_STEPS * step // max(1, total)
+        self._whole.progress(done, PROGRESS_STEPS * self._count)
+
+    def find_checkpoint(self) -> None:
+        """Has none: a student is trained from its beginning."""
+
+    def wants_checkpoint(self) -> bool:
+        """Wants none."""
+        return False
+
+    def save_checkpoint(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Keeps none."""
+
+    def input(self, role: str) -> Path:
+        """Returns the folder of a role, of which the student is this one."""
+        return self.folder / role if role == "student" else self._whole.input(role)
+
+    def load_model(self, role: str, **options: Any) -> PreTrainedModel:
+        """Returns the role's model."""
+        return self._whole.task.load_model(self.input(role), **options)
+
+    def load_tokenizer(self, role: str) -> PreTrainedTokenizerBase:
+        """Returns the role's tokenizer."""
+        return load_tokenizer(self.input(role))
+
+    def remember(self, key: str, make: Callable[[], T]) -> T:
+        """Returns what `make` returned the first time in this trial."""
+        if key not in self._remembered:
+            self._remembered[key] = make()
+        found: T = self._remembered[key]
+        return found
+
+
+class TrialReporter:
+    """Reports the series of one student under its number."""
+
+    def __init__(self, whole: StageContext, number: int) -> None:
+        self._whole, self._number = whole, number
+
+    def metric(self, name: str, step: int, value: float) -> None:
+        """Notes one point of a series."""
+        self._whole.reporter.metric(f"trial/{self._number}/{name}", step, value)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._whole.reporter, name)

@@ -1,0 +1,94 @@
+"""Search for the smallest student that meets a goal."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from core.changing import ModelStage
+from core.methods import Exporter, OneOf, Problem
+from core.pareto import POINTS
+from core.target import Target
+from worker.methods.stages.distill import Distill
+
+if TYPE_CHECKING:
+    from core.jobs.spec import JobSpec
+    from worker.engine.context import StageContext
+
+
+class Search(Target, ModelStage):
+    """Finds the smallest student of the teacher that meets a goal: its layers, neurons, states and tokens.
+
+    A form's bytes and time do not depend on what its model has learned, so those of a size are measured before it is
+    trained, and only what is small and fast enough is. What sizes cost in quality is told by a linear model of what was
+    trained so far, with a cautious guess at first; the next one is the smallest that it says will do. Quality is
+    measured on the validation split, of the form itself. Each student that was trained is a point of the Pareto front:
+    its form is in the artifact `points`, also where the goal is missed.
+
+    Paper: Jones, Schonlau, Welch 1998, "Efficient Global Optimization of Expensive Black-Box Functions", section 1 (a
+    model of what was measured says what to measure next).
+    """
+
+    resizes: ClassVar[bool] = True
+    trains: ClassVar[bool] = True
+    makes_student: ClassVar[bool] = True
+
+    kind: Literal["search"] = "search"
+    margin: float = Field(
+        0.005,
+        ge=0,
+        lt=1,
+        description="By how much a point must be above min_retained on the validation split, as the test split may be "
+        "harder.",
+    )
+    trim: bool = Field(True, description="Leave tokens out that the training and validation splits do not use.")
+    form: Annotated[Exporter, OneOf()] = Field(
+        default={"kind": "onnx_int8"}, validate_default=True, description="The form that is to meet the goal."
+    )
+    distill: Distill = Field(
+        default_factory=Distill, description="How each student is trained; its losses are those of the task."
+    )
+
+    @property
+    def num_threads(self) -> int:
+        """The threads of the runtime."""
+        return int(self.runtime.rpartition("-")[2].removesuffix("t"))
+
+    def check(self, spec: "JobSpec") -> list[Problem]:
+        """Returns what is wrong with form, data or training."""
+        if not spec.teacher.is_model:
+            return [Problem("kind", "it makes students of the teacher's layers, and this teacher only answers")]
+        if spec.data.validation is None:
+            return [Problem("kind", "it measures on the validation split; set data.validation")]
+        if self.form.kind not in spec.task.forms or not self.form.kind.startswith("onnx"):
+            known = ", ".join(form for form in spec.task.forms if form.startswith("onnx")) or "none"
+            return [Problem("form", f"'{self.form.kind}' is not searched for of a {spec.task.kind}; known: {known}")]
+        if self.distill.on_policy:
+            return [Problem("distill.on_policy", "a classifier writes no texts; leave it out")]
+        return [Problem(f"distill.{p.field}", p.message) for p in self.distill.check(spec)]
+
+    def reads(self, spec: "JobSpec") -> set[str]:
+        """Returns the teacher's role."""
+        return {"teacher"}
+
+    def writes(self) -> set[str]:
+        """Returns the roles of the student, its form, and all points."""
+        return {"student", self.form.kind, POINTS}
+
+    def forms(self) -> list[Exporter]:
+        """Returns the form."""
+        return [self.form]
+
+    def measures(self) -> set[str]:
+        """Returns the points, which hold times; with a limit on time all roles, as it decides which one is found."""
+        return self.writes() if self.max_p95_ms or self.max_search_seconds else {POINTS}
+
+    def shares_work(self, spec: "JobSpec") -> bool:
+        """Returns that one process does it."""
+        return False
+
+    def build(self, ctx: "StageContext") -> Callable[[], dict[str, Any]]:
+        """Returns the search."""
+        from worker.engine.searching import search
+
+        return lambda: search(ctx, self)
