@@ -19,6 +19,7 @@ from worker.engine.data import Batch
 from worker.engine.loading import find_layers
 from worker.engine.narrowing import _find_part, narrow
 from worker.methods.students.teacher_layers import TeacherLayers
+from worker.methods.tasks.text_classification import TextClassification
 
 GROUPED = LlamaConfig(
     **SIZES | {"num_attention_heads": 4, "num_hidden_layers": 2}, num_key_value_heads=2, pad_token_id=0
@@ -43,7 +44,7 @@ def context() -> Any:
     )
     return SimpleNamespace(
         task=task,
-        spec=SimpleNamespace(task=SimpleNamespace(label_loss="cross_entropy")),
+        spec=SimpleNamespace(task=TextClassification()),
         seed=0,
         device=torch.device("cpu"),
         find_split=lambda _: Path("validation.jsonl"),
