@@ -204,53 +204,6 @@ class Depths(NamedTuple):
     teacher: int
 
 
-class Importance(Method):
-    """How much a neuron or a group of attention heads counts; the least important ones are pruned first."""
-
-    family: ClassVar[str] = "pruning"
-    needs_gradients: ClassVar[bool] = False  # of the loss on labels
-
-    def build(self, ctx: Any) -> Any:
-        """Returns a callable `(site) -> importance_I` of each input of a linear map (torch).
-
-        `site` is a `worker.engine.importance.Site`: what a sample of the data showed of them.
-        """
-        raise NotImplementedError
-
-
-class Sparsity(Method):
-    """Which single weights of a matrix become zero, and what becomes of the others.
-
-    `scope` says whether weights are compared within one output's row or all of the matrix, unless the stage says so.
-    """
-
-    family: ClassVar[str] = "sparsity"
-    needs_data: ClassVar[bool] = False
-    scope: ClassVar[Literal["row", "tensor"]] = "tensor"
-
-    def build(self, ctx: Any) -> Any:
-        """Returns a callable `(matrix, choose) -> weight_OI` (torch).
-
-        `matrix` is a `worker.engine.matrices.Matrix`, and `choose` tells of scores_OI which weights stay.
-        """
-        raise NotImplementedError
-
-
-class Rounding(Method):
-    """How the weights of a matrix get on a grid of few values."""
-
-    family: ClassVar[str] = "quantization"
-    needs_data: ClassVar[bool] = False
-
-    def build(self, ctx: Any) -> Any:
-        """Returns a callable `(matrix, fit, group) -> (weight_OI, grid)` (torch).
-
-        `matrix` is a `worker.engine.matrices.Matrix`, `fit` gives the `worker.kernels.grids.Grid` for weight_OI and a
-        group, and `group` is how many inputs share a scale, None for all of a row.
-        """
-        raise NotImplementedError
-
-
 Agreement = Annotated[
     float,
     Field(
@@ -290,6 +243,7 @@ class Stage(Method):
     reports_on_job: ClassVar[bool] = False
     resizes: ClassVar[bool] = False  # the model, to what only the stage knows
     trains: ClassVar[bool] = False
+    fixes_weights: ClassVar[bool] = False  # each at a value that training must keep or choose anew
     makes_student: ClassVar[bool] = False  # of a kind that it alone can make
 
     def check(self, spec: "JobSpec") -> list[Problem]:  # noqa: ARG002 - most stages have nothing to check
@@ -299,6 +253,10 @@ class Stage(Method):
     def advise(self, spec: "JobSpec") -> list[Problem]:  # noqa: ARG002 - most stages have no advice
         """Returns what is allowed in that spec, and seldom meant; fields as of `check`."""
         return []
+
+    def earlier(self, spec: "JobSpec") -> "list[Stage]":
+        """Returns the stages of its spec that come before this one."""
+        return spec.stages[: next(ordinal for ordinal, stage in enumerate(spec.stages) if stage is self)]
 
     def later(self, spec: "JobSpec") -> "dict[int, Stage]":
         """Returns the stages of its spec that come after this one, by their ordinals."""
@@ -346,7 +304,6 @@ class Stage(Method):
         raise NotImplementedError
 
 
-FAMILIES: tuple[type[Method], ...] = (Task, Teacher, Student, Loss, Importance, Sparsity, Rounding, Exporter, Stage)
 _REGISTRY: dict[str, dict[str, type[Method]]] = {}
 
 
@@ -356,6 +313,12 @@ def discover() -> None:
     package = importlib.import_module(METHODS_PACKAGE)
     for module in pkgutil.walk_packages(package.__path__, f"{METHODS_PACKAGE}."):
         importlib.import_module(module.name)
+
+
+def list_families() -> list[str]:
+    """Returns the names of all families."""
+    discover()
+    return sorted(_REGISTRY)
 
 
 def list_methods(family: str) -> dict[str, type[Method]]:

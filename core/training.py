@@ -1,10 +1,12 @@
 """What every stage that trains a model lets its user set."""
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from core.changing import ModelStage
+from core.compressing import Adapter
+from core.methods import ModelFacts, OneOf, Problem
 
 if TYPE_CHECKING:
     from core.jobs.spec import JobSpec
@@ -48,8 +50,35 @@ class Training(ModelStage):
         lt=1,
         description="Validate and keep a moving average of the weights; this share of it stays in a step, as 0.999.",
     )
+    adapter: Annotated[Adapter, OneOf()] | None = Field(
+        None,
+        description="Train a few weights beside those of the layers, and the head; the rest is frozen. The model that "
+        "comes out has them in its own weights, and the artifact `adapter` has them alone, as `peft` reads it.",
+        examples=[{"kind": "lora", "rank": 8}],
+    )
     dropout: float | None = Field(None, ge=0, lt=1, description="Dropout while training; null keeps the model's own.")
     max_length: int = Field(128, ge=4, le=8192, description="Longest input in tokens; longer ones are cut.")
+
+    def check(self, spec: "JobSpec") -> list[Problem]:
+        """Returns whether an adapter would undo what an earlier stage has done to single weights."""
+        if self.adapter is None:
+            return []
+        done = [stage.kind for stage in self.earlier(spec) if stage.fixes_weights and self.role in stage.writes()]
+        why = "'{}' has chosen single weights, and an adapter changes all of them; leave one out"
+        return [Problem("adapter", why.format(kind)) for kind in done[:1]]
+
+    def check_model(self, spec: "JobSpec", start: ModelFacts) -> list[Problem]:
+        """Returns whether an adapter is for a layer that is not there."""
+        count = spec.student.count_layers(start) if self.role == "student" else start.num_layers
+        if self.adapter is None or count is None or any(stage.resizes for stage in spec.stages):
+            return []
+        missing = [layer for layer in self.adapter.layers or () if not 0 <= layer < count]
+        why = "there is no layer {}; the {} has {}, counted from 0"
+        return [Problem("adapter.layers", why.format(layer, self.role, count)) for layer in missing[:1]]
+
+    def writes(self) -> set[str]:
+        """Returns the role of the model, and that of an adapter."""
+        return super().writes() | ({"adapter"} if self.adapter else set())
 
     def shares_work(self, spec: "JobSpec") -> bool:  # noqa: ARG002 - whatever the job
         """Returns that each process can compute a share of every step."""

@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field, TypeAdapter
 from app.deps import Reader
 from app.envelope import errors
 from core.errors import NotFound
-from core.methods import FAMILIES, Method, list_methods
+from core.methods import Method, list_families, list_methods
 from core.strict import suggest
 
 router = APIRouter(prefix="/v1/methods", tags=["methods"], responses=errors(401, 403, 422, 503))
@@ -49,14 +49,14 @@ def _view(cls: type[Method]) -> MethodView:
 @router.get("", operation_id="list_methods")
 def list_all(_: Reader) -> MethodList:
     """Lists every method that a job spec can name, with its JSON schema and defaults."""
-    families = {cls.family: [_view(method) for method in list_methods(cls.family).values()] for cls in FAMILIES}
+    families = {name: [_view(method) for method in list_methods(name).values()] for name in list_families()}
     return MethodList(data=families)
 
 
 @router.get("/{family}/{kind}", operation_id="get_method", responses=errors(404))
 def get_one(family: str, kind: str, _: Reader) -> MethodView:
     """Shows one method."""
-    families = [cls.family for cls in FAMILIES]
+    families = list_families()
     if family not in families:
         raise NotFound(f"There is no family '{family}'; {suggest(family, families)}.")
     methods = list_methods(family)

@@ -19,7 +19,6 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from core.errors import SpecInvalid
 from core.methods import (
-    FAMILIES,
     SPLITS,
     ModelSource,
     OneOf,
@@ -28,6 +27,7 @@ from core.methods import (
     Student,
     Task,
     Teacher,
+    list_families,
     list_methods,
 )
 from core.strict import StrictModel, one_message, suggest
@@ -380,7 +380,7 @@ def spec_invalid(details: list[dict[str, Any]]) -> SpecInvalid:
 
 def _detail(error: ErrorDetails) -> dict[str, Any]:
     context = error.get("ctx") or {}
-    tags = {kind for family in FAMILIES for kind in list_methods(family.family)}
+    tags = {kind for family in list_families() for kind in list_methods(family)}
     parts: list[int | str] = []
     is_tag = False
     for part in error["loc"]:  # pydantic adds the chosen kind to the path; a field after it may be called the same

@@ -10,8 +10,8 @@ from torch.nn import Linear, Module
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from core.compressing import Importance
 from core.errors import StageFailed
-from core.methods import Importance
 from worker.engine.context import StageContext
 from worker.engine.data import Batch
 from worker.engine.objective import label_objective

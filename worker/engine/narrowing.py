@@ -10,8 +10,8 @@ from torch.nn import Module
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
+from core.compressing import Importance
 from core.errors import StageFailed
-from core.methods import Importance
 from core.models.widths import Widths
 from worker.engine.context import StageContext
 from worker.engine.importance import Map, Site, by_input, rank_blocks, watch

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from core.compressing import Importance
 from core.errors import StageFailed
-from core.methods import Importance, list_methods
+from core.methods import list_methods
 from core.pareto import MEASURED, POINTS
 from worker.engine.context import StageContext
 from worker.engine.distillation import make_trainer

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -32,6 +32,9 @@ from worker.engine.teaching import Teaching
 from worker.engine.zeros import Zeros, find_zeros, keep_zeros
 from worker.kernels.grids import Grid
 from worker.kernels.heads import add_numbers, backward
+
+if TYPE_CHECKING:
+    from worker.engine.adapters import Adapted
 
 LOGGED_POINTS = 200
 log = logging.getLogger(__name__)
@@ -76,6 +79,7 @@ class Trainer:
         self.zeros, self.grids = find_zeros(self.model), {}
         if self.wanted:
             put_on_grids(self.model, self.wanted)
+        self.adapted = self._adapt() if self.settings.adapter else None
         self.optimizer = make_optimizer(self.model, self.settings, self.task.is_head)
         self.beside = self.features.projections.to(self.ctx.device) if self.features else torch.nn.ModuleDict()
         if len(self.beside):
@@ -91,6 +95,12 @@ class Trainer:
         self.log_every = max(1, self.num_steps // LOGGED_POINTS)
         self.watch = ShareWatch(self.num_steps // self.log_every)
         self._restore()
+
+    def _adapt(self) -> "Adapted":
+        from worker.engine.adapters import Adapted  # a library that most trainings do without
+
+        assert self.settings.adapter is not None  # noqa: S101 - asked for
+        return Adapted(self.ctx, self.model, self.settings.adapter)
 
     def run(self) -> dict[str, Any]:
         """Trains, leaves the best epoch's weights in the model, and returns what is known of them.
@@ -113,6 +123,9 @@ class Trainer:
             self.model.load_state_dict(kept)
         whole_rows(self.model)
         join_layers(self.model)
+        if self.adapted:
+            self.adapted.save(self.ctx.output("adapter"))
+            self.adapted.merge()
         self.grids = settle(self.model)
         if self.settings.gradient_checkpointing:
             self.model.gradient_checkpointing_disable()
@@ -122,7 +135,7 @@ class Trainer:
             "num_steps": self._step,
             "kept_epoch": self._best.get("epoch", math.ceil(self.num_steps / self.steps_per_epoch)),
             "validation": self._best.get("scores"),
-        }
+        } | ({"num_trained": self.adapted.num_trained} if self.adapted else {})
 
     def _train(self) -> None:
         self.ctx.progress(self._step, self.num_steps)

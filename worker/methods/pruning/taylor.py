@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from core.methods import Importance
+from core.compressing import Importance
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from core.methods import Rounding
+from core.compressing import Rounding
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from core.methods import Sparsity
+from core.compressing import Sparsity
 
 if TYPE_CHECKING:
     from torch import Tensor

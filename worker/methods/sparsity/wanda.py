@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from core.methods import Sparsity
+from core.compressing import Sparsity
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -110,6 +110,9 @@ class Distill(Training):
 
     def check(self, spec: "JobSpec") -> list[Problem]:
         """Returns what is wrong with the terms: one must say how large the sum is, and layers need a model."""
+        unfit = super().check(spec)
+        if unfit:
+            return unfit
         if self.on_policy and not spec.task.shares_tokens:
             return [Problem("on_policy", f"a {spec.task.kind} writes no texts; leave it out, or use task causal_lm")]
         if self.on_policy and not spec.teacher.is_model:

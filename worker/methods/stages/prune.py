@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from core.changing import ModelStage
-from core.methods import Depths, Importance, OneOf, Problem
+from core.compressing import Importance
+from core.methods import Depths, OneOf, Problem
 
 if TYPE_CHECKING:
     from core.jobs.spec import JobSpec

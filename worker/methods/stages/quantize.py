@@ -1,12 +1,13 @@
 """A student whose weights are few values."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from core.changing import ModelStage
-from core.methods import ModelFacts, OneOf, Problem, Rounding
+from core.compressing import Rounding
+from core.methods import ModelFacts, OneOf, Problem
 
 if TYPE_CHECKING:
     from core.jobs.spec import JobSpec
@@ -20,6 +21,8 @@ class Quantize(ModelStage):
     its artifact holds the grids beside it. The stage says what the codes take. `onnx_int4` and `gguf` pack them. A
     `distill` stage after this one trains with the weights on grids (QAT), which brings back what was lost.
     """
+
+    fixes_weights: ClassVar[bool] = True
 
     kind: Literal["quantize"] = "quantize"
     bits: Literal[2, 3, 4, 8] = Field(4, description="Bits of a weight's code.")

@@ -63,6 +63,8 @@ class Search(Target, ModelStage):
         if self.form.kind not in spec.task.forms or not self.form.kind.startswith("onnx"):
             known = ", ".join(form for form in spec.task.forms if form.startswith("onnx")) or "none"
             return [Problem("form", f"'{self.form.kind}' is not searched for of a {spec.task.kind}; known: {known}")]
+        if self.distill.adapter:
+            return [Problem("distill.adapter", "a student that is searched for is trained as a whole; leave it out")]
         if self.distill.on_policy:
             return [Problem("distill.on_policy", "a classifier writes no texts; leave it out")]
         return [Problem(f"distill.{p.field}", p.message) for p in self.distill.check(spec)]

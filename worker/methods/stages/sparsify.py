@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from core.changing import ModelStage
-from core.methods import ModelFacts, OneOf, Problem, Sparsity
+from core.compressing import Sparsity
+from core.methods import ModelFacts, OneOf, Problem
 
 if TYPE_CHECKING:
     from core.jobs.spec import JobSpec
@@ -24,6 +25,7 @@ class Sparsify(ModelStage):
     """
 
     forgets: ClassVar[bool] = True
+    fixes_weights: ClassVar[bool] = True
 
     kind: Literal["sparsify"] = "sparsify"
     share: float = Field(0.5, gt=0, lt=1, description="Share of the weights that become zero.")

@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from core.methods import Importance, ModelFacts, OneOf, Problem, Student, Widths
+from core.compressing import Importance
+from core.methods import ModelFacts, OneOf, Problem, Student, Widths
 from core.strict import StrictModel, one_message
 
 if TYPE_CHECKING:

@@ -1,0 +1,69 @@
+"""What methods have in common that leave parts of a model out, round them, or share them."""
+
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from core.methods import Method
+
+
+class Importance(Method):
+    """How much a neuron or a group of attention heads counts; the least important ones are pruned first."""
+
+    family: ClassVar[str] = "pruning"
+    needs_gradients: ClassVar[bool] = False  # of the loss on labels
+
+    def build(self, ctx: Any) -> Any:
+        """Returns a callable `(site) -> importance_I` of each input of a linear map (torch).
+
+        `site` is a `worker.engine.importance.Site`: what a sample of the data showed of them.
+        """
+        raise NotImplementedError
+
+
+class Sparsity(Method):
+    """Which single weights of a matrix become zero, and what becomes of the others.
+
+    `scope` says whether weights are compared within one output's row or all of the matrix, unless the stage says so.
+    """
+
+    family: ClassVar[str] = "sparsity"
+    needs_data: ClassVar[bool] = False
+    scope: ClassVar[Literal["row", "tensor"]] = "tensor"
+
+    def build(self, ctx: Any) -> Any:
+        """Returns a callable `(matrix, choose) -> weight_OI` (torch).
+
+        `matrix` is a `worker.engine.matrices.Matrix`, and `choose` tells of scores_OI which weights stay.
+        """
+        raise NotImplementedError
+
+
+class Rounding(Method):
+    """How the weights of a matrix get on a grid of few values."""
+
+    family: ClassVar[str] = "quantization"
+    needs_data: ClassVar[bool] = False
+
+    def build(self, ctx: Any) -> Any:
+        """Returns a callable `(matrix, fit, group) -> (weight_OI, grid)` (torch).
+
+        `matrix` is a `worker.engine.matrices.Matrix`, `fit` gives the `worker.kernels.grids.Grid` for weight_OI and a
+        group, and `group` is how many inputs share a scale, None for all of a row.
+        """
+        raise NotImplementedError
+
+
+class Adapter(Method):
+    """A few weights beside those of the layers, which alone are trained, with the head."""
+
+    family: ClassVar[str] = "sharing"
+
+    layers: list[int] | None = Field(
+        None, min_length=1, max_length=512, description="Layers that get it, counted from 0; null for all."
+    )
+    parts: Literal["all", "attention", "feed_forward"] = Field("all", description="Which matrices of a layer get it.")
+
+    def build(self, ctx: Any) -> Any:
+        """Returns a callable `(names of matrices, names of the head) -> config` of the library `peft`."""
+        raise NotImplementedError
