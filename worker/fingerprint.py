@@ -24,6 +24,7 @@ LIBRARIES = (
     "numpy",
     "onnx",
     "onnxruntime",
+    "peft",
     "safetensors",
     "tokenizers",
     "torch",
