@@ -249,6 +249,16 @@ def test_a_step_of_one_task_leaves_the_other_heads_alone(tmp_path: Path) -> None
     assert bias_C[5].item() == pytest.approx(size)  # a regression's begins with the mean
 
 
+def test_two_processes_learn_the_tasks_that_one_does(tmp_path: Path) -> None:
+    bench = lay(tmp_path, TEXTS)
+    gently = {"epochs": 2, "learning_rate": 1e-4, "head_learning_rate": 1e-3, "batch_size": 16, "dropout": 0.0}
+    spec = of_tasks(TEXTS, [{"kind": "finetune", **gently}])
+    one, two = (bench.succeed(spec, 0, str(n), labels=labels_of(TEXTS), num_processes=n) for n in (1, 2))
+    for (_, found), (_, expected) in zip(two.series("loss/total"), one.series("loss/total"), strict=True):
+        assert found == pytest.approx(expected, rel=2e-2, abs=2e-2)
+    assert [point[:2] for point in one.points()] == [point[:2] for point in two.points()]
+
+
 def test_words_and_texts_share_a_trunk(tmp_path: Path) -> None:
     bench = lay(tmp_path, WORDS)
     stages = [

@@ -32,6 +32,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"kind": "distill", **SHORT},
         {"student": {"kind": "teacher_layers", "keep": [0, 2], "hidden_size": 16, "intermediate_size": 24}},
     ),
+    "an adapter": ({"kind": "finetune", **SHORT, "dropout": 0.0, "adapter": {"kind": "lora"}}, {}),
     "a language model": ({"kind": "distill", **SHORT, "batch_size": 5}, {"task": LANGUAGE}),
     "its own texts": (
         {
@@ -61,13 +62,20 @@ def test_two_processes_learn_what_one_does(case: str, shard_layers: bool, tmp_pa
     assert two.series("loss/total")[0][1] == pytest.approx(one.series("loss/total")[0][1], rel=1e-3)
     made = [sorted(contents(finished.outputs)) for finished in (one, two)]
     assert made[0] == made[1]
-    [weights] = [name for name in made[0] if name.endswith(".safetensors")]
+    weights = next(name for name in made[0] if name.endswith("model.safetensors") and not name.startswith("adapter"))
     models = [load_file(finished.outputs / weights) for finished in (one, two)]
     moved = [(models[1][name] - tensor).norm() / (1e-6 + tensor.norm()) for name, tensor in models[0].items()]
     assert torch.stack(moved).median() < 2 * CLOSE
     held = re.findall(r"each of 2 processes holds (\d+) of (\d+) parameters", two.log)
     assert len(held) == shard_layers * (2 if stage["kind"] == "distill" else 1)  # the student, and its teacher
     assert all(int(here) < int(total) for here, total in held)
+
+
+def test_an_adapter_is_not_trained_with_layers_split(tmp_path: Path) -> None:
+    spec = make_spec([{"kind": "finetune", **SHORT, "adapter": {"kind": "lora"}}])
+    last = Bench(tmp_path).lay().run(spec, num_processes=2, shard_layers=True).last
+    assert (last["type"], last["reason"]) == ("error", "spec_invalid")
+    assert "layers are split" in last["message"]
 
 
 @pytest.mark.parametrize(("how", "shard_layers"), [("kill", False), ("stop", False), ("kill", True), ("stop", True)])

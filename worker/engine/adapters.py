@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from core.errors import StageFailed
 from worker.engine.loading import find_layers, is_head
+from worker.engine.sharding import is_sharded
 
 if TYPE_CHECKING:
     from core.compressing import Adapter
@@ -26,6 +27,9 @@ class Adapted:
     """
 
     def __init__(self, ctx: "StageContext", model: PreTrainedModel, adapter: "Adapter") -> None:
+        if is_sharded(model):
+            message = "A model whose layers are split among processes gets no adapter."
+            raise StageFailed("spec_invalid", message, suggestion="Leave the adapter out, or run it without that.")
         names, head = find_matrices(model, adapter), find_head(model)
         self._wrapped: PeftModel = get_peft_model(model, adapter.build(ctx)(names, head))
         trained = sum(x.numel() for x in model.parameters() if x.requires_grad)
