@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 METHODS_PACKAGE = "worker.methods"
 SPLITS = ("train", "validation", "test")
+ONNX_FORMS = ("onnx", "onnx_fp16", "onnx_int8", "onnx_int8_static", "onnx_int4")
+ENCODER_FORMS = ("safetensors", *ONNX_FORMS, "triton", "kserve")
 
 
 @dataclass(frozen=True)
@@ -229,6 +231,7 @@ class Exporter(Method):
     is_default: ClassVar[bool] = True
     is_measured: ClassVar[bool] = True
     calibrates: ClassVar[bool] = False
+    is_graph: ClassVar[bool] = False  # that servers of ONNX run
 
     def build(self, ctx: Any) -> Any:
         """Returns a callable that writes and checks the form."""

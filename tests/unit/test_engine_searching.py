@@ -226,7 +226,7 @@ def test_its_students_hear_the_losses_of_the_task() -> None:
         ({"target": {"runtime": "tensorrt"}}, "target.runtime", "should match pattern"),
         ({"target": {}, "student": {"kind": "teacher_layers", "keep": [0]}}, "", "'student' says what to make"),
         ({"target": {}, "stages": [{"kind": "finetune"}]}, "", "'stages' says what to make"),
-        ({"target": {}, "task": {"kind": "causal_lm"}}, "stages.1.form", "is not searched for of a causal_lm"),
+        ({"target": {}, "task": {"kind": "causal_lm"}}, "stages.1.form", "is no form of a causal_lm"),
         ({"target": {}, "data": {"train": "toy/train", "test": "toy/test"}}, "stages.1.kind", "set data.validation"),
         (
             {"student": {"kind": "searched"}, "stages": [{"kind": "distill"}]},

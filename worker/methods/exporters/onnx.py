@@ -16,6 +16,7 @@ class Onnx(Exporter):
     """Writes `model.onnx` with tokenizer and labels; its logits must equal the student's within `tolerance`."""
 
     bytes_per_parameter: ClassVar[float] = 4.0
+    is_graph: ClassVar[bool] = True
 
     kind: Literal["onnx"] = "onnx"
     tolerance: float = Field(1e-3, gt=0, description="Largest accepted difference of a logit.")

@@ -21,6 +21,7 @@ class OnnxInt4(Exporter):
     """
 
     bytes_per_parameter: ClassVar[float] = 0.9
+    is_graph: ClassVar[bool] = True
     is_default: ClassVar[bool] = False
 
     kind: Literal["onnx_int4"] = "onnx_int4"

@@ -16,6 +16,7 @@ class OnnxInt8(Exporter):
     """Writes `model.onnx` with dynamically quantised matrices; its answers must agree with the student's."""
 
     bytes_per_parameter: ClassVar[float] = 1.05  # scales, and norms and biases in single precision
+    is_graph: ClassVar[bool] = True
 
     kind: Literal["onnx_int8"] = "onnx_int8"
     min_agreement: Agreement = 0.95

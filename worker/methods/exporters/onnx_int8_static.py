@@ -23,6 +23,7 @@ class OnnxInt8Static(Exporter):
     """
 
     bytes_per_parameter: ClassVar[float] = 1.05
+    is_graph: ClassVar[bool] = True
     is_default: ClassVar[bool] = False
     calibrates: ClassVar[bool] = True
 

@@ -42,7 +42,7 @@ class Search(Target, ModelStage):
         "harder.",
     )
     trim: bool = Field(True, description="Leave tokens out that the training and validation splits do not use.")
-    form: Annotated[Exporter, OneOf()] = Field(
+    form: Annotated[Exporter, OneOf(only="is_graph")] = Field(
         default={"kind": "onnx_int8"}, validate_default=True, description="The form that is to meet the goal."
     )
     distill: Distill = Field(
@@ -60,9 +60,8 @@ class Search(Target, ModelStage):
             return [Problem("kind", "it makes students of the teacher's layers, and this teacher only answers")]
         if spec.data.validation is None:
             return [Problem("kind", "it measures on the validation split; set data.validation")]
-        if self.form.kind not in spec.task.forms or not self.form.kind.startswith("onnx"):
-            known = ", ".join(form for form in spec.task.forms if form.startswith("onnx")) or "none"
-            return [Problem("form", f"'{self.form.kind}' is not searched for of a {spec.task.kind}; known: {known}")]
+        if self.form.kind not in spec.task.forms:
+            return [Problem("form", f"'{self.form.kind}' is no form of a {spec.task.kind}, which is not searched")]
         if self.distill.adapter:
             return [Problem("distill.adapter", "a student that is searched for is trained as a whole; leave it out")]
         if self.distill.on_policy:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from core.datasets.checking import check_labels, check_row
-from core.methods import RowProblem, Task
+from core.methods import ENCODER_FORMS, RowProblem, Task
 
 if TYPE_CHECKING:
     from worker.engine.context import StageContext
@@ -21,14 +21,7 @@ class MultiLabelClassification(Task):
     Paper: Tsoumakas, Katakis 2007, "Multi-Label Classification: An Overview", section 2.1 (binary relevance).
     """
 
-    forms: ClassVar[tuple[str, ...]] = (
-        "safetensors",
-        "onnx",
-        "onnx_fp16",
-        "onnx_int8",
-        "onnx_int8_static",
-        "onnx_int4",
-    )
+    forms: ClassVar[tuple[str, ...]] = ENCODER_FORMS
     shares_trunk: ClassVar[bool] = True
     min_labels: ClassVar[int] = 1
 

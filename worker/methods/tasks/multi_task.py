@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, StringConstraints
 
-from core.methods import OneOf, Task
+from core.methods import ENCODER_FORMS, OneOf, Task
 
 if TYPE_CHECKING:
     from worker.engine.context import StageContext
@@ -25,15 +25,7 @@ class MultiTask(Task):
     (algorithm 1: batches of one task, drawn by its size).
     """
 
-    forms: ClassVar[tuple[str, ...]] = (
-        "safetensors",
-        "single_tasks",
-        "onnx",
-        "onnx_fp16",
-        "onnx_int8",
-        "onnx_int8_static",
-        "onnx_int4",
-    )
+    forms: ClassVar[tuple[str, ...]] = (*ENCODER_FORMS, "single_tasks")
 
     kind: Literal["multi_task"] = "multi_task"
     tasks: dict[TaskName, Annotated[Task, OneOf(default="text_classification", only="shares_trunk")]] = Field(

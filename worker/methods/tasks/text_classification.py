@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from core.datasets.checking import check_row, label_name
-from core.methods import RowProblem, Task
+from core.methods import ENCODER_FORMS, RowProblem, Task
 
 if TYPE_CHECKING:
     from worker.engine.classification import Classification
@@ -15,14 +15,7 @@ if TYPE_CHECKING:
 class TextClassification(Task):
     """Puts each text, or each pair of texts, into one of the classes that the training split names."""
 
-    forms: ClassVar[tuple[str, ...]] = (
-        "safetensors",
-        "onnx",
-        "onnx_fp16",
-        "onnx_int8",
-        "onnx_int8_static",
-        "onnx_int4",
-    )
+    forms: ClassVar[tuple[str, ...]] = ENCODER_FORMS
     shares_trunk: ClassVar[bool] = True
     min_labels: ClassVar[int] = 2
 

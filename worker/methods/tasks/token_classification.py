@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from core.datasets.checking import check_tags
-from core.methods import RowProblem, Task
+from core.methods import ENCODER_FORMS, RowProblem, Task
 
 if TYPE_CHECKING:
     from worker.engine.context import StageContext
@@ -21,14 +21,7 @@ class TokenClassification(Task):
     Entity Recognition", section 2.3 (entity F1).
     """
 
-    forms: ClassVar[tuple[str, ...]] = (
-        "safetensors",
-        "onnx",
-        "onnx_fp16",
-        "onnx_int8",
-        "onnx_int8_static",
-        "onnx_int4",
-    )
+    forms: ClassVar[tuple[str, ...]] = ENCODER_FORMS
     shares_trunk: ClassVar[bool] = True
     min_labels: ClassVar[int] = 2
 

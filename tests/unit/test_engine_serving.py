@@ -1,0 +1,122 @@
+"""Folders of model servers: read by Triton's own message of a configuration, and run by onnxruntime."""
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import yaml
+from google.protobuf import text_format
+from transformers import AutoTokenizer
+
+from core.errors import SpecInvalid
+from tests import pico
+from tests.engine_bench import FAST, LABELS, Bench, contents, make_spec
+
+TEXT = "please my parcel is late"
+
+
+def read_config(path: Path) -> Any:
+    """Returns a configuration as Triton's client reads it; its package would import grpc."""
+    package = importlib.util.find_spec("tritonclient")
+    assert package is not None
+    assert package.submodule_search_locations
+    file = Path(package.submodule_search_locations[0]) / "grpc" / "model_config_pb2.py"
+    spec = importlib.util.spec_from_file_location("model_config_pb2", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return text_format.Parse(path.read_text(), module.ModelConfig())
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    bench = Bench(tmp_path_factory.mktemp("bench")).lay()
+    stages = [
+        {"kind": "finetune", "of": "student", **FAST},
+        {
+            "kind": "export",
+            "formats": [
+                {"kind": "onnx_int8"},
+                {"kind": "triton", "max_batch_size": 16},
+                {"kind": "kserve", "form": {"kind": "onnx"}, "storage_uri": "gs://acme/models", "name": "tickets"},
+            ],
+        },
+    ]
+    bench.succeed_all(make_spec(stages))
+    return bench
+
+
+def test_a_triton_model_is_what_its_graph_takes_and_gives(bench: Bench) -> None:
+    folder = bench.inputs / "triton"
+    config = read_config(folder / "config.pbtxt")
+    session = onnxruntime.InferenceSession(folder / "1" / "model.onnx", providers=["CPUExecutionProvider"])
+    assert (config.platform, config.max_batch_size, config.name) == ("onnxruntime_onnx", 16, "")
+    assert config.dynamic_batching.max_queue_delay_microseconds == 1000
+    assert [value.name for value in config.input] == [node.name for node in session.get_inputs()]
+    assert {(value.data_type, tuple(value.dims)) for value in config.input} == {(9, (-1,))}  # TYPE_INT64, any length
+    [logits] = config.output
+    assert (logits.name, logits.data_type, list(logits.dims)) == ("logits", 11, [3])  # TYPE_FP32
+    assert (folder / logits.label_filename).read_text().splitlines() == LABELS
+    assert (folder / "1" / "model.onnx").read_bytes() == (bench.inputs / "onnx_int8" / "model.onnx").read_bytes()
+    assert "tokenizer.json" in contents(folder)
+
+
+def test_a_kserve_folder_holds_a_model_and_a_service(bench: Bench) -> None:
+    folder = bench.inputs / "kserve"
+    service = yaml.safe_load((folder / "inference_service.yaml").read_text())
+    assert service["apiVersion"] == "serving.kserve.io/v1beta1"
+    assert service["metadata"] == {"name": "tickets"}
+    model = service["spec"]["predictor"]["model"]
+    assert (model["storageUri"], model["modelFormat"]) == ("gs://acme/models", {"name": "triton"})
+    assert model["resources"]["limits"] == {"cpu": "2", "memory": "1Gi"}
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    session = onnxruntime.InferenceSession(folder / "model" / "1" / "model.onnx", providers=["CPUExecutionProvider"])
+    config = read_config(folder / "model" / "config.pbtxt")
+    inputs = tokenizer(TEXT, return_tensors="np")
+    [logits_BC] = session.run(["logits"], {value.name: inputs[value.name].astype(np.int64) for value in config.input})
+    assert LABELS[int(logits_BC.argmax())] == "delivery"
+
+
+def test_the_heads_of_several_tasks_are_outputs(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    pico.write_model(bench.inputs / "teacher")
+    for split, path in pico.write_data(tmp_path / "rows").items():
+        (bench.inputs / "data" / split).mkdir(parents=True)
+        for name in ("first", "second"):
+            (bench.inputs / "data" / split / f"{name}.jsonl").write_bytes(path.read_bytes())
+    task = {"kind": "multi_task", "tasks": {"first": {}, "second": {}}}
+    stages = [
+        {"kind": "finetune", "of": "student", **FAST, "epochs": 1},
+        {"kind": "export", "formats": [{"kind": "triton", "form": {"kind": "onnx"}}]},
+    ]
+    labels = [f"{name}/{label}" for name in ("first", "second") for label in LABELS]
+    bench.succeed_all(make_spec(stages, task=task, data={"first": "toy", "second": "toy"}), labels=labels)
+    config = read_config(bench.inputs / "triton" / "config.pbtxt")
+    assert [(value.name, list(value.dims)) for value in config.output] == [
+        ("logits", [6]),
+        ("first", [3]),
+        ("second", [3]),
+    ]
+    assert json.loads((bench.inputs / "triton" / "labels.json").read_text()) == labels
+
+
+@pytest.mark.parametrize(
+    ("form", "field", "hint"),
+    [
+        ({"kind": "triton", "form": {"kind": "gguf"}}, "stages.1.formats.0.form.kind", "unknown kind 'gguf'"),
+        ({"kind": "triton", "form": {"kind": "triton"}}, "stages.1.formats.0.form.kind", "unknown kind 'triton'"),
+        ({"kind": "kserve", "name": "My Model"}, "stages.1.formats.0.name", "should match pattern"),
+        ({"kind": "kserve", "storage_uri": "models"}, "stages.1.formats.0.storage_uri", "should match pattern"),
+        ({"kind": "kserve", "storage_uri": 's3://a"\nb'}, "stages.1.formats.0.storage_uri", "should match pattern"),
+    ],
+)
+def test_forms_that_cannot_be(form: dict[str, Any], field: str, hint: str) -> None:
+    with pytest.raises(SpecInvalid) as caught:
+        make_spec([{"kind": "distill"}, {"kind": "export", "formats": [form]}])
+    details = {detail["field"]: detail["message"] for detail in caught.value.details}
+    assert hint in details.get(field, ""), details

@@ -1,0 +1,44 @@
+"""A model of NVIDIA Triton's repository."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from core.methods import Exporter, OneOf
+
+if TYPE_CHECKING:
+    from worker.engine.context import StageContext
+
+
+class Triton(Exporter):
+    """Writes a folder that is a model of a Triton repository: `config.pbtxt`, `1/model.onnx`, labels and tokenizer.
+
+    Copy it into the repository under the name that the model is to have. Triton takes tokens, so a client reads texts
+    by the `tokenizer.json` beside them. The graph is that of another form, which is checked as it is alone.
+
+    Source: NVIDIA Triton Inference Server, "Model Configuration".
+    """
+
+    bytes_per_parameter: ClassVar[float] = 1.05
+    is_default: ClassVar[bool] = False
+    is_measured: ClassVar[bool] = False
+
+    kind: Literal["triton"] = "triton"
+    form: Annotated[Exporter, OneOf(only="is_graph")] = Field(
+        default={"kind": "onnx_int8"}, validate_default=True, description="The form of the graph."
+    )
+    max_batch_size: int = Field(64, ge=1, le=65_536, description="Most texts in one batch.")
+    max_queue_delay_us: int = Field(
+        1000,
+        ge=0,
+        le=10_000_000,
+        description="How long a text waits for others of its batch, in microseconds.",
+    )
+
+    def build(self, ctx: "StageContext") -> Callable[[Path], dict[str, float]]:
+        """Returns a callable that writes the folder and returns what the check of the graph measured."""
+        from worker.engine.serving import write_triton
+
+        return lambda folder: write_triton(ctx, self, folder)
