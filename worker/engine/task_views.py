@@ -39,7 +39,7 @@ class PartContext:
     """A stage as one of its tasks sees it: with that task's labels and splits, and its head of each model."""
 
     def __init__(self, whole: "StageContext", name: str, task: Task) -> None:
-        self._whole, self._name, self.part = whole, name, name
+        self._whole, self.part = whole, name
         self.spec = whole.spec.model_copy(update={"task": task})
         self.labels = [label.removeprefix(f"{name}/") for label in whole.labels if label.startswith(f"{name}/")]
 
@@ -49,16 +49,16 @@ class PartContext:
     @property
     def task(self) -> "Classification":
         """The one task."""
-        return cast("MultiTask", self._whole.task).parts[self._name]
+        return cast("MultiTask", self._whole.task).parts[self.part]
 
     def find_split(self, name: str) -> Path | None:
         """Returns the task's file of a split, or None when the spec has none."""
         folder = self._whole.find_split(name)
-        return folder / f"{self._name}.jsonl" if folder else None
+        return folder / f"{self.part}.jsonl" if folder else None
 
     def get_split(self, name: str) -> Path:
         """Returns the task's file of a split. Raises StageFailed when there is none."""
-        return self._whole.get_split(name) / f"{self._name}.jsonl"
+        return self._whole.get_split(name) / f"{self.part}.jsonl"
 
     def load_model(self, role: str) -> Any:
         """Returns the model of this task alone that a role has, or its head of one of all tasks, loaded once."""
@@ -72,7 +72,7 @@ class PartContext:
         return self._see(self._whole.load_teacher())
 
     def _see(self, model: PreTrainedModel) -> OneHead:
-        return OneHead(model, cast("MultiTask", self._whole.task).heads[self._name])
+        return OneHead(model, cast("MultiTask", self._whole.task).heads[self.part])
 
     def place(self, model: Any) -> Any:
         """Returns the model, which is on the device if it is one of several tasks."""
