@@ -7,9 +7,22 @@ from pydantic import Field
 from core.changing import ModelStage
 from core.compressing import Adapter
 from core.methods import ModelFacts, OneOf, Problem
+from core.strict import StrictModel
 
 if TYPE_CHECKING:
     from core.jobs.spec import JobSpec
+
+
+class Freezing(StrictModel):
+    """Embeddings and first layers that stay as they are, for some epochs or for all: only what is above them learns.
+
+    Paper: Howard, Ruder 2018, "Universal Language Model Fine-tuning for Text Classification", section 3.3 (what is
+    general is unfrozen later); Lee, Tang, Lin 2019, "What Would Elsa Do? Freezing Layers During Transformer
+    Fine-Tuning", section 3.
+    """
+
+    layers: int = Field(0, ge=0, le=512, description="The first so many layers are frozen, too.")
+    epochs: float | None = Field(None, gt=0, le=1000, description="For so many epochs; null for all.")
 
 
 class Training(ModelStage):
@@ -50,6 +63,11 @@ class Training(ModelStage):
         lt=1,
         description="Validate and keep a moving average of the weights; this share of it stays in a step, as 0.999.",
     )
+    freeze: Freezing | None = Field(
+        None,
+        description="Leave the embeddings and some first layers as they are, for some epochs or for all.",
+        examples=[{"layers": 3, "epochs": 1}],
+    )
     adapter: Annotated[Adapter, OneOf()] | None = Field(
         None,
         description="Train a few weights beside those of the layers, and the head; the rest is frozen. The model that "
@@ -60,19 +78,23 @@ class Training(ModelStage):
     max_length: int = Field(128, ge=4, le=8192, description="Longest input in tokens; longer ones are cut.")
 
     def check(self, spec: "JobSpec") -> list[Problem]:
-        """Returns whether an adapter would undo what an earlier stage has done to single weights."""
+        """Returns whether an adapter would undo what an earlier stage has done to single weights, or is frozen."""
         if self.adapter is None:
             return []
+        if self.freeze:
+            return [Problem("freeze", "an adapter is trained beside weights that are all frozen; leave one out")]
         done = [stage.kind for stage in self.earlier(spec) if stage.fixes_weights and self.role in stage.writes()]
         why = "'{}' has chosen single weights, and an adapter changes all of them; leave one out"
         return [Problem("adapter", why.format(kind)) for kind in done[:1]]
 
     def check_model(self, spec: "JobSpec", start: ModelFacts) -> list[Problem]:
-        """Returns whether an adapter is for a layer that is not there."""
+        """Returns whether layers are frozen, or get an adapter, that are not there."""
         count = spec.student.count_layers(start) if self.role == "student" else start.num_layers
-        if self.adapter is None or count is None or any(stage.resizes for stage in spec.stages):
+        if count is None or any(stage.resizes for stage in spec.stages):
             return []
-        missing = [layer for layer in self.adapter.layers or () if not 0 <= layer < count]
+        if self.freeze and self.freeze.layers > count:
+            return [Problem("freeze.layers", f"the {self.role} has {count} layers; choose at most as many")]
+        missing = [layer for layer in (self.adapter and self.adapter.layers) or () if not 0 <= layer < count]
         why = "there is no layer {}; the {} has {}, counted from 0"
         return [Problem("adapter.layers", why.format(layer, self.role, count)) for layer in missing[:1]]
 

@@ -22,6 +22,7 @@ from worker.engine.devices import autocast
 from worker.engine.embeddings import train_used_rows, whole_rows
 from worker.engine.failures import CheckpointUnfit, StopRequested, is_out_of_memory
 from worker.engine.features import Features
+from worker.engine.freezing import Frozen
 from worker.engine.objective import Objective, ShareWatch, warn_of_share
 from worker.engine.optimization import Average, make_optimizer, make_schedule, set_dropout
 from worker.engine.quantizing import Wanted, put_on_grids, settle, write_grids
@@ -94,6 +95,7 @@ class Trainer:
         self.average = Average(self.model, self.settings.average) if self.settings.average else None
         self.log_every = max(1, self.num_steps // LOGGED_POINTS)
         self.watch = ShareWatch(self.num_steps // self.log_every)
+        self.frozen = Frozen(self.model, self.settings.freeze, self.steps_per_epoch) if self.settings.freeze else None
         self._restore()
 
     def _adapt(self) -> "Adapted":
@@ -247,6 +249,8 @@ class Trainer:
 
         Labels of a batch that the student wrote itself are not to be learned.
         """
+        if self.frozen:
+            self.frozen.apply(self._step)
         objective = partial(self.objective, resting=self.objective.resting(batch, is_own=is_own))
         ranks.seed_step(self.ctx.seed, self._step)
         num_rows = int(batch.is_row.sum())

@@ -133,6 +133,8 @@ class Distill(Training):
         if self.feature_losses and not spec.teacher.is_model:
             kind = self.feature_losses[0].kind
             return [Problem("losses", f"'{kind}' compares layers, and this teacher only answers; leave it out")]
+        if self.feature_losses and self.freeze:
+            return [Problem("freeze", "losses on layers are for layers that learn; leave one of them out")]
         if self.feature_losses and self.masked_for == "student":
             why = "losses on layers compare what both make of the same tokens; use 'both'"
             return [Problem("masked_for", why)]
