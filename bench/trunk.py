@@ -3,9 +3,9 @@
     python bench/trunk.py [--data DIR] [--seed N …] [--temperature T] [--epochs N] [--out DIR]
 
 SST-2, SUBJ, AG News and Banking77: a MiniLM of 6 layers is fine-tuned on each alone, and one on all of them, with the
-stage's defaults, or all for so many epochs. What the jobs left is downloaded and run on the test splits by transformers alone, which reads a
-task's logits by the names of its labels. Without the data the bench says so and ends. Prints a table and writes
-`trunk.json`. Takes about an hour a seed on two cores.
+stage's defaults, or all for so many epochs. What the jobs left is downloaded and run on the test splits by transformers
+alone, which reads a task's logits by the names of its labels. Without the data the bench says so and ends. Prints a
+table and writes `trunk.json`. Takes about an hour a seed on two cores.
 """
 
 import argparse
