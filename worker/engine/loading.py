@@ -99,6 +99,11 @@ def _settle_head(model: PreTrainedModel, labels: list[str], found: list[str], ne
         with torch.no_grad():
             for tensor in output.parameters():
                 tensor.copy_(tensor[[found.index(label) for label in labels]].clone())
+    name_labels(model, labels)
+
+
+def name_labels(model: PreTrainedModel, labels: list[str]) -> None:
+    """Has the config call the logits so, in their order."""
     model.config.id2label = dict(enumerate(labels))
     model.config.label2id = {label: index for index, label in enumerate(labels)}
 

@@ -22,7 +22,7 @@ from worker.engine.data import Batch
 from worker.engine.evaluation import Card, Column, Measured, Quality, Row, list_candidates, row_of_answers
 from worker.engine.exporting import EQUAL_LOGITS, get_reference, measure
 from worker.engine.inference import Answer, as_answer
-from worker.engine.loading import head_bias, is_head, load_classifier, output_layer, save_classifier
+from worker.engine.loading import head_bias, is_head, load_classifier, name_labels, output_layer, save_classifier
 from worker.engine.measuring import answer_all, count_bytes, time_singles
 from worker.engine.rendering import if_known, percent, percent_range
 from worker.engine.runtimes import Forward, open_model
@@ -133,8 +133,8 @@ class MultiTask:
         return lambda inputs: head.of(answer(inputs))
 
     def _forward_of(self, name: str, forward: Forward) -> Forward:
-        head = self.heads[name]
-        return lambda inputs: head.of(torch.from_numpy(forward(inputs))).numpy()
+        answer = self._answer_of(name, lambda inputs: torch.from_numpy(forward(inputs)))
+        return lambda inputs: answer(inputs).numpy()
 
     def compare(self, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> tuple[float, float]:
         """Returns the largest difference of a logit, and how far the answers agree, the mean over tasks."""
@@ -297,8 +297,7 @@ def keep_head(model: PreTrainedModel, columns: slice, part: Classification) -> P
     layer.out_features = len(part.labels)
     del single.config.tasks
     single.config.problem_type = part.problem_type
-    single.config.id2label = dict(enumerate(part.labels))
-    single.config.label2id = {label: index for index, label in enumerate(part.labels)}
+    name_labels(single, part.labels)
     return single
 
 

@@ -5,14 +5,11 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from core.compressing import Importance
@@ -26,7 +23,7 @@ from worker.engine.loading import find_layers, load_tokenizer
 from worker.engine.measuring import count_bytes, time_singles
 from worker.engine.narrowing import narrow
 from worker.engine.pieces import keep_tokens
-from worker.engine.runtimes import Running, open_session, run_session
+from worker.engine.runtimes import Forward, Running, open_session, run_session
 from worker.engine.shapes import Shape, choose, list_shapes, narrowed_to, shape_of
 from worker.engine.students import keep_layers, set_widths, with_layers
 from worker.engine.trials import Trial
@@ -137,7 +134,7 @@ class Hunt:
         with Trial(self.ctx, number, self.settings.max_trials) as trial:
             self._save(trial, student)
             self._write_form(trial, is_trained=False)
-            too = self._find_excess(self._cost(trial))
+            too = self._find_excess(self._cost(trial, *self._open(trial)))
             if too:
                 self.refused.add(shape)
                 self._tell("trial.refused", f"{_describe(shape)}: {too}", sizes=shape._asdict())
@@ -182,13 +179,13 @@ class Hunt:
             form = form.model_copy(update={"min_agreement": PROBED})
         form.build(trial.seen)(trial.form_folder)
 
-    def _cost(self, trial: "Trial") -> dict[str, Any]:
-        """Returns bytes and times of the trial's form."""
-        forward, data = self._open(trial)
+    def _cost(self, trial: "Trial", forward: Forward, data: Any) -> dict[str, Any]:
+        """Returns bytes and times of the trial's form, on a split."""
         times = time_singles([(forward, data)], LATENCY_SAMPLES, self.ctx.check_stop)[0]
         return {"size_bytes": count_bytes(trial.form_folder), **times}
 
-    def _open(self, trial: "Trial") -> tuple[Callable[[dict[str, Tensor]], NDArray[np.float32]], Any]:
+    def _open(self, trial: "Trial") -> tuple[Forward, Any]:
+        """Returns the trial's form in its runtime, and the validation split as it reads it."""
         session = open_session(trial.form_folder, self.settings.num_threads)
         reference = get_reference(trial.seen)
         length = self.settings.distill.max_length
@@ -209,7 +206,7 @@ class Hunt:
         task = cast("Classification", self.ctx.task)
         forward, data = self._open(trial)
         scores = task.score(cast("PreTrainedModel", Running(forward)), data, self.ctx.check_stop)
-        cost = self._cost(trial)
+        cost = self._cost(trial, forward, data)
         retained = scores[task.share] / self.teacher_scores[task.share]
         point = {
             "number": trial.number,

@@ -2,18 +2,14 @@
 
 import shutil
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from worker.engine.context import StageContext
-from worker.engine.loading import load_tokenizer
 
 PROGRESS_STEPS = 1000
-T = TypeVar("T")
 
 
 class Trial:
@@ -68,20 +64,11 @@ class TrialContext:
         """Returns the folder of a role, of which the student is this one."""
         return self.folder / role if role == "student" else self._whole.input(role)
 
-    def load_model(self, role: str, **options: Any) -> PreTrainedModel:
-        """Returns the role's model."""
-        return self._whole.task.load_model(self.input(role), **options)
-
-    def load_tokenizer(self, role: str) -> PreTrainedTokenizerBase:
-        """Returns the role's tokenizer."""
-        return load_tokenizer(self.input(role))
-
-    def remember(self, key: str, make: Callable[[], T]) -> T:
-        """Returns what `make` returned the first time in this trial."""
-        if key not in self._remembered:
-            self._remembered[key] = make()
-        found: T = self._remembered[key]
-        return found
+    load_model, load_tokenizer, remember = (  # of its own folders, and for itself
+        StageContext.load_model,
+        StageContext.load_tokenizer,
+        StageContext.remember,
+    )
 
 
 class TrialReporter:
