@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+TESTS ?=
 
 .PHONY: help setup demo up test lint bench chaos migrate format constraints
 
@@ -25,8 +26,8 @@ demo: setup ## Runs one whole job over HTTP, from data to a downloaded int8 mode
 up: setup ## Starts the whole stack on this machine, with an embedded Postgres and Redis
 	$(BIN)/stillhouse up
 
-test: setup ## Runs every test; set STILLHOUSE_DATABASE_URL and STILLHOUSE_REDIS_URL to use servers
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+test: setup ## Runs every test, or TESTS; set STILLHOUSE_DATABASE_URL and STILLHOUSE_REDIS_URL to use servers
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
 
 lint: setup ## Checks style, types, import contracts and sizes
 	$(BIN)/ruff check .
