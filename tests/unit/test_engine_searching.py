@@ -15,6 +15,7 @@ from core.errors import SpecInvalid
 from core.jobs.spec import load_spec
 from core.pareto import find_front
 from tests.engine_bench import FAST, Bench, contents, make_spec
+from worker.engine import checkpoints
 from worker.engine.shapes import HALVING_COSTS, Shape, choose, fit_costs
 
 WHOLE = Shape(6, 1536, 384)
@@ -183,14 +184,28 @@ def test_a_search_that_was_interrupted_finds_the_same(bench: Bench, tmp_path: Pa
     whole = bench.succeed(spec, 0, "whole")
     count = len(whole.last["summary"]["points"])
     assert count > 1
-    found, _ = bench.interrupt(bench.write_order(spec, 0, "cut"), 1, "kill")
+    found, _ = bench.interrupt(bench.write_order(spec, 0, "cut"), 1, "kill")  # after the first student
     again = bench.succeed(spec, 0, "again", checkpoint=str(found[-1]))
-    assert [event["data"]["number"] for event in events(again, "trial.measured")] == [*range(2, count + 1)]
+    assert numbers_of(again) == [*range(2, count + 1)]
+    check_same(again, whole, count)
+    found, _ = bench.interrupt(bench.write_order(spec, 0, "torn", checkpoint_s=0), 1, "stop")  # within it
+    step = checkpoints.read(found[-1])[1]["half"]["step"]
+    on = bench.succeed(spec, 0, "on", checkpoint=str(found[-1]))
+    assert f"going on from step {step} of" in on.log
+    assert numbers_of(on) == [*range(1, count + 1)]
+    check_same(on, whole, count)
+
+
+def numbers_of(finished: Any) -> list[int]:
+    return [event["data"]["number"] for event in events(finished, "trial.measured")]
+
+
+def check_same(found: Any, whole: Any, count: int) -> None:
     for role in ("student", "onnx_int8"):
-        assert contents(again.outputs / role) == contents(whole.outputs / role)
+        assert contents(found.outputs / role) == contents(whole.outputs / role)
     for number in range(1, count + 1):
         place = Path("points") / str(number)
-        assert contents(again.outputs / place) == contents(whole.outputs / place)
+        assert contents(found.outputs / place) == contents(whole.outputs / place)
 
 
 def test_a_teacher_that_knows_nothing_is_told(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from core.compressing import Importance
 from core.errors import StageFailed
 from core.methods import list_methods
 from core.pareto import MEASURED, POINTS
+from worker.engine import checkpoints
 from worker.engine.context import StageContext
 from worker.engine.distillation import make_trainer
 from worker.engine.exporting import get_reference
@@ -26,7 +27,7 @@ from worker.engine.pieces import keep_tokens
 from worker.engine.runtimes import Forward, Running, open_session, run_session
 from worker.engine.shapes import Shape, choose, list_shapes, narrowed_to, shape_of
 from worker.engine.students import keep_layers, set_widths, with_layers
-from worker.engine.trials import Trial
+from worker.engine.trials import Half, Trial
 from worker.engine.trimming import count_tokens, keep_rows
 
 if TYPE_CHECKING:
@@ -36,7 +37,8 @@ if TYPE_CHECKING:
 LATENCY_SAMPLES = 200
 TIME_RESERVE = 1.1
 PROBED = 1e-6  # what a form of an untrained model has to agree
-FILES = "files/"
+FILES, HALF = "files/", "half"
+MOST_STEPS = 10**8  # of a training, so that checkpoints of a later student have higher numbers
 log = logging.getLogger(__name__)
 
 
@@ -93,6 +95,7 @@ class Hunt:
         self.whole = shape_of(self.teacher)
         self.shapes = {shape: self._count_parameters(shape) for shape in list_shapes(self.teacher)}
         self.refused: set[Shape] = set()  # too large or too slow, and so is what contains them
+        self.half: Half | None = None  # of the student that was in training when the search was interrupted
         self._began, self._before = time.monotonic(), 0.0
         self._restore()
 
@@ -131,15 +134,10 @@ class Hunt:
         """Measures a shape, and trains it if it is small and fast enough."""
         began, number = time.monotonic(), len(self.points) + 1
         student, tokenizer = self._make(shape), self.tokenizer
-        with Trial(self.ctx, number, self.settings.max_trials) as trial:
-            self._save(trial, student)
-            self._write_form(trial, is_trained=False)
-            too = self._find_excess(self._cost(trial, *self._open(trial)))
-            if too:
-                self.refused.add(shape)
-                self._tell("trial.refused", f"{_describe(shape)}: {too}", sizes=shape._asdict())
-                return
-        with Trial(self.ctx, number, self.settings.max_trials) as trial:
+        half, self.half = self.half, None
+        if half is None and self._is_refused(shape, student, number):
+            return
+        with Trial(self.ctx, number, self.settings.max_trials, half, self._checkpoint) as trial:
             teaching = self.ctx.task.teach(student, tokenizer, self.settings.distill)
             trainer = make_trainer(trial.seen, self.settings.distill, student, tokenizer, teaching)
             trainer.run()
@@ -152,6 +150,17 @@ class Hunt:
                 log.info("%s: %s", _describe(shape), error)
             self._note(trial, shape, time.monotonic() - began)
         self._checkpoint()
+
+    def _is_refused(self, shape: Shape, student: PreTrainedModel, number: int) -> bool:
+        """Measures the form of a student that has learned nothing; tells if it is too large or too slow."""
+        with Trial(self.ctx, number, self.settings.max_trials) as trial:
+            self._save(trial, student)
+            self._write_form(trial, is_trained=False)
+            too = self._find_excess(self._cost(trial, *self._open(trial)))
+        if too:
+            self.refused.add(shape)
+            self._tell("trial.refused", f"{_describe(shape)}: {too}", sizes=shape._asdict())
+        return bool(too)
 
     def _make(self, shape: Shape) -> PreTrainedModel:
         """Returns the teacher cut down to a shape."""
@@ -253,8 +262,8 @@ class Hunt:
         with torch.device("meta"):
             return int(type(self.teacher)._from_config(config).num_parameters())
 
-    def _checkpoint(self) -> None:
-        """Hands all points over with the files of their forms, and the best student."""
+    def _checkpoint(self, half: Half | None = None) -> None:
+        """Hands all points over with the files of their forms, the best student, and the one that is in training."""
         folders = {POINTS: self.ctx.output(POINTS), "student": self.student_folder}
         tensors = {
             f"{FILES}{name}/{path.relative_to(folder)}": torch.from_numpy(np.fromfile(path, dtype=np.uint8))
@@ -263,8 +272,9 @@ class Hunt:
             if path.is_file()
         }
         refused = [shape._asdict() for shape in sorted(self.refused)]
-        state = {"points": self.points, "refused": refused, "seconds": self.seconds}
-        self.ctx.save_checkpoint(len(self.points), tensors, state)
+        state = {"points": self.points, "refused": refused, "seconds": self.seconds, "half": half and half.state}
+        step = MOST_STEPS * len(self.points) + (half.state["step"] if half else 0)
+        self.ctx.save_checkpoint(step, tensors | checkpoints.add_prefix(HALF, half.tensors if half else {}), state)
 
     def _restore(self) -> None:
         found = self.ctx.find_checkpoint()
@@ -275,10 +285,13 @@ class Hunt:
         self.refused = {Shape(**sizes) for sizes in state["refused"]}
         folders = {POINTS: self.ctx.output(POINTS), "student": self.student_folder}
         for key, tensor in tensors.items():
-            name, _, path = key.removeprefix(FILES).partition("/")
-            target = folders[name] / path
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(tensor.numpy().tobytes())
+            if key.startswith(FILES):
+                name, _, path = key.removeprefix(FILES).partition("/")
+                target = folders[name] / path
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(tensor.numpy().tobytes())
+        if state["half"]:
+            self.half = Half(checkpoints.select(tensors, HALF), state["half"])
         log.info("going on after %d students", len(self.points))
 
 

@@ -2,8 +2,9 @@
 
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 from torch import Tensor
 
@@ -12,16 +13,29 @@ from worker.engine.context import StageContext
 PROGRESS_STEPS = 1000
 
 
+class Half(NamedTuple):
+    """A student whose training is not at its end: what the training goes on from."""
+
+    tensors: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+Keep: TypeAlias = Callable[[Half], None]
+
+
 class Trial:
-    """One student's files, and the stage as it sees it: without checkpoints of its own, with progress within all.
+    """One student's files, and the stage as it sees it: with progress and checkpoints within those of the search.
 
     Attributes:
         seen: The context for what trains and exports it.
     """
 
-    def __init__(self, ctx: StageContext, number: int, count: int) -> None:
+    def __init__(
+        self, ctx: StageContext, number: int, count: int, half: Half | None = None, keep: Keep | None = None
+    ) -> None:
+        """Makes the folders; the training goes on from `half`, and hands what it is to go on from to `keep`."""
         self.number, self.folder = number, Path(tempfile.mkdtemp(prefix="trial-", dir=ctx.scratch_dir))
-        self.seen = cast("StageContext", TrialContext(ctx, self.folder, number, count))
+        self.seen = cast("StageContext", TrialContext(ctx, self, count, half, keep))
         self.form_folder = self.folder / "form"
         self.form_folder.mkdir()
 
@@ -35,11 +49,11 @@ class Trial:
 class TrialContext:
     """A stage as the training and export of one of its students see it."""
 
-    def __init__(self, whole: StageContext, folder: Path, number: int, count: int) -> None:
-        self._whole, self._number, self._count = whole, number, count
+    def __init__(self, whole: StageContext, trial: Trial, count: int, half: Half | None, keep: Keep | None) -> None:
+        self._whole, self._number, self._count, self._half, self._keep = whole, trial.number, count, half, keep
         self._remembered: dict[str, Any] = {}
-        self.folder = self.scratch_dir = folder
-        self.reporter = TrialReporter(whole, number)
+        self.folder = self.scratch_dir = trial.folder
+        self.reporter = TrialReporter(whole, trial.number)
         self.share_done, self.is_own_text = 0.0, False
 
     def __getattr__(self, name: str) -> Any:
@@ -50,15 +64,14 @@ class TrialContext:
         done = PROGRESS_STEPS * (self._number - 1) + PROGRESS_STEPS * step // max(1, total)
         self._whole.progress(done, PROGRESS_STEPS * self._count)
 
-    def find_checkpoint(self) -> None:
-        """Has none: a student is trained from its beginning."""
-
-    def wants_checkpoint(self) -> bool:
-        """Wants none."""
-        return False
+    def find_checkpoint(self) -> Half | None:
+        """Returns what the student's training goes on from, or None when it starts."""
+        return self._half
 
     def save_checkpoint(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Keeps none."""
+        """Makes it part of a checkpoint of the search."""
+        if self._keep:
+            self._keep(Half(tensors, state | {"step": step}))
 
     def input(self, role: str) -> Path:
         """Returns the folder of a role, of which the student is this one."""
