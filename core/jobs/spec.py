@@ -116,6 +116,8 @@ def _default_stages(spec: dict[str, Any]) -> list[dict[str, Any]]:
 class JobSpec(StrictModel):
     """A job: a teacher, a student, data, and the stages that make one into the other."""
 
+    model_config = ConfigDict(json_schema_extra=lambda schema: schema["required"].remove("student"))  # beside `target`
+
     name: str = Field("job", max_length=120, pattern=r"^[\w .:/-]+$", description="Your name for the job.")
     task: Annotated[Task, OneOf()] = Field(
         default={"kind": "text_classification"}, validate_default=True, description="What the model is to do."
@@ -127,7 +129,7 @@ class JobSpec(StrictModel):
         "that does. It is a shorter way to write a stage `search`.",
     )
     teacher: Annotated[Teacher, OneOf(default="model")] = Field(description="Who to learn from; a model, or another.")
-    student: Annotated[Student, OneOf()] = Field(description="Where the student comes from.")
+    student: Annotated[Student, OneOf()] = Field(description="Where it comes from; needed unless there is a `target`.")
     data: DataSpec = Field(description="The splits; a bare data set name means its train, validation and test.")
     stages: list[Annotated[Stage, OneOf()]] = Field(
         default_factory=lambda spec: _default_stages(spec),

@@ -1,5 +1,6 @@
 """The job spec: short and long forms, and what its errors say."""
 
+import jsonschema
 import pytest
 
 from core.errors import SpecInvalid
@@ -77,6 +78,12 @@ def test_missing_test_split_is_said_before_anything_runs() -> None:
 def test_unreadable_body_is_refused(body: bytes) -> None:
     with pytest.raises(SpecInvalid):
         parse_spec(body)
+
+
+@pytest.mark.parametrize(("part", "is_valid"), [({"target": {}}, True), ({"target": {"min_retained": 2}}, False)])
+def test_by_the_json_schema_a_target_stands_for_the_student(part: dict, is_valid: bool) -> None:
+    validator = jsonschema.Draft202012Validator(JobSpec.model_json_schema())
+    assert validator.is_valid({"teacher": {"kind": "model", "model": "bert"}, "data": "toy"} | part) == is_valid
 
 
 def test_json_schema_holds_every_method() -> None:
