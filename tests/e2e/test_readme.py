@@ -9,14 +9,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from stillhouse import Client
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+def blocks(language: str, page: str = "README.md") -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
 
 
 def test_commands_of_the_readme_work_as_printed(tmp_path: Path) -> None:
@@ -67,7 +68,10 @@ def test_commands_of_the_readme_work_as_printed(tmp_path: Path) -> None:
         assert up.wait(60) == 0
 
 
-def test_shortest_spec_of_the_readme_is_valid() -> None:
+@pytest.mark.parametrize("page", ["README.md", "docs/recipes.md"])
+def test_specs_are_valid_as_printed(page: str) -> None:
     from core.jobs.spec import parse_spec
 
-    assert len(parse_spec(blocks("yaml")[0].encode()).stages) == 4
+    for block in blocks("yaml", page):
+        spec = parse_spec(block.encode())
+        assert {problem.message for stage in spec.stages for problem in stage.advise(spec)} == set()
