@@ -8,8 +8,8 @@ L = CE + T² · KL at the defaults of the stage `distill`. Each contender starts
 own, with the same optimiser, rates, batch size and number of epochs, no dropout, no validation and texts padded to the
 longest of a batch: `trainer` is a subclass of transformers' `Trainer` in bf16 where the processor has it, `textbrewer`
 is TextBrewer's BasicDistiller that keeps the teacher's answers, in float32, as it knows no other precision without
-Apex; `ours` is the stage with `masked_for: student`, whose teacher answers once, `ours masked` is the stage as it is,
-whose teacher answers anew in every epoch, and `ours unmasked` masks no tokens, so that it learns what the others do.
+Apex; `ours` is the stage with masks that stay, whose teacher answers twice, `ours masked` is the stage as it is, whose
+teacher answers anew in every epoch, and `ours unmasked` masks no tokens, so that it learns what the others do.
 Time goes from the first step's begin to the last one's end, the teacher's answers in it, loading and tokenising not.
 Prints a table and writes `encoder.json`.
 """
@@ -48,7 +48,7 @@ def make_spec(epochs: int, name: str) -> Any:
     """Returns the job of the teacher and the student, with a contender's masking."""
     from core.jobs.spec import load_spec
 
-    masking = {"ours": {"masked_for": "student"}, "ours masked": {}}.get(name, {"mask_probability": 0.0})
+    masking = {"ours": {"mask_epochs": epochs}, "ours masked": {}}.get(name, {"mask_probability": 0.0})
     return load_spec(
         {
             "teacher": {"model": "teacher"},

@@ -289,8 +289,7 @@ def answer_online(
 
 def make_masking(ctx: "StageContext", tokenizer: PreTrainedTokenizerBase, settings: "Distill") -> Masking:
     """Returns what is masked of the student's tokens."""
-    of_teacher = settings.masked_for == "both"
-    return Masking(tokenizer.mask_token_id, settings.mask_probability, ctx.seed, of_teacher)
+    return Masking(tokenizer.mask_token_id, settings.mask_probability, settings.mask_epochs, ctx.seed)
 
 
 class Candidate(NamedTuple):

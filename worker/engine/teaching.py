@@ -53,27 +53,28 @@ class Teaching(Protocol):
 
 
 class Masking(NamedTuple):
-    """After the first epoch a share of the tokens is masked, anew in every epoch, for teacher and student alike.
+    """After the first epoch a share of the tokens is masked, for teacher and student alike, anew after some epochs.
 
-    The student then hears the teacher on more inputs than there are texts; or it alone reads masks, and hears what the
-    teacher says of the whole text. Without a mask's id nothing is masked.
+    The student then hears the teacher on more inputs than there are texts. Without a mask's id nothing is masked.
 
     Paper: Tang et al. 2019, "Distilling Task-Specific Knowledge from BERT into Simple Neural Networks", section 3.2,
-    with the noise of each epoch in place of a fixed, larger split.
+    with noise that changes in place of a fixed, larger split.
     """
 
     mask_id: int | None = None
     probability: float = 0.0
+    epochs: int = 1
     seed: int = 0
-    of_teacher: bool = True
 
-    def is_due(self, epoch: int) -> bool:
-        """Returns whether this epoch's inputs differ from the split."""
-        return epoch > 0 and self.probability > 0 and self.mask_id is not None
+    def drawing(self, epoch: int) -> int:
+        """Returns the number of what an epoch reads, 0 for the split as it is."""
+        is_due = epoch > 0 and self.probability > 0 and self.mask_id is not None
+        return (epoch - 1) // self.epochs + 1 if is_due else 0
 
     def mask(self, data: Any, epoch: int) -> Any:
         """Returns the split as this epoch reads it."""
-        return data.masked(self.mask_id, self.probability, [self.seed, epoch, 1]) if self.is_due(epoch) else data
+        number = self.drawing(epoch)
+        return data.masked(self.mask_id, self.probability, [self.seed, number, 1]) if number else data
 
 
 class AnswersAhead:
@@ -81,7 +82,7 @@ class AnswersAhead:
 
     Attributes:
         own: Training and validation split as the teacher reads them, where the student reads them otherwise; no
-            token is masked then, but for the student alone.
+            token is masked then.
     """
 
     layers = None
@@ -94,23 +95,20 @@ class AnswersAhead:
         own: tuple[Encoded, Encoded | None] | None = None,
     ) -> None:
         self._ctx, self._model, self.own = ctx, teacher, own
-        self._masking = Masking() if own and masking.of_teacher else masking
+        self._masking = Masking() if own else masking
         self._logits_NC: Tensor | None = None
-        self._epoch = -1
+        self._drawing = -1
 
     def prepare(self, epoch: int, data: Encoded) -> Encoded:
         """Masks the split, and has the teacher answer it where it has not."""
-        masked = self._masking.mask(data, epoch)
-        heard, due = data, 0
-        if self._masking.of_teacher and self._masking.is_due(epoch):
-            heard, due = masked, epoch
-        if self._logits_NC is None or self._epoch != due:
+        masked, number = self._masking.mask(data, epoch), self._masking.drawing(epoch)
+        if self._logits_NC is None or self._drawing != number:
             if self._ctx.hears_again:
-                key = f"answers {data.digest()} {self._ctx.labels} {due}"
-                self._logits_NC = self._ctx.remember(key, lambda: self._ask(heard))
+                key = f"answers {data.digest()} {self._ctx.labels} {number}"
+                self._logits_NC = self._ctx.remember(key, lambda: self._ask(masked))
             else:
-                self._logits_NC = self._ask(heard)
-            self._epoch = due
+                self._logits_NC = self._ask(masked)
+            self._drawing = number
         return masked
 
     def _ask(self, data: Encoded) -> Tensor:
@@ -130,12 +128,12 @@ class AnswersAhead:
         return None if read is None else self._ctx.task.score(self._model, read, self._ctx.check_stop)
 
     def save(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Returns the answers of this epoch."""
-        return {} if self._logits_NC is None else {"logits": self._logits_NC}, {"epoch": self._epoch}
+        """Returns the answers to what this epoch reads."""
+        return {} if self._logits_NC is None else {"logits": self._logits_NC}, {"drawing": self._drawing}
 
     def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Takes over the answers."""
-        self._logits_NC, self._epoch = tensors.get("logits"), state["epoch"]
+        self._logits_NC, self._drawing = tensors.get("logits"), state["drawing"]
 
 
 class Stateless:

@@ -18,7 +18,7 @@ from core.training import Training
 from worker.engine import checkpoints, ranks
 from worker.engine.context import StageContext
 from worker.engine.data import Batch
-from worker.engine.devices import autocast
+from worker.engine.devices import attending, autocast
 from worker.engine.embeddings import train_used_rows, whole_rows
 from worker.engine.failures import CheckpointUnfit, StopRequested, is_out_of_memory
 from worker.engine.features import Features
@@ -258,12 +258,13 @@ class Trainer:
         numbers = dict.fromkeys([*self.objective.names, *(self.features.names if self.features else ())], 0.0)
         self.optimizer.zero_grad(set_to_none=True)
         for part in batch.parts(self.settings.micro_batch_size or len(batch.rows), ranks.number(), ranks.count()):
-            with autocast(self.ctx.device):
-                answer = self.task.answer(self.model, part)
             signal = self.teaching.answer(part) if self.teaching else None
-            beside, values = self.features.compare(part, batch) if self.features else (None, {})
-            others = () if beside is None else (beside,)
-            added = backward(answer, objective, signal, part.row_labels, num_rows, others) | values
+            with attending(self.ctx.device, part.inputs["input_ids"].shape[1]):
+                with autocast(self.ctx.device):
+                    answer = self.task.answer(self.model, part)
+                beside, values = self.features.compare(part, batch) if self.features else (None, {})
+                others = () if beside is None else (beside,)
+                added = backward(answer, objective, signal, part.row_labels, num_rows, others) | values
             added["total"] += sum(other.item() for other in others)
             numbers = add_numbers(numbers, added)
         trained = [*self.model.parameters(), *self.beside.parameters()]

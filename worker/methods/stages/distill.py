@@ -93,15 +93,17 @@ class Distill(Training):
         0.1,
         ge=0,
         lt=1,
-        description="Share of the tokens that are masked, anew in every epoch after the first, for teacher and student "
+        description="Share of the tokens that are masked in every epoch after the first, for teacher and student "
         "alike; 0 lets the teacher answer once. Nothing is masked without a mask token, where answers were kept, or "
         "where each reads its own tokens.",
     )
 
-    masked_for: Literal["both", "student"] = Field(
-        "both",
-        description="Who reads masked tokens: with `student` the teacher's answers are those to the whole text, and it "
-        "answers once, which takes less time.",
+    mask_epochs: int = Field(
+        1,
+        ge=1,
+        le=1000,
+        description="Epochs for which masks stay as they are before they are drawn anew; the teacher answers once for "
+        "each drawing, so more take less time.",
     )
 
     on_policy: OnPolicy | None = Field(
@@ -135,9 +137,6 @@ class Distill(Training):
             return [Problem("losses", f"'{kind}' compares layers, and this teacher only answers; leave it out")]
         if self.feature_losses and self.freeze:
             return [Problem("freeze", "losses on layers are for layers that learn; leave one of them out")]
-        if self.feature_losses and self.masked_for == "student":
-            why = "losses on layers compare what both make of the same tokens; use 'both'"
-            return [Problem("masked_for", why)]
         lacking = self._find_lacking(spec)
         if lacking or any(loss.weight != "auto" and loss.weight > 0 for loss in self.losses):
             return lacking
