@@ -2,21 +2,30 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch.nn.utils import prune as torch_prune
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForSequenceClassification as Classifier
-from transformers import PreTrainedConfig
+from transformers import BertConfig, BertForSequenceClassification, PreTrainedConfig
 
 from core.errors import SpecInvalid, StageFailed
 from core.jobs.spec import load_spec
 from core.methods import list_methods
+from core.models.facts import read_facts
+from core.models.safetensors_header import read_tensors
+from tests import pico
 from tests.engine_bench import FAST, Bench, make_spec
 from tests.unit.test_engine_models import CONFIGS, make
 from tests.unit.test_engine_narrowing import KNOWN, Sample, context, cut, logits, parts_of, weight_of
+from worker.engine.changes import Reader
+from worker.engine.goals import build, make_cost
 from worker.engine.importance import Site, rank_blocks, watch
+from worker.engine.pruning import _list_fitting
+from worker.engine.shapes import Shape, shape_of
 from worker.methods.stages.prune import Prune
 
 TAYLOR = {"kind": "taylor"}
@@ -151,3 +160,163 @@ def test_what_cannot_be_pruned_is_said_at_submit() -> None:
     with pytest.raises(SpecInvalid, match="unknown kind 'taylr'"):
         load_spec(spec | {"stages": [{"kind": "prune", "num_layers": 1, "importance": {"kind": "taylr"}}]})
     assert Prune(num_layers=1).reads(load_spec(spec | {"stages": [{"kind": "distill"}]})) == {"teacher"}
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    """A job whose teacher has learned its task; a student of all its layers is to be pruned."""
+    bench = Bench(tmp_path_factory.mktemp("learned")).lay()
+    bench.succeed_all(make_spec([{"kind": "finetune", **FAST}]))
+    return bench
+
+
+def pruned(bench: Bench, root: Path, **settings: Any) -> tuple[Any, dict[str, Any]]:
+    """Returns what the stage left of a student with all of the teacher's layers, and its summary."""
+    student = {"kind": "teacher_layers", "keep": [0, 1, 2]}
+    done = bench.copy(root).succeed(make_spec([{"kind": "prune", **settings}], student=student))
+    return done, done.last["summary"]
+
+
+def count_bert(teacher: BertConfig, num_layers: int, intermediate_size: int) -> int:
+    config = BertConfig(**teacher.to_dict() | {"num_hidden_layers": num_layers, "intermediate_size": intermediate_size})
+    return sum(parameter.numel() for parameter in BertForSequenceClassification(config).parameters())
+
+
+def test_sizes_are_those_that_a_look_at_all_of_them_finds(learned: Bench, tmp_path: Path) -> None:
+    """And a candidate scores as what is pruned to its sizes by hand, so that the best of them is chosen."""
+    done, summary = pruned(learned, tmp_path / "to", to={"parameters": 0.7})
+    config = Classifier.from_pretrained(learned.inputs / "teacher").config
+    counts = {(n, width): count_bert(config, n, width) for n in (1, 2, 3) for width in (16, 32, 48)}
+    limit = 0.7 * counts[3, 48]
+    widest = {n: max((w for w in (16, 32, 48) if counts[n, w] <= limit), default=0) for n in (3, 2, 1)}
+    deepest_whole = max(n for n, width in widest.items() if width == 48)
+    wanted = [(n, width) for n, width in widest.items() if width and n >= deepest_whole]
+    found = summary["candidates"]
+    assert len(wanted) > 1
+    assert [(one["num_layers"], one["intermediate_size"]) for one in found] == wanted
+    assert [one["parameters"] for one in found] == [counts[sizes] for sizes in wanted]
+    assert summary["limit"] == pytest.approx(limit)
+    for index, (num_layers, width) in enumerate(wanted):
+        sizes = {"num_layers": num_layers} | ({"intermediate_size": width} if width < 48 else {})
+        by_hand = pruned(learned, tmp_path / str(index), **sizes)[1]
+        assert found[index]["scores"]["loss"] == pytest.approx(by_hand["validation"]["loss"], rel=1e-4)
+    assert summary["chosen"] == min(found, key=lambda one: one["scores"]["loss"])
+    assert summary["chosen"]["parameters"] == summary["num_parameters"]
+    made = Classifier.from_pretrained(done.outputs / "student")
+    chosen = summary["chosen"]["num_layers"], summary["chosen"]["intermediate_size"]
+    assert (made.config.num_hidden_layers, made.config.intermediate_size) == chosen
+    assert made.num_parameters() == counts[chosen]
+
+
+@pytest.mark.parametrize("measure", ["bytes", "flops"])
+def test_what_is_told_of_a_language_model_is_what_it_has(measure: str, tmp_path: Path) -> None:
+    task, student = {"kind": "causal_lm", "block_tokens": 32}, {"kind": "teacher_layers", "keep": [0, 1, 2]}
+    spec = make_spec([{"kind": "prune", "to": {measure: 0.6}}], task=task, student=student)
+    done = Bench(tmp_path).lay_language().succeed(spec, labels=[])
+    summary = done.last["summary"]
+    has = {"bytes": (done.outputs / "student" / "model.safetensors").stat().st_size, "flops": summary["flops"]}
+    assert summary["chosen"][measure] == pytest.approx(has[measure], rel=1e-9)
+    assert has[measure] <= summary["limit"]
+    assert len(summary["candidates"]) > 1
+    if measure == "flops":
+        assert summary["limit"] == pytest.approx(0.6 * summary["flops_before"])
+
+
+@pytest.mark.parametrize("config", KNOWN, ids=lambda config: config.model_type)
+def test_operations_of_every_shape_are_those_of_torch(config: PreTrainedConfig) -> None:
+    model, ids_BT = make(config), torch.arange(4, 40).reshape(3, 12)
+    inputs = {"input_ids": ids_BT, "attention_mask": torch.ones_like(ids_BT)}
+    task = SimpleNamespace(sample=lambda *_: ids_BT, logits=lambda answer, *_: answer(inputs))
+    ctx: Any = SimpleNamespace(task=task, find_split=lambda _: Path("validation.jsonl"), check_stop=lambda: None)
+    cost, whole = make_cost(ctx, Reader(model, None), "flops"), shape_of(model)  # type: ignore[arg-type]
+    for num_layers in range(1, whole.num_layers + 1):
+        for width in (whole.intermediate_size, 16):
+            shape = Shape(num_layers, width, whole.hidden_size)
+            other, counter = build(model, shape).eval(), FlopCounterMode(display=False)
+            other.set_attn_implementation("eager")  # whose products torch knows all
+            with counter, torch.no_grad():
+                other(**inputs, **({"use_cache": False} if config.model_type == "gpt2" else {}))
+            assert cost(shape) == pytest.approx(counter.get_total_flops() / 3, rel=1e-12)
+
+
+def test_of_a_deep_model_a_few_numbers_of_layers_are_tried() -> None:
+    whole, asked = Shape(48, 4096, 1024), []
+
+    def cost(shape: Shape) -> float:
+        asked.append(shape)
+        return 1e4 + shape.num_layers * (2000 + shape.intermediate_size)
+
+    limit = 0.4 * cost(whole)
+    orders = ([*range(count)] for count in range(48, 0, -1))
+    found = [shape for shape, keep in _list_fitting(whole, cost, limit, orders) if len(keep) == shape.num_layers]
+    assert len(found) <= 8
+    assert len({shape.num_layers for shape in asked}) <= 8
+    assert len(asked) < 80
+    assert found[-1].intermediate_size == 4096
+    for shape in found:
+        assert cost(shape) <= limit
+        if shape.intermediate_size < 4096:
+            assert cost(shape._replace(intermediate_size=shape.intermediate_size + 32)) > limit
+
+
+def test_a_goal_that_nothing_meets_is_told_with_the_least(learned: Bench, tmp_path: Path) -> None:
+    config = Classifier.from_pretrained(learned.inputs / "teacher").config
+    for number, (goal, least) in enumerate(
+        [({"parameters": 2}, f"{count_bert(config, 1, 16):,}"), ({"latency_ms": 1e-6}, "1 layer of 16 neurons")]
+    ):
+        last = learned.copy(tmp_path / str(number)).run(make_spec([{"kind": "prune", "to": goal}])).last
+        assert (last["type"], last["reason"], least in last["message"]) == ("error", "goal_missed", True)
+        assert "trim_vocabulary" in last["suggestion"]
+
+
+def test_a_student_that_is_fast_enough_is_left_as_it_is(learned: Bench, tmp_path: Path) -> None:
+    done, summary = pruned(learned, tmp_path / "fast", to={"latency_ms": 60_000})
+    assert summary["num_parameters"] == summary["num_parameters_before"]
+    assert [report["event"]["type"] for report in done.of("event")] == ["goal_met_before"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "field", "words"),
+    [
+        ({"to": {"parameters": 0.5}, "num_layers": 1}, "num_layers", "leave one of the two out"),
+        ({"to": {"parameters": 0.5}, "hidden_size": 8}, "hidden_size", "leave one of the two out"),
+        ({"to": {"parameters": 0.5, "flops": 0.5}}, "to", "set one of parameters"),
+        ({"to": {}}, "to", "set one of parameters"),
+        ({"to": {"bytes": 1.0}}, "to", "1 is all that there is"),
+        ({"to": {"flops": 0}}, "to.flops", "greater than 0"),
+        ({"to": {"paramters": 0.5}}, "to.paramters", "did you mean 'parameters'"),
+    ],
+    ids=str,
+)
+def test_goals_that_make_no_sense_are_refused_at_submit(settings: dict[str, Any], field: str, words: str) -> None:
+    spec: dict[str, Any] = {"teacher": {"model": "m"}, "student": {"kind": "teacher_layers", "keep": [0]}, "data": "d"}
+    with pytest.raises(SpecInvalid) as caught:
+        load_spec(spec | {"stages": [{"kind": "prune", **settings}]})
+    [detail] = caught.value.details
+    assert (detail["field"], words in detail["message"]) == (f"stages.0.{field}", True)
+
+
+def test_a_goal_that_the_student_meets_is_refused_where_its_size_is_known(tmp_path: Path) -> None:
+    folder = pico.write_model(tmp_path / "model")
+    facts = read_facts(
+        json.loads((folder / "config.json").read_text()), tensors=read_tensors(folder / "model.safetensors")
+    )
+    count = facts.num_parameters or 0
+
+    def problems(*stages: dict[str, Any]) -> list[tuple[str, str]]:
+        student = {"kind": "teacher_layers", "keep": [0, 1, 2]}
+        spec = load_spec({"teacher": {"model": "m"}, "student": student, "data": "d", "stages": list(stages)})
+        return [(found.field, found.message) for stage in spec.stages for found in stage.check_model(spec, facts)]
+
+    def prune(**goal: float) -> dict[str, Any]:
+        return {"kind": "prune", "to": goal}
+
+    assert problems(prune(parameters=count)) == [
+        ("to.parameters", f"the student has {count:,} parameters; choose fewer, or a share below 1")
+    ]
+    assert problems(prune(bytes=4 * count))[0][0] == "to.bytes"
+    for goal in ({"parameters": count - 1}, {"parameters": 0.9}, {"flops": 1e15}, {"latency_ms": 1e3}):
+        assert problems(prune(**goal)) == []
+    assert problems({"kind": "prune", "num_layers": 2}, prune(parameters=count)) == []
+    assert Prune(to={"latency_ms": 1.0}).measures() == {"student"}  # type: ignore[arg-type]
+    assert Prune(to={"flops": 0.5}).measures() == set()  # type: ignore[arg-type]

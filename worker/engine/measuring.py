@@ -1,9 +1,10 @@
 """What a model costs: bytes on disk, latency and throughput in its runtime."""
 
+import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -42,6 +43,17 @@ class Answers(NamedTuple):
 def count_bytes(folder: Path) -> int:
     """Returns the size of all files below the folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def count_weight_bytes(model: PreTrainedModel) -> int:
+    """Returns the size of the file of a model's weights, safetensors, which need not be there, nor they be known."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, parameter in sorted(model.named_parameters()):
+        begin, end = end, end + parameter.nbytes
+        header[name] = {"dtype": "F32", "shape": [*parameter.shape], "data_offsets": [begin, end]}
+    length = len(json.dumps(header, separators=(",", ":")))
+    return 8 + -(-length // 8) * 8 + end
 
 
 def answer_all(forward: Forward, data: Encoded, between: Callable[[], None]) -> Answers:

@@ -157,7 +157,7 @@ def _check_order(model: PreTrainedModel, part: Part) -> None:
 
 def _unknown(config: PreTrainedConfig) -> StageFailed:
     message = f"The layers of a '{config.model_type}' are not built as narrowing knows them."
-    return StageFailed("spec_invalid", message, suggestion="Leave hidden_size and intermediate_size out.")
+    return StageFailed("spec_invalid", message, suggestion="Leave its widths as they are; num_layers can be fewer.")
 
 
 def _look(ctx: StageContext, model: PreTrainedModel, data: Any, parts: dict[str, Part], by: Importance) -> Seen:

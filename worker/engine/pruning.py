@@ -1,27 +1,99 @@
 """Students with parts left out."""
 
+import math
+from bisect import bisect_right
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from transformers import PreTrainedModel
+
+from core.errors import StageFailed
 from worker.engine.changes import Reader, compare
 from worker.engine.context import StageContext
+from worker.engine.goals import Cost, make_cost
 from worker.engine.narrowing import narrow
-from worker.engine.students import choose_layers, keep_layers, load_student, load_student_tokenizer
+from worker.engine.shapes import Shape, shape_of
+from worker.engine.students import choose_layers, drop_layers, keep_layers, load_student, load_student_tokenizer
 
 if TYPE_CHECKING:
-    from worker.methods.stages.prune import Prune
+    from worker.methods.stages.prune import Goal, Prune
+
+MOST_DEPTHS = 8
+WIDTH_STEP = 32
 
 
 def prune(ctx: StageContext, settings: "Prune") -> dict[str, Any]:
     """Leaves parts out of the student, the layers first; returns the stage's summary.
 
     Raises:
-        StageFailed: `spec_invalid` where the architecture cannot have these sizes.
+        StageFailed: `spec_invalid` where the architecture cannot have these sizes, `goal_missed` where none meet it.
     """
-    model, tokenizer = load_student(ctx), load_student_tokenizer(ctx)
-    pruned = model
-    if settings.num_layers:
-        pruned = keep_layers(pruned, choose_layers(ctx, pruned, tokenizer, settings.num_layers, "importance"))
-    if settings.is_narrower:
-        pruned = narrow(ctx, pruned, tokenizer, settings)
-    ctx.task.save_model(pruned, tokenizer, ctx.output("student"))
-    return compare(ctx, Reader(model, tokenizer), Reader(pruned, tokenizer))
+    whole = Reader(load_student(ctx), load_student_tokenizer(ctx))
+    if settings.to:
+        pruned, found = _prune_to(ctx, whole, settings, settings.to)
+    else:
+        count = settings.num_layers
+        keep = choose_layers(ctx, whole.model, whole.tokenizer, count, "importance") if count else None
+        pruned, found = _leave_out(ctx, whole, settings, keep), {}
+    ctx.task.save_model(pruned, whole.tokenizer, ctx.output("student"))
+    return compare(ctx, whole, Reader(pruned, whole.tokenizer)) | found
+
+
+def _leave_out(ctx: StageContext, whole: Reader, settings: "Prune", keep: list[int] | None) -> PreTrainedModel:
+    """Returns the model with these of its layers, all if none are named, and the widths of the settings."""
+    pruned = keep_layers(whole.model, keep) if keep else whole.model
+    return narrow(ctx, pruned, whole.tokenizer, settings) if settings.is_narrower else pruned
+
+
+def _prune_to(
+    ctx: StageContext, whole: Reader, settings: "Prune", goal: "Goal"
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Returns the best of the models that are as large as the goal allows, and what all of these are."""
+    shape, cost = shape_of(whole.model), make_cost(ctx, whole, goal.measure)
+    limit = goal.limit(cost(shape))
+    if cost(shape) <= limit:
+        ctx.warn("goal_met_before", f"The student as it is meets the goal: its {goal.measure} is {cost(shape):,.10g}.")
+    data = ctx.task.sample(ctx.find_split("validation") or ctx.get_split("train"), *whole)
+    best, most = whole.model, -math.inf
+    candidates: list[dict[str, Any]] = []
+    for fitting, keep in _list_fitting(shape, cost, limit, drop_layers(ctx, *whole)):
+        ctx.progress(len(candidates), MOST_DEPTHS)
+        inner = fitting.intermediate_size
+        narrower = {"intermediate_size": inner if inner < shape.intermediate_size else None}
+        made = _leave_out(ctx, whole, settings.model_copy(update=narrower), keep)
+        scores = ctx.task.score(made.to(ctx.device), data, ctx.check_stop)
+        sizes = {"num_layers": len(keep), "intermediate_size": inner, goal.measure: cost(fitting)}
+        candidates.append({**sizes, "layers": keep, "scores": scores})
+        score = ctx.task.rank(scores)[-1]
+        if len(candidates) == 1 or score > most:
+            best, most, chosen = made.cpu(), score, candidates[-1]
+    return best, {"limit": limit, "chosen": chosen, "candidates": candidates}
+
+
+def _list_fitting(
+    whole: Shape, cost: Cost, limit: float, orders: Iterator[list[int]]
+) -> Iterator[tuple[Shape, list[int]]]:
+    """Yields for each number of layers the shape with most neurons that meets a limit, and which layers it keeps.
+
+    Of many numbers of layers it takes some, spread evenly, down to the first with which no neuron has to go.
+
+    Raises:
+        StageFailed: `goal_missed` where no shape meets it.
+    """
+    step = math.gcd(whole.intermediate_size, WIDTH_STEP)
+    widths = range(step, whole.intermediate_size + 1, step)
+    counts = np.linspace(whole.num_layers, 1, min(whole.num_layers, MOST_DEPTHS)).round().astype(int).tolist()
+    is_met = False
+    for count in counts:
+        shapes = [whole._replace(num_layers=count, intermediate_size=width) for width in widths]
+        place = bisect_right(shapes, limit, key=cost)
+        if place:
+            is_met = True
+            yield shapes[place - 1], next(left for left in orders if len(left) == count)
+        if place == len(shapes):
+            return
+    if not is_met:
+        message = f"No numbers of layers and neurons meet the goal, {limit:,.10g}; the least, 1 layer of {step} neurons"
+        hint = "Ask for that at least, or have fewer states (hidden_size) or tokens (trim_vocabulary) first."
+        raise StageFailed("goal_missed", f"{message}, is at {cost(shapes[0]):,.10g}.", suggestion=hint)

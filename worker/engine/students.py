@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -46,26 +47,31 @@ def choose_layers(
     Raises:
         StageFailed: By importance, of a teacher that has learned nothing of the task.
     """
-    num_layers, stays = find_layers(teacher)[1], _is_first_unlike(teacher)
+    num_layers = find_layers(teacher)[1]
     if rule == "importance":
-        return _keep_important(ctx, teacher, tokenizer, count, stays=stays)
+        return next(kept for kept in drop_layers(ctx, teacher, tokenizer) if len(kept) <= count)
     first = list(range(count))
     uniform = [(index + 1) * num_layers // count - 1 for index in first]
-    if stays:
+    if _is_first_unlike(teacher):
         uniform[0] = 0
     return {"first": first, "last": [num_layers - count + index for index in first], "uniform": uniform}[rule]
 
 
-def _keep_important(
-    ctx: StageContext, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, count: int, *, stays: bool
-) -> list[int]:
+def drop_layers(ctx: StageContext, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
+    """Yields all layers, and then again and again what is left of them without the one whose loss hurts least.
+
+    Raises:
+        StageFailed: The teacher has learned nothing of the task.
+    """
     if teacher.has_new_head:
         message = "The teacher has no head for the task, so nothing tells which of its layers are important."
         hint = "Put a finetune stage before this one, or choose layers by another rule."
         raise StageFailed("spec_invalid", message, suggestion=hint)
     path = ctx.find_split("validation") or ctx.get_split("train")
     data, kept = ctx.task.sample(path, teacher, tokenizer), [*range(find_layers(teacher)[1])]
-    while len(kept) > count:
+    stays = _is_first_unlike(teacher)
+    yield kept
+    while len(kept) > 1:
         scored = []
         for layer in kept[1:] if stays else kept:
             rest = [other for other in kept if other != layer]
@@ -73,7 +79,7 @@ def _keep_important(
             scored.append((ctx.task.rank(ctx.task.score(model, data, ctx.check_stop))[-1], rest))
         kept = max(scored)[1]
         log.info("layers %s are left, with a score of %.4f", kept, max(scored)[0])
-    return kept
+        yield kept
 
 
 def keep_layers(teacher: PreTrainedModel, keep: list[int]) -> PreTrainedModel:

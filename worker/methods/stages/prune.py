@@ -1,17 +1,55 @@
 """A narrower or shallower student."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from core.changing import ModelStage
 from core.compressing import Importance
-from core.methods import Depths, OneOf, Problem
+from core.methods import Depths, ModelFacts, OneOf, Problem
+from core.strict import StrictModel
 
 if TYPE_CHECKING:
     from core.jobs.spec import JobSpec
     from worker.engine.context import StageContext
+
+
+SIZES = ("num_layers", "intermediate_size", "hidden_size")
+PARAMETER_BYTES = 4
+
+
+class Goal(StrictModel):
+    """How small or fast a student is to be, by one measure; a number below 1 is a share of what it has now."""
+
+    parameters: float | None = Field(None, gt=0, description="Most parameters.", examples=[0.5, 10_000_000])
+    bytes: float | None = Field(None, gt=0, description="Most bytes of the file of its weights, in single precision.")
+    flops: float | None = Field(None, gt=0, description="Most operations for a text, as the stage's summary has them.")
+    latency_ms: float | None = Field(
+        None,
+        gt=0,
+        description="Longest median time for one text alone, in PyTorch on the worker's processor, in ms; no share.",
+    )
+
+    @model_validator(mode="after")
+    def _is_one(self) -> Self:
+        asked = self.model_dump(exclude_none=True)
+        if len(asked) != 1:
+            raise PydanticCustomError("goal", "set one of parameters, bytes, flops and latency_ms", {})
+        if self.latency_ms is None and 1 in asked.values():
+            raise PydanticCustomError("goal", "1 is all that there is; a share is less, a number more", {})
+        return self
+
+    @property
+    def measure(self) -> str:
+        """What is to be small."""
+        return next(iter(self.model_dump(exclude_none=True)))
+
+    def limit(self, whole: float) -> float:
+        """Returns the most that meets the goal, of a student that now has so much."""
+        asked: float = getattr(self, self.measure)
+        return asked * whole if asked < 1 and self.latency_ms is None else asked
 
 
 class Prune(ModelStage):
@@ -21,7 +59,11 @@ class Prune(ModelStage):
     forgotten something; a `distill` stage after this one brings most of it back. Several small steps, each with a
     distillation after it, cost less than one large one.
 
-    Paper: Muralidharan et al. 2024, "Compact Language Models via Pruning and Knowledge Distillation", section 3.
+    With a goal, `to`, the stage finds the sizes: for up to eight numbers of layers the most neurons that meet it, of
+    which the one stays that does best as it is.
+
+    Paper: Muralidharan et al. 2024, "Compact Language Models via Pruning and Knowledge Distillation", section 3; with a
+    goal, section 2.3 (candidates that meet a budget are told apart by a cheap evaluation).
     """
 
     resizes: ClassVar[bool] = True
@@ -40,6 +82,11 @@ class Prune(ModelStage):
     hidden_size: int | None = Field(
         None, ge=1, le=65_536, description="States to keep, with heads of the same width; a multiple of a head's."
     )
+    to: Goal | None = Field(
+        None,
+        description="A goal in place of sizes: the numbers of layers and of neurons are those that meet it best.",
+        examples=[{"parameters": 0.5}, {"latency_ms": 2.0}],
+    )
     importance: Annotated[Importance, OneOf()] = Field(
         default={"kind": "activation"}, validate_default=True, description="Which neurons and heads go first."
     )
@@ -50,16 +97,33 @@ class Prune(ModelStage):
         return bool(self.hidden_size or self.intermediate_size)
 
     def check(self, spec: "JobSpec") -> list[Problem]:
-        """Returns a problem when nothing is to go."""
-        if self.num_layers or self.is_narrower:
+        """Returns a problem when nothing is to go, or sizes are given beside a goal."""
+        sizes = [name for name in SIZES if getattr(self, name)]
+        if self.to and sizes:
+            return [Problem(sizes[0], "'to' has the sizes found; leave one of the two out")]
+        if self.to or sizes:
             return []
-        return [Problem("kind", "nothing is to go; set num_layers, intermediate_size or hidden_size")]
+        return [Problem("kind", "nothing is to go; set num_layers, intermediate_size or hidden_size, or a goal in to")]
+
+    def check_model(self, spec: "JobSpec", start: ModelFacts) -> list[Problem]:
+        """Returns whether the student meets the goal as it is, as far as it is known how large that is."""
+        count = spec.student.count_parameters(start)
+        if self.to is None or count is None or any(stage.resizes for stage in self.earlier(spec)):
+            return []
+        measure, whole = self.to.measure, {"parameters": count, "bytes": PARAMETER_BYTES * count}.get(self.to.measure)
+        if whole is None or self.to.limit(whole) < whole:
+            return []
+        return [Problem(f"to.{measure}", f"the student has {whole:,} {measure}; choose fewer, or a share below 1")]
 
     def check_depths(self, spec: "JobSpec", depths: Depths) -> list[Problem]:
         """Returns a problem when there are fewer layers than are to stay."""
         if self.num_layers is None or self.num_layers <= depths.student:
             return []
         return [Problem("num_layers", f"the student has {depths.student} layers; choose at most as many")]
+
+    def measures(self) -> set[str]:
+        """Returns the student's role where its sizes depend on how long it takes."""
+        return self.writes() if self.to and self.to.latency_ms else set()
 
     def build(self, ctx: "StageContext") -> Callable[[], dict[str, Any]]:
         """Returns the pruning run."""

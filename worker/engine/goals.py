@@ -1,0 +1,76 @@
+"""What a student of other sizes would cost, which need not be made for it, nor have learned anything."""
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from transformers import PreTrainedModel
+
+from worker.engine.changes import Reader, count_flops
+from worker.engine.context import StageContext
+from worker.engine.inference import as_answer
+from worker.engine.measuring import count_weight_bytes, time_singles
+from worker.engine.shapes import Shape, shape_of
+from worker.engine.students import read_widths, set_widths, with_layers
+
+LATENCY_SAMPLES = 50
+Cost = Callable[[Shape], float]
+
+
+def make_cost(ctx: StageContext, reader: Reader, measure: str) -> Cost:
+    """Returns what tells how much of a measure, as a goal of `prune` names it, a model of fewer layers and neurons has.
+
+    It tells the same each time, also of what it measures.
+    """
+    if measure == "flops":
+        return _make_flops(ctx, reader)
+    return cache(_make_latency(ctx, reader) if measure == "latency_ms" else _make_size(reader.model, measure))
+
+
+def build(model: PreTrainedModel, shape: Shape) -> PreTrainedModel:
+    """Returns a model of the same class with so many layers and neurons, whose weights mean nothing."""
+    config = with_layers(model, [*range(shape.num_layers)])
+    set_widths(config, read_widths(config).model_copy(update={"inner": shape.intermediate_size}))
+    made: PreTrainedModel = type(model)._from_config(config, dtype=torch.float32)
+    return made
+
+
+def _make_size(model: PreTrainedModel, measure: str) -> Cost:
+    def cost(shape: Shape) -> float:
+        with torch.device("meta"):
+            made = build(model, shape)
+        return count_weight_bytes(made) if measure == "bytes" else made.num_parameters()
+
+    return cost
+
+
+def _make_flops(ctx: StageContext, reader: Reader) -> Cost:
+    """Counts three small models: operations are linear in the layers, and in the neurons of each."""
+    whole = shape_of(reader.model)
+
+    def count(num_layers: int, intermediate_size: int) -> float:
+        shape = whole._replace(num_layers=num_layers, intermediate_size=intermediate_size)
+        return count_flops(ctx, Reader(build(reader.model, shape), reader.tokenizer))
+
+    one = count(1, whole.intermediate_size)
+    a_layer = count(min(2, whole.num_layers), whole.intermediate_size) - one
+    a_neuron = (one - count(1, 1)) / max(1, whole.intermediate_size - 1)
+
+    def cost(shape: Shape) -> float:
+        gone = shape.num_layers * (whole.intermediate_size - shape.intermediate_size)
+        return one + (shape.num_layers - 1) * a_layer - gone * a_neuron
+
+    return cost
+
+
+def _make_latency(ctx: StageContext, reader: Reader) -> Cost:
+    """Times one text at a time on the processor, with the stage's threads."""
+    path = ctx.find_split("validation") or ctx.get_split("train")
+    data = ctx.task.sample(path, reader.model, reader.tokenizer)
+
+    def cost(shape: Shape) -> float:
+        answer = as_answer(build(reader.model, shape))
+        times = time_singles([(lambda inputs: answer(inputs).numpy(), data)], LATENCY_SAMPLES, ctx.check_stop)
+        return times[0]["latency_p50_ms"]
+
+    return cost
