@@ -28,7 +28,10 @@ class ModelStage(Stage):
 
     def undivided(self, spec: "JobSpec", start: ModelFacts, group: int) -> int | None:
         """Returns the inputs of a matrix that groups of so many do not divide, as far as it is known how wide it is."""
-        widths = spec.student.widths(start)
+        if self.role == "student":
+            widths = spec.student.widths(start)
+        else:
+            widths = start.composition.widths if start.composition and not spec.student.source() else None
         if widths is None or any(stage.resizes for stage in spec.stages):
             return None
         return widths.undivided(group)

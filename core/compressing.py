@@ -2,9 +2,11 @@
 
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
+from pydantic_core import PydanticCustomError
 
 from core.methods import Method
+from core.strict import StrictModel
 
 
 class Importance(Method):
@@ -37,6 +39,44 @@ class Sparsity(Method):
         `matrix` is a `worker.engine.matrices.Matrix`, and `choose` tells of scores_OI which weights stay.
         """
         raise NotImplementedError
+
+
+class Zeros(StrictModel):
+    """How many of the weights of a model's layers become zero."""
+
+    share: float = Field(0.5, gt=0, lt=1, description="Share of the weights that become zero.")
+    pattern: str | None = Field(
+        None,
+        pattern=r"^\d{1,3}:\d{1,3}$",
+        description="`n:m` instead of a share: n of each m weights in a row stay, as 2:4, which GPUs compute faster.",
+        examples=["2:4", "4:8"],
+    )
+
+    @field_validator("pattern")
+    @classmethod
+    def _keeps_some(cls, value: str | None) -> str | None:
+        n, m = map(int, (value or "1:2").split(":"))
+        if not 0 < n < m:
+            why = "'{value}' keeps none or all; n must lie between 0 and m, as in '2:4'"
+            raise PydanticCustomError("pattern", why, {"value": value})
+        return value
+
+    @property
+    def numbers(self) -> tuple[int, int] | None:
+        """The two numbers of the pattern."""
+        if self.pattern is None:
+            return None
+        n, m = map(int, self.pattern.split(":"))
+        return n, m
+
+    @property
+    def group(self) -> int:
+        """How many weights in a row are compared, which must divide its length; 1 without a pattern."""
+        return self.numbers[1] if self.numbers else 1
+
+    def say_undivided(self, size: int) -> str:
+        """Returns what is wrong with a matrix of so many inputs, which the groups do not divide."""
+        return f"groups of {self.group} do not divide the {size} inputs of a matrix; choose another pattern, or a share"
 
 
 class Rounding(Method):

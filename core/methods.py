@@ -246,7 +246,6 @@ class Stage(Method):
     reports_on_job: ClassVar[bool] = False
     resizes: ClassVar[bool] = False  # the model, to what only the stage knows
     trains: ClassVar[bool] = False
-    fixes_weights: ClassVar[bool] = False  # each at a value that training must keep or choose anew
     makes_student: ClassVar[bool] = False  # of a kind that it alone can make
 
     def check(self, spec: "JobSpec") -> list[Problem]:  # noqa: ARG002 - most stages have nothing to check
@@ -284,6 +283,10 @@ class Stage(Method):
 
     def shares_work(self, spec: "JobSpec") -> bool:  # noqa: ARG002 - most stages are run by one process
         """Returns whether several processes can run it together."""
+        return False
+
+    def fixes_weights(self) -> bool:
+        """Returns whether it leaves single weights at values that training must keep or choose anew."""
         return False
 
     def compares_tokens(self) -> bool:

@@ -1,11 +1,12 @@
 """What every stage that trains a model lets its user set."""
 
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from core.changing import ModelStage
-from core.compressing import Adapter
+from core.compressing import Adapter, Zeros
 from core.methods import ModelFacts, OneOf, Problem
 from core.strict import StrictModel
 
@@ -23,6 +24,48 @@ class Freezing(StrictModel):
 
     layers: int = Field(0, ge=0, le=512, description="The first so many layers are frozen, too.")
     epochs: float | None = Field(None, gt=0, le=1000, description="For so many epochs; null for all.")
+
+
+class GrowingZeros(Zeros):
+    """Zeros that become more and more among the weights of the layers, while the others learn to do without these.
+
+    Every few steps it is chosen anew which weights of a matrix stay: those with the largest |w|, or those that move
+    away from zero, with the largest -Σ w · ∂L/∂w over all steps so far. A weight that goes keeps its value aside, and
+    may come back with it until the last choice. Of a pattern `n:m` fewer and fewer of m stay.
+
+    Paper: Zhu, Gupta 2017, "To prune, or not to prune: exploring the efficacy of pruning for model compression",
+    section 3, equation 1 (`cubic`, from no zeros on); Sanh, Wolf, Rush 2020, "Movement Pruning: Adaptive Sparsity by
+    Fine-Tuning", section 4, equation 2 (`movement`).
+    """
+
+    method: Literal["magnitude", "movement"] = Field("magnitude", description="Which weights stay.")
+    schedule: Literal["cubic", "linear"] = Field(
+        "cubic", description="How the share rises: quickly at first and slowly at the end, or evenly."
+    )
+    begin: float = Field(0.1, ge=0, lt=1, description="Share of the steps before the first zeros.")
+    end: float = Field(0.7, gt=0, le=1, description="Share of the steps after which all zeros are there, and stay.")
+    every: int = Field(10, ge=1, description="Steps between two choices.")
+
+    @model_validator(mode="after")
+    def _is_in_order(self) -> Self:
+        if self.begin >= self.end:
+            raise PydanticCustomError("sparsity", "begin must be less than end", {})
+        return self
+
+    def last(self, num_steps: int) -> int:
+        """Returns before which step, counted from 0, the last choice is made."""
+        return min(round(self.end * num_steps), num_steps - 1)
+
+    def is_due(self, step: int, num_steps: int) -> bool:
+        """Returns whether a choice is made before this step."""
+        first, last = round(self.begin * num_steps), self.last(num_steps)
+        return step == last or (first < step < last and (step - first) % self.every == 0)
+
+    def grown(self, step: int, num_steps: int) -> float:
+        """Returns how much of the share is wanted by a choice before this step, from 0 to 1."""
+        first, last = round(self.begin * num_steps), self.last(num_steps)
+        done = 1.0 if step >= last else (step - first) / (last - first)
+        return 1 - (1 - done) ** 3 if self.schedule == "cubic" else done
 
 
 class Training(ModelStage):
@@ -74,21 +117,36 @@ class Training(ModelStage):
         "comes out has them in its own weights, and the artifact `adapter` has them alone, as `peft` reads it.",
         examples=[{"kind": "lora", "rank": 8}],
     )
+    sparsity: GrowingZeros | None = Field(
+        None,
+        description="Make weights of the layers zero while the model learns, more and more of them; later training "
+        "leaves them so.",
+        examples=[{"share": 0.8, "method": "movement"}],
+    )
     dropout: float | None = Field(None, ge=0, lt=1, description="Dropout while training; null keeps the model's own.")
     max_length: int = Field(128, ge=4, le=8192, description="Longest input in tokens; longer ones are cut.")
 
     def check(self, spec: "JobSpec") -> list[Problem]:
-        """Returns whether an adapter would undo what an earlier stage has done to single weights, or is frozen."""
-        if self.adapter is None:
+        """Returns which settings would undo each other, or what an earlier stage has done to single weights."""
+        if self.adapter is None and self.sparsity is None:
             return []
-        if self.freeze:
+        if self.adapter and self.freeze:
             return [Problem("freeze", "an adapter is trained beside weights that are all frozen; leave one out")]
-        done = [stage.kind for stage in self.earlier(spec) if stage.fixes_weights and self.role in stage.writes()]
-        why = "'{}' has chosen single weights, and an adapter changes all of them; leave one out"
-        return [Problem("adapter", why.format(kind)) for kind in done[:1]]
+        if self.adapter and self.sparsity:
+            return [Problem("sparsity", "an adapter changes all weights in the end, also zeros; leave one out")]
+        if self.sparsity and self.sparsity.method == "movement" and self.freeze and self.freeze.layers:
+            return [Problem("sparsity.method", "frozen layers do not move; use 'magnitude', or freeze no layers")]
+        roles = {self.role} | (set() if spec.student.source() else {"teacher"})
+        done = [stage.kind for stage in self.earlier(spec) if stage.fixes_weights() and roles & stage.writes()]
+        field, what = ("adapter", "an adapter changes") if self.adapter else ("sparsity", "growing zeros choose among")
+        why = f"'{{}}' has chosen single weights, and {what} all of them; leave one out"
+        return [Problem(field, why.format(kind)) for kind in done[:1]]
 
     def check_model(self, spec: "JobSpec", start: ModelFacts) -> list[Problem]:
-        """Returns whether layers are frozen, or get an adapter, that are not there."""
+        """Returns whether layers are frozen, or get an adapter, that are not there, or have no groups for zeros."""
+        odd = self.undivided(spec, start, self.sparsity.group) if self.sparsity else None
+        if self.sparsity and odd:
+            return [Problem("sparsity.pattern", self.sparsity.say_undivided(odd))]
         count = spec.student.count_layers(start) if self.role == "student" else start.num_layers
         if count is None or any(stage.resizes for stage in spec.stages):
             return []
@@ -97,6 +155,10 @@ class Training(ModelStage):
         missing = [layer for layer in (self.adapter and self.adapter.layers) or () if not 0 <= layer < count]
         why = "there is no layer {}; the {} has {}, counted from 0"
         return [Problem("adapter.layers", why.format(layer, self.role, count)) for layer in missing[:1]]
+
+    def fixes_weights(self) -> bool:
+        """Returns whether zeros are to stay."""
+        return self.sparsity is not None
 
     def writes(self) -> set[str]:
         """Returns the role of the model, and that of an adapter."""

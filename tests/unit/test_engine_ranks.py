@@ -33,6 +33,10 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"student": {"kind": "teacher_layers", "keep": [0, 2], "hidden_size": 16, "intermediate_size": 24}},
     ),
     "an adapter": ({"kind": "finetune", **SHORT, "dropout": 0.0, "adapter": {"kind": "lora"}}, {}),
+    "growing zeros": (
+        {"kind": "finetune", **SHORT, "dropout": 0.0, "sparsity": {"method": "movement", "begin": 0.0, "every": 4}},
+        {},
+    ),
     "a language model": ({"kind": "distill", **SHORT, "batch_size": 5}, {"task": LANGUAGE}),
     "its own texts": (
         {

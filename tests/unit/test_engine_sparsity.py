@@ -1,11 +1,13 @@
 """Zeros among a student's weights: which, and that they stay."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.func import functional_call
 from torch.nn.utils import prune as torch_prune
 from transformers import AutoModelForCausalLM
 from transformers import AutoModelForSequenceClassification as Classifier
@@ -13,9 +15,14 @@ from transformers.pytorch_utils import Conv1D
 
 from core.errors import SpecInvalid
 from core.jobs.spec import load_spec
-from tests.engine_bench import FAST, Bench, make_spec
+from core.models.facts import read_facts
+from core.models.safetensors_header import read_tensors
+from core.training import GrowingZeros
+from tests.engine_bench import FAST, Bench, contents, make_spec
+from tests.unit.test_engine_models import CONFIGS, make
 from worker.engine.blocks import Blocks, read_stream
 from worker.engine.loading import load_language_model, load_tokenizer
+from worker.engine.zeros import Growth
 
 TASK = {"kind": "causal_lm", "block_tokens": 32}
 SPEC: dict[str, Any] = {"teacher": {"model": "m"}, "student": {"kind": "teacher_layers", "keep": [0]}, "data": "d"}
@@ -126,6 +133,7 @@ def test_training_leaves_the_zeros(tmp_path: Path) -> None:
         ({"pattern": "2:4", "scope": "row"}, "scope", "leave scope out"),
         ({"scope": "global"}, "scope", "compares weights of one matrix"),
         ({"share": 1.0}, "share", "less than 1"),
+        ({"share": 0.0}, "share", "greater than 0"),
     ],
 )
 def test_what_makes_no_sense_is_said_at_submit(settings: dict[str, Any], field: str, words: str) -> None:
@@ -141,3 +149,215 @@ def test_groups_that_do_not_divide_are_refused(tmp_path: Path) -> None:
     finished = bench.run(make_spec([{"kind": "sparsify", "pattern": "3:7"}]))
     assert finished.last["type"] == "error"
     assert "do not divide the 32 inputs" in finished.last["message"]
+
+
+@pytest.mark.parametrize("schedule", ["cubic", "linear"])
+@pytest.mark.parametrize(
+    ("begin", "end", "every", "num_steps"), [(0.1, 0.7, 7, 100), (0.0, 1.0, 1, 12), (0.5, 0.6, 3, 1)]
+)
+def test_the_share_rises_as_in_the_paper(schedule: Any, begin: float, end: float, every: int, num_steps: int) -> None:
+    """At t0, t0 + Δt, … the share is s_f + (s_i - s_f)(1 - (t - t0)/(nΔt))³, with s_i = 0, and in the end s_f."""
+    settings = GrowingZeros(schedule=schedule, begin=begin, end=end, every=every)
+    due = [step for step in range(num_steps) if settings.is_due(step, num_steps)]
+    first, last = round(begin * num_steps), min(round(end * num_steps), num_steps - 1)
+    assert due == sorted({*range(first + every, last, every), last})
+    power, final = {"cubic": 3, "linear": 1}[schedule], 0.8
+    for step in due[:-1]:
+        expected = final + (0 - final) * (1 - (step - first) / (last - first)) ** power
+        assert final * settings.grown(step, num_steps) == pytest.approx(expected)
+    assert settings.grown(last, num_steps) == 1
+    assert settings.last(num_steps) == last
+
+
+def masks(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name.partition(".parametrizations")[0]: x for name, x in model.named_buffers() if name.endswith("0.mask")}
+
+
+@pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[-1]], ids=lambda config: config.model_type)
+@pytest.mark.parametrize("sizes", [{"share": 0.37}, {"pattern": "2:8"}], ids=str)
+def test_masks_by_magnitude_are_those_of_torch(config: Any, sizes: dict[str, Any]) -> None:
+    """Half the way, and in the end; of a pattern those of each group are."""
+    model, before = make(config), {name: weight.detach().clone() for name, weight in matrices(make(config)).items()}
+    growth = Growth(model, GrowingZeros(begin=0.0, end=0.9, every=5, schedule="linear", **sizes), 10)
+    for step, grown in ((5, 5 / 9), (9, 1.0)):
+        growth.apply(step)
+        found = masks(model)
+        assert found.keys() == before.keys()
+        for name, weight_OI in [*before.items()][:3]:
+            rows = weight_OI.reshape(-1, 8) if "pattern" in sizes else weight_OI.reshape(1, -1)
+            num_gone = round(grown * 6) if "pattern" in sizes else round(grown * 0.37 * rows.numel())
+            layers = [torch.nn.Linear(len(row), 1, bias=False) for row in rows]
+            for layer, row in zip(layers, rows, strict=True):
+                layer.weight.data = row[None].clone()
+                torch_prune.l1_unstructured(layer, "weight", amount=num_gone)
+            expected_OI = torch.cat([layer.weight_mask for layer in layers]).reshape(weight_OI.shape).bool()
+            is_turned = config.model_type == "gpt2"
+            assert torch.equal(found[name].T if is_turned else found[name], expected_OI)
+    growth.settle()
+    assert model.config.keeps_zeros
+    for name, weight_OI in matrices(model).items():
+        mask_OI = found[name].T if config.model_type == "gpt2" else found[name]
+        assert torch.equal(weight_OI, torch.where(mask_OI, before[name], 0))
+
+
+@pytest.mark.parametrize("method", ["movement", "magnitude"])
+def test_some_steps_are_those_that_the_papers_describe(method: Any) -> None:
+    """By hand: a' = (W ⊙ M)x; S falls by W · ∂L/∂(W ⊙ M); what is masked is not updated, but may come back."""
+    torch.manual_seed(0)
+    model, other = make(CONFIGS[0]).double(), make(CONFIGS[0]).double()
+    growth = Growth(model, GrowingZeros(share=0.5, begin=0.0, end=0.9, every=1, method=method), 8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, weight_decay=0.1)
+    names = [f"{name}.weight" for name in matrices(other)]
+    weights = {name: x.detach().clone() for name, x in other.named_parameters()}
+    moved = {name: torch.zeros_like(weights[name]) for name in names}
+    kept = {name: torch.ones_like(weights[name], dtype=torch.bool) for name in names}
+    num_back = 0
+    for step in range(8):
+        inputs = {"input_ids": torch.randint(4, 60, (4, 9)), "labels": torch.randint(0, 3, (4,))}
+        growth.apply(step)
+        optimizer.zero_grad()
+        model(**inputs).loss.backward()
+        growth.hear()
+        optimizer.step()
+        growth.hold()
+
+        final = min(round(0.9 * 8), 7)
+        share = 0.5 * (1 - (1 - step / final) ** 3)
+        for name in names if step else ():
+            score = moved[name] if method == "movement" else weights[name].abs()
+            gone = score.flatten().sort().indices[: round(share * score.numel())]
+            mask = torch.ones(score.numel(), dtype=torch.bool)
+            mask[gone] = False
+            num_back += int((mask.view_as(score) & ~kept[name]).sum())
+            kept[name] = mask.view_as(score)
+        seen = {name: (x * kept[name] if name in kept else x).requires_grad_() for name, x in weights.items()}
+        loss = functional_call(other, seen, (), inputs).loss
+        gradients = dict(zip(seen, torch.autograd.grad(loss, [*seen.values()]), strict=True))
+        for name, gradient in gradients.items():
+            weight = weights[name].detach()
+            if name in moved:
+                moved[name] = moved[name] - weight * gradient
+            updated = weight - 0.5 * (gradient + 0.1 * weight)
+            weights[name] = torch.where(kept[name], updated, weight) if name in kept else updated
+    found = {name.replace("parametrizations.weight.original", "weight"): x for name, x in model.named_parameters()}
+    for name, weight in weights.items():
+        torch.testing.assert_close(found[name].detach(), weight, rtol=1e-4, atol=1e-6)
+    for name in names:
+        assert torch.equal(masks(model)[name.removesuffix(".weight")], kept[name])
+    assert num_back > 0
+
+
+SHORT = FAST | {"epochs": 6}
+GROWING: dict[str, dict[str, Any]] = {
+    "movement": {
+        "kind": "finetune",
+        **SHORT,
+        "average": 0.9,
+        "sparsity": {"share": 0.6, "method": "movement", "begin": 0.0, "end": 0.5, "every": 1},
+    },
+    "magnitude": {
+        "kind": "distill",
+        **SHORT,
+        "micro_batch_size": 5,
+        "losses": [{"kind": "cross_entropy"}],
+        "sparsity": {"pattern": "2:4", "begin": 0.0, "end": 0.2, "every": 2},
+    },
+}
+
+
+@pytest.mark.parametrize("method", GROWING)
+def test_zeros_grow_and_stay_and_a_kill_changes_nothing(method: str, tmp_path: Path) -> None:
+    bench, stage = Bench(tmp_path / "bench").lay(), GROWING[method]
+    role = {"finetune": "teacher", "distill": "student"}[stage["kind"]]
+    spec = make_spec([stage, {"kind": "finetune", "of": role, "epochs": 1}])
+    again, whole = bench.copy(tmp_path / "again"), bench.succeed(spec)
+    checkpoint = None
+    for how in ("kill", "stop"):
+        order = again.write_order(spec, 0, how, checkpoint=checkpoint and str(checkpoint), checkpoint_s=0)
+        found, _ = again.interrupt(order, 4, how)
+        checkpoint = found[-1]
+    resumed = again.succeed(spec, 0, "last", checkpoint=str(checkpoint))
+    assert contents(resumed.outputs) == contents(whole.outputs)
+    shares = [share for _, share in whole.series("zeros")]
+    assert shares == sorted(shares)
+    assert len({*shares}) > 2
+    model = Classifier.from_pretrained(whole.outputs / role)
+    assert model.config.keeps_zeros
+    for weight_OI in matrices(model).values():
+        if method == "magnitude":
+            assert ((weight_OI != 0).reshape(-1, 4).sum(1) == 2).all()
+        else:
+            assert int((weight_OI == 0).sum()) == round(0.6 * weight_OI.numel())
+    summary = whole.last["summary"]
+    assert summary["zeros"] == pytest.approx(0.5 if method == "magnitude" else 0.6, abs=1e-3)
+    assert summary["validation"]["accuracy"] > 0.5  # by chance it is a third
+    bench.adopt(whole, 0, stage["kind"])
+    later = matrices(Classifier.from_pretrained(bench.succeed(spec, 1).outputs / role))
+    for name, weight_OI in matrices(model).items():
+        assert torch.equal(later[name] == 0, weight_OI == 0)
+        assert not torch.equal(later[name], weight_OI)
+
+
+LORA = {"kind": "lora"}
+SPARSE: dict[str, Any] = {"kind": "distill", "sparsity": {}}
+
+
+@pytest.mark.parametrize(
+    ("stages", "field", "words"),
+    [
+        ([{"kind": "quantize"}, SPARSE], "1.sparsity", "'quantize' has chosen single weights"),
+        ([{"kind": "sparsify"}, SPARSE], "1.sparsity", "'sparsify' has chosen single weights"),
+        ([SPARSE, {**SPARSE}], "1.sparsity", "'distill' has chosen single weights"),
+        ([{"kind": "finetune", "sparsity": {}}, SPARSE], "1.sparsity", "'finetune' has chosen single weights"),
+        ([SPARSE, {"kind": "finetune", "of": "student", "adapter": LORA}], "1.adapter", "an adapter changes all"),
+        ([{**SPARSE, "adapter": LORA}], "0.sparsity", "an adapter changes all weights"),
+        (
+            [{**SPARSE, "sparsity": {"method": "movement"}, "freeze": {"layers": 1}}],
+            "0.sparsity.method",
+            "frozen layers do not move",
+        ),
+        ([{**SPARSE, "sparsity": {"begin": 0.5, "end": 0.5}}], "0.sparsity", "begin must be less than end"),
+        ([{**SPARSE, "sparsity": {"pattern": "4:4"}}], "0.sparsity.pattern", "keeps none or all"),
+        ([{**SPARSE, "sparsity": {"share": 1.0}}], "0.sparsity.share", "less than 1"),
+        ([{**SPARSE, "sparsity": {"schedul": "linear"}}], "0.sparsity.schedul", "did you mean 'schedule'"),
+    ],
+)
+def test_growing_zeros_that_make_no_sense_are_refused_at_submit(
+    stages: list[dict[str, Any]], field: str, words: str
+) -> None:
+    with pytest.raises(SpecInvalid) as caught:
+        load_spec(SPEC | {"stages": stages})
+    [detail] = caught.value.details
+    assert (detail["field"], words in detail["message"]) == (f"stages.{field}", True)
+
+
+def test_growing_zeros_that_no_search_can_use_are_refused() -> None:
+    with pytest.raises(SpecInvalid, match="zeros make no form smaller"):
+        load_spec(
+            SPEC
+            | {"student": {"kind": "searched"}, "stages": [{"kind": "search", "distill": {"sparsity": {"share": 0.5}}}]}
+        )
+
+
+def test_groups_of_growing_zeros_must_divide(tmp_path: Path) -> None:
+    """At submit where the widths are known, and else when the stage starts, as does a model with zeros of its own."""
+    bench, sevenths = Bench(tmp_path).lay(), {"pattern": "3:7"}
+    folder = bench.inputs / "teacher"
+    config = json.loads((folder / "config.json").read_text())
+    facts = read_facts(config, tensors=read_tensors(folder / "model.safetensors"))
+    for stage in ({"kind": "finetune", "sparsity": sevenths}, {"kind": "distill", "sparsity": sevenths}):
+        spec = load_spec(SPEC | {"stages": [stage]})
+        [problem] = spec.stages[0].check_model(spec, facts)
+        assert problem.field == "sparsity.pattern"
+        assert "groups of 7 do not divide the 32 inputs" in problem.message
+    last = bench.run(make_spec([{"kind": "finetune", "sparsity": sevenths}])).last
+    assert (last["reason"], "do not divide the 32 inputs" in last["message"]) == ("spec_invalid", True)
+    (folder / "config.json").write_text(json.dumps(config | {"keeps_zeros": True}))
+    last = bench.run(make_spec([{"kind": "finetune", "sparsity": {}}]), 0, "zeros").last
+    assert (last["reason"], "has zeros already" in last["message"]) == ("spec_invalid", True)
+
+
+def test_zeros_do_not_grow_with_layers_split(tmp_path: Path) -> None:
+    spec = make_spec([{"kind": "finetune", **FAST, "sparsity": {}}])
+    last = Bench(tmp_path).lay().run(spec, num_processes=2, shard_layers=True).last
+    assert (last["type"], last["reason"], "layers are split" in last["message"]) == ("error", "spec_invalid", True)

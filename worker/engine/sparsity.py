@@ -14,6 +14,7 @@ from worker.engine.changes import Reader, compare
 from worker.engine.context import StageContext
 from worker.engine.matrices import change_layers, check_groups, find_matrices
 from worker.engine.students import load_student, load_student_tokenizer
+from worker.engine.zeros import count_share
 from worker.kernels.masks import keep_largest, keep_n_of_m
 
 if TYPE_CHECKING:
@@ -30,11 +31,10 @@ def sparsify(ctx: StageContext, settings: "Sparsify") -> dict[str, Any]:
     before, prune = copy.deepcopy(model), settings.method.build(ctx)
     data = ctx.task.sample(ctx.get_split("train"), model, tokenizer) if settings.method.needs_data else None
     found = find_matrices(model.to(ctx.device).eval())
-    check_groups(found, (settings.numbers or (0, 1))[1], "Choose another pattern, or a share.")
+    check_groups(found, settings.group, "Choose another pattern, or a share.")
     choose = _chooser(settings, [matrix.weight_OI for matrices in found for matrix in matrices])
     change_layers(ctx, model, found, data, lambda matrix: prune(matrix, choose))
-    weights = [matrix.weight_OI for matrices in found for matrix in matrices]
-    zeros = sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
+    zeros = count_share(matrix.weight_OI for matrices in found for matrix in matrices)
     log.info("%.2f %% of the weights of the layers are zero", 100 * zeros)
     model.cpu().config.keeps_zeros = True  # for the training that follows
     ctx.task.save_model(model, tokenizer, ctx.output("student"))

@@ -30,7 +30,7 @@ from worker.engine.rollouts import Rollouts
 from worker.engine.sharding import clip_gradients, join_layers, parts_like, whole_on_first
 from worker.engine.tasks import Split
 from worker.engine.teaching import Teaching
-from worker.engine.zeros import Zeros, find_zeros, keep_zeros
+from worker.engine.zeros import Growth, Zeros, find_zeros, keep_zeros
 from worker.kernels.grids import Grid
 from worker.kernels.heads import add_numbers, backward
 
@@ -80,6 +80,10 @@ class Trainer:
         self.zeros, self.grids = find_zeros(self.model), {}
         if self.wanted:
             put_on_grids(self.model, self.wanted)
+        self.steps_per_epoch = math.ceil(len(self.train_data) / self.settings.batch_size)
+        self.num_steps = max(1, round(self.settings.epochs * self.steps_per_epoch))
+        growing = self.settings.sparsity
+        self.growth = Growth(self.model, growing, self.num_steps) if growing else None
         self.adapted = self._adapt() if self.settings.adapter else None
         self.optimizer = make_optimizer(self.model, self.settings, self.task.is_head)
         self.beside = self.features.projections.to(self.ctx.device) if self.features else torch.nn.ModuleDict()
@@ -87,8 +91,6 @@ class Trainer:
             self.optimizer.add_param_group(
                 {"params": [*self.beside.parameters()], "lr": self.settings.head_learning_rate, "weight_decay": 0.0}
             )
-        self.steps_per_epoch = math.ceil(len(self.train_data) / self.settings.batch_size)
-        self.num_steps = max(1, round(self.settings.epochs * self.steps_per_epoch))
         self.schedule = make_schedule(self.optimizer, self.num_steps, self.settings)
         if self.settings.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -128,6 +130,7 @@ class Trainer:
         if self.adapted:
             self.adapted.save(self.ctx.output("adapter"))
             self.adapted.merge()
+        zeros = {"zeros": self.growth.settle()} if self.growth else {}
         self.grids = settle(self.model)
         if self.settings.gradient_checkpointing:
             self.model.gradient_checkpointing_disable()
@@ -137,7 +140,9 @@ class Trainer:
             "num_steps": self._step,
             "kept_epoch": self._best.get("epoch", math.ceil(self.num_steps / self.steps_per_epoch)),
             "validation": self._best.get("scores"),
-        } | ({"num_trained": self.adapted.num_trained} if self.adapted else {})
+            **({"num_trained": self.adapted.num_trained} if self.adapted else {}),
+            **zeros,
+        }
 
     def _train(self) -> None:
         self.ctx.progress(self._step, self.num_steps)
@@ -251,6 +256,8 @@ class Trainer:
         """
         if self.frozen:
             self.frozen.apply(self._step)
+        if self.growth:
+            self.growth.apply(self._step)
         objective = partial(self.objective, resting=self.objective.resting(batch, is_own=is_own))
         ranks.seed_step(self.ctx.seed, self._step)
         num_rows = int(batch.is_row.sum())
@@ -271,11 +278,15 @@ class Trainer:
         numbers = ranks.add_up_numbers(numbers, self.ctx.device)
         ranks.add_up_gradients(trained)
         self.ctx.agree()
+        if self.growth:
+            self.growth.hear()
         self._check_finite("loss", numbers["total"])
         self._check_finite("gradient", clip_gradients(trained, self.settings.max_gradient_norm))
         self.objective.learn(numbers)
         self.optimizer.step()
         keep_zeros(self.zeros)
+        if self.growth:
+            self.growth.hold()
         self.schedule.step()
         if self.average:
             self.average.update()
@@ -308,6 +319,8 @@ class Trainer:
             self.ctx.reporter.metric(f"share/{name}", step, share)
         for name, share in self.watch.see(shares).items():
             warn_of_share(self.ctx, name, share)
+        if self.growth:
+            self.ctx.reporter.metric("zeros", step, self.growth.share)
         self.ctx.reporter.metric("learning_rate", step, float(self.schedule.get_last_lr()[0]))
 
     def _validate_if_due(self) -> None:
@@ -321,8 +334,8 @@ class Trainer:
         for name, value in scores.items():
             self.ctx.reporter.metric(f"validation/{name}", step, value)
         log.info("epoch %d: %s", epoch, scores)
-        best = self._best.get("scores")
-        if best is None or self.task.rank(scores) > self.task.rank(best):
+        best, is_whole = self._best.get("scores"), self.growth is None or self.growth.is_done(step)
+        if is_whole and (best is None or self.task.rank(scores) > self.task.rank(best)):
             self._best = {"epoch": epoch, "scores": scores}
             state = self.average.tensors if self.average else self.model.state_dict()
             self._best_state = {name: tensor.detach().clone() for name, tensor in state.items()}

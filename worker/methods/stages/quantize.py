@@ -1,7 +1,7 @@
 """A student whose weights are few values."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -22,8 +22,6 @@ class Quantize(ModelStage):
     `distill` stage after this one trains with the weights on grids (QAT), which brings back what was lost.
     """
 
-    fixes_weights: ClassVar[bool] = True
-
     kind: Literal["quantize"] = "quantize"
     bits: Literal[2, 3, 4, 8] = Field(4, description="Bits of a weight's code.")
     group: Literal[16, 32, 64, 128, 256] | None = Field(
@@ -35,6 +33,10 @@ class Quantize(ModelStage):
     method: Annotated[Rounding, OneOf()] = Field(
         default={"kind": "gptq"}, validate_default=True, description="How weights are rounded."
     )
+
+    def fixes_weights(self) -> bool:
+        """Returns that weights are to stay on grids."""
+        return True
 
     def check(self, spec: "JobSpec") -> list[Problem]:
         """Returns which later stages would take the weights off their grids, or have no room for the codes.

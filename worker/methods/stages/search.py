@@ -64,6 +64,8 @@ class Search(Target, ModelStage):
             return [Problem("form", f"'{self.form.kind}' is no form of a {spec.task.kind}, which is not searched")]
         if self.distill.adapter:
             return [Problem("distill.adapter", "a student that is searched for is trained as a whole; leave it out")]
+        if self.distill.sparsity:
+            return [Problem("distill.sparsity", "zeros make no form smaller or faster; leave them out")]
         if self.distill.on_policy:
             return [Problem("distill.on_policy", "a classifier writes no texts; leave it out")]
         return [Problem(f"distill.{p.field}", p.message) for p in self.distill.check(spec)]
