@@ -11,6 +11,7 @@ from core.models.safetensors_header import Tensor
 from core.models.widths import Composition, find_composition
 
 NUMBERED = re.compile(r"(.*?)\.(\d+)\.")
+TABLE = "_embeddings.weight"
 LAYER_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 HEAD_KEYS = ("num_attention_heads", "n_head", "n_heads")
 WIDTH_KEYS = ("hidden_size", "n_embd", "dim", "d_model")
@@ -28,6 +29,7 @@ class ModelFacts(BaseModel):
     num_heads: int | None = None
     vocab_size: int | None = None
     num_parameters: int | None = None
+    embedding_rows: int | None = Field(None, description="Rows of its tables of words, positions and types together.")
     layer_parameters: list[int] | None = Field(None, description="How many of the parameters each layer has.")
     composition: Composition | None = Field(None, description="How its parameters follow from its widths, if known.")
     labels: list[str] | None = None
@@ -57,6 +59,7 @@ def read_facts(
         num_heads=num_heads,
         vocab_size=_first_int(config, ("vocab_size",)),
         num_parameters=sum(tensor.num_elements for tensor in weights) if weights else num_parameters,
+        embedding_rows=sum(sum(tensor.shape[:1]) for tensor in weights if tensor.name.endswith(TABLE)) or None,
         layer_parameters=_count_layers(weights, num_layers),
         composition=find_composition(config, weights, states, num_heads),
         labels=[labels[key] for key in sorted(labels, key=int)] if isinstance(labels, dict) and labels else None,

@@ -5,8 +5,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from safetensors import safe_open
 from transformers import (
     AutoModelForSequenceClassification,
@@ -81,14 +83,70 @@ def test_a_rule_names_the_layer_that_is_stored(rule: str, place: int) -> None:
     torch.testing.assert_close(layer.attention.LayerNorm.bias, wanted.attention.output.LayerNorm.bias, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("num_groups", [1, 2, 4])
-def test_its_size_is_known_before_it_is_made(num_groups: int, tmp_path: Path) -> None:
-    teacher = make(AutoModelForSequenceClassification, CONFIGS[0])
+def embed(model: torch.nn.Module) -> NDArray[np.float64]:
+    """Returns what a model's layers are given, of every word at every position as either type."""
+    first = model.config.pad_token_id + 1 if model.config.model_type == "roberta" else 0
+    ids, places, kinds = torch.cartesian_prod(torch.arange(60), torch.arange(first, first + 8), torch.arange(2)).T
+    with torch.no_grad():
+        found = model.base_model.embeddings(input_ids=ids[None], position_ids=places[None], token_type_ids=kinds[None])
+        if model.config.model_type == "albert":
+            found = model.albert.encoder.embedding_hidden_mapping_in(found)
+    return found[0].double().numpy()
+
+
+def error_of(student: torch.nn.Module, expected: NDArray[np.float64]) -> float:
+    return float(np.linalg.norm(embed(student) - expected))
+
+
+@each
+def test_narrow_embeddings_give_nearly_what_the_teachers_do(config: PreTrainedConfig) -> None:
+    """No table of E columns does better than the singular values say: a LayerNorm leaves E - 1 directions of it."""
+    teacher = make(AutoModelForSequenceClassification, config)
+    with torch.no_grad():  # words as they are: some directions tell more than others, and the LayerNorm has learned
+        teacher.base_model.embeddings.word_embeddings.weight *= torch.linspace(1, 0.05, 32)
+        teacher.base_model.embeddings.LayerNorm.weight.uniform_(0.5, 1.5)
+        teacher.base_model.embeddings.LayerNorm.bias.normal_()
+    expected = embed(teacher)
+    lengths = np.linalg.svd(expected - expected.mean(axis=0), compute_uv=False)
+    sizes = [2, 4, 8, 16, 24, 28, 31]
+    errors = [error_of(share_layers(teacher, 4, "first", size), expected) for size in sizes]
+    for size, better, worse in zip(sizes[1:], errors[1:], errors, strict=False):
+        assert better < worse
+        assert np.linalg.norm(lengths[size - 1 :]) <= better < 2 * np.linalg.norm(lengths[size - 1 :])
+    whole = share_layers(teacher, 4, "first", 32)
+    torch.testing.assert_close(answer(whole.eval()), answer(teacher), rtol=0, atol=0)
+
+
+@each
+def test_embeddings_that_need_few_directions_lose_nothing(config: PreTrainedConfig, tmp_path: Path) -> None:
+    teacher = make(AutoModelForSequenceClassification, config)
+    directions = torch.linalg.qr(torch.randn(32, 32)).Q[:, :6]
+    with torch.no_grad():
+        for table in ("word", "position", "token_type"):
+            weight = teacher.base_model.embeddings.get_submodule(f"{table}_embeddings").weight
+            weight.copy_(weight @ directions @ directions.T)
+            weight -= weight.mean(dim=-1, keepdim=True)
+    share_layers(teacher, 4, "first", 7).save_pretrained(tmp_path)
+    again, info = AutoModelForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    assert again.config.embedding_size == again.albert.embeddings.word_embeddings.weight.shape[1] == 7
+    torch.testing.assert_close(answer(again.eval()), answer(teacher), rtol=0, atol=1e-3)
+    assert error_of(share_layers(teacher, 4, "first", 6), embed(teacher)) > 1
+
+
+@each
+@pytest.mark.parametrize(("num_groups", "size"), [(1, None), (2, 8), (4, None), (4, 31), (4, 32)])
+def test_its_size_is_known_before_it_is_made(
+    config: PreTrainedConfig, num_groups: int, size: int | None, tmp_path: Path
+) -> None:
+    teacher = make(AutoModelForSequenceClassification, config)
     teacher.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    facts = read_facts(config, tensors=read_tensors(tmp_path / "model.safetensors"))
-    made = share_layers(teacher, num_groups, "average")
-    assert SharedLayers(num_groups=num_groups).count_parameters(facts) == made.num_parameters()
+    found = json.loads((tmp_path / "config.json").read_text())
+    facts = read_facts(found, tensors=read_tensors(tmp_path / "model.safetensors"))
+    made = share_layers(teacher, num_groups, "average", size)
+    settings = SharedLayers(num_groups=num_groups, embedding_size=size)
+    assert settings.check(facts) == []
+    assert settings.count_parameters(facts) == made.num_parameters()
 
 
 @pytest.mark.parametrize(
@@ -96,10 +154,11 @@ def test_its_size_is_known_before_it_is_made(num_groups: int, tmp_path: Path) ->
     [
         (ModelFacts(model_type="bert", num_layers=6), "num_groups", "6 layers do not make 4 equal groups"),
         (ModelFacts(model_type="gpt2", num_layers=6), "kind", "no stock form that shares them"),
+        (ModelFacts(model_type="bert", num_layers=4, hidden_size=32), "embedding_size", "choose at most as many"),
     ],
 )
 def test_what_cannot_be_shared_is_said_at_submit(teacher: ModelFacts, field: str, words: str) -> None:
-    problem = SharedLayers(num_groups=4).check(teacher)[0]
+    problem = SharedLayers(num_groups=4, embedding_size=33).check(teacher)[0]
     assert problem.field == field
     assert words in problem.message
 
@@ -111,9 +170,10 @@ def test_a_job_distils_back_what_sharing_costs(tmp_path: Path) -> None:
         {"kind": "export"},
         {"kind": "evaluate", "latency_samples": 10},
     ]
-    spec = make_spec(stages, student={"kind": "shared_layers", "num_groups": 1})
+    spec = make_spec(stages, student={"kind": "shared_layers", "num_groups": 1, "embedding_size": 16})
     done = Bench(tmp_path).lay().succeed_all(spec)
     assert done[1].last["summary"]["validation"]["accuracy"] > 0.9
-    assert json.loads((done[2].outputs / "safetensors" / "config.json").read_text())["model_type"] == "albert"
+    config = json.loads((done[2].outputs / "safetensors" / "config.json").read_text())
+    assert (config["model_type"], config["embedding_size"]) == ("albert", 16)
     rows = json.loads((done[3].outputs / "report" / "report.json").read_text())["models"]
     assert {row["name"] for row in rows} >= {"teacher", "student", "onnx", "onnx_int8"}

@@ -9,6 +9,7 @@ from transformers.models.albert import modeling_albert
 
 from core.errors import StageFailed
 from worker.engine.loading import find_layers
+from worker.kernels.factors import Norm, factorise
 
 # What an ALBERT calls the parts of a layer of a BERT, and what lies around the layers.
 IN_LAYER = {
@@ -19,7 +20,8 @@ IN_LAYER = {
     "output.LayerNorm": "full_layer_layer_norm",
 }
 AROUND = {"pooler.dense": "pooler", "classifier.dense": "albert.pooler", "classifier.out_proj": "classifier"}
-FIRST_MAP = "albert.encoder.embedding_hidden_mapping_in"
+EMBEDDINGS, FIRST_MAP = "albert.embeddings", "albert.encoder.embedding_hidden_mapping_in"
+TABLES = [f"{EMBEDDINGS}.{kind}_embeddings.weight" for kind in ("word", "position", "token_type")]
 SETTINGS = [
     "vocab_size",
     "hidden_size",
@@ -41,10 +43,13 @@ SETTINGS = [
 ]
 
 
-def share_layers(teacher: PreTrainedModel, num_groups: int, rule: str) -> PreTrainedModel:
+def share_layers(
+    teacher: PreTrainedModel, num_groups: int, rule: str, embedding_size: int | None = None
+) -> PreTrainedModel:
     """Returns an ALBERT as deep as the teacher, a BERT or RoBERTa, with one layer for each group of neighbours.
 
-    With as many groups as layers it computes what the teacher does: the map after its embeddings is the identity.
+    With as many groups as layers it computes what the teacher does, if its embeddings are as wide as the states: the
+    map after them is the identity. Narrower ones come as near to what the teacher's embeddings give as they can.
 
     Raises:
         StageFailed: `spec_invalid` if the teacher is built otherwise.
@@ -53,16 +58,27 @@ def share_layers(teacher: PreTrainedModel, num_groups: int, rule: str) -> PreTra
     layers = [layer.state_dict() for layer in teacher.get_submodule(stack).children()]
     around = {name: tensor for name, tensor in teacher.state_dict().items() if not name.startswith(f"{stack}.")}
     state = {_rename(name.replace(f"{teacher.base_model_prefix}.", "albert."), AROUND): x for name, x in around.items()}
-    positions = "albert.embeddings.position_embeddings.weight"
     first_position = (teacher.config.pad_token_id + 1) if teacher.config.model_type != "bert" else 0
-    state[positions] = state[positions][first_position:]  # a RoBERTa counts from there
+    state[TABLES[1]] = state[TABLES[1]][first_position:]  # a RoBERTa counts from there
     size = num_layers // num_groups
     for group in range(num_groups):
         for name, tensor in _merge(layers[group * size : (group + 1) * size], rule).items():
             state[f"albert.encoder.albert_layer_groups.{group}.albert_layers.0.{_rename(name, IN_LAYER)}"] = tensor
     width = teacher.config.hidden_size
     state |= {f"{FIRST_MAP}.weight": torch.eye(width), f"{FIRST_MAP}.bias": torch.zeros(width)}
-    return _fill(teacher, num_groups, len(state[positions]), state)
+    if embedding_size is not None and embedding_size < width:
+        state |= _narrow(state, embedding_size, teacher.config.layer_norm_eps)
+    return _fill(teacher, num_groups, state)
+
+
+def _narrow(state: dict[str, Tensor], size: int, eps: float) -> dict[str, Tensor]:
+    """Returns embeddings of that width, and the map after them."""
+    names = [f"{EMBEDDINGS}.LayerNorm.{part}" for part in ("weight", "bias")]
+    norm = Norm(state[names[0]], state[names[1]], eps)
+    made = factorise([state[name] for name in TABLES], norm, size)
+    tables = dict(zip(TABLES, made.tables, strict=True))
+    norms = dict(zip(names, (torch.ones(size), torch.zeros(size)), strict=True))
+    return tables | norms | {f"{FIRST_MAP}.weight": made.map_HE, f"{FIRST_MAP}.bias": made.bias_H}
 
 
 def _merge(layers: list[dict[str, Tensor]], rule: str) -> dict[str, Tensor]:
@@ -78,13 +94,13 @@ def _rename(name: str, table: dict[str, str]) -> str:
     return name if found is None else name.replace(found, table[found])
 
 
-def _fill(teacher: PreTrainedModel, num_groups: int, num_positions: int, state: dict[str, Tensor]) -> PreTrainedModel:
+def _fill(teacher: PreTrainedModel, num_groups: int, state: dict[str, Tensor]) -> PreTrainedModel:
     old, name = teacher.config, re.sub(r"^.*?(?=For|Model)", "Albert", type(teacher).__name__)
     config = AlbertConfig(
         **{setting: getattr(old, setting) for setting in SETTINGS},
-        embedding_size=old.hidden_size,
+        embedding_size=state[TABLES[0]].shape[-1],
         num_hidden_groups=num_groups,
-        max_position_embeddings=num_positions,
+        max_position_embeddings=len(state[TABLES[1]]),
         classifier_dropout_prob=old.hidden_dropout_prob if old.classifier_dropout is None else old.classifier_dropout,
     )
     try:

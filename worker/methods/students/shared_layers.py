@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from worker.engine.context import StageContext
 
 SHAREABLE = ("bert", "roberta", "xlm-roberta")
+UNUSED_POSITIONS = {"roberta": 2, "xlm-roberta": 2}  # rows of their tables, as they count from behind padding's token
+NORM_ROWS = 2
 
 
 class SharedLayers(Student):
@@ -19,10 +21,11 @@ class SharedLayers(Student):
 
     What is stored and loaded shrinks by as much as layers share; the time to answer does not. The student is an ALBERT,
     which is what stock `transformers` calls an encoder of shared layers; of one layer a group it computes what the
-    teacher does.
+    teacher does. Its embeddings can be narrower than the states, with a map after them: most of a small model are rows
+    for words.
 
     Paper: Lan et al. 2020, "ALBERT: A Lite BERT for Self-supervised Learning of Language Representations", section 3.1
-    (cross-layer parameter sharing).
+    (cross-layer parameter sharing, factorized embedding parameterization).
     """
 
     kind: Literal["shared_layers"] = "shared_layers"
@@ -30,9 +33,16 @@ class SharedLayers(Student):
     by: Literal["average", "first", "middle", "last"] = Field(
         "average", description="What a stored layer starts from: the mean of its group's weights, or one of its layers."
     )
+    embedding_size: int | None = Field(
+        None,
+        ge=2,
+        le=65_536,
+        description="Width of the tables of words, positions and types, which start as those from which a linear map "
+        "makes nearly what the teacher's give; null as wide as the states.",
+    )
 
     def check(self, teacher: ModelFacts) -> list[Problem]:
-        """Returns a problem for a teacher without such a form, or for more groups than layers."""
+        """Returns a problem for a teacher without such a form, more groups than layers, or too wide embeddings."""
         if teacher.model_type not in SHAREABLE:
             known = ", ".join(SHAREABLE)
             why = f"layers of a '{teacher.model_type}' have no stock form that shares them; known: {known}"
@@ -40,17 +50,24 @@ class SharedLayers(Student):
         if teacher.num_layers is not None and teacher.num_layers % self.num_groups:
             why = f"{teacher.num_layers} layers do not make {self.num_groups} equal groups; choose a divisor"
             return [Problem("num_groups", why)]
+        if self.embedding_size and teacher.hidden_size and self.embedding_size > teacher.hidden_size:
+            why = f"the teacher has {teacher.hidden_size} states, and wider tables hold no more; choose at most as many"
+            return [Problem("embedding_size", why)]
         return []
 
     def count_parameters(self, start: ModelFacts) -> int | None:
-        """Returns those of the teacher, with one layer a group, and the map that an ALBERT has after its embeddings."""
-        layers, width = start.layer_parameters, start.hidden_size
+        """Returns those of the teacher, with one layer a group, its own embeddings, and the map that comes after."""
+        layers, width, rows = start.layer_parameters, start.hidden_size, start.embedding_rows
         if start.num_parameters is None or not layers or width is None or len(set(layers)) > 1:
             return None
-        return start.num_parameters - sum(layers) + self.num_groups * layers[0] + width * width + width
+        size, unused = self.embedding_size or width, UNUSED_POSITIONS.get(start.model_type, 0)
+        if rows is None and size != width:
+            return None
+        outside = start.num_parameters - sum(layers) + ((rows or 0) + NORM_ROWS) * (size - width) - unused * size
+        return outside + (size + 1) * width + self.num_groups * layers[0]
 
     def build(self, ctx: "StageContext") -> "PreTrainedModel":
         """Returns an ALBERT of the teacher's weights."""
         from worker.engine.sharing import share_layers
 
-        return share_layers(ctx.load_model("teacher"), self.num_groups, self.by)
+        return share_layers(ctx.load_model("teacher"), self.num_groups, self.by, self.embedding_size)
