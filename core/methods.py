@@ -153,6 +153,11 @@ class Student(Method):
     family: ClassVar[str] = "students"
     made_by: ClassVar[str | None] = None  # the kind of stage that alone can make it
 
+    @property
+    def asks_head(self) -> bool:
+        """Whether what it keeps is told by how well the teacher does the job's task."""
+        return False
+
     def source(self) -> str | None:
         """Returns the reference of the model that it starts from, None for the teacher."""
         return None
@@ -288,6 +293,14 @@ class Stage(Method):
     def fixes_weights(self) -> bool:
         """Returns whether it leaves single weights at values that training must keep or choose anew."""
         return False
+
+    def own(self) -> dict[str, Any]:
+        """Returns the parts of the spec, `task` and `data`, that it has itself; most stages are about the job's."""
+        return {}
+
+    def content(self) -> dict[str, Any]:
+        """Returns the settings on which its result depends; what a name of data stands for is told by its bytes."""
+        return self.model_dump(mode="json")
 
     def compares_tokens(self) -> bool:
         """Returns whether it compares the tokens of teacher and student one by one."""

@@ -92,7 +92,7 @@ class Bench:
         outputs, whole = self.root / name / "out", load_spec(spec)
         outputs.mkdir(parents=True)
         order = {
-            "stage": spec["stages"][ordinal],
+            "stage": whole.stages[ordinal].content(),
             "spec": whole.seen_by(whole.stages[ordinal]),
             "ordinal": ordinal,
             "labels": LABELS,

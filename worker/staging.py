@@ -103,11 +103,11 @@ class Staging:
 
     def _find_inputs(self, session: Session, models: dict[str, list[ManifestFile]]) -> "Inputs":
         job = owned(session, self.claim)
-        stage = session.get_one(StageRun, (job.id, self.ordinal))
         done = list_done(session, job.id, self.ordinal)
         made: dict[str, str] = {role: made_id for run in done for role, made_id in run.outputs.items()}
         spec = load_spec(job.spec)
-        if "student" not in spec.stages[self.ordinal].writes():
+        stage, scope = spec.stages[self.ordinal], spec.scope_of(self.ordinal)
+        if "student" not in stage.writes():
             models = {role: files for role, files in models.items() if role != "base"}
         roles = models | {
             role: files_of(get_manifest(session, job.tenant_id, manifest_id)) for role, manifest_id in made.items()
@@ -120,14 +120,15 @@ class Staging:
         ).tuples()
         history = "".join(_history_line(metric, kind) for metric, kind in points)
         splits = [
-            ManifestFile(path=f"{split}.jsonl", sha256=blob["sha256"], size_bytes=blob["size_bytes"])
-            for split, blob in job.inputs["data"].items()
+            ManifestFile(path=f"{path}.jsonl", sha256=blob["sha256"], size_bytes=blob["size_bytes"])
+            for path in spec.scopes()[scope].data.refs()
+            if (blob := job.inputs["data"].get(scope + path))
         ]
         order = {
-            "stage": stage.settings,
-            "spec": spec.seen_by(spec.stages[self.ordinal]),
+            "stage": stage.content(),
+            "spec": spec.seen_by(stage),
             "ordinal": self.ordinal,
-            "labels": job.inputs["labels"],
+            "labels": job.inputs[f"{scope}labels"],
         }
         return Inputs(roles, splits, history, order, spec.cache, [_account_of(run) for run in done])
 

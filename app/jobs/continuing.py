@@ -1,5 +1,6 @@
 """Forks: what is asked for, checked before anything is written."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from sqlalchemy.orm import Session
@@ -10,11 +11,11 @@ from app.jobs.service import plan, view
 from core.db import session_scope
 from core.jobs import forking
 from core.jobs.repository import get_job
-from core.jobs.spec import JobSpec, spec_invalid
+from core.jobs.spec import MAX_STAGES, JobSpec, spec_invalid
 from core.models.facts import ModelFacts
 from core.tenants.keys import Principal
 
-BASE = ("base", "base_facts")  # what a job's inputs hold of the model that its student starts from
+BASE = "base"  # so begins what a job's inputs hold of the model that its student starts from
 
 
 class Draft(NamedTuple):
@@ -41,12 +42,20 @@ def draft(principal: Principal, job_id: str, order: forking.Fork) -> Draft:
         problems = check_student(spec, ModelFacts(**parent.inputs["teacher_facts"]))
         if problems:
             raise spec_invalid(problems)
-    if "student" not in changed:
-        return Draft(parent.id, first, spec, parent.inputs, {})
-    made = plan(principal, spec).inputs if spec.student.source() else {}
-    fresh = {name: made[name] for name in BASE if name in made}
-    kept = {name: value for name, value in parent.inputs.items() if name not in BASE}
-    return Draft(parent.id, first, spec, kept | fresh, fresh)
+    replaced = [BASE] if "student" in changed else []
+    replaced += [f"stages.{ordinal}." for ordinal in range(first, MAX_STAGES)] if "stages" in changed else []
+    starts = tuple(replaced)
+    named = [*spec.scopes(), *([BASE] if spec.student.source() else [])]
+    made = plan(principal, spec).inputs if any(name.startswith(starts) for name in named) else {"data": {}}
+    fresh = _pick(made, lambda name: name.startswith(starts))
+    kept = _pick(parent.inputs, lambda name: not name.startswith(starts))
+    return Draft(parent.id, first, spec, kept | fresh | {"data": kept["data"] | fresh["data"]}, fresh)
+
+
+def _pick(inputs: dict[str, Any], is_wanted: Callable[[str], bool]) -> dict[str, Any]:
+    """Returns those of a job's inputs, and of the splits among them, whose names are wanted."""
+    data = {name: split for name, split in inputs["data"].items() if is_wanted(name)}
+    return {name: value for name, value in inputs.items() if is_wanted(name)} | {"data": data}
 
 
 def fork(session: Session, tenant_id: str, made: Draft) -> JobView:

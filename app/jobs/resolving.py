@@ -50,11 +50,19 @@ class Found(NamedTuple):
 
 
 class Sources(NamedTuple):
-    """Rows that the references name, and what was not found."""
+    """Rows that the references name, and what was not found.
+
+    Attributes:
+        splits: By path, after the beginning of its fields of a stage that has data of its own.
+    """
 
     models: dict[str, Found]
     splits: dict[str, dict[str, Any]]
     problems: Problems
+
+    def of(self, scope: str, spec: JobSpec) -> dict[str, dict[str, Any]]:
+        """Returns the splits that were found of the job, or of one of its stages, by their paths."""
+        return {path: self.splits[scope + path] for path in spec.data.refs() if scope + path in self.splits}
 
 
 class Plan(NamedTuple):
@@ -76,10 +84,11 @@ def find_sources(session: Session, principal: Principal, spec: JobSpec) -> Sourc
             models[role] = _with_files(session, principal, model) if compares_tokens else model
     find = cache(partial(find_dataset, session, principal.tenant_id))  # most jobs take all splits of one data set
     splits = {}
-    for path, ref in spec.data.refs().items():
-        split = _find_split(session, principal.tenant_id, find, path, ref, problems)
-        if split:
-            splits[path] = split
+    for scope, seen in spec.scopes().items():
+        for path, ref in seen.data.refs().items():
+            split = _find_split(session, principal.tenant_id, find, scope + _field(path), ref, problems)
+            if split:
+                splits[scope + path] = split
     api = spec.teacher.api()
     if api is not None:
         _check_api(session, principal.tenant_id, api, problems)
@@ -138,12 +147,11 @@ def _find_split(
     session: Session,
     tenant_id: str,
     find: Callable[[str], Dataset | None],
-    path: str,
+    field: str,
     ref: str,
     problems: Problems,
 ) -> dict[str, Any] | None:
     name, _, split = ref.partition("/")
-    field = _field(path)
     dataset = find(name)
     if dataset is None:
         hint = suggest(name, list_dataset_names(session, tenant_id))
@@ -160,24 +168,27 @@ def resolve(spec: JobSpec, sources: Sources) -> Plan:
     """Returns the plan of a spec. Raises SpecInvalid with every problem, Unavailable when the hub does not answer."""
     problems = list(sources.problems)
     models, facts = describe_models(spec, sources, problems)
-    counts = {path: _label_counts(spec.task_of(path), path, split, problems) for path, split in sources.splits.items()}
-    labels = {
-        part: sorted(counts.get(f"train/{part}" if part else "train") or {}) for part in spec.task.parts() or [""]
-    }
-    for part in labels:
-        _check_labels(spec, part, counts, problems)
+    labels = {}
+    for scope, seen in spec.scopes().items():
+        labels[scope], found = _find_labels(seen, sources.of(scope, seen))
+        problems += _inside(scope, found)
     problems += _check_samples(spec, sources)
-    if not spec.teacher.is_model and any(labels.values()):
-        problems += _check_known_labels(spec, facts, labels)
+    if not spec.teacher.is_model and any(labels[""].values()):
+        problems += _check_known_labels(spec, facts, labels[""])
     if problems:
         raise spec_invalid(problems)
     kept = ("sha256", "size_bytes", "num_rows", "dataset_id", "split")
     inputs = {
         **models,
         "data": {path: {key: split[key] for key in kept} for path, split in sources.splits.items()},
-        "labels": _join(labels),
+        **{f"{scope}labels": _join(found) for scope, found in labels.items()},
     }
     return Plan(inputs, facts, _warnings(spec, sources))
+
+
+def _inside(scope: str, problems: Problems) -> Problems:
+    """Returns problems with the task or the data of the job, or of one of its stages, as those of the whole spec."""
+    return [problem | {"field": scope + problem["field"]} for problem in problems]
 
 
 def _field(path: str) -> str:
@@ -284,6 +295,18 @@ def _read_output(files: list[ManifestFile]) -> ModelFacts:
         raise ModelInvalid(f"this artifact cannot be used as a model: {error}") from error
 
 
+def _find_labels(spec: JobSpec, splits: dict[str, dict[str, Any]]) -> tuple[dict[str, list[str]], Problems]:
+    """Returns the labels of each part of the task, and what is wrong with those of the splits."""
+    problems: Problems = []
+    counts = {path: _label_counts(spec.task_of(path), path, split, problems) for path, split in splits.items()}
+    labels = {
+        part: sorted(counts.get(f"train/{part}" if part else "train") or {}) for part in spec.task.parts() or [""]
+    }
+    for part in labels:
+        _check_labels(spec, part, counts, problems)
+    return labels, problems
+
+
 def _label_counts(task: Task, path: str, split: dict[str, Any], problems: Problems) -> dict[str, int] | None:
     """Returns the classes of a split, as the upload counted them, or counted now when the job uses other columns."""
     columns = task.columns()
@@ -348,17 +371,23 @@ def _check_labels(spec: JobSpec, part: str, counts: dict[str, dict[str, int] | N
 
 
 def _warnings(spec: JobSpec, sources: Sources) -> Problems:
+    warnings = _of_stages([(ordinal, stage.advise(spec)) for ordinal, stage in enumerate(spec.stages)])
+    for scope, seen in spec.scopes().items():
+        warnings += _inside(scope, _warn_of_data(seen, sources.of(scope, seen)))
+    return warnings
+
+
+def _warn_of_data(spec: JobSpec, splits: dict[str, dict[str, Any]]) -> Problems:
     warnings = [
         {"field": _field(path), "message": warning["message"]}
-        for path, split in sources.splits.items()
+        for path, split in splits.items()
         for warning in split["warnings"]
     ]
-    warnings += _of_stages([(ordinal, stage.advise(spec)) for ordinal, stage in enumerate(spec.stages)])
     if spec.data.validation is None:
         _add(warnings, "data.validation", "no validation split: nothing tells when training goes wrong")
-    for path, split in sources.splits.items():
+    for path, split in splits.items():
         name, slash, part = path.partition("/")
-        if name != "train" and split["sha256"] == sources.splits[f"train{slash}{part}"]["sha256"]:
+        if name != "train" and split["sha256"] == splits[f"train{slash}{part}"]["sha256"]:
             _add(warnings, _field(path), "the same rows as train; measures on them will look too good")
     return warnings
 

@@ -6,17 +6,10 @@ import re
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import (
-    AfterValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
+from core.datasets.refs import DataSpec
 from core.errors import SpecInvalid
 from core.methods import (
     SPLITS,
@@ -30,81 +23,23 @@ from core.methods import (
     list_families,
     list_methods,
 )
-from core.strict import StrictModel, one_message, suggest
+from core.strict import StrictModel, suggest
 from core.target import Target
 
-DATA_REF = re.compile(r"^[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,63}$")
 NEEDED = {
     "teacher": "a teacher that is a model of the task, and this one only answers; leave the stage out",
     "answers": "the answers of a teacher that only answers; add stage 'answer' before it",
 }
+MAX_STAGES = 32
 MAX_DEPTH = 64
 MAX_YAML_EVENTS = 20_000
 M = TypeVar("M", bound=StrictModel)
-
-
-def _is_name(value: Any) -> bool:
-    return isinstance(value, str) and "/" not in value
 
 
 def _complete(stage: dict[str, Any], known: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Returns a stage with what is known of its kind, and of the stages that it runs inside."""
     inner = {k: {**known[k], **stage.get(k, {})} for k in known if k == "distill" and stage.get("kind") == "search"}
     return {**known.get(str(stage.get("kind")), {}), **stage, **inner}
-
-
-def _or_name(schema: dict[str, Any]) -> None:
-    whole = dict(schema)
-    schema.clear()
-    name = {"type": "string", "description": "A data set; its train, validation and test splits are used."}
-    names = {"type": "object", "additionalProperties": name, "description": "A data set for each task, by its name."}
-    schema |= {"description": whole.get("description", ""), "anyOf": [whole, name, names]}
-
-
-def _known_form(value: str | dict[str, str]) -> str | dict[str, str]:
-    for ref in [value] if isinstance(value, str) else value.values():
-        if not DATA_REF.match(ref):
-            raise PydanticCustomError("data_ref", "'{ref}' names no split; write 'dataset/split'", {"ref": ref})
-    return value
-
-
-SplitRef = Annotated[
-    str | dict[str, str],
-    one_message("data_ref", "name a split as 'dataset/split', or one for each task of a 'multi_task'"),
-    AfterValidator(_known_form),
-]
-
-
-class DataSpec(StrictModel):
-    """The splits to use, each as `dataset/split`; of several tasks one for each, by its name."""
-
-    model_config = ConfigDict(json_schema_extra=_or_name)
-
-    train: SplitRef = Field(description="Split to train on.", examples=["tickets/train"])
-    validation: SplitRef | None = Field(
-        None, description="Split to watch while training.", examples=["tickets/validation"]
-    )
-    test: SplitRef | None = Field(None, description="Split to measure on at the end.", examples=["tickets/test"])
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_names(cls, data: Any) -> Any:
-        if isinstance(data, str):
-            return {split: f"{data}/{split}" for split in SPLITS}
-        if isinstance(data, dict) and data and not data.keys() & {*SPLITS} and all(map(_is_name, data.values())):
-            return {split: {task: f"{name}/{split}" for task, name in data.items()} for split in SPLITS}
-        return data
-
-    def refs(self) -> dict[str, str]:
-        """Returns the splits by the path of their files, which is `train`, or `train/sentiment` of a task."""
-        return {path: ref for split in SPLITS for path, ref in self.refs_of(split).items()}
-
-    def refs_of(self, split: str) -> dict[str, str]:
-        """Returns those of one split; nothing if there is none."""
-        found: str | dict[str, str] | None = getattr(self, split)
-        if isinstance(found, dict):
-            return {f"{split}/{task}": ref for task, ref in found.items()}
-        return {split: found} if found else {}
 
 
 def _default_stages(spec: dict[str, Any]) -> list[dict[str, Any]]:
@@ -135,7 +70,7 @@ class JobSpec(StrictModel):
         default_factory=lambda spec: _default_stages(spec),
         validate_default=True,
         min_length=1,
-        max_length=32,
+        max_length=MAX_STAGES,
         description="What to do, in order; left out, the teacher is fine-tuned and the student distilled, written in "
         "every form that its task has, and measured.",
     )
@@ -207,6 +142,18 @@ class JobSpec(StrictModel):
         name = path.partition("/")[2]
         return self.task.parts()[name] if name else self.task
 
+    def scopes(self) -> "dict[str, JobSpec]":
+        """Returns the spec, and as each stage has it that has a task and data of its own, by how their fields begin."""
+        own = {self.scope_of(ordinal): self._within(stage) for ordinal, stage in enumerate(self.stages) if stage.own()}
+        return {"": self} | own
+
+    def scope_of(self, ordinal: int) -> str:
+        """Returns how the fields begin of the task and data that a stage is about, its own or the job's."""
+        return f"stages.{ordinal}." if self.stages[ordinal].own() else ""
+
+    def _within(self, stage: Stage) -> "JobSpec":
+        return self.model_copy(update=stage.own())
+
     def compares_tokens(self) -> bool:
         """Returns whether some stage needs teacher and student to have the same tokens."""
         return self.task.shares_tokens and any(stage.compares_tokens() for stage in self.stages)
@@ -215,21 +162,18 @@ class JobSpec(StrictModel):
         """Returns the spec as one of its stages sees it, without what its result must not depend on.
 
         Names are no content: what they stand for is told to the stage by its bytes. A stage that makes no student
-        does not see which one is to be made. Only a stage that reports on the whole job sees all of its stages and the
-        names.
+        does not see which one is to be made. One with a task and data of its own sees these in place of the job's. Only
+        a stage that reports on the whole job sees all of its stages and the names.
         """
-        fields = self.model_dump(mode="json", exclude={"metadata", "cache", "retries", "max_seconds"})
+        within = self._within(stage)
+        fields = within.model_dump(mode="json", exclude={"metadata", "cache", "retries", "max_seconds"})
         if not stage.reports_on_job:
-            data: dict[str, Any] = {}
-            for path in self.data.refs():
-                split, _, task = path.partition("/")
-                data[split] = f"data/{split}" if not task else data.get(split, {}) | {task: f"data/{split}"}
             fields |= {
                 "name": "job",
                 "teacher": self._teacher_seen_by(stage),
                 "student": self._student_seen_by(stage),
-                "data": data,
-                "stages": [stage.model_dump(mode="json")],
+                "data": within.data.content(),
+                "stages": [stage.content()],
             }
         return fields
 
@@ -244,7 +188,10 @@ class JobSpec(StrictModel):
 
     def check(self) -> list[Problem]:
         """Returns what is wrong between the parts of the spec: each stage must find what it reads."""
-        problems = self._check_tasks() + [Problem(f"teacher.{p.field}", p.message) for p in self.teacher.check(self)]
+        problems = [
+            Problem(start + p.field, p.message) for start, scope in self.scopes().items() for p in scope._check_tasks()
+        ]
+        problems += [Problem(f"teacher.{p.field}", p.message) for p in self.teacher.check(self)]
         roles = {"teacher"} if self.teacher.is_model else set()
         if not self.teacher.is_model and self.student.source() is None:
             why = f"a '{self.teacher.kind}' teacher only answers, so nothing of it can be kept; use kind 'pretrained'"

@@ -80,6 +80,25 @@ def test_a_language_model_goes_the_same_way_and_answers_once(stack: Stack, tmp_p
     assert [stage["state"] for stage in stack.wait(second)["stages"]] == ["cached", "succeeded"]
 
 
+def test_an_intermediate_task_is_learned_once(stack: Stack, tmp_path: Path) -> None:
+    stack.start_worker()
+    paths = pico.write_data(tmp_path / "data", seed=1)
+    for path in paths.values():
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        paid = [{"text": row["text"], "paid": "yes" if row["label"] == "refund" else "no"} for row in rows]
+        path.write_text("".join(json.dumps(row) + "\n" for row in paid))
+    stack.push_data(paths, "payments")
+    stack.push_data(paths, "renamed")
+    first = {"kind": "intermediate", "task": {"label": "paid"}, "epochs": 1}
+    done = stack.wait(stack.submit(stages=[first | {"data": "payments"}, {"kind": "finetune", "epochs": 1}]))
+    assert done["state"] == "succeeded", done
+    again = stack.wait(stack.submit(stages=[first | {"data": "renamed"}, {"kind": "finetune", "epochs": 2}]))
+    assert [stage["state"] for stage in again["stages"]] == ["cached", "succeeded"]
+    other = {"train": "payments/test", "validation": "payments/validation"}
+    last = stack.wait(stack.submit(stages=[first | {"data": other}, {"kind": "finetune", "epochs": 1}]))
+    assert [stage["state"] for stage in last["stages"]] == ["succeeded", "succeeded"]
+
+
 def test_output_of_a_job_is_the_teacher_of_the_next(stack: Stack) -> None:
     stack.start_worker()
     first = stack.submit()

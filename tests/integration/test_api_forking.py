@@ -305,6 +305,24 @@ def test_a_fork_can_have_another_model_as_its_student(api: Api) -> None:
     assert fork(api, job["id"], "distill", again).json()["inputs"] == parent
 
 
+def test_a_fork_finds_the_data_of_the_stages_that_it_names(api: Api) -> None:
+    for name, stars in (("reviews", ("a", "b")), ("films", ("c", "d", "e"))):
+        api.push_dataset(name, {split: jsonl(rows(20, stars)) for split in ("train", "validation")})
+    first, late = ({"kind": "intermediate", "data": name} for name in ("reviews", "films"))
+    job_id = api.make_job(stages=[first, {"kind": "finetune"}, late, {"kind": "finetune"}])
+    work = Work(job_id)
+    work.do(0)
+    parent = api("GET", f"/v1/jobs/{job_id}").json()["inputs"]
+    assert fork(api, job_id, 1, {"seed": 5}).json()["inputs"] == parent
+    job = fork(api, job_id, 1, {"stages": [late, {"kind": "finetune"}]}).json()
+    assert states(job) == ["cached", "pending", "pending"]
+    assert parent.pop("stages.2.labels") == ["c", "d", "e"]
+    moved = {name.replace("stages.2.", "stages.1."): split for name, split in parent["data"].items()}
+    assert job["inputs"] == parent | {"data": moved, "stages.1.labels": ["c", "d", "e"]}
+    gone = fork(api, job_id, 1, {"stages": [late | {"data": "film"}, {"kind": "finetune"}]})
+    assert (gone.status_code, gone.json()["error"]["param"]) == (422, "stages.1.data.train")
+
+
 def test_a_fork_needs_no_data_set_that_is_gone(api: Api) -> None:
     job_id = finished_job(api)
     assert api("DELETE", "/v1/datasets/tickets").status_code == 204

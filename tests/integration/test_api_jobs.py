@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from core.upkeep.references import snapshot, stream_blobs
 from tests.api import Api, claim_job, jsonl, model_files, rows, run_job, safetensors
 
 
@@ -263,6 +264,69 @@ def test_language_models_must_have_the_same_tokens(api: Api) -> None:
     assert api("POST", "/v1/jobs/validate", json=sorting).status_code == 200
     texts = api.spec(student={"kind": "pretrained", "model": "other"}, teacher={"model": "teacher"})
     assert api("POST", "/v1/jobs/validate", json=texts).status_code == 200
+
+
+FIRST = {"kind": "intermediate", "task": {"label": "stars"}, "data": "reviews", "epochs": 1}
+
+
+def push_reviews(api: Api, name: str = "reviews", **changes: str) -> None:
+    found = [{"text": row["text"], "stars": ["good", "poor"][n % 2]} | changes for n, row in enumerate(rows(20))]
+    assert api.push_dataset(name, {"train": jsonl(found), "validation": jsonl(found[:4])}).status_code == 201
+
+
+def test_a_stages_own_data_are_found_and_kept(api: Api) -> None:
+    push_reviews(api)
+    job_id = api.make_job(stages=[FIRST, {"kind": "finetune"}])
+    job = api("GET", f"/v1/jobs/{job_id}").json()
+    assert job["inputs"]["data"].keys() == {"train", "validation", "test", "stages.0.train", "stages.0.validation"}
+    assert job["inputs"]["data"]["stages.0.train"]["num_rows"] == 20
+    assert job["inputs"]["labels"] == ["delivery", "login", "refund"]
+    assert job["inputs"]["stages.0.labels"] == ["good", "poor"]
+    refused = api("DELETE", "/v1/datasets/reviews")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (409, "conflict")
+    api("POST", f"/v1/jobs/{job_id}/cancel")
+    assert api("DELETE", "/v1/datasets/reviews").status_code == 204
+    with snapshot() as connection:
+        assert {split["sha256"] for split in job["inputs"]["data"].values()} <= {
+            b.sha256 for b in stream_blobs(connection)
+        }
+    assert api("POST", f"/v1/jobs/{job_id}/retry").json()["inputs"] == job["inputs"]
+    push_reviews(api)
+    warned = api(
+        "POST",
+        "/v1/jobs/validate",
+        json=api.spec(stages=[FIRST | {"data": {"train": "reviews/train"}}, {"kind": "finetune"}]),
+    )
+    assert "stages.0.data.validation" in {warning["field"] for warning in warned.json()["warnings"]}
+
+
+@pytest.mark.parametrize(
+    ("change", "field", "hint"),
+    [
+        ({"data": "revews"}, "data.train", "did you mean 'reviews'?"),
+        ({"data": {"train": "reviews/trian"}}, "data.train", "did you mean 'train'?"),
+        ({"data": {"train": "reviews/train", "validation": "reviews/dev"}}, "data.validation", "has no split 'dev'"),
+        ({"task": {"label": "star"}}, "data.train", "did you mean 'stars'?"),
+        ({"data": {"train": "plain/train"}}, "data.train", "needs at least 2 labels"),
+        (
+            {"data": {"train": "reviews/train", "validation": "plain/validation"}},
+            "data.validation",
+            "train lacks: 'so'",
+        ),
+        ({"freeze": {"layers": 7}}, "freeze.layers", "the teacher has 6 layers"),
+    ],
+)
+def test_what_is_wrong_with_a_stages_own_data_is_said(api: Api, change: dict, field: str, hint: str) -> None:
+    api.push_dataset()
+    api.push_model()
+    push_reviews(api)
+    push_reviews(api, "plain", stars="so")
+    answer = api("POST", "/v1/jobs", json=api.spec(stages=[FIRST | change, {"kind": "finetune"}]))
+    assert answer.status_code == 422, answer.text
+    assert any(
+        detail["field"] == f"stages.0.{field}" and hint in detail["message"]
+        for detail in answer.json()["error"]["details"]
+    ), answer.json()
 
 
 def test_a_teachers_api_must_be_allowed_and_its_secret_stored(api: Api) -> None:

@@ -74,6 +74,56 @@ def test_missing_test_split_is_said_before_anything_runs() -> None:
     assert "data.test" in found["stages.3.kind"]
 
 
+FIRST = {"kind": "intermediate", "task": {"label": "stars"}, "data": "reviews"}
+IMPORTANT = {"kind": "teacher_layers", "keep": {"count": 1, "by": "importance"}}
+
+
+def test_a_stage_with_data_of_its_own_sees_nothing_of_the_jobs() -> None:
+    spec = load_spec(SHORT | {"stages": [FIRST, {"kind": "finetune"}, {"kind": "evaluate"}]} | {"student": IMPORTANT})
+    assert load_spec(spec.model_dump(mode="json")) == spec
+    assert {start: seen.data.refs() for start, seen in spec.scopes().items()} == {
+        "": {split: f"tickets/{split}" for split in ("train", "validation", "test")},
+        "stages.0.": {split: f"reviews/{split}" for split in ("train", "validation")},
+    }
+    first, second, last = (spec.seen_by(stage) for stage in spec.stages)
+    assert (first["task"]["label"], second["task"]["label"]) == ("stars", "label")
+    assert "reviews" not in str(first) + str(second) + str(spec.stages[0].content())
+    assert "stars" not in str(second)
+    assert "reviews" in str(last)
+    for seen, named in ((first, ["train", "validation"]), (second, ["train", "validation", "test"])):
+        assert [*JobSpec.model_validate(seen).data.refs()] == named
+
+
+@pytest.mark.parametrize(
+    ("first", "change", "field", "words"),
+    [
+        ({}, {"task": {"kind": "causal_lm"}}, "kind", "leave the stage out"),
+        ({"task": {"kind": "causal_lm"}}, {}, "task", "no trunk apart"),
+        ({"task": {"kind": "sorting"}}, {}, "task.kind", "unknown kind"),
+        ({"data": None}, {}, "data", "valid dictionary"),
+        ({"data": "a/b"}, {}, "data", "valid dictionary"),
+        ({"data": {"train": "reviews"}}, {}, "data.train", "names no split"),
+        ({"data": {"train": "reviews/train", "test": "reviews/test"}}, {}, "data.test", "unknown field"),
+        ({"data": {"a": "reviews", "b": "reviews"}}, {}, "data.train", "has one task, so one split"),
+        ({"of": "student"}, {"student": IMPORTANT}, "of", "train the student on that first"),
+    ],
+)
+def test_an_intermediate_task_must_fit(first: dict, change: dict, field: str, words: str) -> None:
+    found = problems(SHORT | change | {"stages": [FIRST | first, {"kind": "finetune"}, {"kind": "distill"}]})
+    assert words in found[f"stages.0.{field}"]
+
+
+@pytest.mark.parametrize(
+    ("stages", "place", "words"),
+    [
+        ([{"kind": "finetune"}, FIRST, {"kind": "evaluate"}], 1, "add a 'finetune' stage"),
+        ([{"kind": "quantize"}, FIRST | {"of": "student"}, {"kind": "distill"}], 1, "put 'intermediate' before it"),
+    ],
+)
+def test_an_intermediate_task_has_its_place(stages: list, place: int, words: str) -> None:
+    assert words in problems(SHORT | {"stages": stages})[f"stages.{place}.kind"]
+
+
 @pytest.mark.parametrize("body", [b"\xff\xfe", b"[1, 2]", b"a: [", b"", b"{" * 100_000, b"&a [*a]"])
 def test_unreadable_body_is_refused(body: bytes) -> None:
     with pytest.raises(SpecInvalid):

@@ -22,6 +22,7 @@ from core.errors import StageFailed
 OFFLINE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 COMPLETE_FOLDER = "Upload the whole folder: config.json, safetensors and tokenizer, as save_pretrained writes them."
 INPUT_NAMES = ("input_ids", "attention_mask", "token_type_ids")
+NO_LABELS = ["LABEL_0", "LABEL_1"]  # what stock `transformers` calls those of a model that has none
 CHECKED_TOKENS = 8
 CUTTING = ("truncation", "padding")
 TRANSIENT_SETTINGS = ("local_files_only", "is_local", "max_length", "stride", "truncation_strategy")
@@ -181,6 +182,18 @@ def save_classifier(
     model.save_pretrained(folder)
     save_tokenizer(tokenizer, folder)
     save_labels(labels, folder)
+
+
+def save_trunk(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Writes a classifier without its head and what the config says of it, as one that was only pretrained."""
+    folder.mkdir(parents=True, exist_ok=True)
+    trunk = model.base_model
+    name_labels(trunk, NO_LABELS)
+    trunk.config.problem_type = None
+    if hasattr(trunk.config, "tasks"):
+        del trunk.config.tasks
+    trunk.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
 
 
 def save_language_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

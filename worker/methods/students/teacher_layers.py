@@ -64,6 +64,12 @@ class TeacherLayers(Student):
         """Whether it has widths of its own."""
         return bool(self.hidden_size or self.intermediate_size)
 
+    @property
+    def asks_head(self) -> bool:
+        """Whether importance is that for the loss."""
+        by_score = isinstance(self.keep, Choice) and self.keep.by == "importance"
+        return by_score or (self.is_narrower and self.importance.needs_gradients)
+
     def check(self, teacher: ModelFacts) -> list[Problem]:
         """Returns a problem for layers that the teacher lacks or that are not in order, or for an impossible width."""
         width, heads = teacher.hidden_size, teacher.num_heads
