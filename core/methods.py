@@ -73,6 +73,11 @@ class Task(Method):
         """Returns the tasks that it is made of, by name; most are made of none."""
         return {}
 
+    @property
+    def learns_balance(self) -> bool:
+        """Whether it is learned how much each of these tasks counts."""
+        return False
+
     def stage_defaults(self) -> dict[str, dict[str, Any]]:
         """Returns, by the kind of a stage, settings that a spec may leave out."""
         return {}

@@ -1,6 +1,7 @@
 """Several tasks on one trunk: draws, heads against stock transformers and onnxruntime, whole jobs in the real child."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -253,10 +254,39 @@ def test_two_processes_learn_the_tasks_that_one_does(tmp_path: Path) -> None:
     bench = lay(tmp_path, TEXTS)
     gently = {"epochs": 2, "learning_rate": 1e-4, "head_learning_rate": 1e-3, "batch_size": 16, "dropout": 0.0}
     spec = of_tasks(TEXTS, [{"kind": "finetune", **gently}])
+    spec["task"]["balance"] = "uncertainty"
     one, two = (bench.succeed(spec, 0, str(n), labels=labels_of(TEXTS), num_processes=n) for n in (1, 2))
     for (_, found), (_, expected) in zip(two.series("loss/total"), one.series("loss/total"), strict=True):
         assert found == pytest.approx(expected, rel=2e-2, abs=2e-2)
     assert [point[:2] for point in one.points()] == [point[:2] for point in two.points()]
+    for name in TEXTS:
+        found, expected = (done.series(f"log_variance/{name}") for done in (two, one))
+        assert found[-1][1] == pytest.approx(expected[-1][1], abs=1e-3)
+
+
+def test_variances_are_learned_as_the_paper_says(tmp_path: Path) -> None:
+    """What is logged of each step is replayed by autograd on the paper's formulas of σ, and stock AdamW."""
+    bench = lay(tmp_path, TWO)
+    settings = FAST | {"epochs": 2, "schedule": "constant", "warmup_ratio": 0.0, "max_gradient_norm": 1e-3}
+    spec = of_tasks(TWO, [{"kind": "finetune", **settings}])
+    spec["task"]["balance"] = "uncertainty"
+    done = bench.succeed(spec, labels=labels_of(TWO))
+    logged = {name: [value for _, value in done.series(f"log_variance/{name}")] for name in TWO}
+    totals = [value for _, value in done.series("loss/total")]
+    assert len(totals) == 2 * math.ceil(360 / 16)
+    learned = {name: torch.zeros((), requires_grad=True) for name in TWO}
+    optimizer = torch.optim.AdamW([*learned.values()], lr=settings["head_learning_rate"], weight_decay=0.0)
+    squared = [value for _, value in done.series("loss/squared_error")]
+    for step, (total, error) in enumerate(zip(totals, squared, strict=True)):
+        name = "size" if error else "intent"
+        deviation = (learned[name] / 2).exp()
+        loss = total / (2 * deviation**2) if name == "size" else total / deviation**2
+        optimizer.zero_grad()
+        (loss + deviation.log()).backward()
+        optimizer.step()
+        for task, value in learned.items():
+            assert logged[task][step] == pytest.approx(value.item(), abs=1e-5)
+    assert all(abs(values[-1]) > 0.05 for values in logged.values())
 
 
 def test_words_and_texts_share_a_trunk(tmp_path: Path) -> None:
@@ -291,7 +321,7 @@ def test_a_run_that_was_interrupted_ends_with_the_same_bytes(
     bench = trained[0].copy(tmp_path / "job")
     shutil.rmtree(bench.inputs / "student")
     spec = of_tasks(TEXTS, [{"kind": "distill", **FAST, "epochs": 3}])
-    spec["task"]["temperature"] = 3.0
+    spec["task"] |= {"temperature": 3.0, "balance": "uncertainty"}
     labels = labels_of(TEXTS)
     whole = bench.succeed(spec, 0, "whole", labels=labels, checkpoint_s=0)
     order = bench.write_order(spec, 0, "cut", labels=labels, checkpoint_s=0)
@@ -376,6 +406,7 @@ TWO = {name: TEXTS[name] for name in ("intent", "size")}
         ({"task": as_task({"intent": {}, "a b": {}})}, "task.tasks.a b.[key]", "should match pattern"),
         ({"task": as_task({"intent": {}, "size": {"kind": "causal_lm"}})}, "task.tasks.size.kind", "unknown kind"),
         ({"task": as_task({"intent": {}, "size": as_task(TWO)})}, "task.tasks.size.kind", "unknown kind"),
+        ({"task": as_task(TWO, balance="size")}, "task.balance", "'draws' or 'uncertainty'"),
         ({"task": as_task(TWO, temperature=0.5)}, "task.temperature", "greater than or equal to 1"),
         (
             {"stages": [{"kind": "distill", "losses": [{"kind": "forward_kl"}]}]},

@@ -1,6 +1,8 @@
 """One denominator for a step, whatever the parts it is computed in, and what is told of its terms."""
 
+import math
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor
 
 from core.methods import list_methods
 from worker.engine.objective import Objective, ShareWatch, Term
+from worker.engine.uncertainty import Uncertainty
 from worker.kernels.heads import add_numbers
 from worker.kernels.signals import DenseSignal
 
@@ -61,6 +64,22 @@ def test_the_shares_are_those_of_the_values_and_of_the_gradients() -> None:
         2.0 * 3 / N * (F.softmax(z_NC / 3, -1) - F.softmax(u_NC / 3, -1)).norm().item(),
     ]
     assert shares["gradient/cross_entropy"] == pytest.approx(norms[0] / sum(norms))
+
+
+def test_the_variance_of_a_task_divides_its_loss_for_the_model_too() -> None:
+    """Kendall et al. 2018: L / σ² of a classification, L / 2σ² of a regression; σ² is 1.5 here."""
+    uncertainty, labels_N = Uncertainty({"intent": False, "size": True}), torch.arange(N) % C
+    for parameter in uncertainty.parameters():
+        torch.nn.init.constant_(parameter, math.log(1.5))
+    objective = Objective([Term("cross_entropy", 0.5, LOSSES["cross_entropy"]().build(None))], uncertainty=uncertainty)
+    for task, divisor in (("intent", 1.5), ("size", 3.0)):
+        z_NC = draw(0).requires_grad_()
+        loss = 0.5 * F.cross_entropy(z_NC, labels_N)
+        (loss / divisor).backward()
+        scale = objective.scale(SimpleNamespace(task=task))
+        gradient_NC, numbers = objective(z_NC, None, labels_N, N, scale=scale)
+        torch.testing.assert_close(gradient_NC, z_NC.grad, rtol=1e-6, atol=0)
+        assert numbers["total"] == pytest.approx(loss.item())
 
 
 def auto(weight: float, *, balanced: str = "forward_kl") -> Objective:

@@ -14,6 +14,7 @@ from worker.engine.rollouts import Rollouts
 from worker.engine.students import load_student, load_student_tokenizer
 from worker.engine.teaching import Teaching
 from worker.engine.training import Trainer
+from worker.engine.uncertainty import find_uncertainty
 from worker.engine.watching import Watched
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def make_trainer(
         student,
         tokenizer,
         settings,
-        Objective(terms, is_sum=settings.reduction == "sum"),
+        Objective(terms, is_sum=settings.reduction == "sum", uncertainty=find_uncertainty(ctx)),
         teaching,
         Features(ctx, compared, Watched(student), teaching.layers) if compared and teaching.layers else None,
         make_rollouts(ctx, student, tokenizer, settings),

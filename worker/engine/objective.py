@@ -11,6 +11,7 @@ from torch import Tensor
 from core.methods import Loss, OneOf
 from worker.engine.context import StageContext
 from worker.engine.data import Batch
+from worker.engine.uncertainty import Uncertainty, find_uncertainty
 from worker.kernels.divergences import widen
 from worker.kernels.signals import Signal
 
@@ -55,7 +56,7 @@ def label_objective(ctx: StageContext) -> "Objective":
     """Returns the loss on labels alone, as the task has it, or each of several tasks."""
     kinds = [task.label_loss for task in ctx.spec.task.parts().values() or [ctx.spec.task]]
     losses = [LOSS.validate_python({"kind": kind}) for kind in dict.fromkeys(kinds)]
-    return Objective([make_term(ctx, loss.kind, loss) for loss in losses])
+    return Objective([make_term(ctx, loss.kind, loss) for loss in losses], uncertainty=find_uncertainty(ctx))
 
 
 class Objective:
@@ -67,11 +68,12 @@ class Objective:
     weighted terms, both averaged over the steps so far. The weights of a step depend on the steps before it alone.
 
     Attributes:
+        uncertainty: What is learned of several tasks: a step's gradient is multiplied with the weight of its task.
         norms: Of each term's gradient without its weight, as far as it is known; a run that goes on needs them.
     """
 
-    def __init__(self, terms: Sequence[Term], *, is_sum: bool = False) -> None:
-        self.terms, self.is_sum = terms, is_sum
+    def __init__(self, terms: Sequence[Term], *, is_sum: bool = False, uncertainty: Uncertainty | None = None) -> None:
+        self.terms, self.is_sum, self.uncertainty = terms, is_sum, uncertainty
         self.norms: dict[str, float] = {}
 
     @property
@@ -95,6 +97,10 @@ class Objective:
         """Returns the names of the terms that have nothing to say of a batch."""
         return {term.name for term in self.terms if term.rests(batch, is_own=is_own)}
 
+    def scale(self, batch: Batch) -> float:
+        """Returns the weight of a batch's task."""
+        return self.uncertainty.weight(batch.task) if self.uncertainty else 1.0
+
     def learn(self, numbers: dict[str, float]) -> None:
         """Notes the norms of a whole step, of which `numbers` are the sums of the parts; a term that rests has none."""
         for name, weight in self.weights().items():
@@ -110,6 +116,7 @@ class Objective:
         num_rows: int,
         *,
         resting: Container[str] = (),
+        scale: float = 1.0,
     ) -> tuple[Tensor, dict[str, float]]:
         """Returns the gradient of a part's share of L by the logits, and what the part adds to the step's numbers.
 
@@ -122,6 +129,7 @@ class Objective:
             labels_N: Their classes.
             num_rows: Rows of the whole step.
             resting: The names of the terms that have nothing to say of this part; they add zeros.
+            scale: What the gradient is multiplied with; the numbers are not.
         """
         divisor = 1 if self.is_sum else max(1, num_rows)
         logits_NC = widen(student_NC.detach()).requires_grad_()
@@ -139,7 +147,10 @@ class Objective:
         numbers = {name: next(values) for term in self.terms for name in (term.name, f"gradient/{term.name}")}
         if gradient_NC is None:
             gradient_NC = torch.zeros_like(logits_NC, requires_grad=False)
-        return gradient_NC, {"total": sum(weight * numbers[name] for name, weight in weights.items()), **numbers}
+        return gradient_NC.mul_(scale), {
+            "total": sum(weight * numbers[name] for name, weight in weights.items()),
+            **numbers,
+        }
 
     def shares(self, numbers: dict[str, float]) -> dict[str, float]:
         """Returns each term's share of the total and, under `gradient/<term>`, of the sum of the gradients' norms."""

@@ -87,6 +87,8 @@ class Trainer:
         self.adapted = self._adapt() if self.settings.adapter else None
         self.optimizer = make_optimizer(self.model, self.settings, self.task.is_head)
         self.beside = self.features.projections.to(self.ctx.device) if self.features else torch.nn.ModuleDict()
+        if self.objective.uncertainty:
+            self.beside["uncertainty"] = self.objective.uncertainty.to(self.ctx.device)
         if len(self.beside):
             self.optimizer.add_param_group(
                 {"params": [*self.beside.parameters()], "lr": self.settings.head_learning_rate, "weight_decay": 0.0}
@@ -258,7 +260,8 @@ class Trainer:
             self.frozen.apply(self._step)
         if self.growth:
             self.growth.apply(self._step)
-        objective = partial(self.objective, resting=self.objective.resting(batch, is_own=is_own))
+        scale = self.objective.scale(batch)
+        objective = partial(self.objective, resting=self.objective.resting(batch, is_own=is_own), scale=scale)
         ranks.seed_step(self.ctx.seed, self._step)
         num_rows = int(batch.is_row.sum())
         self.ctx.share_done, self.ctx.is_own_text = self._step / max(1, self.num_steps - 1), is_own
@@ -270,9 +273,9 @@ class Trainer:
                 with autocast(self.ctx.device):
                     answer = self.task.answer(self.model, part)
                 beside, values = self.features.compare(part, batch) if self.features else (None, {})
-                others = () if beside is None else (beside,)
+                others = () if beside is None else (scale * beside,)
                 added = backward(answer, objective, signal, part.row_labels, num_rows, others) | values
-            added["total"] += sum(other.item() for other in others)
+            added["total"] += 0.0 if beside is None else beside.item()
             numbers = add_numbers(numbers, added)
         trained = [*self.model.parameters(), *self.beside.parameters()]
         numbers = ranks.add_up_numbers(numbers, self.ctx.device)
@@ -283,6 +286,8 @@ class Trainer:
         self._check_finite("loss", numbers["total"])
         self._check_finite("gradient", clip_gradients(trained, self.settings.max_gradient_norm))
         self.objective.learn(numbers)
+        if self.objective.uncertainty:
+            self.objective.uncertainty.learn(batch.task, numbers["total"])
         self.optimizer.step()
         keep_zeros(self.zeros)
         if self.growth:
@@ -315,6 +320,9 @@ class Trainer:
         for term in self.objective.terms:
             if term.weight is None:
                 self.ctx.reporter.metric(f"weight/{term.name}", step, self.objective.weights()[term.name])
+        if self.objective.uncertainty:
+            for name, value in self.objective.uncertainty.log_variances().items():
+                self.ctx.reporter.metric(f"log_variance/{name}", step, value)
         for name, share in shares.items():
             self.ctx.reporter.metric(f"share/{name}", step, share)
         for name, share in self.watch.see(shares).items():

@@ -41,10 +41,20 @@ class MultiTask(Task):
         description="How evenly tasks are drawn: of n examples as often as n^(1/temperature), so that 1 goes by size, "
         "and small tasks come more often the higher it is. An epoch has as many examples as all tasks together.",
     )
+    balance: Literal["draws", "uncertainty"] = Field(
+        "draws",
+        description="What decides how much a task counts: `draws` how often it is drawn; `uncertainty` besides a "
+        "variance of each task, learned at the rate of the head, that its losses are divided by (Kendall et al. 2018).",
+    )
 
     def parts(self) -> dict[str, Task]:
         """Returns the tasks, in the order of their names, which is that of the labels."""
         return dict(sorted(self.tasks.items()))
+
+    @property
+    def learns_balance(self) -> bool:
+        """Whether each task has a variance."""
+        return self.balance == "uncertainty"
 
     def stage_defaults(self) -> dict[str, dict[str, Any]]:
         """Returns the losses of all tasks; each hears those that fit it."""
