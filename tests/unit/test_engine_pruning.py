@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.utils import prune as torch_prune
@@ -18,10 +19,12 @@ from core.methods import list_methods
 from core.models.facts import read_facts
 from core.models.safetensors_header import read_tensors
 from tests import pico
-from tests.engine_bench import FAST, Bench, make_spec
+from tests.engine_bench import FAST, Bench, contents, make_spec
 from tests.unit.test_engine_models import CONFIGS, make
 from tests.unit.test_engine_narrowing import KNOWN, Sample, context, cut, logits, parts_of, weight_of
-from worker.engine.changes import Reader
+from worker.engine import measuring
+from worker.engine.changes import Reader, compare
+from worker.engine.data import Encoded
 from worker.engine.goals import build, make_cost
 from worker.engine.importance import Site, rank_blocks, watch
 from worker.engine.pruning import _list_fitting
@@ -142,11 +145,50 @@ def test_a_job_prunes_and_brings_back_what_was_lost(tmp_path: Path) -> None:
     assert {row["name"]: row["num_parameters"] for row in rows}["student"] == pruned["num_parameters"]
 
 
+def test_times_are_told_and_no_file_holds_them(tmp_path: Path) -> None:
+    bench = Bench(tmp_path).lay()
+    stages = [{"kind": "prune", "intermediate_size": 24}, {"kind": "evaluate", "latency_samples": 10}]
+    spec = make_spec(stages)
+    first, again = (bench.succeed(spec, 0, name) for name in ("first", "again"))
+    assert contents(again.outputs) == contents(first.outputs)
+    told, told_again = (dict(done.last["summary"]) for done in (first, again))
+    times = {name: told[name] for name in ("latency_p50_ms_before", "latency_p50_ms")}
+    assert min(times.values()) > 0
+    assert told_again.keys() == told.keys()
+    assert {name for name in told if told[name] != told_again[name]} <= times.keys()
+    bench.adopt(first, 0, "prune")
+    account = {"kind": "prune", "state": "succeeded", "seconds": 1.0, "summary": told, "reused": None}
+    page = (bench.succeed(spec, 1, earlier=[account]).outputs / "report" / "report.html").read_text()
+    assert "<td>{:.2f} → {:.2f}</td>".format(*times.values()) in page
+    assert f"<td>{told['num_parameters_before']:,} → {told['num_parameters']:,}</td>" in page
+
+
+def test_each_time_is_that_of_its_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that only the models move on, each by a time of its own."""
+    now = [0.0]
+    monkeypatch.setattr(measuring.time, "perf_counter", lambda: now[0])
+    models = {0.003: make(BERT), 0.002: make(BERT)}
+    for seconds, model in models.items():
+        model.register_forward_hook(lambda *_, seconds=seconds: now.__setitem__(0, now[0] + seconds))
+    texts = [np.arange(4, 4 + length, dtype=np.int32) for length in (8, 5, 12)]
+    sample = Encoded({"input_ids": texts}, {"input_ids": 0}, torch.tensor([0, 1, 2]), 12, 0, "")
+    ctx = context()
+    ctx.find_split, ctx.get_split = lambda _: None, lambda split: Path(f"{split}.jsonl")
+    ctx.task.sample, ctx.task.is_head = lambda *_: sample, lambda *_: False
+    ctx.task.logits = lambda answer, data, _: [answer(data.single(row)) for row in range(len(data))]
+    told = compare(ctx, *(Reader(model, None) for model in models.values()))  # type: ignore[arg-type]
+    assert told["latency_p50_ms_before"] == pytest.approx(3)
+    assert told["latency_p50_ms"] == pytest.approx(2)
+    assert told["flops"] == told["flops_before"] > 0
+    assert told["validation"] is told["validation_before"] is None
+
+
 def test_a_language_model_is_pruned(tmp_path: Path) -> None:
     stage = {"kind": "prune", "intermediate_size": 64, "importance": TAYLOR}
     spec = make_spec([stage], task={"kind": "causal_lm", "block_tokens": 32})
     summary = Bench(tmp_path).lay_language().succeed(spec, labels=[]).last["summary"]
     assert summary["num_parameters_before"] - summary["num_parameters"] == 2 * 64 * (2 * 32 + 1)
+    assert min(summary["latency_p50_ms"], summary["latency_p50_ms_before"]) > 0
     parts = summary["parameters"]
     assert parts["attention"] == 2 * (4 * 32 * 32 + 4 * 32)
     assert parts["feed_forward"] == 2 * (2 * 64 * 32 + 64 + 32 + 4 * 32)
@@ -226,9 +268,9 @@ def test_what_is_told_of_a_language_model_is_what_it_has(measure: str, tmp_path:
 def test_operations_of_every_shape_are_those_of_torch(config: PreTrainedConfig) -> None:
     model, ids_BT = make(config), torch.arange(4, 40).reshape(3, 12)
     inputs = {"input_ids": ids_BT, "attention_mask": torch.ones_like(ids_BT)}
-    task = SimpleNamespace(sample=lambda *_: ids_BT, logits=lambda answer, *_: answer(inputs))
-    ctx: Any = SimpleNamespace(task=task, find_split=lambda _: Path("validation.jsonl"), check_stop=lambda: None)
-    cost, whole = make_cost(ctx, Reader(model, None), "flops"), shape_of(model)  # type: ignore[arg-type]
+    task = SimpleNamespace(logits=lambda answer, *_: answer(inputs))
+    ctx: Any = SimpleNamespace(task=task, check_stop=lambda: None)
+    cost, whole = make_cost(ctx, model, ids_BT, "flops"), shape_of(model)
     for num_layers in range(1, whole.num_layers + 1):
         for width in (whole.intermediate_size, 16):
             shape = Shape(num_layers, width, whole.hidden_size)

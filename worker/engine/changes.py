@@ -11,8 +11,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from worker.engine.context import StageContext
 from worker.engine.inference import as_answer
+from worker.engine.measuring import time_singles
 
 ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # torch's own list lacks it
+LATENCY_SAMPLES = 20
 WHOLE = 2**31 - 1  # no text is cut, but where the model has no more positions
 
 
@@ -24,17 +26,26 @@ class Reader(NamedTuple):
 
 
 def compare(ctx: StageContext, before: Reader, after: Reader) -> dict[str, Any]:
-    """Returns parameters, also by what they belong to, operations, and validation scores before the stage and after."""
-    return {
-        "num_parameters": after.model.num_parameters(),
-        "num_parameters_before": before.model.num_parameters(),
-        "parameters": count_parameters(ctx, after.model),
-        "parameters_before": count_parameters(ctx, before.model),
-        "flops": count_flops(ctx, after),
-        "flops_before": count_flops(ctx, before),
-        "validation": score(ctx, after),
-        "validation_before": score(ctx, before),
-    }
+    """Returns what the model is after the stage, and what it was before under the same names with `_before`.
+
+    That is its parameters, also by what they belong to, its operations, its median time for one text, and its
+    validation scores. The time is another one in every run, so no file that the stage writes may hold it.
+    """
+    readers, split = (before, after), ctx.find_split("validation") or ctx.get_split("train")
+    samples = [ctx.task.sample(split, *reader) for reader in readers]
+    timed = [(as_answer(reader.model), sample) for reader, sample in zip(readers, samples, strict=True)]
+    latencies = time_singles(timed, min(LATENCY_SAMPLES, *map(len, samples)), ctx.check_stop)
+    old, new = (
+        {
+            "num_parameters": reader.model.num_parameters(),
+            "parameters": count_parameters(ctx, reader.model),
+            "flops": count_flops(ctx, reader.model, sample),
+            "latency_p50_ms": latency["latency_p50_ms"],
+            "validation": score(ctx, reader),
+        }
+        for reader, sample, latency in zip(readers, samples, latencies, strict=True)
+    )
+    return new | {f"{name}_before": value for name, value in old.items()}
 
 
 def count_parameters(ctx: StageContext, model: PreTrainedModel) -> dict[str, int]:
@@ -56,17 +67,15 @@ def _prefixes(model: PreTrainedModel, is_wanted: Callable[[Module], bool]) -> tu
     return tuple(f"{name}." for name, module in model.named_modules() if is_wanted(module))
 
 
-def count_flops(ctx: StageContext, reader: Reader) -> float:
+def count_flops(ctx: StageContext, model: PreTrainedModel, sample: Any) -> float:
     """Returns the operations of a model for one text, the mean over a sample of the data with its padding.
 
     A multiplication and an addition are two. Counted are products of matrices and attention, as if nothing was zero.
     """
-    model, tokenizer = reader
-    data = ctx.task.sample(ctx.find_split("validation") or ctx.get_split("train"), model, tokenizer)
     counter = FlopCounterMode(display=False, custom_mapping={ATTENTION: _count_attention})
     with counter:
-        ctx.task.logits(as_answer(model), data, ctx.check_stop)
-    return float(counter.get_total_flops()) / len(data)
+        ctx.task.logits(as_answer(model), sample, ctx.check_stop)
+    return float(counter.get_total_flops()) / len(sample)
 
 
 def _count_attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> Any:

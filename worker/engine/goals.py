@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from worker.engine.changes import Reader, count_flops
+from worker.engine.changes import count_flops
 from worker.engine.context import StageContext
 from worker.engine.inference import as_answer
 from worker.engine.measuring import count_weight_bytes, time_singles
@@ -17,14 +18,14 @@ LATENCY_SAMPLES = 50
 Cost = Callable[[Shape], float]
 
 
-def make_cost(ctx: StageContext, reader: Reader, measure: str) -> Cost:
+def make_cost(ctx: StageContext, model: PreTrainedModel, sample: Any, measure: str) -> Cost:
     """Returns what tells how much of a measure, as a goal of `prune` names it, a model of fewer layers and neurons has.
 
-    It tells the same each time, also of what it measures.
+    It tells the same each time, also of what it measures, on a sample of the data.
     """
     if measure == "flops":
-        return _make_flops(ctx, reader)
-    return cache(_make_latency(ctx, reader) if measure == "latency_ms" else _make_size(reader.model, measure))
+        return _make_flops(ctx, model, sample)
+    return cache(_make_latency(ctx, model, sample) if measure == "latency_ms" else _make_size(model, measure))
 
 
 def build(model: PreTrainedModel, shape: Shape) -> PreTrainedModel:
@@ -44,13 +45,13 @@ def _make_size(model: PreTrainedModel, measure: str) -> Cost:
     return cost
 
 
-def _make_flops(ctx: StageContext, reader: Reader) -> Cost:
+def _make_flops(ctx: StageContext, model: PreTrainedModel, sample: Any) -> Cost:
     """Counts three small models: operations are linear in the layers, and in the neurons of each."""
-    whole = shape_of(reader.model)
+    whole = shape_of(model)
 
     def count(num_layers: int, intermediate_size: int) -> float:
         shape = whole._replace(num_layers=num_layers, intermediate_size=intermediate_size)
-        return count_flops(ctx, Reader(build(reader.model, shape), reader.tokenizer))
+        return count_flops(ctx, build(model, shape), sample)
 
     one = count(1, whole.intermediate_size)
     a_layer = count(min(2, whole.num_layers), whole.intermediate_size) - one
@@ -63,14 +64,11 @@ def _make_flops(ctx: StageContext, reader: Reader) -> Cost:
     return cost
 
 
-def _make_latency(ctx: StageContext, reader: Reader) -> Cost:
+def _make_latency(ctx: StageContext, model: PreTrainedModel, sample: Any) -> Cost:
     """Times one text at a time on the processor, with the stage's threads."""
-    path = ctx.find_split("validation") or ctx.get_split("train")
-    data = ctx.task.sample(path, reader.model, reader.tokenizer)
 
     def cost(shape: Shape) -> float:
-        answer = as_answer(build(reader.model, shape))
-        times = time_singles([(lambda inputs: answer(inputs).numpy(), data)], LATENCY_SAMPLES, ctx.check_stop)
-        return times[0]["latency_p50_ms"]
+        answer = as_answer(build(model, shape))
+        return time_singles([(answer, sample)], LATENCY_SAMPLES, ctx.check_stop)[0]["latency_p50_ms"]
 
     return cost

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from worker.engine.blocks import Blocks
 from worker.engine.data import Encoded
-from worker.engine.inference import answer_rows
+from worker.engine.inference import Answer, answer_rows
 from worker.engine.runtimes import Forward
 
 ROUNDS = 5
@@ -72,7 +72,7 @@ def answer_all(forward: Forward, data: Encoded, between: Callable[[], None]) -> 
 
 
 def time_singles(
-    models: Sequence[tuple[Forward, Singles]], num_samples: int, between: Callable[[], None]
+    models: Sequence[tuple[Forward | Answer, Singles]], num_samples: int, between: Callable[[], None]
 ) -> list[dict[str, float]]:
     """Returns each model's median and 95th percentile of the latency at batch size 1, in milliseconds.
 

@@ -50,11 +50,11 @@ def _prune_to(
     ctx: StageContext, whole: Reader, settings: "Prune", goal: "Goal"
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Returns the best of the models that are as large as the goal allows, and what all of these are."""
-    shape, cost = shape_of(whole.model), make_cost(ctx, whole, goal.measure)
+    data = ctx.task.sample(ctx.find_split("validation") or ctx.get_split("train"), *whole)
+    shape, cost = shape_of(whole.model), make_cost(ctx, whole.model, data, goal.measure)
     limit = goal.limit(cost(shape))
     if cost(shape) <= limit:
         ctx.warn("goal_met_before", f"The student as it is meets the goal: its {goal.measure} is {cost(shape):,.10g}.")
-    data = ctx.task.sample(ctx.find_split("validation") or ctx.get_split("train"), *whole)
     best, most = whole.model, -math.inf
     candidates: list[dict[str, Any]] = []
     for fitting, keep in _list_fitting(shape, cost, limit, drop_layers(ctx, *whole)):

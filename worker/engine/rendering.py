@@ -34,7 +34,7 @@ def write_html(report: dict[str, Any], columns: "Sequence[Column]", quality: "Qu
     page = (
         _environment()
         .get_template("report.html.j2")
-        .render(**report, columns=columns, figures=figures, settings=to_yaml(report["spec"]))
+        .render(**report, columns=columns, quality=quality, figures=figures, settings=to_yaml(report["spec"]))
     )
     path.write_text(page, encoding="utf-8")
 
