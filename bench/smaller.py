@@ -6,12 +6,15 @@ The specs are `smaller_<set>.yaml`: a MiniLM of 6 layers is fine-tuned as the te
 and tokens, and is exported as ONNX with weights in 8 bits. Compared are accuracy on the test split, stored bytes with
 tokenizer, and the median time for one text: the teacher in PyTorch, the student in onnxruntime, in turn. With
 `--target` the specs say nothing but a goal, and the student is searched for; what it is given to reach is a tenth of
-the teacher's bytes, and a time for one text that is named here in milliseconds for this processor. Banking77 is
+the teacher's bytes, and a time for one text that is named here in milliseconds for this processor. What was found is
+then measured again on the test split by `artifact_alone.py`, which has nothing but the downloaded form. Banking77 is
 CC BY 4.0 (Casanueva et al. 2020), SST-2 of Socher et al. 2013; both as JSON Lines with `text` and `label`. Without
 their folder the bench says so and ends. Prints a table and writes `smaller.json`.
 """
 
 import argparse
+import json
+import subprocess
 import sys
 import tempfile
 from importlib.resources import files
@@ -31,6 +34,10 @@ GOALS = {  # what TinyBERT's authors report is .968, 7.5 and 9.4: Jiao et al. 20
     "accuracy over teacher's": (0.97, "at least"),
     "times smaller": (10.0, "at least"),
     "times faster": (9.4, "at least"),
+}
+PROMISES = {
+    "p95 over the promised one, measured again": (1.0, "at most"),
+    "bytes over the promised ones, measured again": (1.0, "at most"),
 }
 
 
@@ -52,18 +59,39 @@ def measure(data: Path, names: list[str], seeds: list[int], target: dict[str, An
                     times = {"seconds": seconds, "stage_seconds": stage_seconds(job)}
                     points = [point.model_dump() for point in client.jobs.pareto(job.id)]
                     found.append({"set": name, "seed": seed, "models": models, "points": points, **times})
+                    if target:
+                        client.jobs.download(job.id, "onnx_int8", Path(folder) / job.id)
+                        form = Path(folder) / job.id / "onnx_int8"
+                        found[-1] |= {"again": measure_again(form, data / name / "test.jsonl"), "target": target}
                     show(found)
     return found
 
 
-def compare(models: dict[str, Any]) -> dict[str, float]:
-    """Returns the figure for each goal."""
-    teacher, small = models["teacher"], models["onnx_int8"]
-    return {
+def measure_again(form: Path, texts: Path) -> dict[str, Any]:
+    """Returns what a script sees that has nothing of ours but the files of the form."""
+    command = [sys.executable, "-I", HERE / "artifact_alone.py", form, texts]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+
+
+def compare(one: dict[str, Any]) -> dict[str, float]:
+    """Returns the figure for each goal, and of a job that had a target for each promise."""
+    teacher, small = one["models"]["teacher"], one["models"]["onnx_int8"]
+    figures = {
         "accuracy over teacher's": small["accuracy"] / teacher["accuracy"],
         "times smaller": teacher["size_bytes"] / small["size_bytes"],
         "times faster": teacher["latency_p50_ms"] / small["latency_p50_ms"],
     }
+    if "again" not in one:
+        return figures
+    again, target = one["again"], one["target"]
+    kept = (again["p95_ms"] / target["max_p95_ms"], again["bytes"] / target["max_bytes"])
+    return figures | dict(zip(PROMISES, kept, strict=True))
+
+
+def worst_of(found: list[dict[str, Any]]) -> dict[str, float]:
+    """Returns of each figure the job's that is farthest from its goal."""
+    seen = [compare(one) for one in found]
+    return {figure: (max if figure in PROMISES else min)(one[figure] for one in seen) for figure in seen[0]}
 
 
 def show(found: list[dict[str, Any]]) -> None:
@@ -73,10 +101,10 @@ def show(found: list[dict[str, Any]]) -> None:
     for one in found:
         for name in ("teacher", "student", "onnx_int8"):
             row, last = one["models"][name], name == "onnx_int8"
-            figures = [f"{value:.3f}" if last else "" for value in compare(one["models"]).values()]
+            figures = [f"{compare(one)[figure]:.3f}" if last else "" for figure in GOALS]
             seen = (f"{row['accuracy']:.4f}", f"{row['size_bytes'] / 1e6:.2f}", f"{row['latency_p50_ms']:.2f}")
             table.add_row(one["set"], str(one["seed"]), name, *seen, *figures, f"{one['seconds']:.0f}" if last else "")
-    console.print(table)
+    console.print(table, *(("measured again", found[-1]["again"]) if "again" in found[-1] else ()))
     for point in found[-1]["points"]:
         costs = f"{point['size_bytes'] / 1e6:.2f} MB, p95 {point['latency_p95_ms']:.2f} ms, {point['seconds']:.0f} s"
         console.print(f"student {point['number']}: {point['sizes']}: {point['retained']:.4f} kept, {costs}")
@@ -97,8 +125,7 @@ def main() -> int:
         return 0
     target = {"min_retained": 0.97, "max_bytes": TENTH_BYTES, "max_p95_ms": arguments.max_p95_ms}
     found = measure(arguments.data, names, arguments.seeds, target if arguments.target else None)
-    worst = {figure: min(compare(one["models"])[figure] for one in found) for figure in GOALS}
-    return finish(arguments.out / "smaller.json", GOALS, worst, seen=found)
+    return finish(arguments.out / "smaller.json", GOALS | PROMISES, worst_of(found), seen=found)
 
 
 if __name__ == "__main__":
