@@ -21,9 +21,11 @@ SOURCES = (
     "core/weights.py",
 )
 LIBRARIES = (
+    "nncf",
     "numpy",
     "onnx",
     "onnxruntime",
+    "openvino",
     "peft",
     "safetensors",
     "tokenizers",

@@ -1,6 +1,7 @@
 """What holds for every student and every exporter."""
 
 import json
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,16 +10,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+)
 
-from core.errors import StageFailed
+from core.errors import SpecInvalid, StageFailed
 from core.methods import ONNX_FORMS, list_methods
 from tests import pico
 from tests.engine_bench import LABELS, Bench, contents, make_spec
 from worker.engine.context import Order, StageContext
-from worker.engine.loading import load_classifier, load_tokenizer, save_classifier
+from worker.engine.loading import load_classifier, load_tokenizer, name_labels, save_classifier
 from worker.engine.mailbox import Mailbox
 from worker.engine.reporting import Reporter
+from worker.engine.runtimes import open_model
 from worker.engine.students import load_student
 
 STUDENTS: dict[str, dict[str, Any]] = {
@@ -64,6 +71,11 @@ def answer(folder: Path) -> np.ndarray:
 
         session = onnxruntime.InferenceSession(folder / "model.onnx")
         return session.run(["logits"], {node.name: inputs[node.name].numpy() for node in session.get_inputs()})[0]
+    if (folder / "model.xml").exists():
+        import openvino
+
+        compiled = openvino.compile_model(folder / "model.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        return compiled({value.any_name: inputs[value.any_name].numpy() for value in compiled.inputs})["logits"]
     with torch.no_grad():
         return AutoModelForSequenceClassification.from_pretrained(folder).eval()(**inputs).logits.numpy()
 
@@ -85,7 +97,7 @@ def test_a_student_loads_in_stock_transformers(kind: str, context: StageContext,
             torch.testing.assert_close(tensor, teacher[name.replace("layer.1.", "layer.2.")], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("kind", ["safetensors", *ONNX_FORMS])
+@pytest.mark.parametrize("kind", ["safetensors", *ONNX_FORMS, "openvino"])
 def test_an_exported_form_agrees_and_repeats(kind: str, with_student: StageContext, tmp_path: Path) -> None:
     form = list_methods("exporters")[kind]()
     for name in ("once", "twice"):
@@ -100,6 +112,69 @@ def test_an_exported_form_agrees_and_repeats(kind: str, with_student: StageConte
     assert json.loads((tmp_path / "once" / "labels.json").read_text()) == LABELS
     config = json.loads((tmp_path / "once" / "config.json").read_text())
     assert [config["id2label"][str(index)] for index in range(len(LABELS))] == LABELS
+
+
+@pytest.fixture
+def with_distilbert(context: StageContext) -> StageContext:
+    """A student that takes no token types, and tells the texts apart."""
+    torch.manual_seed(0)
+    tokenizer = context.load_tokenizer("teacher")
+    sizes = {"dim": 32, "hidden_dim": 48, "n_heads": 2, "n_layers": 2, "max_position_embeddings": 64}
+    config = DistilBertConfig(vocab_size=len(tokenizer), **sizes, num_labels=len(LABELS))
+    student = DistilBertForSequenceClassification(config)
+    with torch.no_grad():
+        for tensor in student.parameters():  # all unlike, for a graph holds equal ones but once
+            tensor.normal_(std=0.2)
+    name_labels(student, LABELS)
+    save_classifier(student, tokenizer, LABELS, context.order.inputs_dir / "student")
+    return context
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-5), ("float16", 2e-3), ("int8", 2e-2)])
+def test_openvino_keeps_what_its_precision_can(
+    precision: str, tolerance: float, with_distilbert: StageContext, tmp_path: Path
+) -> None:
+    method = list_methods("exporters")["openvino"](precision=precision)
+    measured = method.build(with_distilbert)(tmp_path)
+    expected, found = answer(with_distilbert.order.inputs_dir / "student"), answer(tmp_path)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * np.ptp(expected))
+    assert measured["max_logit_difference"] < tolerance * np.ptp(expected)
+    num_parameters = with_distilbert.load_model("student").num_parameters()
+    opened = open_model(tmp_path, with_distilbert.task.load_model, with_distilbert.load_tokenizer("student"), 1)
+    assert (opened.runtime, opened.input_names) == ("openvino", ["input_ids", "attention_mask"])
+    assert opened.num_parameters == num_parameters
+    assert sys.modules["openvino_telemetry"] is None
+    weights = [
+        path.stat().st_size for path in (tmp_path / "model.bin", with_distilbert.input("student") / "model.safetensors")
+    ]
+    assert weights[0] / weights[1] == pytest.approx(method.bytes_per_parameter / 4, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("form", "task", "field", "hint"),
+    [
+        ({"kind": "openvino"}, "causal_lm", "stages.1.formats.0", "'openvino' writes no causal_lm model"),
+        ({"kind": "openvino", "precision": "int4"}, "text_classification", "stages.1.formats.0.precision", "'int8'"),
+    ],
+)
+def test_a_form_that_cannot_be_is_refused(form: dict[str, Any], task: str, field: str, hint: str) -> None:
+    with pytest.raises(SpecInvalid) as caught:
+        make_spec([{"kind": "distill"}, {"kind": "export", "formats": [form]}], task={"kind": task})
+    details = {detail["field"]: detail["message"] for detail in caught.value.details}
+    assert hint in details.get(field, ""), details
+
+
+@pytest.mark.parametrize("kind", ["openvino"])
+def test_a_form_whose_library_is_missing_says_what_to_install(
+    kind: str, with_student: StageContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, kind, None)
+    monkeypatch.delitem(sys.modules, f"worker.engine.{kind}_files", raising=False)
+    with pytest.raises(StageFailed) as caught:
+        list_methods("exporters")[kind]().build(with_student)
+    assert caught.value.reason == "export_unsupported"
+    assert f"'{kind}' is not installed" in caught.value.message
+    assert f"pip install 'stillhouse[{kind}]'" in caught.value.suggestion
 
 
 def test_forms_are_compared_in_float32_where_training_runs_in_bf16(

@@ -93,7 +93,8 @@ def evaluate(ctx: StageContext, settings: "Evaluate") -> dict[str, Any]:
 
 
 NOTES = (
-    "Folders of transformers run in PyTorch, ONNX files in onnxruntime, all on the processor.",
+    "Folders of transformers run in PyTorch, ONNX files in onnxruntime, OpenVINO's in OpenVINO (with arithmetic in "
+    "float32), all on the processor.",
     "Size: all files of the form, with tokenizer and config.",
 )
 

@@ -75,7 +75,7 @@ def write_onnx(ctx: StageContext, settings: "Onnx", folder: Path) -> dict[str, f
     """Writes the student as ONNX, runs it in onnxruntime, and returns the largest difference of a logit."""
     reference = get_reference(ctx)
     shutil.copyfile(make_onnx(ctx), folder / "model.onnx")
-    _write_companions(ctx, reference, folder)
+    write_companions(ctx, reference, folder)
     return measure(ctx, reference, run_onnx(ctx, reference.data, folder), "onnx", settings.tolerance)
 
 
@@ -112,7 +112,7 @@ def write_onnx_fp16(ctx: StageContext, settings: "OnnxFp16", folder: Path) -> di
 def check_onnx(ctx: StageContext, folder: Path, form: str, least: float) -> dict[str, float]:
     """Writes what belongs to a graph, and returns what `measure_agreement` does of it."""
     reference = get_reference(ctx)
-    _write_companions(ctx, reference, folder)
+    write_companions(ctx, reference, folder)
     return measure_agreement(ctx, reference, run_onnx(ctx, reference.data, folder), form, least)
 
 
@@ -205,7 +205,8 @@ def _export_graph(ctx: StageContext, reference: Reference, path: Path) -> Path:
     return path
 
 
-def _write_companions(ctx: StageContext, reference: Reference, folder: Path) -> None:
+def write_companions(ctx: StageContext, reference: Reference, folder: Path) -> None:
+    """Writes what belongs to every form that is not a folder of `transformers`: config, tokenizer and labels."""
     reference.model.config.save_pretrained(folder)
     save_tokenizer(reference.tokenizer, folder)
     save_labels(ctx.labels, folder)

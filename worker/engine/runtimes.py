@@ -1,4 +1,4 @@
-"""Exported models as a user runs them: torch for `transformers` folders, onnxruntime for ONNX."""
+"""Exported models as a user runs them: torch for `transformers` folders, onnxruntime for ONNX, OpenVINO for its own."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from worker.engine.extras import needing
 from worker.engine.loading import input_names
 
 Forward = Callable[[dict[str, Tensor]], NDArray[np.float32]]
@@ -72,6 +73,10 @@ def open_model(
     """Returns the folder's model, on the processor; `load` reads one of transformers."""
     if (folder / "model.onnx").is_file():
         return _open_onnx(folder, num_threads)
+    if (folder / "model.xml").is_file():
+        with needing("openvino"):
+            from worker.engine.openvino_files import open_openvino
+        return open_openvino(folder, num_threads)
     return _open_torch(load(folder), tokenizer)
 
 
