@@ -79,13 +79,14 @@ IMPORTANT = {"kind": "teacher_layers", "keep": {"count": 1, "by": "importance"}}
 
 
 def test_a_stage_with_data_of_its_own_sees_nothing_of_the_jobs() -> None:
-    spec = load_spec(SHORT | {"stages": [FIRST, {"kind": "finetune"}, {"kind": "evaluate"}]} | {"student": IMPORTANT})
+    stages = [FIRST, *({"kind": kind} for kind in ("finetune", "distill", "evaluate"))]
+    spec = load_spec(SHORT | {"stages": stages, "student": IMPORTANT})
     assert load_spec(spec.model_dump(mode="json")) == spec
     assert {start: seen.data.refs() for start, seen in spec.scopes().items()} == {
         "": {split: f"tickets/{split}" for split in ("train", "validation", "test")},
         "stages.0.": {split: f"reviews/{split}" for split in ("train", "validation")},
     }
-    first, second, last = (spec.seen_by(stage) for stage in spec.stages)
+    first, second, _, last = (spec.seen_by(stage) for stage in spec.stages)
     assert (first["task"]["label"], second["task"]["label"]) == ("stars", "label")
     assert "reviews" not in str(first) + str(second) + str(spec.stages[0].content())
     assert "stars" not in str(second)
@@ -101,7 +102,7 @@ def test_a_stage_with_data_of_its_own_sees_nothing_of_the_jobs() -> None:
         ({"task": {"kind": "causal_lm"}}, {}, "task", "no trunk apart"),
         ({"task": {"kind": "sorting"}}, {}, "task.kind", "unknown kind"),
         ({"data": None}, {}, "data", "valid dictionary"),
-        ({"data": "a/b"}, {}, "data", "valid dictionary"),
+        ({"data": "a/b"}, {}, "data.train", "names no split"),
         ({"data": {"train": "reviews"}}, {}, "data.train", "names no split"),
         ({"data": {"train": "reviews/train", "test": "reviews/test"}}, {}, "data.test", "unknown field"),
         ({"data": {"a": "reviews", "b": "reviews"}}, {}, "data.train", "has one task, so one split"),

@@ -147,10 +147,9 @@ class Objective:
         numbers = {name: next(values) for term in self.terms for name in (term.name, f"gradient/{term.name}")}
         if gradient_NC is None:
             gradient_NC = torch.zeros_like(logits_NC, requires_grad=False)
-        return gradient_NC.mul_(scale), {
-            "total": sum(weight * numbers[name] for name, weight in weights.items()),
-            **numbers,
-        }
+        if scale != 1:
+            gradient_NC = gradient_NC * scale
+        return gradient_NC, {"total": sum(weight * numbers[name] for name, weight in weights.items()), **numbers}
 
     def shares(self, numbers: dict[str, float]) -> dict[str, float]:
         """Returns each term's share of the total and, under `gradient/<term>`, of the sum of the gradients' norms."""

@@ -1,8 +1,11 @@
 """Encoders whose layers share their weights."""
 
 import re
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AlbertConfig, PreTrainedModel
 from transformers.models.albert import modeling_albert
@@ -43,13 +46,18 @@ SETTINGS = [
 ]
 
 
-def share_layers(
-    teacher: PreTrainedModel, num_groups: int, rule: str, embedding_size: int | None = None
-) -> PreTrainedModel:
+class Narrow(NamedTuple):
+    """The width of embeddings, and how often each token occurs, by which they start."""
+
+    size: int
+    counts_V: NDArray[np.int64]
+
+
+def share_layers(teacher: PreTrainedModel, num_groups: int, rule: str, narrow: Narrow | None = None) -> PreTrainedModel:
     """Returns an ALBERT as deep as the teacher, a BERT or RoBERTa, with one layer for each group of neighbours.
 
     With as many groups as layers it computes what the teacher does, if its embeddings are as wide as the states: the
-    map after them is the identity. Narrower ones come as near to what the teacher's embeddings give as they can.
+    map after them is the identity. Narrower ones start near what the teacher's embeddings give.
 
     Raises:
         StageFailed: `spec_invalid` if the teacher is built otherwise.
@@ -58,27 +66,27 @@ def share_layers(
     layers = [layer.state_dict() for layer in teacher.get_submodule(stack).children()]
     around = {name: tensor for name, tensor in teacher.state_dict().items() if not name.startswith(f"{stack}.")}
     state = {_rename(name.replace(f"{teacher.base_model_prefix}.", "albert."), AROUND): x for name, x in around.items()}
-    first_position = (teacher.config.pad_token_id + 1) if teacher.config.model_type != "bert" else 0
-    state[TABLES[1]] = state[TABLES[1]][first_position:]  # a RoBERTa counts from there
+    padding = teacher.base_model.embeddings.position_embeddings.padding_idx
+    state[TABLES[1]] = state[TABLES[1]][0 if padding is None else padding + 1 :]  # a RoBERTa counts from behind it
     size = num_layers // num_groups
     for group in range(num_groups):
         for name, tensor in _merge(layers[group * size : (group + 1) * size], rule).items():
             state[f"albert.encoder.albert_layer_groups.{group}.albert_layers.0.{_rename(name, IN_LAYER)}"] = tensor
     width = teacher.config.hidden_size
     state |= {f"{FIRST_MAP}.weight": torch.eye(width), f"{FIRST_MAP}.bias": torch.zeros(width)}
-    if embedding_size is not None and embedding_size < width:
-        state |= _narrow(state, embedding_size, teacher.config.layer_norm_eps)
+    if narrow and narrow.size < width:
+        state |= _factorise(state, narrow, teacher.config.layer_norm_eps)
     return _fill(teacher, num_groups, state)
 
 
-def _narrow(state: dict[str, Tensor], size: int, eps: float) -> dict[str, Tensor]:
+def _factorise(state: dict[str, Tensor], narrow: Narrow, eps: float) -> dict[str, Tensor]:
     """Returns embeddings of that width, and the map after them."""
-    names = [f"{EMBEDDINGS}.LayerNorm.{part}" for part in ("weight", "bias")]
-    norm = Norm(state[names[0]], state[names[1]], eps)
-    made = factorise([state[name] for name in TABLES], norm, size)
-    tables = dict(zip(TABLES, made.tables, strict=True))
-    norms = dict(zip(names, (torch.ones(size), torch.zeros(size)), strict=True))
-    return tables | norms | {f"{FIRST_MAP}.weight": made.map_HE, f"{FIRST_MAP}.bias": made.bias_H}
+    names, tables = [f"{EMBEDDINGS}.LayerNorm.{part}" for part in ("weight", "bias")], [state[name] for name in TABLES]
+    counts_V = torch.from_numpy(narrow.counts_V[: len(tables[0])])
+    made = factorise(tables, Norm(state[names[0]], state[names[1]], eps), narrow.size, counts_V)
+    norms = dict(zip(names, (torch.ones(narrow.size), torch.zeros(narrow.size)), strict=True))
+    maps = {f"{FIRST_MAP}.weight": made.map_HE, f"{FIRST_MAP}.bias": made.bias_H}
+    return dict(zip(TABLES, made.tables, strict=True)) | norms | maps
 
 
 def _merge(layers: list[dict[str, Tensor]], rule: str) -> dict[str, Tensor]:

@@ -38,7 +38,8 @@ class SharedLayers(Student):
         ge=2,
         le=65_536,
         description="Width of the tables of words, positions and types, which start as those from which a linear map "
-        "makes nearly what the teacher's give; null as wide as the states.",
+        "makes nearly what the teacher's give, above all for the words of the training split; null as wide as the "
+        "states.",
     )
 
     def check(self, teacher: ModelFacts) -> list[Problem]:
@@ -68,6 +69,11 @@ class SharedLayers(Student):
 
     def build(self, ctx: "StageContext") -> "PreTrainedModel":
         """Returns an ALBERT of the teacher's weights."""
-        from worker.engine.sharing import share_layers
+        from worker.engine.sharing import Narrow, share_layers
+        from worker.engine.trimming import count_tokens
 
-        return share_layers(ctx.load_model("teacher"), self.num_groups, self.by, self.embedding_size)
+        teacher, narrow = ctx.load_model("teacher"), None
+        if self.embedding_size:
+            counts_V = count_tokens(ctx, teacher, ctx.load_tokenizer("teacher"), ("train",))
+            narrow = Narrow(self.embedding_size, counts_V)
+        return share_layers(teacher, self.num_groups, self.by, narrow)
