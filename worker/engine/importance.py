@@ -102,13 +102,16 @@ def watch(ctx: StageContext, model: PreTrainedModel, sites: dict[Map, Site], by:
         raise StageFailed("spec_invalid", message, suggestion="Put a finetune stage before this one.")
     objective = label_objective(ctx)
     notes = {module: site.note for module, site in sites.items()}
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.requires_grad_(False)  # the gates alone are asked for
     for batch, answer in listen(ctx, model, data, notes, needs_gradients=by.needs_gradients):
         if by.needs_gradients:
             heard = partial(objective, resting=objective.resting(batch))
             backward(answer, heard, None, batch.row_labels, int(batch.is_row.sum()))
         for site in sites.values():
             site.end_batch()
-    model.zero_grad(set_to_none=True)
+    for parameter in learning:
+        parameter.requires_grad_(True)
     for site in sites.values():
         site.finish()
 
