@@ -14,8 +14,12 @@ def keep_largest(score_OI: Tensor, share: float, *, by_row: bool) -> Tensor:
     """
     rows_RN = score_OI if by_row else score_OI.reshape(1, -1)
     num_gone = round(share * rows_RN.shape[1])
-    gone_RK = rows_RN.argsort(dim=1, stable=True)[:, :num_gone]
-    return torch.ones_like(rows_RN, dtype=torch.bool).scatter(1, gone_RK, value=False).reshape(score_OI.shape)
+    if not num_gone:
+        return torch.ones_like(score_OI, dtype=torch.bool)
+    limit_R1 = rows_RN.topk(num_gone, dim=1, largest=False, sorted=False).values.amax(1, keepdim=True)
+    is_less_RN, is_equal_RN = rows_RN < limit_R1, rows_RN == limit_R1
+    left_R1 = num_gone - is_less_RN.sum(1, keepdim=True)  # of the equal ones
+    return ~(is_less_RN | (is_equal_RN & (is_equal_RN.cumsum(1) <= left_R1))).reshape(score_OI.shape)
 
 
 def keep_n_of_m(score_OI: Tensor, n: int, m: int) -> Tensor:

@@ -40,6 +40,19 @@ def test_equal_scores_lose_no_more_than_asked() -> None:
     assert keep_n_of_m(torch.ones(4, 8), 2, 4).sum() == 16
 
 
+@pytest.mark.parametrize("share", [0.001, 0.3, 0.999])
+@pytest.mark.parametrize("by_row", [True, False])
+def test_of_equal_scores_the_first_go(share: float, by_row: bool) -> None:
+    """By a stable sort."""
+    score_OI = torch.randint(0, 5, (4, 100), generator=torch.Generator().manual_seed(0)).double()
+    for found, row in zip(
+        *(x if by_row else x.reshape(1, -1) for x in (keep_largest(score_OI, share, by_row=by_row), score_OI)),
+        strict=True,
+    ):
+        order = sorted(range(len(row)), key=row.tolist().__getitem__)
+        assert (~found).nonzero().flatten().tolist() == sorted(order[: round(share * len(row))])
+
+
 def prune_by_the_book(weight_OI: Tensor, hessian_II: Tensor, mask_OI: Tensor) -> Tensor:
     """Optimal brain surgery on one input after the other, with the inverse for those that are left made anew."""
     result_OI, size = weight_OI.clone(), weight_OI.shape[1]
