@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 METHODS_PACKAGE = "worker.methods"
 SPLITS = ("train", "validation", "test")
 ONNX_FORMS = ("onnx", "onnx_fp16", "onnx_int8", "onnx_int8_static", "onnx_int4")
-ENCODER_FORMS = ("safetensors", *ONNX_FORMS, "openvino", "triton", "kserve")
+ENCODER_FORMS = ("safetensors", *ONNX_FORMS, "openvino", "executorch", "triton", "kserve")
 
 
 @dataclass(frozen=True)

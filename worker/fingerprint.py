@@ -21,6 +21,7 @@ SOURCES = (
     "core/weights.py",
 )
 LIBRARIES = (
+    "executorch",
     "nncf",
     "numpy",
     "onnx",

@@ -22,6 +22,6 @@ def needing(extra: str) -> Iterator[None]:
     except ModuleNotFoundError as error:
         raise StageFailed(
             "export_unsupported",
-            f"The package '{error.name}' is not installed on this worker.",
+            f"The package '{str(error.name).partition('.')[0]}' is not installed on this worker.",
             suggestion=f"Run there: pip install 'stillhouse[{extra}]'. Or leave the form {extra} out.",
         ) from error
