@@ -65,13 +65,18 @@ def decode(codes_OI: Tensor, grid: Grid) -> Tensor:
     return ((groups_OGN - grid.zero_OG[..., None]) * grid.scale_OG[..., None]).flatten(1)
 
 
+def nearest(weight_OI: Tensor, grid: Grid) -> Tensor:
+    """Returns the grid's value that is nearest to each weight, weight_OI."""
+    return decode(encode(weight_OI, grid), grid)
+
+
 def round_through(weight_OI: Tensor, grid: Grid) -> Tensor:
     """Returns the weights on the grid, with the gradient of what they were before: as if nothing had been rounded.
 
     Paper: Bengio et al. 2013, "Estimating or Propagating Gradients Through Stochastic Neurons for Conditional
     Computation", section 4 (straight-through estimator).
     """
-    return weight_OI + (decode(encode(weight_OI, grid), grid) - weight_OI).detach()
+    return weight_OI + (nearest(weight_OI, grid) - weight_OI).detach()
 
 
 def divide(grid: Grid, parts: int) -> Grid:

@@ -11,7 +11,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from worker.kernels.grids import Fit, Grid, decode, encode, join
+from worker.kernels.grids import Fit, Grid, join, nearest
 
 BLOCK = 128
 Choose: TypeAlias = Callable[[Tensor], Tensor]  # of scores, which weights stay
@@ -115,7 +115,7 @@ def round_in_order(
 
         def change(place: int, column_O: Tensor) -> Tensor:
             grid = grids[numbers[place]]
-            return decode(encode(column_O[:, None], grid), grid)[:, 0] * stays_OB[:, place]
+            return nearest(column_O[:, None], grid)[:, 0] * stays_OB[:, place]
 
         return change
 

@@ -22,10 +22,10 @@ class RoundToNearest(Rounding):
 
     def build(self, ctx: Any) -> Any:
         """Returns the rounded weights and their grid."""
-        from worker.kernels.grids import decode, encode
+        from worker.kernels.grids import nearest
 
         def round_to_nearest(matrix: "Matrix", fit: "Fit", group: int | None) -> "tuple[Tensor, Grid]":
             grid = fit(matrix.weight_OI, group)
-            return decode(encode(matrix.weight_OI, grid), grid), grid
+            return nearest(matrix.weight_OI, grid), grid
 
         return round_to_nearest
