@@ -52,7 +52,7 @@ class UsedRows(Embedding):
 def train_used_rows(model: PreTrainedModel, used: NDArray[np.int64]) -> None:
     """Lets the model train only these rows of its embedding, where that saves something; `whole_rows` ends it.
 
-    An embedding that is the last layer, too, is trained as a whole.
+    An embedding that is the last layer, too, or on a grid, is trained as a whole.
     """
     whole, last = model.get_input_embeddings(), model.get_output_embeddings()
     is_plain = type(whole) is Embedding and whole.weight.requires_grad

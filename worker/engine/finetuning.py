@@ -38,5 +38,5 @@ def make_trainer(ctx: StageContext, settings: "Finetune") -> Trainer:
     model, tokenizer = load_either(ctx, settings.of)
     if settings.open_pooler and model.has_new_head:
         open_pooler(model)
-    wanted = find_wanted(ctx) if settings.of == "student" else None
+    wanted = find_wanted(ctx) if settings.of == "student" else {}
     return Trainer(ctx, model, tokenizer, settings, label_objective(ctx), wanted=wanted)

@@ -55,7 +55,8 @@ def _depths(model: PreTrainedModel) -> Callable[[str], int]:
         return num_layers - 1 - int(found[1]) if found else num_layers if is_embedding(name) else 0
 
     def is_embedding(name: str) -> bool:
-        return isinstance(model.get_submodule(name.rpartition(".")[0]), torch.nn.Embedding) or "embeddings" in name
+        owner = name.replace(".parametrizations.weight.original", ".weight").rpartition(".")[0]
+        return isinstance(model.get_submodule(owner), torch.nn.Embedding) or "embeddings" in name
 
     return depth_of
 

@@ -33,10 +33,9 @@ def write_onnx_int4(ctx: StageContext, settings: "OnnxInt4", folder: Path) -> di
         StageFailed: `goal_missed` when too few labels agree.
     """
     proto, grids = onnx.load(make_onnx(ctx)), read_grids(ctx.input("student"))
-    modules = {name: part for name, part in get_reference(ctx).model.named_modules() if isinstance(part, Map)}
     known = {
-        _digest(by_input(module).numpy()): grids[f"{name}.weight"]
-        for name, module in modules.items()
+        _digest((by_input(part) if isinstance(part, Map) else part.weight.detach()).numpy()): grids[f"{name}.weight"]
+        for name, part in get_reference(ctx).model.named_modules()
         if f"{name}.weight" in grids
     }
     pack(proto.graph, known, settings)
@@ -50,7 +49,8 @@ def pack(graph: GraphProto, known: dict[str, Grid], settings: "OnnxInt4") -> Non
 
     Args:
         graph: What is changed.
-        known: Grids that matrices are on, by what `_digest` says of weight_IO: the graph has no names for them.
+        known: Grids that tensors are on, by what `_digest` says of weight_IO, or of a table: the graph has no names
+            for them.
         settings: Of all others.
     """
     arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
@@ -61,7 +61,7 @@ def pack(graph: GraphProto, known: dict[str, Grid], settings: "OnnxInt4") -> Non
         if node.op_type == "MatMul" and node.input[1] in tables:
             packed = _pack_product(graph, node, tables[node.input[1]], known, settings)
         elif node.op_type == "Gather" and node.input[0] in tables:
-            packed = _pack_table(graph, node, tables[node.input[0]], settings)
+            packed = _pack_table(graph, node, tables[node.input[0]], known, settings)
         nodes.append(packed or node)
     del graph.node[:]
     graph.node.extend(nodes)
@@ -76,32 +76,45 @@ def _pack_product(
 ) -> NodeProto | None:
     weight_OI, grid = torch.from_numpy(weight_IO.T.copy()), known.get(_digest(weight_IO))
     num_outputs, num_inputs = weight_OI.shape
-    width = num_inputs // grid.scale_OG.shape[1] if grid else settings.group
-    block = next((block for block in BLOCKS if block <= width and width % block == num_inputs % block == 0), None)
-    if block is None:
+    found = _find_grid(weight_OI, grid, 4, settings)
+    if found is None:
         return None
-    grid = divide(grid, width // block) if grid else fit(weight_OI, block, bits=4, symmetric=False)
+    grid, block = found
+    bits = max(4, grid.bits)
     codes_OI = encode(weight_OI, grid).to(torch.uint8).unflatten(1, (-1, block))
-    names = _add(graph, node.input[1], codes_OI, grid, 4)
+    names = _add(graph, node.input[1], codes_OI, grid, bits)
     level = ACCURACY_LEVELS[settings.compute]
-    sizes = {"K": num_inputs, "N": num_outputs, "bits": 4, "block_size": block, "accuracy_level": level}
+    sizes = {"K": num_inputs, "N": num_outputs, "bits": bits, "block_size": block, "accuracy_level": level}
     inputs = [node.input[0], *names]
     return helper.make_node("MatMulNBits", inputs, node.output, name=node.name, domain=DOMAIN, **sizes)
 
 
 def _pack_table(
-    graph: GraphProto, node: NodeProto, table_VI: NDArray[np.float32], settings: "OnnxInt4"
+    graph: GraphProto, node: NodeProto, table_VI: NDArray[np.float32], known: dict[str, Grid], settings: "OnnxInt4"
 ) -> NodeProto | None:
-    bits, width = settings.embedding_bits, table_VI.shape[1]
-    block = next((block for block in BLOCKS if block <= settings.group and width % block == 0), None)
-    if bits is None or block is None:
-        return None
     rows_VI = torch.from_numpy(table_VI.copy())
-    grid = fit(rows_VI, block, bits=bits, symmetric=False)
-    names = _add(graph, node.input[0], encode(rows_VI, grid).to(torch.uint8), grid, bits)
-    sizes = {"gather_axis": 0, "quantize_axis": 1, "block_size": block, "bits": bits}
+    found = _find_grid(rows_VI, known.get(_digest(table_VI)), settings.embedding_bits, settings)
+    if found is None:
+        return None
+    grid, block = found
+    names = _add(graph, node.input[0], encode(rows_VI, grid).to(torch.uint8), grid, grid.bits)
+    sizes = {"gather_axis": 0, "quantize_axis": 1, "block_size": block, "bits": grid.bits}
     inputs = [names[0], node.input[1], *names[1:]]
     return helper.make_node("GatherBlockQuantized", inputs, node.output, name=node.name, domain=DOMAIN, **sizes)
+
+
+def _find_grid(
+    weight_OI: Tensor, known: Grid | None, bits: int | None, settings: "OnnxInt4"
+) -> tuple[Grid, int] | None:
+    """Returns the grid that weights are on, or one of so many bits, in blocks that the runtime has, and their size."""
+    num_inputs = weight_OI.shape[1]
+    width = num_inputs // known.scale_OG.shape[1] if known else settings.group
+    block = next((block for block in BLOCKS if block <= width and width % block == num_inputs % block == 0), None)
+    if block is None:
+        return None
+    if known:
+        return divide(known, width // block), block
+    return (fit(weight_OI, block, bits=bits, symmetric=False), block) if bits else None
 
 
 def _add(graph: GraphProto, name: str, codes: Tensor, grid: Grid, bits: int) -> list[str]:

@@ -2,7 +2,6 @@
 
 import copy
 import json
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -11,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.nn import Module
+from torch.nn import Embedding, Module
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -21,7 +20,7 @@ from worker.engine.changes import Reader, compare
 from worker.engine.context import StageContext
 from worker.engine.matrices import Matrix, change_layers, check_groups, find_matrices
 from worker.engine.students import load_student, load_student_tokenizer
-from worker.kernels.grids import Grid, fit, round_through
+from worker.kernels.grids import Grid, fit, nearest, round_through
 
 if TYPE_CHECKING:
     from worker.methods.stages.quantize import Quantize
@@ -31,34 +30,78 @@ SCALE_BYTES, ZERO_BYTES = 4, 1  # of a group, as forms store them
 
 
 class Wanted(NamedTuple):
-    """What grids are to be like; see the stage `quantize`."""
+    """What the grid of one tensor is to be like; see the stage `quantize`."""
 
     bits: int
     group: int | None
     symmetric: bool
 
+    def fit(self, weight_OI: Tensor, group: int | None) -> Grid:
+        """Returns a grid of these bits for weights in groups of another size."""
+        return fit(weight_OI, group, bits=self.bits, symmetric=self.symmetric)
+
+    def grid(self, weight_OI: Tensor) -> Grid:
+        """Returns the grid of some weights."""
+        return self.fit(weight_OI, self.group)
+
 
 def quantize(ctx: StageContext, settings: "Quantize") -> dict[str, Any]:
-    """Puts the weights of the student's layers on grids; returns the stage's summary."""
+    """Puts weights of the student on grids; returns the stage's summary."""
     model, tokenizer = load_student(ctx), load_student_tokenizer(ctx)
-    before, round_weights = copy.deepcopy(model), settings.method.build(ctx)
-    data = ctx.task.sample(ctx.get_split("train"), model, tokenizer) if settings.method.needs_data else None
-    found = find_matrices(model.to(ctx.device).eval())
-    check_groups(found, settings.group or 1, "Choose a smaller group, or null for one scale a row.")
-    grids: dict[str, Grid] = {}
-
-    def change(matrix: Matrix) -> Tensor:
-        fitted = partial(fit, bits=settings.bits, symmetric=settings.symmetric)
-        weight_OI, grids[matrix.name] = round_weights(matrix, fitted, settings.group)
-        return weight_OI
-
-    change_layers(ctx, model, found, data, change)
+    before = copy.deepcopy(model)
+    data = ctx.task.sample(ctx.get_split("train"), model, tokenizer) if settings.calibrates() else None
+    layers = find_matrices(model.to(ctx.device).eval())
+    check_groups(layers, settings.group or 1, "Choose a smaller group, or null for one scale a row.")
+    sizes = {matrix.name: matrix.weight_OI.numel() for matrices in layers for matrix in matrices}
+    usual = Wanted(settings.bits, settings.group, settings.symmetric)
+    wanted, tables = dict.fromkeys(sizes, usual), {}
+    if settings.embedding_bits:
+        tables = find_tables(model, settings.group or 1)
+        wanted |= dict.fromkeys(tables, usual._replace(bits=settings.embedding_bits))
+    grids = {name: wanted[name].grid(table_VI) for name, table_VI in tables.items()}
+    for name, table_VI in tables.items():
+        table_VI.copy_(nearest(table_VI, grids[name]))
+    grids |= _round_layers(ctx, settings, model, layers, data, wanted)
     folder = ctx.output("student")
     ctx.task.save_model(model.cpu(), tokenizer, folder)
-    write_grids(folder, grids, Wanted(settings.bits, settings.group, settings.symmetric))
+    write_grids(folder, grids, wanted)
     stored_bytes = sum(path.stat().st_size for path in folder.glob("model*.safetensors"))
-    change_made = compare(ctx, Reader(before, tokenizer), Reader(model, tokenizer))
-    return change_made | {"stored_bytes": stored_bytes, "packed_bytes": count_packed_bytes(model, grids)}
+    return {
+        **compare(ctx, Reader(before, tokenizer), Reader(model, tokenizer)),
+        "stored_bytes": stored_bytes,
+        "packed_bytes": count_packed_bytes(model, grids),
+        "bits": {name: grid.bits for name, grid in grids.items()},
+    }
+
+
+def _round_layers(
+    ctx: StageContext,
+    settings: "Quantize",
+    model: PreTrainedModel,
+    layers: list[list[Matrix]],
+    data: Any,
+    wanted: dict[str, Wanted],
+) -> dict[str, Grid]:
+    """Puts the matrices of the layers on grids; returns these."""
+    grids: dict[str, Grid] = {}
+    round_weights = settings.method.build(ctx)
+
+    def change(matrix: Matrix) -> Tensor:
+        weight_OI, grids[matrix.name] = round_weights(matrix, wanted[matrix.name].fit, settings.group)
+        return weight_OI
+
+    change_layers(ctx, model, layers, data, change)
+    return grids
+
+
+def find_tables(model: PreTrainedModel, group: int) -> dict[str, Tensor]:
+    """Returns the embeddings whose rows groups divide, also those that are the last layer as well, by name."""
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, Embedding)}
+    return {
+        name: parameter.detach()
+        for name, parameter in model.named_parameters()
+        if id(parameter) in tables and parameter.shape[1] % group == 0
+    }
 
 
 def count_packed_bytes(model: PreTrainedModel, grids: dict[str, Grid]) -> int:
@@ -71,36 +114,36 @@ def count_packed_bytes(model: PreTrainedModel, grids: dict[str, Grid]) -> int:
     return on_grids + sum(4 * size for name, size in sizes.items() if name not in grids)
 
 
-def write_grids(folder: Path, grids: dict[str, Grid], wanted: Wanted) -> None:
-    """Writes the grid of each matrix beside the model whose weights are on them."""
+def write_grids(folder: Path, grids: dict[str, Grid], wanted: dict[str, Wanted]) -> None:
+    """Writes the grid of each tensor beside the model whose weights are on them, and what was asked of it."""
     tensors = {}
     for name, grid in grids.items():
         tensors[f"{name}.scale"] = grid.scale_OG.cpu().contiguous()
         tensors[f"{name}.zero"] = grid.zero_OG.to("cpu", torch.uint8).contiguous()
-    save_file(tensors, folder / FILE, metadata={"wanted": json.dumps(wanted._asdict())})
+    asked = {name: one._asdict() for name, one in wanted.items()}
+    save_file(tensors, folder / FILE, metadata={"wanted": json.dumps(asked)})
 
 
-def read_wanted(folder: Path) -> Wanted | None:
-    """Returns what was asked of the grids of a model; None of a model that was not quantised."""
+def read_wanted(folder: Path) -> dict[str, Wanted]:
+    """Returns what was asked of the grid of each tensor of a model; nothing of a model that was not quantised."""
     if not (folder / FILE).is_file():
-        return None
+        return {}
     with safe_open(folder / FILE, framework="pt") as file:
-        return Wanted(**json.loads(file.metadata()["wanted"]))
+        return {name: Wanted(**asked) for name, asked in json.loads(file.metadata()["wanted"]).items()}
 
 
-def find_wanted(ctx: StageContext) -> Wanted | None:
-    """Returns what an earlier stage asked of the grids of the student; None if it is on none."""
-    return read_wanted(ctx.input("student")) if ctx.has_input("student") else None
+def find_wanted(ctx: StageContext) -> dict[str, Wanted]:
+    """Returns what an earlier stage asked of the grids of the student; nothing if it is on none."""
+    return read_wanted(ctx.input("student")) if ctx.has_input("student") else {}
 
 
 def read_grids(folder: Path) -> dict[str, Grid]:
-    """Returns the grid of each matrix of a model by its name; none of a model that was not quantised."""
+    """Returns the grid of each tensor of a model by its name; none of a model that was not quantised."""
     wanted = read_wanted(folder)
-    if wanted is None:
-        return {}
-    tensors = load_file(folder / FILE)
-    names = sorted({key.rpartition(".")[0] for key in tensors})
-    return {name: Grid(tensors[f"{name}.scale"], tensors[f"{name}.zero"].float(), wanted.bits) for name in names}
+    tensors = load_file(folder / FILE) if wanted else {}
+    return {
+        name: Grid(tensors[f"{name}.scale"], tensors[f"{name}.zero"].float(), one.bits) for name, one in wanted.items()
+    }
 
 
 class OnGrid(Module):
@@ -115,8 +158,7 @@ class OnGrid(Module):
 
     def grid(self, weight: Tensor) -> Grid:
         """Returns the grid of a weight as the module has it."""
-        bits, group, symmetric = self._wanted
-        return fit((weight.T if self._is_turned else weight).detach(), group, bits=bits, symmetric=symmetric)
+        return self._wanted.grid((weight.T if self._is_turned else weight).detach())
 
     def forward(self, weight: Tensor) -> Tensor:
         """Returns the weight on its grid."""
@@ -125,28 +167,34 @@ class OnGrid(Module):
         return round_through(weight, self.grid(weight))
 
 
-def put_on_grids(model: PreTrainedModel, wanted: Wanted) -> None:
-    """Lets a model compute with weights on grids while it is trained.
+def put_on_grids(model: PreTrainedModel, wanted: dict[str, Wanted]) -> None:
+    """Lets a model compute with weights on grids while it is trained, wherever it has them.
 
     Raises:
         StageFailed: `spec_invalid` where layers are split among processes.
     """
-    for matrices in find_matrices(model):
-        for matrix in matrices:
-            if isinstance(matrix.module.weight, DTensor):
-                message = "A quantised student is not trained with its layers split among processes."
-                remedy = "Unset STILLHOUSE_SHARD_LAYERS, or quantise after the training."
-                raise StageFailed("spec_invalid", message, suggestion=remedy)
-            on_grid = OnGrid(wanted, is_turned=isinstance(matrix.module, Conv1D))
-            parametrize.register_parametrization(matrix.module, "weight", on_grid)
+    named = dict(model.named_parameters())
+    asked = {id(named[name]): one for name, one in wanted.items()}
+    if any(isinstance(named[name], DTensor) for name in wanted):
+        message = "A quantised student is not trained with its layers split among processes."
+        remedy = "Unset STILLHOUSE_SHARD_LAYERS, or quantise after the training."
+        raise StageFailed("spec_invalid", message, suggestion=remedy)
+    for module in [*model.modules()]:
+        one = asked.get(id(getattr(module, "weight", None)))
+        if one:
+            parametrize.register_parametrization(module, "weight", OnGrid(one, is_turned=isinstance(module, Conv1D)))
 
 
 def settle(model: PreTrainedModel) -> dict[str, Grid]:
-    """Leaves the weights of a model on their grids for good; returns the grids."""
-    grids = {}
+    """Leaves the weights of a model on their grids for good; returns the grids, of what two modules have but one."""
+    grids: dict[str, Grid] = {}
+    settled: set[Tensor] = set()
     for name, module in model.named_modules():
         if parametrize.is_parametrized(module, "weight"):
-            found = module.parametrizations["weight"]
-            grids[f"{name}.weight"] = found[0].grid(found.original)
-            parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+            on_grid, weight = module.parametrizations["weight"][0], module.parametrizations["weight"].original
+            is_new = weight not in settled
+            if is_new:
+                grids[f"{name}.weight"] = on_grid.grid(weight)
+                settled.add(weight)
+            parametrize.remove_parametrizations(module, "weight", leave_parametrized=is_new)
     return grids

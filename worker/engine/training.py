@@ -53,7 +53,7 @@ class Trainer:
     teaching: Teaching | None = None
     features: Features | None = None
     rollouts: Rollouts | None = None
-    wanted: Wanted | None = None
+    wanted: dict[str, Wanted] = field(default_factory=dict)
     train_data: Split = field(init=False)
     validation_data: Split | None = field(init=False)
     watch: ShareWatch = field(init=False)
@@ -74,12 +74,11 @@ class Trainer:
         self.ctx.place(self.model)
         if self.settings.dropout is not None:
             set_dropout(self.model, self.settings.dropout)
+        self.zeros, self.grids = find_zeros(self.model), {}
+        put_on_grids(self.model, self.wanted)
         if self.rollouts is None:  # which may write any token
             used = np.flatnonzero(self.train_data.count_ids())
             train_used_rows(self.model, np.union1d(used, self.tokenizer.all_special_ids))
-        self.zeros, self.grids = find_zeros(self.model), {}
-        if self.wanted:
-            put_on_grids(self.model, self.wanted)
         self.steps_per_epoch = math.ceil(len(self.train_data) / self.settings.batch_size)
         self.num_steps = max(1, round(self.settings.epochs * self.steps_per_epoch))
         growing = self.settings.sparsity

@@ -17,9 +17,9 @@ BYTES = {"f32": 4.0, "f16": 2.0, "q8_0": 1.0625, "q4_0": 0.5625}
 class Gguf(Exporter):
     """Writes `model.gguf` with weights, tokenizer and chat template, for llama.cpp and what is built on it.
 
-    Matrices keep the codes of 4 bits, or of 8 symmetric ones, that a `quantize` stage gave them with a scale for 32 or
-    more; `weights` is for all others. Those whose rows are not made of blocks of 32 stay in half precision. The file is
-    read again and compared with the student before it is published.
+    Matrices and embeddings keep the codes of 4 bits, or of 8 symmetric ones, that a `quantize` stage gave them with a
+    scale for 32 or more; `weights` is for all others. Those whose rows are not made of blocks of 32 stay in half
+    precision. The file is read again and compared with the student before it is published.
     """
 
     model_types: ClassVar[tuple[str, ...]] = ("llama", "mistral", "qwen2", "qwen3")

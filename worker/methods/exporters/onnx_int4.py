@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 class OnnxInt4(Exporter):
     """Writes `model.onnx` with matrices packed in codes of 4 bits, and embeddings in 8 or 4.
 
-    Matrices get the codes that a `quantize` stage gave them; without one, each weight is rounded to the nearest value.
-    onnxruntime is the runtime for it (its `MatMulNBits` and `GatherBlockQuantized`); its answers must agree with the
-    student's.
+    What a `quantize` stage put on grids keeps its codes, in 8 bits where it gave these. Of all else each weight is
+    rounded to the nearest value. onnxruntime is the runtime for it (its `MatMulNBits` and `GatherBlockQuantized`); its
+    answers must agree with the student's.
     """
 
     bytes_per_parameter: ClassVar[float] = 0.9
@@ -29,7 +29,9 @@ class OnnxInt4(Exporter):
     group: Literal[16, 32, 64, 128, 256] = Field(
         32, description="How many weights share a scale, where no `quantize` stage has chosen."
     )
-    embedding_bits: Literal[4, 8] | None = Field(8, description="Bits of embeddings; null leaves them as they are.")
+    embedding_bits: Literal[4, 8] | None = Field(
+        8, description="Bits of embeddings, where no `quantize` stage has chosen; null leaves them as they are."
+    )
     compute: Literal["int8", "float32"] = Field(
         "int8", description="Type that matrices are multiplied in: 'int8' is faster, and rounds what they get."
     )

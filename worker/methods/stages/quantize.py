@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 class Quantize(ModelStage):
     """Puts the weights of the student's layers on grids of few values, which later forms store as codes of few bits.
 
-    The student itself stays in floating point, so that it runs everywhere, with the values that the codes stand for;
-    its artifact holds the grids beside it. The stage says what the codes take. `onnx_int4` and `gguf` pack them. A
+    Embeddings get on grids as well where that is asked for. The student itself stays in floating point, so that it runs everywhere, with the values that the codes stand for; its
+    artifact holds the grids beside it. The stage says what the codes take. `onnx_int4` and `gguf` pack them. A
     `distill` stage after this one trains with the weights on grids (QAT), which brings back what was lost.
     """
 
@@ -30,6 +30,11 @@ class Quantize(ModelStage):
     symmetric: bool = Field(
         False, description="Let grids reach as far below zero as above; else each has a zero point of its own."
     )
+    embedding_bits: Literal[4, 8] | None = Field(
+        None,
+        description="Bits of embeddings, each value rounded to the nearest; null leaves them as they are, as does a "
+        "group that does not divide them.",
+    )
     method: Annotated[Rounding, OneOf()] = Field(
         default={"kind": "gptq"}, validate_default=True, description="How weights are rounded."
     )
@@ -39,7 +44,7 @@ class Quantize(ModelStage):
         return True
 
     def check(self, spec: "JobSpec") -> list[Problem]:
-        """Returns which later stages would take the weights off their grids, or have no room for the codes.
+        """Returns which later stages would take the weights off their grids.
 
         Training does not: it goes on with weights on grids.
         """
@@ -50,9 +55,14 @@ class Quantize(ModelStage):
             for ordinal, stage in others.items()
             if "student" in stage.writes()
         ]
-        if self.bits > 4 and any(form.kind == "onnx_int4" for stage in later.values() for form in stage.forms()):
-            problems.append(Problem("bits", "'onnx_int4' holds codes of 4 bits; use 4, or the form 'onnx_int8'"))
         return problems
+
+    def advise(self, spec: "JobSpec") -> list[Problem]:
+        """Returns whether codes of 8 bits would not be kept."""
+        kept = self.symmetric or 8 not in (self.bits, self.embedding_bits)
+        forms = [form.kind for stage in self.later(spec).values() for form in stage.forms()]
+        why = "'gguf' keeps codes of 8 bits of symmetric grids alone, and rounds others again; set it to true"
+        return super().advise(spec) + ([Problem("symmetric", why)] if "gguf" in forms and not kept else [])
 
     def check_model(self, spec: "JobSpec", start: ModelFacts) -> list[Problem]:
         """Returns whether groups do not divide a matrix, as far as it is known how wide it will be."""
