@@ -19,6 +19,7 @@ from core.errors import StageFailed
 from worker.engine.changes import Reader, compare
 from worker.engine.context import StageContext
 from worker.engine.matrices import Matrix, change_layers, check_groups, find_matrices
+from worker.engine.sensitivity import FINE_BITS, choose_sensitive, measure_harm
 from worker.engine.students import load_student, load_student_tokenizer
 from worker.kernels.grids import Grid, fit, nearest, round_through
 
@@ -44,6 +45,10 @@ class Wanted(NamedTuple):
         """Returns the grid of some weights."""
         return self.fit(weight_OI, self.group)
 
+    def round(self, weight_OI: Tensor) -> Tensor:
+        """Returns the nearest values of the grid."""
+        return nearest(weight_OI, self.grid(weight_OI))
+
 
 def quantize(ctx: StageContext, settings: "Quantize") -> dict[str, Any]:
     """Puts weights of the student on grids; returns the stage's summary."""
@@ -54,7 +59,11 @@ def quantize(ctx: StageContext, settings: "Quantize") -> dict[str, Any]:
     check_groups(layers, settings.group or 1, "Choose a smaller group, or null for one scale a row.")
     sizes = {matrix.name: matrix.weight_OI.numel() for matrices in layers for matrix in matrices}
     usual = Wanted(settings.bits, settings.group, settings.symmetric)
-    wanted, tables = dict.fromkeys(sizes, usual), {}
+    wanted, tables, harm = dict.fromkeys(sizes, usual), {}, {}
+    if settings.sensitive_share:
+        harm = measure_harm(ctx, model, layers, data, usual.round)
+        finer = choose_sensitive(harm, sizes, settings.sensitive_share)
+        wanted |= dict.fromkeys(finer, usual._replace(bits=FINE_BITS))
     if settings.embedding_bits:
         tables = find_tables(model, settings.group or 1)
         wanted |= dict.fromkeys(tables, usual._replace(bits=settings.embedding_bits))
@@ -71,6 +80,7 @@ def quantize(ctx: StageContext, settings: "Quantize") -> dict[str, Any]:
         "stored_bytes": stored_bytes,
         "packed_bytes": count_packed_bytes(model, grids),
         "bits": {name: grid.bits for name, grid in grids.items()},
+        "harm": harm or None,
     }
 
 

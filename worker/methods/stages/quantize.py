@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 class Quantize(ModelStage):
     """Puts the weights of the student's layers on grids of few values, which later forms store as codes of few bits.
 
-    Embeddings get on grids as well where that is asked for. The student itself stays in floating point, so that it runs everywhere, with the values that the codes stand for; its
+    Embeddings get on grids as well where that is asked for, and the matrices that matter most on finer ones. The
+    student itself stays in floating point, so that it runs everywhere, with the values that the codes stand for; its
     artifact holds the grids beside it. The stage says what the codes take. `onnx_int4` and `gguf` pack them. A
     `distill` stage after this one trains with the weights on grids (QAT), which brings back what was lost.
     """
@@ -35,6 +36,13 @@ class Quantize(ModelStage):
         description="Bits of embeddings, each value rounded to the nearest; null leaves them as they are, as does a "
         "group that does not divide them.",
     )
+    sensitive_share: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Share of the layers' weights that get 8 bits: the matrices whose rounding, each alone, changes "
+        "the model's answers most for a weight.",
+    )
     method: Annotated[Rounding, OneOf()] = Field(
         default={"kind": "gptq"}, validate_default=True, description="How weights are rounded."
     )
@@ -44,7 +52,7 @@ class Quantize(ModelStage):
         return True
 
     def check(self, spec: "JobSpec") -> list[Problem]:
-        """Returns which later stages would take the weights off their grids.
+        """Returns which later stages would take the weights off their grids, and what is asked for in vain.
 
         Training does not: it goes on with weights on grids.
         """
@@ -55,11 +63,13 @@ class Quantize(ModelStage):
             for ordinal, stage in others.items()
             if "student" in stage.writes()
         ]
+        if self.bits == 8 and self.sensitive_share:
+            problems.append(Problem("sensitive_share", "all weights have 8 bits; choose fewer bits, or leave it out"))
         return problems
 
     def advise(self, spec: "JobSpec") -> list[Problem]:
         """Returns whether codes of 8 bits would not be kept."""
-        kept = self.symmetric or 8 not in (self.bits, self.embedding_bits)
+        kept = self.symmetric or not (self.sensitive_share or 8 in (self.bits, self.embedding_bits))
         forms = [form.kind for stage in self.later(spec).values() for form in stage.forms()]
         why = "'gguf' keeps codes of 8 bits of symmetric grids alone, and rounds others again; set it to true"
         return super().advise(spec) + ([Problem("symmetric", why)] if "gguf" in forms and not kept else [])
@@ -72,8 +82,9 @@ class Quantize(ModelStage):
         return [Problem("group", why)] if odd else []
 
     def calibrates(self) -> list[str]:
-        """Returns the method, if it looks at the training split."""
-        return [self.method.kind] if self.method.needs_data else []
+        """Returns what looks at the training split."""
+        method = [self.method.kind] if self.method.needs_data else []
+        return [*method, "sensitive_share"] if self.sensitive_share else method
 
     def build(self, ctx: "StageContext") -> Callable[[], dict[str, Any]]:
         """Returns the run."""
