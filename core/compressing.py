@@ -93,6 +93,14 @@ class Rounding(Method):
         """
         raise NotImplementedError
 
+    def build_scaling(self, ctx: Any) -> Any:  # noqa: ARG002 - most take matrices as they are
+        """Returns a callable `(matrices, rounds) -> scale_I` (torch), or None where nothing is scaled.
+
+        The matrices hear the same; their weights are multiplied by the scale, and what they hear divided by it, before
+        they are rounded. `rounds` has for each a callable that puts weight_OI to the nearest values of its grid.
+        """
+        return None
+
 
 class Adapter(Method):
     """A few weights beside those of the layers, which alone are trained, with the head."""

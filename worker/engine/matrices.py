@@ -21,16 +21,24 @@ class Matrix:
         name: Of its weights in the model's state.
         weight_OI: Its weights, a row for each output; what changes here changes there.
         gram_II: Σ x xᵀ over the inputs x of all tokens.
+        size_I: Σ |x| over them.
     """
 
     def __init__(self, name: str, module: Map) -> None:
         self.name, self.module, self.weight_OI = f"{name}.weight", module, by_input(module).T
+        self.size_I = torch.zeros(self.weight_OI.shape[1], device=self.weight_OI.device)
         self.gram_II = torch.zeros(self.weight_OI.shape[1:] * 2, device=self.weight_OI.device)
 
     def note(self, _: Module, inputs: tuple[Tensor, ...]) -> None:
         """Adds the inputs of a forward pass up."""
         x_NI = inputs[0].detach().float().flatten(0, -2)
+        self.size_I += x_NI.abs().sum(0)
         self.gram_II.addmm_(x_NI.T, x_NI)
+
+    def scale_inputs(self, scale_I: Tensor) -> None:
+        """Makes what was seen of the inputs what it would be with each of them times its scale."""
+        self.size_I *= scale_I
+        self.gram_II *= scale_I[:, None] * scale_I
 
 
 def find_matrices(model: PreTrainedModel) -> list[list[Matrix]]:
@@ -57,6 +65,7 @@ def change_layers(
     layers: list[list[Matrix]],
     data: Any,
     change: Callable[[Matrix], Tensor],
+    prepare: Callable[[list[Matrix]], None] | None = None,
 ) -> None:
     """Gives each matrix the weights that `change` returns.
 
@@ -68,12 +77,15 @@ def change_layers(
         layers: What `find_matrices` found.
         data: A sample that shows what matrices get, or None where that does not matter.
         change: Returns weight_OI.
+        prepare: Called for the matrices of each layer before any of them is changed.
     """
     for number, matrices in enumerate(layers):
         ctx.progress(number, len(layers))
         if data is not None:
             for _ in listen(ctx, model, data, {matrix.module: matrix.note for matrix in matrices}):
                 pass
+        if prepare:
+            prepare(matrices)
         for matrix in matrices:
             matrix.weight_OI.copy_(change(matrix))
             matrix.gram_II = torch.empty(0)

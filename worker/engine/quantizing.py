@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from core.errors import StageFailed
 from worker.engine.changes import Reader, compare
 from worker.engine.context import StageContext
+from worker.engine.folding import move_scales
 from worker.engine.matrices import Matrix, change_layers, check_groups, find_matrices
 from worker.engine.sensitivity import FINE_BITS, choose_sensitive, measure_harm
 from worker.engine.students import load_student, load_student_tokenizer
@@ -94,13 +95,17 @@ def _round_layers(
 ) -> dict[str, Grid]:
     """Puts the matrices of the layers on grids; returns these."""
     grids: dict[str, Grid] = {}
-    round_weights = settings.method.build(ctx)
+    round_weights, scale = settings.method.build(ctx), settings.method.build_scaling(ctx)
 
     def change(matrix: Matrix) -> Tensor:
         weight_OI, grids[matrix.name] = round_weights(matrix, wanted[matrix.name].fit, settings.group)
         return weight_OI
 
-    change_layers(ctx, model, layers, data, change)
+    def choose(hearing: list[Matrix]) -> Tensor:
+        scale_I: Tensor = scale(hearing, [wanted[matrix.name].round for matrix in hearing])
+        return scale_I
+
+    change_layers(ctx, model, layers, data, change, scale and (lambda found: move_scales(model, found, choose)))
     return grids
 
 
