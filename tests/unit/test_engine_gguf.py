@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,26 @@ def test_a_quantised_model_keeps_its_codes(
     assert {forms[f"blk.{layer}.{name}.weight"] for layer in (0, 1) for name in ("attn_q", "attn_v", "ffn_down")} == {
         form
     }
+    compare_with_llama_cpp(done[0].outputs / "student", file, 0.3)
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_each_tensor_keeps_its_own_bits(is_tied: bool, tmp_path: Path) -> None:
+    bench = Bench(tmp_path).lay_language()
+    write_model(bench.inputs / "teacher", LlamaConfig, is_tied=is_tied)
+    settings = {"group": 32, "bits": 4, "symmetric": True, "embedding_bits": 8, "sensitive_share": 0.4}
+    stages = [
+        {"kind": "quantize", **settings, "method": {"kind": "awq"}},
+        {"kind": "export", "formats": [{"kind": "gguf", "weights": "f32"}]},
+    ]
+    student, task = {"kind": "teacher_layers", "keep": [0, 1]}, {"kind": "causal_lm", "block_tokens": 32}
+    done = bench.succeed_all(make_spec(stages, task=task, student=student), labels=[])
+    assert done[1].last["summary"]["formats"]["gguf"]["max_logit_difference"] < 1e-4
+    file, bits = done[1].outputs / "gguf" / "model.gguf", done[0].last["summary"]["bits"]
+    forms = Counter(tensor.tensor_type for tensor in GGUFReader(file).tensors if tensor.tensor_type != Form.F32)
+    assert forms == Counter({4: Form.Q4_0, 8: Form.Q8_0}[number] for number in bits.values())
+    assert len(forms) == 2
+    assert bits["model.embed_tokens.weight"] == 8
     compare_with_llama_cpp(done[0].outputs / "student", file, 0.3)
 
 

@@ -344,7 +344,7 @@ def test_a_model_that_is_pruned_and_quantised_keeps_its_tasks(
     stages = [
         {"kind": "trim_vocabulary"},
         {"kind": "prune", "intermediate_size": 32, "importance": {"kind": "taylor"}},
-        {"kind": "quantize", "bits": 4, "group": 16, "method": {"kind": "gptq"}},
+        {"kind": "quantize", "bits": 4, "group": 16, "sensitive_share": 0.3, "method": {"kind": "gptq"}},
         {"kind": "export", "formats": [{"kind": "onnx_int4"}]},
     ]
     spec = of_tasks(TEXTS, stages)

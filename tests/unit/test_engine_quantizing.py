@@ -1,5 +1,6 @@
 """Weights on grids of few values, and the form that packs their codes."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -9,20 +10,25 @@ import onnx
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from torch.nn.functional import kl_div
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 from transformers import AutoModelForSequenceClassification as Classifier
 
 from core.errors import SpecInvalid
 from core.jobs.spec import load_spec
 from core.models.facts import read_facts
 from core.models.safetensors_header import read_tensors
-from tests.engine_bench import FAST, Bench, contents, make_spec
+from tests.engine_bench import FAST, LABELS, Bench, contents, make_spec
 from tests.unit.test_engine_models import CONFIGS, make
 from tests.unit.test_engine_sparsity import SPEC, TASK, matrices
+from worker.engine.loading import is_head
 from worker.engine.matrices import find_matrices
-from worker.engine.quantizing import Wanted, put_on_grids, read_grids, settle
+from worker.engine.optimization import make_optimizer
+from worker.engine.quantizing import Wanted, find_tables, put_on_grids, read_grids, settle
 from worker.engine.runtimes import count_onnx_parameters, open_session, run_session
+from worker.engine.sensitivity import choose_sensitive
 from worker.kernels.grids import decode, encode
+from worker.methods.stages.finetune import Finetune
 
 STUDENT = {"kind": "teacher_layers", "keep": [0, 1, 2]}
 RTN, GPTQ = {"kind": "rtn"}, {"kind": "gptq"}
@@ -92,6 +98,24 @@ def test_fewer_bits_cost_more_and_gptq_less_than_the_nearest(walks: Bench, tmp_p
     assert abs(lost[8, "gptq"]) < 0.01
 
 
+def test_awq_moves_scales_into_norms_and_ends_with_the_same_bytes_again(walks: Bench, tmp_path: Path) -> None:
+    settings = {"bits": 3, "method": {"kind": "awq"}}
+    before, after, _ = quantize_language(walks, tmp_path / "once", **settings)
+    old, new = (AutoModelForCausalLM.from_pretrained(folder) for folder in (before, after))
+    grids = read_grids(after)
+    moved = {
+        name.partition(".h.")[2].partition(".")[2]
+        for name, parameter in new.named_parameters()
+        if name not in grids and not torch.equal(parameter, old.get_parameter(name))
+    }
+    norms = {f"{name}.{part}" for name in ("ln_1", "ln_2") for part in ("weight", "bias")}
+    assert {"ln_1.weight", "ln_2.weight"} <= moved <= norms | {"attn.c_attn.bias"}
+    for name, grid in grids.items():
+        weight_OI = new.get_parameter(name).detach().T
+        torch.testing.assert_close(decode(encode(weight_OI, grid), grid), weight_OI)
+    assert contents(quantize_language(walks, tmp_path / "again", **settings)[1]) == contents(after)
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.model_type)
 def test_every_model_has_its_matrices_found(config: Any) -> None:
     model = make(config)
@@ -107,7 +131,7 @@ def test_every_model_has_its_matrices_found(config: Any) -> None:
 def test_in_training_a_model_is_the_rounded_one(config: Any, wanted: Wanted) -> None:
     """Values are those that stay; the derivative by a weight is that by its rounded one."""
     model, ids = make(config).eval(), torch.arange(3, 23).reshape(2, 10)
-    put_on_grids(model, wanted)
+    put_on_grids(model, {matrix.name: wanted for layer in find_matrices(model) for matrix in layer})
     model(input_ids=ids).logits.square().sum().backward()
     trained = model(input_ids=ids).logits.detach()
     slopes = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if "original" in name}
@@ -131,7 +155,8 @@ def test_a_model_that_hears_what_it_was_before_regains_what_rounding_cost() -> N
         for weight_OI in matrices(model).values():
             weight_OI *= 5  # else little of the answers hangs on the layers
         wanted = model(input_ids=ids).logits
-    put_on_grids(model, Wanted(3, 16, symmetric=False))
+    wanted_of = dict.fromkeys((f"{name}.weight" for name in matrices(model)), Wanted(3, 16, symmetric=False))
+    put_on_grids(model, wanted_of)
     optimizer, losses = torch.optim.Adam(model.parameters(), lr=1e-3), []
     for _ in range(50):
         loss = (model(input_ids=ids).logits - wanted).square().mean()
@@ -141,6 +166,74 @@ def test_a_model_that_hears_what_it_was_before_regains_what_rounding_cost() -> N
         losses.append(loss.item())
     settle(model)
     assert (model(input_ids=ids).logits - wanted).square().mean().item() < 0.5 * losses[0]
+
+
+def fake(weight: torch.Tensor, group: int, bits: int) -> torch.Tensor:
+    """Rounds to the nearest on a grid of each group, by torch."""
+    rows_RN = weight.reshape(-1, group)
+    low_R, high_R = rows_RN.amin(1).clamp(max=0), rows_RN.amax(1).clamp(min=0)
+    scale_R = ((high_R - low_R) / (2**bits - 1)).half().float()
+    scale_R[scale_R == 0] = 1
+    zero_R = (-low_R / scale_R).round().int()
+    return torch.fake_quantize_per_channel_affine(rows_RN, scale_R, zero_R, 0, 0, 2**bits - 1).reshape(weight.shape)
+
+
+def test_embeddings_get_bits_of_their_own_and_stay_tied(walks: Bench, tmp_path: Path) -> None:
+    before, after, summary = quantize_language(walks, tmp_path, bits=3, embedding_bits=8, method=RTN)
+    old, new = (AutoModelForCausalLM.from_pretrained(folder) for folder in (before, after))
+    assert new.lm_head.weight is new.transformer.wte.weight
+    assert [*find_tables(new, 16)] == ["transformer.wte.weight", "transformer.wpe.weight"]
+    assert not find_tables(new, 64)  # which their width of 32 is no multiple of
+    for name in find_tables(new, 16):
+        table = old.get_parameter(name).detach()
+        torch.testing.assert_close(new.get_parameter(name), fake(table, 16, 8), rtol=1e-5, atol=1e-6)
+        assert not torch.equal(new.get_parameter(name), table)
+        assert summary["bits"][name] == 8
+    grids, sizes = read_grids(after), {name: parameter.numel() for name, parameter in new.named_parameters()}
+    assert set(grids) == {name for name, parameter in new.named_parameters() if parameter.ndim == 2}
+    codes = sum(sizes[name] * grid.bits / 8 + 5 * sizes[name] / 16 for name, grid in grids.items())
+    assert summary["packed_bytes"] == codes + 4 * sum(sizes[name] for name in set(sizes) - set(grids))
+
+
+def test_a_tied_table_is_trained_on_its_grid_in_both_places(walks: Bench, tmp_path: Path) -> None:
+    work = walks.copy(tmp_path)
+    stages = [
+        {"kind": "quantize", "bits": 3, "group": 16, "embedding_bits": 4, "sensitive_share": 0.4},
+        {"kind": "finetune", "of": "student", **FAST, "epochs": 1},
+    ]
+    done = work.succeed_all(make_spec(stages, task=TASK, student=STUDENT), labels=[])
+    rounded, trained = (AutoModelForCausalLM.from_pretrained(one.outputs / "student") for one in done)
+    grids = read_grids(done[1].outputs / "student")
+    assert {name: grid.bits for name, grid in grids.items()} == done[0].last["summary"]["bits"]
+    assert min(done[0].last["summary"]["harm"].values()) > 0
+    assert trained.lm_head.weight is trained.transformer.wte.weight
+    assert not torch.equal(trained.lm_head.weight, rounded.lm_head.weight)
+    for name, grid in grids.items():
+        weight = trained.get_parameter(name).detach()
+        weight_OI = weight.T if ".h." in name else weight
+        torch.testing.assert_close(decode(encode(weight_OI, grid), grid), weight_OI)
+        assert max(len(group.unique()) for group in weight_OI.reshape(-1, 16)) <= 2**grid.bits
+    seen = [one.last["summary"]["validation"]["loss"] for one in done]
+    assert seen[1] < seen[0]
+
+
+def test_in_training_a_tied_table_has_the_derivative_of_both_its_uses() -> None:
+    config = GPT2Config(vocab_size=60, n_embd=32, n_layer=1, n_head=2)
+    torch.manual_seed(0)
+    model, ids = AutoModelForCausalLM.from_config(config).eval(), torch.arange(3, 23).reshape(2, 10)
+    rounded = copy.deepcopy(model)
+    put_on_grids(model, {"transformer.wte.weight": Wanted(4, 16, symmetric=False)})
+    with torch.no_grad():
+        rounded.lm_head.weight.copy_(fake(rounded.lm_head.weight, 16, 4))
+    logits, wanted = (one(input_ids=ids).logits for one in (model, rounded))
+    torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-5)
+    logits.square().sum().backward()
+    wanted.square().sum().backward()
+    [slope] = [one.grad for name, one in model.named_parameters() if "wte" in name]
+    torch.testing.assert_close(slope, rounded.lm_head.weight.grad, rtol=1e-3, atol=1e-4)
+    assert set(settle(model)) == {"transformer.wte.weight"}
+    assert model.lm_head.weight is model.transformer.wte.weight
+    torch.testing.assert_close(model(input_ids=ids).logits, wanted, rtol=1e-4, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -173,9 +266,78 @@ def read(folder: Path, text: str) -> tuple[dict[str, torch.Tensor], np.ndarray]:
     return inputs, run_session(open_session(folder, 1), inputs)
 
 
-@pytest.mark.parametrize(("bits", "group"), [(3, None), (4, 16)])
-def test_a_quantised_student_is_packed_without_loss(bench: Bench, group: int | None, bits: int, tmp_path: Path) -> None:
-    stages = [{"kind": "quantize", "group": group, "bits": bits}, {"kind": "export", "formats": [EXACT]}]
+def measure_alone(model: Any, texts: list[str], tokenizer: Any, is_regression: bool) -> dict[str, float]:
+    """Returns what rounding each matrix alone to 3 bits changes, of all texts at once."""
+
+    inputs = tokenizer(texts, padding=True, return_tensors="pt")
+
+    def say() -> torch.Tensor:
+        with torch.no_grad():
+            return model(**inputs).logits.double()
+
+    before_NC, found = say(), {}
+    for name, weight_OI in matrices(model).items():
+        whole_OI = weight_OI.detach().clone()
+        weight_OI.data.copy_(fake(whole_OI, 16, 3))
+        after_NC = say()
+        weight_OI.data.copy_(whole_OI)
+        p_NC, q_NC = before_NC.softmax(-1), after_NC.softmax(-1)
+        kl = kl_div(q_NC.log(), p_NC, reduction="batchmean").item()
+        found[f"{name}.weight"] = (after_NC - before_NC).square().mean().item() if is_regression else kl
+    return found
+
+
+@pytest.mark.parametrize("task", [{}, {"task": {"kind": "text_regression", "value": "length"}}], ids=["kl", "values"])
+def test_the_most_sensitive_matrices_get_more_bits(bench: Bench, task: dict[str, Any], tmp_path: Path) -> None:
+    work, share = bench.copy(tmp_path / "work"), 0.3
+    if task:
+        for path in (work.inputs / "data").iterdir():
+            rows = [json.loads(line) for line in path.read_text().splitlines()]
+            path.write_text("".join(json.dumps(row | {"length": len(row["text"]) / 10}) + "\n" for row in rows))
+    labels = {"labels": ["length"]} if task else {}
+    stage = {"kind": "quantize", "group": 16, "bits": 3, "sensitive_share": share, "method": RTN}
+    done = work.succeed(make_spec([{"kind": "distill"}, stage], **task), 1, "later", **labels)
+    summary, grids = done.last["summary"], read_grids(done.outputs / "student")
+    texts = [json.loads(line)["text"] for line in (work.inputs / "data" / "train.jsonl").read_text().splitlines()]
+    model, before = (
+        Classifier.from_pretrained(done.outputs / "student").eval(),
+        load_file(work.inputs / "student" / "model.safetensors"),
+    )
+    for name, weight_OI in matrices(model).items():
+        weight_OI.data.copy_(before[f"{name}.weight"])
+    tokenizer = AutoTokenizer.from_pretrained(work.inputs / "student")
+    wanted = measure_alone(model, texts, tokenizer, is_regression=bool(task))
+    assert summary["harm"] == pytest.approx(wanted, rel=0.02)
+    sizes = {f"{name}.weight": weight_OI.numel() for name, weight_OI in matrices(model).items()}
+    fine = {name for name, bits in summary["bits"].items() if bits == 8}
+    assert {name: grid.bits for name, grid in grids.items()} == summary["bits"]
+    assert {summary["bits"][name] for name in set(sizes) - fine} == {3}
+    left = share * sum(sizes.values()) - sum(sizes[name] for name in fine)
+    assert fine
+    assert left >= 0
+    least = min(wanted[name] / sizes[name] for name in fine)
+    assert all(sizes[name] > left or wanted[name] / sizes[name] <= least for name in set(sizes) - fine)
+
+
+def test_a_matrix_that_is_too_large_is_passed_over() -> None:
+    harm, sizes = {"a": 1.0, "b": 8.0, "c": 0.9, "d": 3.0}, {"a": 1, "b": 4, "c": 1, "d": 4}
+    assert choose_sensitive(harm, sizes, 0.8) == ["b", "a", "c"]
+    assert choose_sensitive(harm, sizes, 0.2) == ["a", "c"]
+    assert choose_sensitive(harm, sizes, 0.05) == []
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"bits": 3, "group": None},
+        {"bits": 4, "embedding_bits": 4, "method": {"kind": "awq"}},
+        {"bits": 4, "embedding_bits": 8, "sensitive_share": 0.4},
+        {"bits": 8, "symmetric": True, "method": RTN},
+    ],
+    ids=str,
+)
+def test_a_quantised_student_is_packed_without_loss(bench: Bench, settings: dict[str, Any], tmp_path: Path) -> None:
+    stages = [{"kind": "quantize", "group": 16} | settings, {"kind": "export", "formats": [EXACT]}]
     inputs = go_on(bench, tmp_path, *stages)
     folder, student = inputs / "onnx_int4", Classifier.from_pretrained(inputs / "student")
     for text in ("a b c", "one two three four"):
@@ -183,7 +345,13 @@ def test_a_quantised_student_is_packed_without_loss(bench: Bench, group: int | N
         with torch.no_grad():
             np.testing.assert_allclose(logits, student(**tokens).logits.numpy(), atol=1e-4)
     graph = onnx.load(folder / "model.onnx").graph
-    assert sum(node.op_type == "MatMulNBits" for node in graph.node) == len(matrices(student))
+    grids = read_grids(inputs / "student")
+    tables = [name for name, part in student.named_modules() if isinstance(part, torch.nn.Embedding)]
+    for kind, names in (("MatMulNBits", [*matrices(student)]), ("GatherBlockQuantized", tables)):
+        bits = [one.i for node in graph.node if node.op_type == kind for one in node.attribute if one.name == "bits"]
+        known = [grids[f"{name}.weight"] for name in names if f"{name}.weight" in grids]
+        assert sorted(bits) == sorted(8 if grid.bits == 8 else 4 for grid in known)
+    assert len(grids) == len(matrices(student)) + len(tables) * ("embedding_bits" in settings)
     assert count_onnx_parameters(folder / "model.onnx") == pytest.approx(student.num_parameters(), rel=0.03)
 
 
@@ -228,7 +396,10 @@ def test_a_form_that_disagrees_is_not_published(bench: Bench, tmp_path: Path) ->
 def test_training_goes_on_with_weights_on_grids(bench: Bench, tmp_path: Path) -> None:
     """And ends with the same bytes after a kill and a stop, and is packed without loss."""
     work = bench.copy(tmp_path / "work")
-    stages = [{"kind": "quantize", "group": 16, "bits": 2}, {"kind": "distill", **FAST}]
+    stages = [
+        {"kind": "quantize", "group": 16, "bits": 2, "embedding_bits": 4, "sensitive_share": 0.3},
+        {"kind": "distill", **FAST},
+    ]
     spec = make_spec([{"kind": "distill"}, *stages, {"kind": "export", "formats": [EXACT]}])
     work.adopt(work.succeed(spec, 1, "rounded"), 1, "quantize")
     again = work.copy(tmp_path / "again")
@@ -241,12 +412,43 @@ def test_training_goes_on_with_weights_on_grids(bench: Bench, tmp_path: Path) ->
     resumed = again.succeed(spec, 2, "last", checkpoint=str(checkpoint))
     assert contents(resumed.outputs) == contents(trained.outputs)
     grids, model = (read(trained.outputs / "student") for read in (read_grids, Classifier.from_pretrained))
-    for name, weight_OI in matrices(model).items():
-        grid = grids[f"{name}.weight"]
-        assert max(len(group.unique()) for group in weight_OI.reshape(-1, 16)) <= 4
+    assert {grid.bits for grid in grids.values()} == {2, 4, 8}
+    for name, grid in grids.items():
+        weight_OI = model.get_parameter(name).detach()
+        assert max(len(group.unique()) for group in weight_OI.reshape(-1, 16)) <= 2**grid.bits
         torch.testing.assert_close(decode(encode(weight_OI, grid), grid), weight_OI)
     work.adopt(trained, 2, "distill")
     assert work.succeed(spec, 3, "exported").last["summary"]["formats"]["onnx_int4"]["max_logit_difference"] < 1e-4
+
+
+def test_a_table_of_which_the_data_use_few_rows_ends_on_its_grid(bench: Bench, tmp_path: Path) -> None:
+    work = bench.copy(tmp_path / "work")
+    for path in (work.inputs / "data").iterdir():
+        rows = [{"text": label[:5], "label": label} for label in LABELS for _ in range(8)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    stages = [{"kind": "quantize", "group": 16, "embedding_bits": 4}, {"kind": "finetune", "of": "student"}]
+    spec = make_spec([{"kind": "distill"}, *stages])
+    rounded = work.succeed(spec, 1, "rounded")
+    work.adopt(rounded, 1, "quantize")
+    trained = work.succeed(spec, 2, "trained").outputs / "student"
+    name = "bert.embeddings.word_embeddings.weight"
+    grid, table_VI = read_grids(trained)[name], Classifier.from_pretrained(trained).get_parameter(name).detach()
+    torch.testing.assert_close(decode(encode(table_VI, grid), grid), table_VI)
+    assert not torch.equal(table_VI, Classifier.from_pretrained(rounded.outputs / "student").get_parameter(name))
+
+
+@pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[-1]], ids=lambda config: config.model_type)
+def test_weights_on_grids_learn_at_the_rates_that_they_had(config: Any) -> None:
+    settings = Finetune(layer_decay=0.5, learning_rate=0.1, head_learning_rate=0.3)
+
+    def find_rates(model: Any) -> list[tuple[tuple[int, ...], float, float]]:
+        groups = make_optimizer(model, settings, is_head).param_groups
+        return sorted((tuple(x.shape), one["lr"], one["weight_decay"]) for one in groups for x in one["params"])
+
+    model, rates = make(config), find_rates(make(config))
+    names = [name for name, parameter in model.named_parameters() if parameter.ndim == 2 and "score" not in name]
+    put_on_grids(model, dict.fromkeys(names, Wanted(4, 16, symmetric=False)))
+    assert find_rates(model) == rates
 
 
 def test_what_makes_no_sense_is_said_at_submit() -> None:
@@ -260,10 +462,29 @@ def test_what_makes_no_sense_is_said_at_submit() -> None:
     assert (field, "'sparsify', takes weights off their grids" in message) == ("stages.0.kind", True)
     [(field, message)] = problems(quantize, quantize)
     assert (field, "stage 1, 'quantize'" in message) == ("stages.0.kind", True)
-    [(field, message)] = problems(quantize | {"bits": 8}, {"kind": "export", "formats": [{"kind": "onnx_int4"}]})
-    assert (field, "use 4" in message) == ("stages.0.bits", True)
+    [(field, message)] = problems(quantize | {"bits": 8, "sensitive_share": 0.1})
+    assert (field, "choose fewer bits" in message) == ("stages.0.sensitive_share", True)
+    assert problems(quantize | {"sensitive_share": 1.0})[0][0] == "stages.0.sensitive_share"
+    assert problems(quantize | {"embedding_bits": 3})[0][0] == "stages.0.embedding_bits"
     assert problems(quantize | {"bits": 5})[0][0] == "stages.0.bits"
     assert problems(quantize | {"group": 48})[0][0] == "stages.0.group"
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_advised"),
+    [
+        ({}, False),
+        ({"bits": 8}, True),
+        ({"embedding_bits": 8}, True),
+        ({"sensitive_share": 0.1}, True),
+        ({"sensitive_share": 0.1, "symmetric": True}, False),
+    ],
+    ids=str,
+)
+def test_codes_that_a_form_would_not_keep_are_told_of(settings: dict[str, Any], is_advised: bool) -> None:
+    stages = [{"kind": "quantize"} | settings, {"kind": "export", "formats": [{"kind": "gguf"}]}]
+    spec = load_spec(SPEC | {"task": {"kind": "causal_lm"}, "stages": stages})
+    assert [problem.field for problem in spec.stages[0].advise(spec)] == ["symmetric"] * is_advised
 
 
 def test_groups_that_do_not_divide_are_refused(tmp_path: Path) -> None:
