@@ -345,8 +345,8 @@ def test_a_goal_that_the_student_meets_is_refused_where_its_size_is_known(tmp_pa
     )
     count = facts.num_parameters or 0
 
-    def problems(*stages: dict[str, Any]) -> list[tuple[str, str]]:
-        student = {"kind": "teacher_layers", "keep": [0, 1, 2]}
+    def problems(*stages: dict[str, Any], last: int = 2) -> list[tuple[str, str]]:
+        student = {"kind": "teacher_layers", "keep": [0, 1, last]}
         spec = load_spec({"teacher": {"model": "m"}, "student": student, "data": "d", "stages": list(stages)})
         return [(found.field, found.message) for stage in spec.stages for found in stage.check_model(spec, facts)]
 
@@ -360,5 +360,6 @@ def test_a_goal_that_the_student_meets_is_refused_where_its_size_is_known(tmp_pa
     for goal in ({"parameters": count - 1}, {"parameters": 0.9}, {"flops": 1e15}, {"latency_ms": 1e3}):
         assert problems(prune(**goal)) == []
     assert problems({"kind": "prune", "num_layers": 2}, prune(parameters=count)) == []
+    assert problems(prune(parameters=count), last=9) == []  # which is what is wrong then
     assert Prune(to={"latency_ms": 1.0}).measures() == {"student"}  # type: ignore[arg-type]
     assert Prune(to={"flops": 0.5}).measures() == set()  # type: ignore[arg-type]

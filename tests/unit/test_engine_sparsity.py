@@ -206,12 +206,12 @@ def test_some_steps_are_those_that_the_papers_describe(method: Any) -> None:
     torch.manual_seed(0)
     model, other = make(CONFIGS[0]).double(), make(CONFIGS[0]).double()
     growth = Growth(model, GrowingZeros(share=0.5, begin=0.0, end=0.9, every=1, method=method), 8)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, weight_decay=0.1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1, momentum=0.9)
     names = [f"{name}.weight" for name in matrices(other)]
     weights = {name: x.detach().clone() for name, x in other.named_parameters()}
     moved = {name: torch.zeros_like(weights[name]) for name in names}
     kept = {name: torch.ones_like(weights[name], dtype=torch.bool) for name in names}
-    num_back = 0
+    speeds, num_back = {name: torch.zeros_like(x) for name, x in weights.items()}, 0
     for step in range(8):
         inputs = {"input_ids": torch.randint(4, 60, (4, 9)), "labels": torch.randint(0, 3, (4,))}
         growth.apply(step)
@@ -237,37 +237,46 @@ def test_some_steps_are_those_that_the_papers_describe(method: Any) -> None:
             weight = weights[name].detach()
             if name in moved:
                 moved[name] = moved[name] - weight * gradient
-            updated = weight - 0.5 * (gradient + 0.1 * weight)
+            speeds[name] = 0.9 * speeds[name] + gradient * kept.get(name, 1) + 0.1 * weight
+            updated = weight - 0.1 * speeds[name]
             weights[name] = torch.where(kept[name], updated, weight) if name in kept else updated
     found = {name.replace("parametrizations.weight.original", "weight"): x for name, x in model.named_parameters()}
     for name, weight in weights.items():
-        torch.testing.assert_close(found[name].detach(), weight, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(found[name].detach(), weight, rtol=1e-7, atol=1e-10)
     for name in names:
         assert torch.equal(masks(model)[name.removesuffix(".weight")], kept[name])
     assert num_back > 0
 
 
-SHORT = FAST | {"epochs": 6}
+SHORT = FAST | {"epochs": 3, "learning_rate": 1e-4}
 GROWING: dict[str, dict[str, Any]] = {
     "movement": {
         "kind": "finetune",
         **SHORT,
-        "average": 0.9,
-        "sparsity": {"share": 0.6, "method": "movement", "begin": 0.0, "end": 0.5, "every": 1},
+        "average": 0.5,
+        "sparsity": {"share": 0.97, "method": "movement", "schedule": "linear", "end": 0.95, "every": 1},
     },
     "magnitude": {
         "kind": "distill",
         **SHORT,
         "micro_batch_size": 5,
-        "losses": [{"kind": "cross_entropy"}],
-        "sparsity": {"pattern": "2:4", "begin": 0.0, "end": 0.2, "every": 2},
+        "sparsity": {"pattern": "2:4", "begin": 0.0, "end": 0.5, "every": 2},
     },
 }
 
 
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    """A job whose teacher has learned its task."""
+    bench = Bench(tmp_path_factory.mktemp("learned")).lay()
+    bench.succeed_all(make_spec([{"kind": "finetune", **FAST}]))
+    return bench
+
+
 @pytest.mark.parametrize("method", GROWING)
-def test_zeros_grow_and_stay_and_a_kill_changes_nothing(method: str, tmp_path: Path) -> None:
-    bench, stage = Bench(tmp_path / "bench").lay(), GROWING[method]
+def test_zeros_grow_and_stay_and_a_kill_changes_nothing(learned: Bench, method: str, tmp_path: Path) -> None:
+    """Also where an epoch with fewer zeros was better: those that are wanted are there in the end."""
+    bench, stage = learned.copy(tmp_path / "bench"), GROWING[method]
     role = {"finetune": "teacher", "distill": "student"}[stage["kind"]]
     spec = make_spec([stage, {"kind": "finetune", "of": role, "epochs": 1}])
     again, whole = bench.copy(tmp_path / "again"), bench.succeed(spec)
@@ -287,10 +296,11 @@ def test_zeros_grow_and_stay_and_a_kill_changes_nothing(method: str, tmp_path: P
         if method == "magnitude":
             assert ((weight_OI != 0).reshape(-1, 4).sum(1) == 2).all()
         else:
-            assert int((weight_OI == 0).sum()) == round(0.6 * weight_OI.numel())
+            assert int((weight_OI == 0).sum()) == round(0.97 * weight_OI.numel())
     summary = whole.last["summary"]
-    assert summary["zeros"] == pytest.approx(0.5 if method == "magnitude" else 0.6, abs=1e-3)
-    assert summary["validation"]["accuracy"] > 0.5  # by chance it is a third
+    assert summary["zeros"] == pytest.approx(0.5 if method == "magnitude" else 0.97, abs=1e-3)
+    found, accuracies = summary["validation"]["accuracy"], [value for _, value in whole.series("validation/accuracy")]
+    assert found > 0.9 if method == "magnitude" else found < 0.9 < max(accuracies)
     bench.adopt(whole, 0, stage["kind"])
     later = matrices(Classifier.from_pretrained(bench.succeed(spec, 1).outputs / role))
     for name, weight_OI in matrices(model).items():

@@ -14,7 +14,7 @@ from worker.engine.measuring import count_weight_bytes, time_singles
 from worker.engine.shapes import Shape, shape_of
 from worker.engine.students import read_widths, set_widths, with_layers
 
-LATENCY_SAMPLES = 50
+LATENCY_SAMPLES = 100
 Cost = Callable[[Shape], float]
 
 

@@ -157,7 +157,7 @@ def _check_order(model: PreTrainedModel, part: Part) -> None:
 
 def _unknown(config: PreTrainedConfig) -> StageFailed:
     message = f"The layers of a '{config.model_type}' are not built as narrowing knows them."
-    return StageFailed("spec_invalid", message, suggestion="Leave its widths as they are; num_layers can be fewer.")
+    return StageFailed("spec_invalid", message, suggestion="Leave its widths as they are; it can have fewer layers.")
 
 
 def _look(ctx: StageContext, model: PreTrainedModel, data: Any, parts: dict[str, Part], by: Importance) -> Seen:

@@ -107,11 +107,11 @@ class Prune(ModelStage):
 
     def check_model(self, spec: "JobSpec", start: ModelFacts) -> list[Problem]:
         """Returns whether the student meets the goal as it is, as far as it is known how large that is."""
-        count = spec.student.count_parameters(start)
-        if self.to is None or count is None or any(stage.resizes for stage in self.earlier(spec)):
+        if self.to is None or spec.student.check(start) or any(stage.resizes for stage in self.earlier(spec)):
             return []
-        measure, whole = self.to.measure, {"parameters": count, "bytes": PARAMETER_BYTES * count}.get(self.to.measure)
-        if whole is None or self.to.limit(whole) < whole:
+        count, measure = spec.student.count_parameters(start), self.to.measure
+        whole = (count or 0) * {"parameters": 1, "bytes": PARAMETER_BYTES}.get(measure, 0)
+        if not whole or self.to.limit(whole) < whole:
             return []
         return [Problem(f"to.{measure}", f"the student has {whole:,} {measure}; choose fewer, or a share below 1")]
 
