@@ -16,7 +16,7 @@ class Executorch(Exporter):
     Its method `forward` takes one text, of two tokens up to as many as the tokenizer leaves it: `input_ids`,
     `attention_mask` and, where the tokenizer makes them, `token_type_ids`, in this order and in 64 bits. It gives the
     logits first. The program is loaded again and compared with the student; how fast a phone is cannot be measured
-    here. Lowering takes about three seconds a layer. The worker needs the extra `executorch`.
+    here. Lowering takes some seconds a layer. The worker needs the extra `executorch`.
     """
 
     bytes_per_parameter: ClassVar[float] = 4.0

@@ -29,7 +29,7 @@ class Openvino(Exporter):
         "float16",
         description="What weights are stored in: 'float16' is as fast; 'int8' has a scale for each output or token.",
     )
-    min_agreement: Agreement = 0.99
+    min_agreement: Agreement = 0.95
 
     @property
     def bytes_per_parameter(self) -> float:  # type: ignore[override]
