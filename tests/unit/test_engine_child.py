@@ -217,7 +217,8 @@ def test_a_step_in_parts_is_the_same_step(bench: Bench) -> None:
     for name in ("loss/total", "loss/forward_kl", "share/gradient/cross_entropy"):
         series = [finished.series(name) for finished in (whole, parts)]
         assert len(series[0]) == 12
-        assert dict(series[0]) == pytest.approx(dict(series[1]), rel=0.03)  # in bfloat16 the shapes round otherwise
+        rounding = 1e-3 * max(value for _, value in series[0])  # in bfloat16 the shapes round otherwise
+        assert dict(series[0]) == pytest.approx(dict(series[1]), rel=0.03, abs=rounding)
     events = [report["event"] for report in parts.of("event") if report["event"]["type"] == "loss_share"]
     assert sorted(event["data"]["term"] for event in events) == ["cross_entropy", "forward_kl"]
     assert all("weight" in event["message"] for event in events)

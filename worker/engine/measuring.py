@@ -4,7 +4,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -15,7 +15,9 @@ from transformers import PreTrainedModel
 from worker.engine.blocks import Blocks
 from worker.engine.data import Encoded
 from worker.engine.inference import Answer, answer_rows
-from worker.engine.runtimes import Forward
+
+if TYPE_CHECKING:
+    from worker.engine.runtimes import Forward  # whose import starts a thread
 
 ROUNDS = 5
 WARM_UP_RUNS = 5
@@ -56,7 +58,7 @@ def count_weight_bytes(model: PreTrainedModel) -> int:
     return 8 + -(-length // 8) * 8 + end
 
 
-def answer_all(forward: Forward, data: Encoded, between: Callable[[], None]) -> Answers:
+def answer_all(forward: "Forward", data: Encoded, between: Callable[[], None]) -> Answers:
     """Returns the logits of every row, in batches of 32 sorted by length; padding and tokenising are not timed."""
     batches, times_s = data.by_length(THROUGHPUT_BATCH, CPU), []
     forward(next(data.by_length(THROUGHPUT_BATCH, CPU)).inputs)
@@ -72,7 +74,7 @@ def answer_all(forward: Forward, data: Encoded, between: Callable[[], None]) -> 
 
 
 def time_singles(
-    models: Sequence[tuple[Forward | Answer, Singles]], num_samples: int, between: Callable[[], None]
+    models: "Sequence[tuple[Forward | Answer, Singles]]", num_samples: int, between: Callable[[], None]
 ) -> list[dict[str, float]]:
     """Returns each model's median and 95th percentile of the latency at batch size 1, in milliseconds.
 
@@ -97,7 +99,7 @@ def time_singles(
     ]
 
 
-def as_forward(model: PreTrainedModel) -> Forward:
+def as_forward(model: PreTrainedModel) -> "Forward":
     """Returns a language model as a function from inputs to logits."""
 
     def forward(inputs: dict[str, Tensor]) -> NDArray[np.float32]:
@@ -108,7 +110,7 @@ def as_forward(model: PreTrainedModel) -> Forward:
     return forward
 
 
-def measure_speed(forward: Forward, data: Blocks, between: Callable[[], None]) -> float:
+def measure_speed(forward: "Forward", data: Blocks, between: Callable[[], None]) -> float:
     """Returns how many tokens a second a language model reads in batches of eight blocks."""
     inputs = data.batch(np.arange(SPEED_BLOCKS) % len(data), CPU).inputs
     forward(inputs)
