@@ -26,9 +26,11 @@ CMD ["uvicorn", "app.main:app", "--host", "0.0.0.0", "--port", "8500", "--timeou
 FROM base AS worker
 # Build with --build-arg TORCH_INDEX_ARGS="--extra-index-url …" to choose another build of torch, such as one without CUDA.
 ARG TORCH_INDEX_ARGS=""
+# Build with --build-arg EXTRAS=worker,openvino,executorch for the forms that need libraries of their own.
+ARG EXTRAS=worker
 COPY worker worker
 RUN pip install --constraint constraints.txt ${TORCH_INDEX_ARGS} torch==2.13.0 \
-    && pip install --constraint constraints.txt '.[worker]'
+    && pip install --constraint constraints.txt ".[${EXTRAS}]"
 USER stillhouse
 HEALTHCHECK --interval=30s --timeout=10s --start-period=30s \
     CMD ["python", "-c", "from core.db import get_engine; get_engine().connect().close()"]
