@@ -6,7 +6,7 @@ A GPT-2-like and a Llama-like model of 4 layers of width 192 learn WikiText-2 (C
 the third model is a real one, the Llama of 260 thousand parameters that writes children's stories (Karpathy, MIT), on
 stories that it wrote itself, as what it learned from is not at hand; its 172 neurons are no multiple of 8. From each,
 one job a row makes half of the layers' weights zero, or 2 of 4, or 4 of 8, by magnitude, Wanda and SparseGPT; or gives
-them 8, 4 and 3 bits with a scale a row, by rounding to the nearest and by GPTQ. The last rows train the roughest of
+them 8, 4 and 3 bits with a scale a row, by rounding to the nearest, GPTQ and AWQ. The last rows train the roughest of
 them for an epoch by distillation from what it was. Shown is the perplexity of the validation split. Without the data
 the bench says so and ends. Prints a table and writes `decoders.json`.
 """
@@ -38,10 +38,10 @@ ROWS: dict[str, dict[str, Any]] = {
 } | {
     f"{bits} bits {kind}": {"kind": "quantize", "method": {"kind": kind}, "bits": bits, "group": None}
     for bits in BITS
-    for kind in ("rtn", "gptq")
+    for kind in ("rtn", "gptq", "awq")
 }
 GOALS = {f"{name}: {kind} over magnitude": (1.0, "below") for name in MASKS for kind in ("wanda", "sparsegpt")}
-GOALS |= {f"{bits} bits: gptq over rtn": (1.0, "below") for bits in BITS[1:]}
+GOALS |= {f"{bits} bits: {kind} over rtn": (1.0, "below") for bits in BITS[1:] for kind in ("gptq", "awq")}
 GOALS |= {"8 bits: gptq over whole": (1.005, "at most")}
 GOALS |= {"2:4: recovered over best of one shot": (1.0, "below")}
 
@@ -110,7 +110,11 @@ def compare(found: dict[str, dict[str, float]]) -> dict[str, float]:
         for name in MASKS
         for kind in ("wanda", "sparsegpt")
     }
-    pairs |= {f"{bits} bits: gptq over rtn": (f"{bits} bits gptq", f"{bits} bits rtn") for bits in BITS[1:]}
+    pairs |= {
+        f"{bits} bits: {kind} over rtn": (f"{bits} bits {kind}", f"{bits} bits rtn")
+        for bits in BITS[1:]
+        for kind in ("gptq", "awq")
+    }
     pairs |= {"8 bits: gptq over whole": ("8 bits gptq", "whole")}
     figures = {
         goal: max(rows[over] / rows[under] for rows in found.values() if over in rows)
