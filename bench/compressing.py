@@ -7,7 +7,7 @@ A MiniLM of 6 layers, fine-tuned on Banking77 (CC BY 4.0, Casanueva et al. 2020)
 stage at like settings and by a peer, on the same thousand training texts in batches of 32:
 
 - `neurons`: half of those of each layer go, by the Taylor criterion; the peer is Torch-Pruning.
-- `codes`: weights of 4 bits by GPTQ, in groups of 64; the peer is Intel Neural Compressor.
+- `codes`: weights of 4 bits by GPTQ, in groups of 64, one input after the other; the peer is Intel Neural Compressor.
 - `zeros`: half of the weights of each matrix, the smallest; the peer is `torch.nn.utils.prune`.
 - `int8`: ONNX with weights in 8 bits; the peer calls `torch.onnx.export` and `quantize_dynamic` of onnxruntime.
 
@@ -40,7 +40,7 @@ HERE = Path(__file__).parent
 TEXTS, TEST_TEXTS, BATCH, SINGLES = 1000, 256, 32, 500
 STAGES = {
     "neurons": {"kind": "prune", "intermediate_size": 768, "importance": {"kind": "taylor"}},
-    "codes": {"kind": "quantize", "bits": 4, "group": 64, "method": {"kind": "gptq"}},
+    "codes": {"kind": "quantize", "bits": 4, "group": 64, "method": {"kind": "gptq", "order": "given"}},
     "zeros": {"kind": "sparsify", "share": 0.5, "method": {"kind": "magnitude"}},
     "int8": {"kind": "export", "formats": [{"kind": "onnx_int8", "weights": "int8"}]},
 }

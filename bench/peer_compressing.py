@@ -37,10 +37,10 @@ def prune_neurons(model: Any, batches: Batches) -> Any:
 
 
 def round_weights(model: Any, batches: Batches) -> Any:
-    """Weights of 4 bits, by the GPTQ of Intel Neural Compressor, the loudest inputs first."""
+    """Weights of 4 bits, by the GPTQ of Intel Neural Compressor, one input after the other."""
     from neural_compressor.torch.quantization import GPTQConfig, convert, prepare
 
-    config = GPTQConfig(bits=4, group_size=64, use_sym=False, percdamp=0.01, act_order=True, block_size=128)
+    config = GPTQConfig(bits=4, group_size=64, use_sym=False, percdamp=0.01, act_order=False, block_size=128)
     prepared = prepare(model.eval(), config)
     for batch in batches:
         prepared(**batch)

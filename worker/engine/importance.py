@@ -1,6 +1,7 @@
 """How much the inputs of linear maps count, one by one or in blocks, over a sample of the data."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -74,15 +75,23 @@ class Site:
         self.effect_I /= max(1, self._num_batches)
 
 
+class Enough(Exception):
+    """Raised by a note that wants to hear no more of a batch: the model is not run any further on it."""
+
+
 def listen(
     ctx: StageContext, model: PreTrainedModel, data: Any, notes: Mapping[Map, Note], *, needs_gradients: bool = False
 ) -> Iterator[tuple[Batch, Any]]:
-    """Yields each batch of a sample of the data and the model's answer; `notes` hear what their maps get."""
+    """Yields each batch of a sample of the data and the model's answer; `notes` hear what their maps get.
+
+    There is no answer, None, where a note had `Enough`.
+    """
     hooks = [module.register_forward_pre_hook(note) for module, note in notes.items()]
     model.eval()
     try:
         for batch in data.shuffled(BATCH, [ctx.seed], 0, ctx.device):
-            with torch.set_grad_enabled(needs_gradients):
+            answer = None
+            with torch.set_grad_enabled(needs_gradients), suppress(Enough):
                 answer = ctx.task.answer(model, batch)
             yield batch, answer
             ctx.check_stop()

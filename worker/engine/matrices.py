@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from core.errors import StageFailed
 from worker.engine.context import StageContext
-from worker.engine.importance import Map, by_input, listen
+from worker.engine.importance import Enough, Map, by_input, listen
 from worker.engine.loading import find_layers
 
 
@@ -82,10 +82,33 @@ def change_layers(
     for number, matrices in enumerate(layers):
         ctx.progress(number, len(layers))
         if data is not None:
-            for _ in listen(ctx, model, data, {matrix.module: matrix.note for matrix in matrices}):
-                pass
+            hearing = _Hearing(matrices)
+            for _ in listen(ctx, model, data, dict.fromkeys(hearing.owners, hearing.note)):
+                hearing.end_batch()
         if prepare:
             prepare(matrices)
         for matrix in matrices:
             matrix.weight_OI.copy_(change(matrix))
             matrix.gram_II = torch.empty(0)
+
+
+class _Hearing:
+    """Shows matrices what they get, and has no more of the model run than reaches the last of them.
+
+    Which one that is, and how often they are all reached, the first batch shows.
+    """
+
+    def __init__(self, matrices: list[Matrix]) -> None:
+        self.owners: dict[Map, Matrix] = {matrix.module: matrix for matrix in matrices}
+        self._count = self._total = 0
+
+    def note(self, module: Any, inputs: tuple[Tensor, ...]) -> None:
+        """Notes what a matrix gets, and has enough where it is the last one."""
+        self.owners[module].note(module, inputs)
+        self._count += 1
+        if self._count == self._total:
+            raise Enough
+
+    def end_batch(self) -> None:
+        """Begins to count anew."""
+        self._count, self._total = 0, self._count
