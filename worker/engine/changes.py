@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from worker.engine.context import StageContext
 from worker.engine.inference import as_answer
 from worker.engine.measuring import time_singles
+from worker.engine.students import take_sample
 
 ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # torch's own list lacks it
 LATENCY_SAMPLES = 20
@@ -31,8 +32,8 @@ def compare(ctx: StageContext, before: Reader, after: Reader) -> dict[str, Any]:
     That is its parameters, also by what they belong to, its operations, its median time for one text, and its
     validation scores. The time is another one in every run, so no file that the stage writes may hold it.
     """
-    readers, split = (before, after), ctx.find_split("validation") or ctx.get_split("train")
-    samples = [ctx.task.sample(split, *reader) for reader in readers]
+    readers = (before, after)
+    samples = [take_sample(ctx, *reader) for reader in readers]
     timed = [(as_answer(reader.model), sample) for reader, sample in zip(readers, samples, strict=True)]
     latencies = time_singles(timed, min(LATENCY_SAMPLES, *map(len, samples)), ctx.check_stop)
     old, new = (

@@ -21,6 +21,7 @@ from worker.engine.context import StageContext
 from worker.engine.inference import as_answer
 from worker.engine.loading import save_labels, save_tokenizer
 from worker.engine.runtimes import open_session, run_session
+from worker.engine.students import take_sample
 from worker.engine.tasks import TaskHead
 
 if TYPE_CHECKING:
@@ -137,7 +138,7 @@ def get_reference(ctx: StageContext) -> Reference:
     def make() -> Reference:
         model = ctx.load_model("student", attn_implementation="eager").eval()
         tokenizer = ctx.load_tokenizer("student")
-        data = ctx.task.sample(ctx.find_split("validation") or ctx.get_split("train"), model, tokenizer)
+        data = take_sample(ctx, model, tokenizer)
         return Reference(model, tokenizer, data, ctx.task.logits(as_answer(model), data, ctx.check_stop))
 
     return ctx.remember("reference", make)

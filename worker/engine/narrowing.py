@@ -16,7 +16,7 @@ from core.models.widths import Widths
 from worker.engine.context import StageContext
 from worker.engine.importance import Map, Site, by_input, rank_blocks, watch
 from worker.engine.loading import find_layers, some_tokens
-from worker.engine.students import read_widths, set_widths
+from worker.engine.students import read_widths, set_widths, take_sample
 from worker.engine.watching import Watched, find_attention, find_projections
 
 log = logging.getLogger(__name__)
@@ -81,8 +81,7 @@ def narrow(
     widths = read_widths(model.config)
     config = _narrow_config(model.config, widths, settings.hidden_size, settings.intermediate_size)
     new = read_widths(config)
-    path = ctx.find_split("validation") or ctx.get_split("train")
-    seen = _look(ctx, model, ctx.task.sample(path, model, tokenizer), parts, settings.importance)
+    seen = _look(ctx, model, take_sample(ctx, model, tokenizer), parts, settings.importance)
     kept = Seen(
         _most(seen.states, new.states),
         [_most(groups, new.num_groups) for groups in seen.groups],

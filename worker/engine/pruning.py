@@ -14,7 +14,14 @@ from worker.engine.context import StageContext
 from worker.engine.goals import Cost, make_cost
 from worker.engine.narrowing import narrow
 from worker.engine.shapes import Shape, shape_of
-from worker.engine.students import choose_layers, drop_layers, keep_layers, load_student, load_student_tokenizer
+from worker.engine.students import (
+    choose_layers,
+    drop_layers,
+    keep_layers,
+    load_student,
+    load_student_tokenizer,
+    take_sample,
+)
 
 if TYPE_CHECKING:
     from worker.methods.stages.prune import Goal, Prune
@@ -50,7 +57,7 @@ def _prune_to(
     ctx: StageContext, whole: Reader, settings: "Prune", goal: "Goal"
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Returns the best of the models that are as large as the goal allows, and what all of these are."""
-    data = ctx.task.sample(ctx.find_split("validation") or ctx.get_split("train"), *whole)
+    data = take_sample(ctx, *whole)
     shape, cost = shape_of(whole.model), make_cost(ctx, whole.model, data, goal.measure)
     limit = goal.limit(cost(shape))
     if cost(shape) <= limit:

@@ -3,7 +3,7 @@
 import copy
 import logging
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -30,6 +30,11 @@ def load_student(ctx: StageContext) -> PreTrainedModel:
 def load_student_tokenizer(ctx: StageContext) -> PreTrainedTokenizerBase:
     """Returns the tokenizer of what the student was made from."""
     return ctx.load_tokenizer(next(role for role in ("student", "base", "teacher") if ctx.has_input(role)))
+
+
+def take_sample(ctx: StageContext, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """Returns examples as a model reads them, of the validation split, or of the training split where there is none."""
+    return ctx.task.sample(ctx.find_split("validation") or ctx.get_split("train"), model, tokenizer)
 
 
 def load_either(ctx: StageContext, role: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -67,8 +72,7 @@ def drop_layers(ctx: StageContext, teacher: PreTrainedModel, tokenizer: PreTrain
         message = "The teacher has no head for the task, so nothing tells which of its layers are important."
         hint = "Put a finetune stage before this one, or choose layers by another rule."
         raise StageFailed("spec_invalid", message, suggestion=hint)
-    path = ctx.find_split("validation") or ctx.get_split("train")
-    data, kept = ctx.task.sample(path, teacher, tokenizer), [*range(find_layers(teacher)[1])]
+    data, kept = take_sample(ctx, teacher, tokenizer), [*range(find_layers(teacher)[1])]
     stays = _is_first_unlike(teacher)
     yield kept
     while len(kept) > 1:
