@@ -1,7 +1,7 @@
 """How much the inputs of linear maps count, one by one or in blocks, over a sample of the data."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -19,6 +19,7 @@ from worker.engine.objective import label_objective
 from worker.kernels.heads import backward
 
 BATCH = 32
+PART_TOKENS = 1024  # of a batch at a time; a gradient keeps all that layers make of them
 Map: TypeAlias = Linear | Conv1D
 Note: TypeAlias = Callable[[Module, tuple[Tensor, ...]], tuple[Tensor, ...] | None]  # of a map and its inputs
 
@@ -79,25 +80,32 @@ class Enough(Exception):
     """Raised by a note that wants to hear no more of a batch: the model is not run any further on it."""
 
 
+@contextmanager
+def _hearing(model: PreTrainedModel, notes: Mapping[Map, Note]) -> Iterator[None]:
+    """Has notes hear what their maps get."""
+    hooks = [module.register_forward_pre_hook(note) for module, note in notes.items()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def listen(
-    ctx: StageContext, model: PreTrainedModel, data: Any, notes: Mapping[Map, Note], *, needs_gradients: bool = False
+    ctx: StageContext, model: PreTrainedModel, data: Any, notes: Mapping[Map, Note]
 ) -> Iterator[tuple[Batch, Any]]:
     """Yields each batch of a sample of the data and the model's answer; `notes` hear what their maps get.
 
     There is no answer, None, where a note had `Enough`.
     """
-    hooks = [module.register_forward_pre_hook(note) for module, note in notes.items()]
-    model.eval()
-    try:
+    with _hearing(model, notes):
         for batch in data.shuffled(BATCH, [ctx.seed], 0, ctx.device):
             answer = None
-            with torch.set_grad_enabled(needs_gradients), suppress(Enough):
+            with torch.no_grad(), suppress(Enough):
                 answer = ctx.task.answer(model, batch)
             yield batch, answer
             ctx.check_stop()
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def watch(ctx: StageContext, model: PreTrainedModel, sites: dict[Map, Site], by: Importance, data: Any) -> None:
@@ -110,15 +118,20 @@ def watch(ctx: StageContext, model: PreTrainedModel, sites: dict[Map, Site], by:
         message = f"The model has no head for the task, so '{by.kind}' cannot tell what it misses."
         raise StageFailed("spec_invalid", message, suggestion="Put a finetune stage before this one.")
     objective = label_objective(ctx)
-    notes = {module: site.note for module, site in sites.items()}
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.requires_grad_(False)  # the gates alone are asked for
-    for batch, answer in listen(ctx, model, data, notes, needs_gradients=by.needs_gradients):
-        if by.needs_gradients:
+    with _hearing(model, {module: site.note for module, site in sites.items()}):
+        for batch in data.shuffled(BATCH, [ctx.seed], 0, ctx.device):
             heard = partial(objective, resting=objective.resting(batch))
-            backward(answer, heard, None, batch.row_labels, int(batch.is_row.sum()))
-        for site in sites.values():
-            site.end_batch()
+            for part in batch.parts(max(1, PART_TOKENS // batch.inputs["input_ids"].shape[1])):
+                with torch.set_grad_enabled(by.needs_gradients):
+                    answer = ctx.task.answer(model, part)
+                if by.needs_gradients:
+                    backward(answer, heard, None, part.row_labels, int(batch.is_row.sum()))
+                del answer  # and all that its gradient kept, before more of it is made
+            for site in sites.values():
+                site.end_batch()
+            ctx.check_stop()
     for parameter in learning:
         parameter.requires_grad_(True)
     for site in sites.values():
