@@ -315,6 +315,10 @@ class Stage(Method):
         """Returns the kinds of what it does by a look at the training split."""
         return [form.kind for form in self.forms() if form.calibrates]
 
+    def unfold(self) -> "list[Stage]":
+        """Returns the stages that a spec with this one has in its place; most stand for themselves."""
+        return [self]
+
     def forms(self) -> list[Exporter]:
         """Returns the forms of the student that this stage writes."""
         return []

@@ -38,8 +38,11 @@ M = TypeVar("M", bound=StrictModel)
 
 def _complete(stage: dict[str, Any], known: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Returns a stage with what is known of its kind, and of the stages that it runs inside."""
-    inner = {k: {**known[k], **stage.get(k, {})} for k in known if k == "distill" and stage.get("kind") == "search"}
-    return {**known.get(str(stage.get("kind")), {}), **stage, **inner}
+    kind = str(stage.get("kind"))
+    field = "recover" if stage.get("steps", 1) != 1 else "distill" if kind == "search" else ""
+    inside = stage.get(field, {})
+    inner = {field: {**known["distill"], **inside}} if field and "distill" in known and isinstance(inside, dict) else {}
+    return {**known.get(kind, {}), **stage, **inner}
 
 
 def _default_stages(spec: dict[str, Any]) -> list[dict[str, Any]]:
@@ -125,6 +128,16 @@ class JobSpec(StrictModel):
         if not known or not isinstance(value, list):
             return value
         return [_complete(stage, known) if isinstance(stage, dict) else stage for stage in value]
+
+    @field_validator("stages")
+    @classmethod
+    def _unfold(cls, value: list[Stage]) -> list[Stage]:
+        """Has stages in steps be what they stand for, so that each step is cached, resumed and forked on its own."""
+        unfolded = [part for stage in value for part in stage.unfold()]
+        if len(unfolded) > MAX_STAGES:
+            why = "with all steps there are {count} stages, and {most} are the most; choose fewer steps"
+            raise PydanticCustomError("too_many_stages", why, {"count": len(unfolded), "most": MAX_STAGES})
+        return unfolded
 
     def digest(self) -> str:
         """Returns the sha256 of the normalised spec."""

@@ -363,3 +363,69 @@ def test_a_goal_that_the_student_meets_is_refused_where_its_size_is_known(tmp_pa
     assert problems(prune(parameters=count), last=9) == []  # which is what is wrong then
     assert Prune(to={"latency_ms": 1.0}).measures() == {"student"}  # type: ignore[arg-type]
     assert Prune(to={"flops": 0.5}).measures() == set()  # type: ignore[arg-type]
+
+
+def in_steps(**settings: Any) -> dict[str, Any]:
+    stage = {"kind": "prune", "importance": TAYLOR, **settings}
+    student = {"kind": "teacher_layers", "keep": [0]}
+    return {"teacher": {"model": "m"}, "student": student, "data": "d", "stages": [stage, {"kind": "evaluate"}]}
+
+
+@pytest.mark.parametrize(
+    ("schedule", "goal", "goals"),
+    [
+        ({"schedule": "linear"}, {"parameters": 0.4}, [0.8, 0.75, 0.666667]),  # 1, .8, .6, .4
+        ({}, {"flops": 0.46}, [0.62, 0.774194, 0.958333]),  # gone are 19/27, 26/27 and all of .54
+        ({"schedule": "cubic"}, {"bytes": 0.999999}, [0.999999, 0.999999, 0.999999]),
+    ],
+    ids=str,
+)
+def test_a_stage_in_steps_is_the_stages_that_one_would_write(
+    schedule: dict[str, str], goal: dict[str, float], goals: list[float]
+) -> None:
+    recover = {"epochs": 2.0, "mask_probability": 0.2}
+    found = load_spec(in_steps(to=goal, steps=3, recover=recover, **schedule))
+    [measure] = goal
+    pairs = [
+        stage
+        for share in goals
+        for stage in ({"kind": "prune", "importance": TAYLOR, "to": {measure: share}}, {"kind": "distill", **recover})
+    ]
+    written = load_spec(in_steps() | {"stages": [*pairs, {"kind": "evaluate"}]})
+    assert found == written == load_spec(found.model_dump(mode="json"))
+    assert found.digest() == written.digest()
+    assert [found.seen_by(stage) for stage in found.stages] == [written.seen_by(stage) for stage in written.stages]
+    assert [problem.field for stage in found.stages for problem in stage.advise(found)] == []
+
+
+def test_the_training_after_a_step_has_the_losses_of_its_task() -> None:
+    task = {"task": {"kind": "text_regression"}}
+    found = load_spec(in_steps(to={"parameters": 0.5}, steps=2) | task)
+    written = load_spec(in_steps(to={"parameters": 0.5}) | task | {"stages": [{"kind": "distill"}]})
+    assert [stage for stage in found.stages if stage.kind == "distill"] == written.stages * 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "field", "words"),
+    [
+        ({"num_layers": 2, "steps": 2}, "stages.0", "a number below 1"),
+        ({"to": {"latency_ms": 0.5}, "steps": 2}, "stages.0", "a number below 1"),
+        ({"to": {"parameters": 1e6}, "steps": 2}, "stages.0", "a number below 1"),
+        ({"to": {"parameters": 0.5}, "schedule": "linear"}, "stages.0", "set 'steps' above 1"),
+        ({"to": {"parameters": 0.5}, "steps": 0}, "stages.0.steps", "greater than or equal to 1"),
+        ({"to": {"parameters": 0.5}, "steps": 2, "recover": {"epoch": 1}}, "stages.0.recover.epoch", "'epochs'"),
+        ({"to": {"parameters": 0.5}, "steps": 2, "recover": 1}, "stages.0.recover", "valid dictionary"),
+    ],
+    ids=str,
+)
+def test_steps_that_make_no_sense_are_refused_at_submit(settings: dict[str, Any], field: str, words: str) -> None:
+    with pytest.raises(SpecInvalid) as caught:
+        load_spec(in_steps(**settings) | {"task": {"kind": "text_regression"}})
+    [detail] = caught.value.details
+    assert (detail["field"], words in detail["message"]) == (field, True)
+
+
+def test_more_stages_than_a_spec_may_have_are_refused() -> None:
+    spec = in_steps(to={"parameters": 0.5}, steps=15)
+    with pytest.raises(SpecInvalid, match="choose fewer steps"):
+        load_spec(spec | {"stages": spec["stages"] * 2})

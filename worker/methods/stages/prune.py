@@ -1,15 +1,17 @@
 """A narrower or shallower student."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from core.changing import ModelStage
-from core.compressing import Importance
-from core.methods import Depths, ModelFacts, OneOf, Problem
+from core.compressing import Importance, InSteps
+from core.methods import Depths, ModelFacts, OneOf, Problem, Stage
 from core.strict import StrictModel
+from worker.methods.stages.distill import Distill
 
 if TYPE_CHECKING:
     from core.jobs.spec import JobSpec
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
 SIZES = ("num_layers", "intermediate_size", "hidden_size")
 PARAMETER_BYTES = 4
+LARGEST_SHARE = 0.999999
 
 
 class Goal(StrictModel):
@@ -48,16 +51,21 @@ class Goal(StrictModel):
 
     def limit(self, whole: float) -> float:
         """Returns the most that meets the goal, of a student that now has so much."""
+        return whole * self.share if self.share else getattr(self, self.measure)
+
+    @property
+    def share(self) -> float | None:
+        """What may stay, if that is told as a share of what there is."""
         asked: float = getattr(self, self.measure)
-        return asked * whole if asked < 1 and self.latency_ms is None else asked
+        return asked if asked < 1 and self.latency_ms is None else None
 
 
-class Prune(ModelStage):
+class Prune(InSteps, ModelStage):
     """Leaves the least important layers, neurons, heads and states out of the student, which really gets smaller.
 
     What comes out is a model of the same class with a smaller config, which stock `transformers` loads. It has
     forgotten something; a `distill` stage after this one brings most of it back. Several small steps, each with a
-    distillation after it, cost less than one large one.
+    distillation after it, cost less than one large one: `steps` has a spec hold these in place of the one stage.
 
     With a goal, `to`, the stage finds the sizes: for up to eight numbers of layers the most neurons that meet it, of
     which the one stays that does best as it is.
@@ -90,6 +98,31 @@ class Prune(ModelStage):
     importance: Annotated[Importance, OneOf()] = Field(
         default={"kind": "activation"}, validate_default=True, description="Which neurons and heads go first."
     )
+    recover: Distill = Field(
+        default_factory=Distill, exclude=True, description="The stage `distill` after each of several steps."
+    )
+
+    @model_validator(mode="after")
+    def _has_a_share_for_steps(self) -> Self:
+        if self.steps > 1 and (self.to is None or self.to.share is None):
+            why = (
+                "each of several steps leaves a share of what is there: set 'to' to a number below 1 of parameters, "
+                "bytes or flops, or write the stages one by one"
+            )
+            raise PydanticCustomError("steps", why, {})
+        if self.steps == 1 and self.model_fields_set & {"schedule", "recover"}:
+            raise PydanticCustomError("steps", "'schedule' and 'recover' are of several steps; set 'steps' above 1", {})
+        return self
+
+    def unfold(self) -> list[Stage]:
+        """Returns the stages of its steps: each prunes to a share of what the one before it has left, and trains."""
+        if self.steps == 1 or self.to is None or self.to.share is None:
+            return [self]
+        left = [1.0, *(1 - gone for gone in self.list_gone(1 - self.to.share))]
+        shares = [min(round(after / before, 6), LARGEST_SHARE) for before, after in pairwise(left)]
+        once = self.model_dump()  # which leaves the steps out
+        steps = [Prune.model_validate(once | {"to": {self.to.measure: share}}) for share in shares]
+        return [stage for step in steps for stage in (step, self.recover.model_copy())]
 
     @property
     def is_narrower(self) -> bool:
