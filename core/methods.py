@@ -56,13 +56,15 @@ class Method(StrictModel):
 class Task(Method):
     """What the model is to do, and which columns of the data say so.
 
-    `forms` names the exporters for its models; `shares_tokens` says whether tokens are what teacher and student choose
+    `forms` names the exporters for its models, and `graph_types` the architectures that have those which are graphs,
+    all if there are none; `shares_tokens` says whether tokens are what teacher and student choose
     among, and `gives_values` whether its models give numbers, where others give probabilities. `label_loss` is what is
     learned from labels alone, and `shares_trunk` says whether its models can share all but the head with others.
     """
 
     family: ClassVar[str] = "tasks"
     forms: ClassVar[tuple[str, ...]] = ("safetensors",)
+    graph_types: ClassVar[tuple[str, ...]] = ()
     shares_tokens: ClassVar[bool] = False
     gives_values: ClassVar[bool] = False
     min_labels: ClassVar[int] = 0
@@ -221,8 +223,8 @@ Agreement = Annotated[
     Field(
         gt=0,
         le=1,
-        description="Least accepted share of validation texts with the student's label, or, of a regression, "
-        "correlation with its numbers.",
+        description="Least accepted share of validation texts with the student's label, or of tokens that a language "
+        "model puts first like the student, or, of a regression, correlation with its numbers.",
     ),
 ]
 

@@ -54,6 +54,11 @@ class Classifier:
         import onnxruntime
 
         folder = Path(folder)
+        if (folder / "model.onnx").is_file() and (folder / "generation_config.json").is_file():
+            raise InvalidInput(
+                f"{folder} holds a language model, which gives no labels. Have it write with onnxruntime, or with "
+                "optimum's ORTModelForCausalLM."
+            )
         missing = [n for n in ("model.onnx", "tokenizer.json", "labels.json") if not (folder / n).is_file()]
         if missing:
             raise InvalidInput(f"{folder} holds no {missing[0]}. Name a downloaded 'onnx' or 'onnx_int8' folder.")

@@ -174,7 +174,10 @@ def test_answers_go_on_from_a_checkpoint(run_through: tuple[Bench, list[Finished
 @pytest.mark.parametrize(
     ("stages", "field"),
     [
-        ([{"kind": "distill", "losses": KL}, {"kind": "export"}], "stages.1.formats.1"),
+        (
+            [{"kind": "distill", "losses": KL}, {"kind": "export", "formats": [{"kind": "triton"}]}],
+            "stages.1.formats.0",
+        ),
         ([{"kind": "answer", "temperature": 2.0}, {"kind": "distill", "losses": KL}], "stages.0.temperature"),
         ([{"kind": "answer"}, {"kind": "distill", "losses": [*KL, {"kind": "logit_mse"}]}], "stages.0.kind"),
         (

@@ -106,6 +106,18 @@ def list_candidates(ctx: StageContext) -> list[str]:
     return [*models, *dict.fromkeys(form for form in forms if ctx.has_input(form))]
 
 
+def open_candidates(ctx: StageContext) -> dict[str, Any]:
+    """Returns the language models to measure, each where `transformers` would have its own."""
+    from worker.engine.runtimes import RunningDecoder  # whose import starts a thread
+
+    folders = {name: ctx.input(name) for name in list_candidates(ctx)}
+    return {
+        name: RunningDecoder(folder, ctx.num_threads) if is_graph else ctx.load_model(name).eval()
+        for name, folder in folders.items()
+        for is_graph in [(folder / "model.onnx").is_file()]
+    }
+
+
 def row_of_answers(scores: Row) -> Row:
     """Returns the row of a teacher that only answers: how good it is, but not what it costs."""
     return {"name": "teacher", "runtime": "answers"} | dict.fromkeys(COSTS) | scores

@@ -13,8 +13,9 @@ from torch.export import Dim
 
 from core.errors import StageFailed
 from worker.engine.context import StageContext
-from worker.engine.exporting import Logits, Reference, get_reference, measure_agreement, write_companions
+from worker.engine.exporting import Reference, get_reference, measure_agreement, write_companions
 from worker.engine.inference import Answer
+from worker.engine.tracing import Logits
 
 if TYPE_CHECKING:
     from worker.methods.exporters.executorch import Executorch

@@ -1,28 +1,30 @@
 """Deployable forms of the student, each compared with the student before it is published."""
 
+import copy
 import logging
 import math
-import shutil
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import onnx
 import torch
 from onnxruntime.quantization import QuantType, quantize_dynamic
+from onnxruntime.quantization.onnx_model import ONNXModel
 from onnxruntime.transformers.float16 import convert_float_to_float16
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from core.errors import StageFailed
 from worker.engine.context import StageContext
 from worker.engine.inference import as_answer
 from worker.engine.loading import save_labels, save_tokenizer
-from worker.engine.runtimes import open_session, run_session
+from worker.engine.runtimes import continue_greedily, open_session, run_session
 from worker.engine.students import take_sample
-from worker.engine.tasks import TaskHead
+from worker.engine.tracing import describe_classifier, describe_decoder, share_table
 
 if TYPE_CHECKING:
     from worker.methods.exporters.onnx import Onnx
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 OPSET = 17
 EQUAL_LOGITS = 1e-5  # the same weights in the same library; only the attention kernel may differ
 MAX_ONNX_BYTES = 2**31 - 2**20  # a protobuf message ends there
+CONTINUED_BLOCKS, NEW_TOKENS = 8, 16  # on which a cache is tried
 log = logging.getLogger(__name__)
 
 
@@ -75,9 +78,11 @@ def write_safetensors(ctx: StageContext, folder: Path) -> dict[str, float]:
 def write_onnx(ctx: StageContext, settings: "Onnx", folder: Path) -> dict[str, float]:
     """Writes the student as ONNX, runs it in onnxruntime, and returns the largest difference of a logit."""
     reference = get_reference(ctx)
-    shutil.copyfile(make_onnx(ctx), folder / "model.onnx")
+    proto = onnx.load(make_onnx(ctx))
+    share_table(proto.graph)
+    onnx.save(proto, folder / "model.onnx")
     write_companions(ctx, reference, folder)
-    return measure(ctx, reference, run_onnx(ctx, reference.data, folder), "onnx", settings.tolerance)
+    return measure_onnx(ctx, folder, partial(measure, ctx, form="onnx", tolerance=settings.tolerance))
 
 
 def write_onnx_int8(ctx: StageContext, settings: "OnnxInt8", folder: Path) -> dict[str, float]:
@@ -103,18 +108,45 @@ def write_onnx_fp16(ctx: StageContext, settings: "OnnxFp16", folder: Path) -> di
     Raises:
         StageFailed: `goal_missed` when too few labels agree.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of each number that is rounded to what half precision has
-        proto = convert_float_to_float16(onnx.load(make_onnx(ctx)), keep_io_types=True)
+    reference = get_reference(ctx)
+    if reference.model.can_generate():  # which knows where half precision is too coarse
+        halved = replace(reference, model=copy.deepcopy(reference.model).half())
+        proto = onnx.load(_export_graph(ctx, halved, ctx.scratch_dir / "half.onnx"))
+        share_table(proto.graph)
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of each number that is rounded to what half precision has
+            proto = convert_float_to_float16(onnx.load(make_onnx(ctx)), keep_io_types=True)
     onnx.save(proto, folder / "model.onnx")
     return check_onnx(ctx, folder, "onnx_fp16", settings.min_agreement)
 
 
 def check_onnx(ctx: StageContext, folder: Path, form: str, least: float) -> dict[str, float]:
     """Writes what belongs to a graph, and returns what `measure_agreement` does of it."""
+    write_companions(ctx, get_reference(ctx), folder)
+    return measure_onnx(ctx, folder, partial(measure_agreement, ctx, form=form, least=least))
+
+
+def measure_onnx(
+    ctx: StageContext, folder: Path, judge: Callable[[Reference, Any], dict[str, float]]
+) -> dict[str, float]:
+    """Returns what `judge` says of a folder with `model.onnx`, by its answers to the sample.
+
+    A decoder goes on after the first half of some blocks as well, and reads each token that it writes with what it has
+    kept of those before; the student reads all of these texts at once.
+    """
     reference = get_reference(ctx)
-    write_companions(ctx, reference, folder)
-    return measure_agreement(ctx, reference, run_onnx(ctx, reference.data, folder), form, least)
+    measured = judge(reference, run_onnx(ctx, reference.data, folder))
+    if not reference.model.can_generate():
+        return measured
+    blocks = np.arange(min(CONTINUED_BLOCKS, len(reference.data)))
+    ids_BT = reference.data.batch(blocks, torch.device("cpu")).inputs["input_ids"]
+    begun, wanted = ids_BT.shape[1] // 2, min(NEW_TOKENS, ids_BT.shape[1] // 2)
+    ids_BS, logits_BNV = continue_greedily(open_session(folder, ctx.num_threads), ids_BT[:, :begun], wanted)
+    expected_BNV = as_answer(reference.model)({"input_ids": ids_BS})[:, begun - 1 : -1]
+    written = replace(reference, data=ids_BS[:, begun:].flatten(), answers=expected_BNV.flatten(0, 1))
+    found = judge(written, logits_BNV.flatten(0, 1))
+    return measured | {f"cached_{name}": value for name, value in found.items()}
 
 
 def measure_agreement(
@@ -159,19 +191,6 @@ def run_onnx(ctx: StageContext, data: Any, folder: Path) -> Any:
     return ctx.task.logits(lambda inputs: torch.from_numpy(run_session(session, inputs)), data, ctx.check_stop)
 
 
-class Logits(torch.nn.Module):
-    """The model as a function from tensors, in the order of their names, to its logits and those of each head."""
-
-    def __init__(self, model: PreTrainedModel, names: list[str], heads: Mapping[str, TaskHead]) -> None:
-        super().__init__()
-        self.model, self.names, self.heads = model, names, heads
-
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Returns logits_BC of a classifier of texts, logits_BTC of one of tokens; then the part of each task."""
-        logits: Tensor = self.model(**dict(zip(self.names, inputs, strict=True))).logits
-        return logits, *(head.of(logits) for head in self.heads.values())
-
-
 def _export_graph(ctx: StageContext, reference: Reference, path: Path) -> Path:
     size_bytes = sum(parameter.numel() * 4 for parameter in reference.model.parameters())
     if size_bytes > MAX_ONNX_BYTES:
@@ -180,37 +199,45 @@ def _export_graph(ctx: StageContext, reference: Reference, path: Path) -> Path:
             f"The student has {size_bytes} bytes of weights; one ONNX file holds 2 GiB.",
             suggestion="Leave ONNX out.",
         )
-    batch, heads = next(iter(reference.data.shuffled(2, [0], 0, torch.device("cpu")))), ctx.task.heads
-    names, outputs = list(batch.inputs), ["logits", *heads]
-    both = {0: "batch", 1: "sequence"}
-    # the exporter restores the flag of evaluation, so it must be set on the wrapper
-    wrapper = Logits(reference.model, names, heads).eval()
-    with torch.inference_mode():
-        found = zip(outputs, wrapper(*batch.inputs.values()), strict=True)
-    axes = dict.fromkeys(names, both) | {name: both if x.dim() == 3 else {0: "batch"} for name, x in found}
+    if reference.model.can_generate():
+        graph = describe_decoder(reference.model)
+    else:
+        batch = next(iter(reference.data.shuffled(2, [0], 0, torch.device("cpu"))))
+        graph = describe_classifier(reference.model, batch.inputs, ctx.task.heads)
     try:
         torch.onnx.export(
-            wrapper,
-            tuple(batch.inputs.values()),
+            graph.function,
+            tuple(graph.inputs.values()),
             str(path),
-            input_names=names,
-            output_names=outputs,
-            dynamic_axes=axes,
+            input_names=list(graph.inputs),
+            output_names=graph.outputs,
+            dynamic_axes=graph.axes,
             opset_version=OPSET,
             dynamo=False,
         )
     except (RuntimeError, TypeError, ValueError) as error:
         message = f"A '{reference.model.config.model_type}' cannot be exported to ONNX: {str(error).splitlines()[0]}"
         raise StageFailed("export_unsupported", message, suggestion="Leave the ONNX forms out.") from error
+    if reference.model.can_generate():
+        proto = ONNXModel(onnx.load(path))
+        proto.replace_gemm_with_matmul()  # of GPT-2, so that its matrices are found as those of others
+        onnx.save(proto.model, path)
     onnx.checker.check_model(str(path))
     return path
 
 
 def write_companions(ctx: StageContext, reference: Reference, folder: Path) -> None:
-    """Writes what belongs to every form that is not a folder of `transformers`: config, tokenizer and labels."""
+    """Writes what belongs to every form that is not a folder of `transformers`: config, tokenizer, and labels.
+
+    Of a decoder it is how it writes, instead of labels, and its tokenizer cuts no text.
+    """
+    is_decoder = reference.model.can_generate()
     reference.model.config.save_pretrained(folder)
-    save_tokenizer(reference.tokenizer, folder)
-    save_labels(ctx.labels, folder)
+    save_tokenizer(reference.tokenizer, folder, truncate=not is_decoder)
+    if is_decoder:
+        reference.model.generation_config.save_pretrained(folder)
+    else:
+        save_labels(ctx.labels, folder)
 
 
 def measure(

@@ -21,7 +21,7 @@ from worker.engine.aligning import AnswersAcross, Stream
 from worker.engine.answering import Asked, keep_likeliest
 from worker.engine.blocks import NOWHERE, Blocks, count_bytes_of_texts, read_prompts, read_starts, read_stream
 from worker.engine.data import Batch
-from worker.engine.evaluation import Card, Column, Measured, Quality, Row, list_candidates, row_of_answers
+from worker.engine.evaluation import Card, Column, Measured, Quality, Row, open_candidates, row_of_answers
 from worker.engine.inference import Answer
 from worker.engine.keeping import KeptLayers, Recorder
 from worker.engine.loading import load_language_model, save_language_model, some_tokens
@@ -252,9 +252,10 @@ class LanguageModelling:
         A student with other tokens reads the split as its own; its distance from the teacher is not known then, nor
         from one that is no model, of which what it answered to the test split is measured, if it was asked.
         """
-        ctx, names = self.ctx, list_candidates(self.ctx)
+        ctx = self.ctx
         path, tokenizer = ctx.get_split("test"), ctx.load_tokenizer("student")
-        models = {name: ctx.load_model(name).eval() for name in names}
+        models = open_candidates(ctx)
+        names = list(models)
         has_teacher = ctx.spec.teacher.is_model
         is_alike = not has_teacher or self._reads_alike(tokenizer)
         if has_teacher and is_alike:
@@ -275,13 +276,14 @@ class LanguageModelling:
         ctx.progress(total, total)
         num_bytes = count_bytes_of_texts(path, self.task.columns())
         rows = [
-            {"name": name, "runtime": "torch"}
+            {"name": name, "runtime": getattr(models[name], "runtime", "torch")}
             | self._rate(sums_BJ[name], num_bytes, settings)
             | ({} if has_teacher and name in groups[0] else {"kl_to_teacher": None, "agreement": None})
-            | {"size_bytes": count_bytes(ctx.input(name)), "num_parameters": models[name].num_parameters()}
+            | {"size_bytes": count_bytes(ctx.input(name)), "num_parameters": num_parameters}
             | {"throughput_per_s": speed}
             | latency
             for name, speed, latency in zip(names, speeds, latencies, strict=True)
+            for num_parameters in [models["teacher" if name == "teacher" else "student"].num_parameters()]
         ]
         heard = None if has_teacher or not ctx.has_input("answers") else AnswersKept(ctx.input("answers")).of_test()
         if heard is not None:

@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -156,6 +157,12 @@ def find_layers(model: PreTrainedModel) -> tuple[str, int]:
 
 def _is_uniform(layers: torch.nn.ModuleList) -> bool:
     return len({type(layer) for layer in layers}) == 1
+
+
+def find_window(config: PreTrainedConfig) -> int | None:
+    """Returns to how many tokens a decoder's attention is limited, if they are fewer than it has places for."""
+    window: int | None = getattr(config, "sliding_window", None)
+    return window if window is not None and window < config.max_position_embeddings else None
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -33,10 +33,13 @@ def write_onnx_int4(ctx: StageContext, settings: "OnnxInt4", folder: Path) -> di
         StageFailed: `goal_missed` when too few labels agree.
     """
     proto, grids = onnx.load(make_onnx(ctx)), read_grids(ctx.input("student"))
+    model = get_reference(ctx).model
+    names = {id(parameter): name for name, parameter in model.named_parameters()}  # one each, of what two parts share
     known = {
-        _digest((by_input(part) if isinstance(part, Map) else part.weight.detach()).numpy()): grids[f"{name}.weight"]
-        for name, part in get_reference(ctx).model.named_modules()
-        if f"{name}.weight" in grids
+        _digest((by_input(part) if isinstance(part, Map) else part.weight.detach()).numpy()): grids[name]
+        for part in model.modules()
+        for name in [names.get(id(getattr(part, "weight", None)))]
+        if name in grids
     }
     pack(proto.graph, known, settings)
     proto.opset_import.append(helper.make_opsetid(DOMAIN, 1))

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -11,10 +11,11 @@ import onnxruntime
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from worker.engine.extras import needing
-from worker.engine.loading import input_names
+from worker.engine.loading import OFFLINE, input_names
+from worker.engine.tracing import PAST
 
 Forward = Callable[[dict[str, Tensor]], NDArray[np.float32]]
 
@@ -29,10 +30,39 @@ def open_session(folder: Path, num_threads: int) -> onnxruntime.InferenceSession
 
 
 def run_session(session: onnxruntime.InferenceSession, inputs: dict[str, Tensor]) -> NDArray[np.float32]:
-    """Returns logits_BC for the inputs that the session names."""
-    names = [node.name for node in session.get_inputs()]
-    logits_BC: NDArray[np.float32] = session.run(["logits"], {name: inputs[name].numpy() for name in names})[0]
+    """Returns logits_BC for the inputs that the session names; a decoder has read nothing before."""
+    logits_BC: NDArray[np.float32] = session.run(["logits"], _complete(session, inputs))[0]
     return logits_BC
+
+
+def _complete(session: onnxruntime.InferenceSession, inputs: dict[str, Tensor]) -> dict[str, NDArray[Any]]:
+    """Returns what a session takes: of a decoder also which tokens are there, where they stand, and an empty cache."""
+    ids_BT = inputs["input_ids"]
+    known = {"attention_mask": torch.ones_like(ids_BT), "position_ids": ids_BT.new_ones(ids_BT.shape).cumsum(1) - 1}
+    return {
+        node.name: np.zeros((len(ids_BT), node.shape[1], 0, node.shape[3]), np.float32)
+        if node.name.startswith(PAST)
+        else (known | inputs)[node.name].numpy()
+        for node in session.get_inputs()
+    }
+
+
+def continue_greedily(session: onnxruntime.InferenceSession, ids_BT: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+    """Returns texts with so many more tokens, each the likeliest, and the logits that each was chosen by, logits_BNV.
+
+    A token is read alone, with the keys and values of those before it.
+    """
+    outputs = [node.name for node in session.get_outputs()]
+    given, chosen = _complete(session, {"input_ids": ids_BT}), []
+    for place in range(ids_BT.shape[1], ids_BT.shape[1] + num_tokens):
+        logits_BTV, *kept = session.run(outputs, given)
+        chosen.append(torch.from_numpy(logits_BTV[:, -1]))
+        ids_BT = torch.cat([ids_BT, chosen[-1].argmax(-1, keepdim=True)], dim=1)
+        given = {name.replace("present.", PAST): part for name, part in zip(outputs[1:], kept, strict=True)}
+        given["input_ids"] = ids_BT[:, -1:].numpy()
+        given["attention_mask"] = np.ones(ids_BT.shape, np.int64)
+        given["position_ids"] = np.full_like(given["input_ids"], place)
+    return ids_BT, torch.stack(chosen, dim=1)
 
 
 class Running:
@@ -43,7 +73,7 @@ class Running:
     def __init__(self, forward: Forward) -> None:
         self._forward = forward
 
-    def __call__(self, **inputs: Tensor) -> SimpleNamespace:
+    def __call__(self, **inputs: Any) -> SimpleNamespace:
         """Returns its logits."""
         return SimpleNamespace(logits=torch.from_numpy(self._forward(inputs)))
 
@@ -56,6 +86,17 @@ class Running:
     def modules(self) -> Iterator[torch.nn.Module]:
         """Yields nothing."""
         return iter(())
+
+
+class RunningDecoder(Running):
+    """A folder with the `model.onnx` of a decoder."""
+
+    runtime, has_plain_head = "onnxruntime", False  # it gives logits, and not what makes them
+
+    def __init__(self, folder: Path, num_threads: int) -> None:
+        session = open_session(folder, num_threads)
+        super().__init__(lambda inputs: run_session(session, inputs))
+        self.config = AutoConfig.from_pretrained(folder, **OFFLINE)
 
 
 class OpenModel(NamedTuple):

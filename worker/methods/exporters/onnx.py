@@ -13,7 +13,11 @@ if TYPE_CHECKING:
 
 
 class Onnx(Exporter):
-    """Writes `model.onnx` with tokenizer and labels; its logits must equal the student's within `tolerance`."""
+    """Writes `model.onnx` with tokenizer and labels; its logits must equal the student's within `tolerance`.
+
+    A language model takes `past_key_values.<layer>.key` and `.value` besides, and gives them on as `present`: one graph
+    that starts with none of them and goes on with those of earlier tokens, as Optimum and transformers.js call it.
+    """
 
     bytes_per_parameter: ClassVar[float] = 4.0
     is_graph: ClassVar[bool] = True

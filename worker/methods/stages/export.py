@@ -42,7 +42,8 @@ class Export(Stage):
         return [
             Problem(f"formats.{index}", f"'{form.kind}' is not written for a '{start.model_type}'; leave it out")
             for index, form in enumerate(self.formats)
-            if form.model_types and start.model_type not in form.model_types
+            for known in [form.model_types or (spec.task.graph_types if form.is_graph else ())]
+            if known and start.model_type not in known
         ]
 
     def reads(self, spec: "JobSpec") -> set[str]:

@@ -60,7 +60,7 @@ class Search(Target, ModelStage):
             return [Problem("kind", "it makes students of the teacher's layers, and this teacher only answers")]
         if spec.data.validation is None:
             return [Problem("kind", "it measures on the validation split; set data.validation")]
-        if self.form.kind not in spec.task.forms:
+        if spec.task.shares_tokens or self.form.kind not in spec.task.forms:
             return [Problem("form", f"'{self.form.kind}' is no form of a {spec.task.kind}, which is not searched")]
         if self.distill.adapter:
             return [Problem("distill.adapter", "a student that is searched for is trained as a whole; leave it out")]

@@ -21,7 +21,18 @@ class CausalLM(Task):
     learned and measured.
     """
 
-    forms: ClassVar[tuple[str, ...]] = ("safetensors", "gguf")
+    forms: ClassVar[tuple[str, ...]] = ("safetensors", "onnx", "onnx_fp16", "onnx_int8", "onnx_int4", "gguf")
+    graph_types: ClassVar[tuple[str, ...]] = (
+        "gemma",
+        "gpt2",
+        "gpt_neox",
+        "llama",
+        "mistral",
+        "phi3",
+        "qwen2",
+        "qwen3",
+        "smollm3",
+    )
     shares_tokens: ClassVar[bool] = True
 
     kind: Literal["causal_lm"] = "causal_lm"
@@ -55,6 +66,10 @@ class CausalLM(Task):
             return super().default_stages(teacher)
         learned = [{"kind": "generate"}, {"kind": "finetune", "of": "student"}]
         return [*learned, *super().default_stages(teacher)[-2:]]
+
+    def _default_forms(self) -> list[str]:
+        """Returns what every language model has."""
+        return ["safetensors"]
 
     def read_labels(self, row: dict[str, Any]) -> tuple[list[RowProblem], list[str]]:
         """Returns what is wrong with the text; it has no labels."""
