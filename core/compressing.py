@@ -106,10 +106,16 @@ class Zeros(StrictModel):
 
 
 class Rounding(Method):
-    """How the weights of a matrix get on a grid of few values."""
+    """How the weights of a matrix get on a grid of few values.
+
+    `needs_norms` says whether it comes to nothing in a model none of whose norms takes the scales of `build_scaling`,
+    and `only` has what settings of the stage must be.
+    """
 
     family: ClassVar[str] = "quantization"
     needs_data: ClassVar[bool] = False
+    needs_norms: ClassVar[bool] = False
+    only: ClassVar[dict[str, Any]] = {}
 
     def build(self, ctx: Any) -> Any:
         """Returns a callable `(matrix, fit, group) -> (weight_OI, grid)` (torch).

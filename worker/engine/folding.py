@@ -39,22 +39,25 @@ class Ran(NamedTuple):
     made: Any
 
 
-def move_scales(model: PreTrainedModel, matrices: list[Matrix], choose: Callable[[list[Matrix]], Tensor]) -> None:
+def move_scales(model: PreTrainedModel, matrices: list[Matrix], choose: Callable[[list[Matrix]], Tensor]) -> int:
     """Multiplies the weights of a layer's matrices by scales of their inputs, wherever what makes these can be divided.
 
     That is a norm that these matrices alone hear, or a map whose outputs reach them one by one, as values do. It is
-    found by trial: the model must still say the same.
+    found by trial: the model must still say the same. Returns how many norms were divided.
 
     Args:
         model: The model.
         matrices: Those of one layer, which were shown what they hear.
         choose: Returns the scale_I for matrices that hear the same.
     """
-    wanted = _answer(model)
+    wanted, num_norms = _answer(model), 0
     for hearing, makers in _find_makers(model, matrices):
         scale_I = choose(hearing)
-        if any(_move(model, maker, hearing, scale_I, wanted) for maker in makers):
+        divided = next((maker for maker in makers if _move(model, maker, hearing, scale_I, wanted)), None)
+        if divided:
             log.info("scaled what %s hear", ", ".join(matrix.name for matrix in hearing))
+            num_norms += not isinstance(divided.module, Map)
+    return num_norms
 
 
 def _answer(model: PreTrainedModel) -> Tensor:

@@ -22,22 +22,26 @@ class Matrix:
         weight_OI: Its weights, a row for each output; what changes here changes there.
         gram_II: Σ x xᵀ over the inputs x of all tokens.
         size_I: Σ |x| over them.
+        largest_I: max |x| over them.
     """
 
     def __init__(self, name: str, module: Map) -> None:
         self.name, self.module, self.weight_OI = f"{name}.weight", module, by_input(module).T
         self.size_I = torch.zeros(self.weight_OI.shape[1], device=self.weight_OI.device)
+        self.largest_I = torch.zeros_like(self.size_I)
         self.gram_II = torch.zeros(self.weight_OI.shape[1:] * 2, device=self.weight_OI.device)
 
     def note(self, _: Module, inputs: tuple[Tensor, ...]) -> None:
         """Adds the inputs of a forward pass up."""
         x_NI = inputs[0].detach().float().flatten(0, -2)
         self.size_I += x_NI.abs().sum(0)
+        self.largest_I = self.largest_I.maximum(x_NI.abs().amax(0))
         self.gram_II.addmm_(x_NI.T, x_NI)
 
     def scale_inputs(self, scale_I: Tensor) -> None:
         """Makes what was seen of the inputs what it would be with each of them times its scale."""
         self.size_I *= scale_I
+        self.largest_I *= scale_I
         self.gram_II *= scale_I[:, None] * scale_I
 
 

@@ -96,6 +96,7 @@ def _round_layers(
     """Puts the matrices of the layers on grids; returns these."""
     grids: dict[str, Grid] = {}
     round_weights, scale = settings.method.build(ctx), settings.method.build_scaling(ctx)
+    num_norms: list[int] = []
 
     def change(matrix: Matrix) -> Tensor:
         weight_OI, grids[matrix.name] = round_weights(matrix, wanted[matrix.name].fit, settings.group)
@@ -105,7 +106,14 @@ def _round_layers(
         scale_I: Tensor = scale(hearing, [wanted[matrix.name].round for matrix in hearing])
         return scale_I
 
-    change_layers(ctx, model, layers, data, change, scale and (lambda found: move_scales(model, found, choose)))
+    def prepare(matrices: list[Matrix]) -> None:
+        num_norms.append(move_scales(model, matrices, choose))
+
+    change_layers(ctx, model, layers, data, change, prepare if scale else None)
+    if settings.method.needs_norms and not any(num_norms):
+        message = f"In a '{model.config.model_type}' every norm feeds more than matrices; none takes their scales."
+        remedy = f"'{settings.method.kind}' gains nothing here; choose the method 'rtn', or 'gptq'."
+        raise StageFailed("spec_invalid", message, suggestion=remedy)
     return grids
 
 

@@ -1,5 +1,6 @@
 """A student whose weights are few values."""
 
+import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -62,6 +63,11 @@ class Quantize(ModelStage):
             Problem("kind", f"stage {ordinal}, '{stage.kind}', takes weights off their grids; quantize after it")
             for ordinal, stage in others.items()
             if "student" in stage.writes()
+        ]
+        problems += [
+            Problem(name, f"with '{self.method.kind}' it can only be {json.dumps(value)}; set it to that")
+            for name, value in self.method.only.items()
+            if getattr(self, name) != value
         ]
         if self.bits == 8 and self.sensitive_share:
             problems.append(Problem("sensitive_share", "all weights have 8 bits; choose fewer bits, or leave it out"))
