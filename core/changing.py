@@ -31,7 +31,7 @@ class ModelStage(Stage):
         if self.role == "student":
             widths = spec.student.widths(start)
         else:
-            widths = start.composition.widths if start.composition and not spec.student.source() else None
+            widths = start.composition.widths if start.composition else None
         if widths is None or any(stage.resizes for stage in spec.stages):
             return None
         return widths.undivided(group)

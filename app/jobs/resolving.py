@@ -18,7 +18,7 @@ from core.datasets.repository import find_dataset, list_dataset_names
 from core.errors import Gone, ModelInvalid, NotFound
 from core.jobs.repository import find_artifact, get_job
 from core.jobs.spec import JobSpec, spec_invalid
-from core.methods import SPLITS, Api, Depths, ModelSource, Problem, Task
+from core.methods import SPLITS, Api, Depths, ModelSource, Problem, Stage, Task
 from core.models.facts import ModelFacts, read_facts
 from core.models.hub import resolve as resolve_hub
 from core.models.repository import files_of, find_model, get_manifest, list_model_names
@@ -209,15 +209,19 @@ def describe_models(
     facts = {role: model.facts for role, model in found.items() if model and model.facts}
     if "teacher" in facts and spec.teacher.is_model:
         problems += check_student(spec, facts["teacher"]) or _check_depths(spec, facts)
-    start = facts.get("base" if spec.student.source() else "teacher")
-    if start:
-        problems += _of_stages([(index, stage.check_model(spec, start)) for index, stage in enumerate(spec.stages)])
+    starts = {index: facts.get(_start_of(spec, stage)) for index, stage in enumerate(spec.stages)}
+    problems += _of_stages([(index, spec.stages[index].check_model(spec, f)) for index, f in starts.items() if f])
     if spec.compares_tokens() and "base" in found:
         for role in spec.teacher.sources():
             wrong, why = ("base", OTHER_STUDENT) if spec.teacher.is_model else (role, OTHER_MEMBER)
             problems += _check_vocabulary(named[wrong].field, why, found.get(role), found["base"])
     inputs = {role: model.source for role, model in found.items() if model}
     return inputs | {f"{role}_facts": known.model_dump() for role, known in facts.items()}, facts
+
+
+def _start_of(spec: JobSpec, stage: Stage) -> str:
+    """Returns the role of the model from which the one starts that a stage changes, or else the student."""
+    return "base" if spec.student.source() and getattr(stage, "role", "student") == "student" else "teacher"
 
 
 def _check_known_labels(spec: JobSpec, facts: dict[str, ModelFacts], labels: dict[str, list[str]]) -> Problems:
