@@ -1,11 +1,11 @@
 """What methods have in common that leave parts of a model out, round them, or share them."""
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field, field_validator
 from pydantic_core import PydanticCustomError
 
-from core.methods import Method
+from core.methods import Method, ModelFacts, Problem
 from core.strict import StrictModel
 
 
@@ -134,16 +134,45 @@ class Rounding(Method):
         return None
 
 
+class Adaptee(NamedTuple):
+    """A model that gets an adapter, as far as it is known: what it starts from, its layers, and its longest text."""
+
+    role: str
+    is_classifier: bool
+    start: ModelFacts
+    num_layers: int | None
+    longest: int
+
+
 class Adapter(Method):
-    """A few weights beside those of the layers, which alone are trained, with the head."""
+    """A few weights that alone are trained, with the head, beside a model that is frozen.
+
+    `is_merged` says whether they become part of the model's own weights.
+    """
 
     family: ClassVar[str] = "sharing"
+    is_merged: ClassVar[bool] = True
+
+    def check_model(self, adaptee: Adaptee) -> list[Problem]:  # noqa: ARG002 - most fit any model
+        """Returns what does not fit the model; fields are relative to the adapter."""
+        return []
+
+    def build(self, ctx: Any) -> Any:
+        """Returns a callable `(model) -> config` of the library `peft` (torch)."""
+        raise NotImplementedError
+
+
+class MatrixAdapter(Adapter):
+    """An adapter of matrices of the layers; it has no kind of its own."""
 
     layers: list[int] | None = Field(
         None, min_length=1, max_length=512, description="Layers that get it, counted from 0; null for all."
     )
     parts: Literal["all", "attention", "feed_forward"] = Field("all", description="Which matrices of a layer get it.")
 
-    def build(self, ctx: Any) -> Any:
-        """Returns a callable `(names of matrices, names of the head) -> config` of the library `peft`."""
-        raise NotImplementedError
+    def check_model(self, adaptee: Adaptee) -> list[Problem]:
+        """Returns the first layer that is not there."""
+        role, count = adaptee.role, adaptee.num_layers
+        missing = [layer for layer in self.layers or () if count is not None and not 0 <= layer < count]
+        why = "there is no layer {}; the {} has {}, counted from 0"
+        return [Problem("layers", why.format(layer, role, count)) for layer in missing[:1]]

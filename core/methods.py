@@ -76,6 +76,11 @@ class Task(Method):
         return {}
 
     @property
+    def adapts_each(self) -> bool:
+        """Whether these tasks share what is frozen alone, each with an adapter of its own."""
+        return False
+
+    @property
     def learns_balance(self) -> bool:
         """Whether it is learned how much each of these tasks counts."""
         return False
@@ -299,6 +304,10 @@ class Stage(Method):
 
     def fixes_weights(self) -> bool:
         """Returns whether it leaves single weights at values that training must keep or choose anew."""
+        return False
+
+    def keeps_apart(self, spec: "JobSpec") -> bool:  # noqa: ARG002 - most stages do not
+        """Returns whether the model that it trains stays as it is, with adapters beside it."""
         return False
 
     def own(self) -> dict[str, Any]:

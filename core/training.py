@@ -6,8 +6,8 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from core.changing import ModelStage
-from core.compressing import Adapter, Zeros
-from core.methods import ModelFacts, OneOf, Problem
+from core.compressing import Adaptee, Adapter, Zeros
+from core.methods import ModelFacts, OneOf, Problem, Stage
 from core.strict import StrictModel
 
 if TYPE_CHECKING:
@@ -114,7 +114,8 @@ class Training(ModelStage):
     adapter: Annotated[Adapter, OneOf()] | None = Field(
         None,
         description="Train a few weights beside those of the layers, and the head; the rest is frozen. The model that "
-        "comes out has them in its own weights, and the artifact `adapter` has them alone, as `peft` reads it.",
+        "comes out has them in its own weights, and the artifact `adapter` has them alone, as `peft` reads it. A "
+        "prompt, and adapters that several tasks have each, stay beside the model, whose artifact has it in `base`.",
         examples=[{"kind": "lora", "rank": 8}],
     )
     sparsity: GrowingZeros | None = Field(
@@ -127,7 +128,13 @@ class Training(ModelStage):
     max_length: int = Field(128, ge=4, le=8192, description="Longest input in tokens; longer ones are cut.")
 
     def check(self, spec: "JobSpec") -> list[Problem]:
-        """Returns which settings would undo each other, or what an earlier stage has done to single weights."""
+        """Returns which settings would undo each other, or what another stage does to the same weights."""
+        task = self.own().get("task", spec.task)
+        if task.adapts_each and self.own():
+            return [Problem("task.shared", "only the trunk goes on, so it is shared whole; use 'all'")]
+        if task.adapts_each and self.adapter is None:
+            why = "the tasks share a frozen base, so each needs an adapter; set one, as {kind: lora}"
+            return [Problem("adapter", why)]
         if self.adapter is None and self.sparsity is None:
             return []
         if self.adapter and self.freeze:
@@ -136,6 +143,10 @@ class Training(ModelStage):
             return [Problem("sparsity", "an adapter changes all weights in the end, also zeros; leave one out")]
         if self.sparsity and self.sparsity.method == "movement" and self.freeze and self.freeze.layers:
             return [Problem("sparsity.method", "frozen layers do not move; use 'magnitude', or freeze no layers")]
+        if self.keeps_apart(spec):
+            unfit = self._check_apart(spec)
+            if unfit:
+                return unfit
         roles = {self.role} | (set() if spec.student.source() else {"teacher"})
         done = [stage.kind for stage in self.earlier(spec) if stage.fixes_weights() and roles & stage.writes()]
         field, what = ("adapter", "an adapter changes") if self.adapter else ("sparsity", "growing zeros choose among")
@@ -148,13 +159,61 @@ class Training(ModelStage):
         if self.sparsity and odd:
             return [Problem("sparsity.pattern", self.sparsity.say_undivided(odd))]
         count = spec.student.count_layers(start) if self.role == "student" else start.num_layers
-        if count is None or any(stage.resizes for stage in spec.stages):
-            return []
+        if any(stage.resizes for stage in spec.stages):
+            count = None
+        unfit = self._check_adapter(spec, start, count)
+        if unfit or count is None:
+            return unfit
         if self.freeze and self.freeze.layers > count:
             return [Problem("freeze.layers", f"the {self.role} has {count} layers; choose at most as many")]
-        missing = [layer for layer in (self.adapter and self.adapter.layers) or () if not 0 <= layer < count]
-        why = "there is no layer {}; the {} has {}, counted from 0"
-        return [Problem("adapter.layers", why.format(layer, self.role, count)) for layer in missing[:1]]
+        return []
+
+    def _check_adapter(self, spec: "JobSpec", start: ModelFacts, count: int | None) -> list[Problem]:
+        """Returns what is wrong with the adapter for a model of so many layers."""
+        if self.adapter is None:
+            return []
+        longest = getattr(spec.task, "block_tokens", self.max_length)
+        found = self.adapter.check_model(Adaptee(self.role, not spec.task.shares_tokens, start, count, longest))
+        return [Problem(f"adapter.{p.field}", p.message) for p in found]
+
+    def _check_apart(self, spec: "JobSpec") -> list[Problem]:
+        """Returns which stages need the model whole that this one leaves with adapters beside it."""
+        assert self.adapter is not None  # noqa: S101 - what stays apart
+        kind = self.adapter.kind
+        if spec.task.adapts_each and not self.adapter.is_merged:
+            return [Problem("adapter.kind", f"a '{kind}' is not kept for each of several tasks; use 'lora'")]
+        if self.own():
+            return [Problem("adapter", "only the trunk goes on, without what stays beside it; leave the adapter out")]
+        if not spec.task.adapts_each and (_compares_layers(self) or getattr(self, "on_policy", None)):
+            why = "a model with a prompt writes no texts, and its layers fit those of none; use 'lora'"
+            return [Problem("adapter.kind", why)]
+        before = any(self.role in stage.writes() for stage in self.earlier(spec) if stage.keeps_apart(spec))
+        if before:
+            return [Problem("adapter", f"the {self.role} has one already, beside it; train it in one stage")]
+        why = (
+            f"stage {{}}, '{{}}', needs the {self.role} whole, and its adapter stays beside it; put it before this one"
+        )
+        later = [
+            Problem("adapter", why.format(n, s.kind)) for n, s in self.later(spec).items() if self._is_cut(spec, s)
+        ]
+        made = any("student" in stage.writes() for stage in self.earlier(spec))
+        if self.role == "teacher" and not made and spec.student.source() is None and not later:
+            why = "the student is made of the teacher, whose adapter stays beside it; use student kind 'pretrained'"
+            return [Problem("adapter", why)] * any("student" in s.writes() for s in self.later(spec).values())
+        return later[:1]
+
+    def _is_cut(self, spec: "JobSpec", stage: Stage) -> bool:
+        """Returns whether a later stage changes the model, has it write texts, or compares its layers."""
+        if self.role in stage.writes() and not stage.keeps_apart(spec):
+            return True
+        if spec.task.adapts_each:
+            return False
+        return self.role == "teacher" and ("texts" in stage.writes() or _compares_layers(stage))
+
+    def keeps_apart(self, spec: "JobSpec") -> bool:
+        """Returns whether its adapter cannot become part of the model, or is not to."""
+        task = self.own().get("task", spec.task)
+        return self.adapter is not None and (task.adapts_each or not self.adapter.is_merged)
 
     def fixes_weights(self) -> bool:
         """Returns whether zeros are to stay."""
@@ -167,3 +226,9 @@ class Training(ModelStage):
     def shares_work(self, spec: "JobSpec") -> bool:  # noqa: ARG002 - whatever the job
         """Returns that each process can compute a share of every step."""
         return True
+
+
+def _compares_layers(stage: Stage) -> bool:
+    """Returns whether a stage needs what the layers of a model say of each token."""
+    kept = getattr(stage, "layers", None)
+    return bool(getattr(stage, "feature_losses", ()) or getattr(kept, "wanted", ()))

@@ -14,6 +14,8 @@ NUMBERED = re.compile(r"(.*?)\.(\d+)\.")
 TABLE = "_embeddings.weight"
 LAYER_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 HEAD_KEYS = ("num_attention_heads", "n_head", "n_heads")
+POSITION_KEYS = ("max_position_embeddings", "n_positions")
+COUNT_FROM_PADDING = ("roberta", "xlm-roberta")
 WIDTH_KEYS = ("hidden_size", "n_embd", "dim", "d_model")
 
 
@@ -28,6 +30,7 @@ class ModelFacts(BaseModel):
     hidden_size: int | None = None
     num_heads: int | None = None
     vocab_size: int | None = None
+    num_positions: int | None = Field(None, description="Tokens of its longest input, where it has a limit.")
     num_parameters: int | None = None
     embedding_rows: int | None = Field(None, description="Rows of its tables of words, positions and types together.")
     layer_parameters: list[int] | None = Field(None, description="How many of the parameters each layer has.")
@@ -58,6 +61,7 @@ def read_facts(
         hidden_size=states,
         num_heads=num_heads,
         vocab_size=_first_int(config, ("vocab_size",)),
+        num_positions=_count_positions(config),
         num_parameters=sum(tensor.num_elements for tensor in weights) if weights else num_parameters,
         embedding_rows=sum(sum(tensor.shape[:1]) for tensor in weights if tensor.name.endswith(TABLE)) or None,
         layer_parameters=_count_layers(weights, num_layers),
@@ -76,6 +80,14 @@ def _count_layers(weights: list[Tensor], num_layers: int | None) -> list[int] | 
             counts[int(found[2])] = counts.get(int(found[2]), 0) + tensor.num_elements
     fitting = [counts for counts in stacks.values() if sorted(counts) == list(range(num_layers or 0))]
     return [fitting[0][number] for number in sorted(fitting[0])] if len(fitting) == 1 else None
+
+
+def _count_positions(config: dict[str, Any]) -> int | None:
+    """Returns how many tokens a text may have; RoBERTa counts its positions from after that of padding."""
+    found = _first_int(config, POSITION_KEYS)
+    if found is None or config["model_type"] not in COUNT_FROM_PADDING:
+        return found
+    return found - (_first_int(config, ("pad_token_id",)) or 0) - 1
 
 
 def _first_int(config: dict[str, Any], keys: tuple[str, ...]) -> int | None:

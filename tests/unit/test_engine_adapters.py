@@ -118,7 +118,11 @@ def test_a_layer_that_is_not_there_is_told_by_the_stage_too(tmp_path: Path) -> N
     ("stages", "field", "hint"),
     [
         ([{"kind": "finetune", "adapter": {"kind": "lora", "rank": 0}}], "stages.0.adapter.rank", "greater than or"),
-        ([{"kind": "finetune", "adapter": {"kind": "prompt"}}], "stages.0.adapter.kind", "known: dora, ia3, lora"),
+        (
+            [{"kind": "finetune", "adapter": {"kind": "prefix"}}],
+            "stages.0.adapter.kind",
+            "known: dora, ia3, lora, prompt",
+        ),
         (
             [{"kind": "quantize"}, {"kind": "distill", "adapter": {"kind": "lora"}}],
             "stages.1.adapter",

@@ -25,6 +25,8 @@ COMPLETE_FOLDER = "Upload the whole folder: config.json, safetensors and tokeniz
 INPUT_NAMES = ("input_ids", "attention_mask", "token_type_ids")
 NO_LABELS = ["LABEL_0", "LABEL_1"]  # what stock `transformers` calls those of a model that has none
 CHECKED_TOKENS = 8
+BASE, ADAPTERS = "base", "adapters"  # folders of a model that is stored as it was, and of what is beside it
+PROMPT = "prompt_encoder"  # as `peft` calls it
 CUTTING = ("truncation", "padding")
 TRANSIENT_SETTINGS = ("local_files_only", "is_local", "max_length", "stride", "truncation_strategy")
 transformers_logging.disable_progress_bar()
@@ -37,7 +39,7 @@ def load_classifier(
     """Returns the folder's classifier over these labels, of texts or (by the class) of tokens, in float32.
 
     A head over the same labels in another order is put in this order; a head over other labels, or a missing one, is
-    new, and `has_new_head` says so.
+    new, and `has_new_head` says so. Adapters that lie beside the model are attached to it.
 
     Raises:
         StageFailed: `teacher_unavailable` when the folder cannot be loaded, or lacks weights of the encoder.
@@ -45,6 +47,7 @@ def load_classifier(
     model, found, new_keys = _read(auto_class, folder, options | {"num_labels": len(labels)})
     _refuse_lost([key for key in new_keys if not is_head(model, key)])
     _settle_head(model, labels, found, new_keys)
+    _attach(model, folder)
     return model
 
 
@@ -57,11 +60,20 @@ def load_language_model(folder: Path, **options: Any) -> PreTrainedModel:
     model, _, new_keys = _read(AutoModelForCausalLM, folder, options)
     _refuse_lost(new_keys)
     model.has_new_head = False
+    _attach(model, folder)
     return model
+
+
+def _attach(model: PreTrainedModel, folder: Path) -> None:
+    if (folder / ADAPTERS).is_dir():
+        from worker.engine.adapters import attach  # a library that most models do without
+
+        attach(model, folder / ADAPTERS)
 
 
 def _read(auto_class: Any, folder: Path, options: dict[str, Any]) -> tuple[PreTrainedModel, list[str], set[str]]:
     """Returns the model, the labels that its folder names, and the names of the tensors that its folder lacks."""
+    folder = folder / BASE if (folder / ADAPTERS).is_dir() else folder
     try:
         config = AutoConfig.from_pretrained(folder, **OFFLINE)
         model, info = auto_class.from_pretrained(
@@ -112,7 +124,7 @@ def name_labels(model: PreTrainedModel, labels: list[str]) -> None:
 
 def is_head(model: PreTrainedModel, name: str) -> bool:
     """Returns whether a parameter is of the head: outside the encoder, or in the pooler that only the head reads."""
-    return not name.startswith(f"{model.base_model_prefix}.") or ".pooler." in name
+    return not name.startswith((f"{model.base_model_prefix}.", f"{PROMPT}.")) or ".pooler." in name
 
 
 def output_layer(model: PreTrainedModel) -> str:
@@ -186,9 +198,17 @@ def save_classifier(
     """Writes weights (safetensors), config, tokenizer and labels; the same model gives the same bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     model.config.pad_token_id = tokenizer.pad_token_id
-    model.save_pretrained(folder)
+    _save_weights(model, folder)
     save_tokenizer(tokenizer, folder)
     save_labels(labels, folder)
+
+
+def _save_weights(model: PreTrainedModel, folder: Path) -> None:
+    """Writes weights and config; where adapters stay beside the model, so that no one takes it for the whole."""
+    if hasattr(model, "adapted"):
+        model.adapted.save_apart(folder)
+    else:
+        model.save_pretrained(folder)
 
 
 def save_trunk(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -206,7 +226,7 @@ def save_trunk(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
 def save_language_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Writes weights (safetensors), config and tokenizer; the same model gives the same bytes."""
     folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder)
+    _save_weights(model, folder)
     save_tokenizer(tokenizer, folder, truncate=False)
 
 

@@ -76,7 +76,8 @@ class Trainer:
             set_dropout(self.model, self.settings.dropout)
         self.zeros, self.grids = find_zeros(self.model), {}
         put_on_grids(self.model, self.wanted)
-        if self.rollouts is None:  # which may write any token
+        adapter = self.settings.adapter
+        if self.rollouts is None and (adapter is None or adapter.is_merged):  # any token may be written, or in a prompt
             used = np.flatnonzero(self.train_data.count_ids())
             train_used_rows(self.model, np.union1d(used, self.tokenizer.all_special_ids))
         self.steps_per_epoch = math.ceil(len(self.train_data) / self.settings.batch_size)
@@ -84,6 +85,7 @@ class Trainer:
         growing = self.settings.sparsity
         self.growth = Growth(self.model, growing, self.num_steps) if growing else None
         self.adapted = self._adapt() if self.settings.adapter else None
+        self.num_trained = self.adapted.start() if self.adapted else 0
         self.optimizer = make_optimizer(self.model, self.settings, self.task.is_head)
         self.beside = self.features.projections.to(self.ctx.device) if self.features else torch.nn.ModuleDict()
         if self.objective.uncertainty:
@@ -102,10 +104,10 @@ class Trainer:
         self._restore()
 
     def _adapt(self) -> "Adapted":
-        from worker.engine.adapters import Adapted  # a library that most trainings do without
+        from worker.engine.adapters import adapt  # a library that most trainings do without
 
         assert self.settings.adapter is not None  # noqa: S101 - asked for
-        return Adapted(self.ctx, self.model, self.settings.adapter)
+        return adapt(self.ctx, self.model, self.settings.adapter)
 
     def run(self) -> dict[str, Any]:
         """Trains, leaves the best epoch's weights in the model, and returns what is known of them.
@@ -130,7 +132,7 @@ class Trainer:
         join_layers(self.model)
         if self.adapted:
             self.adapted.save(self.ctx.output("adapter"))
-            self.adapted.merge()
+            self.adapted.settle()
         zeros = {"zeros": self.growth.settle()} if self.growth else {}
         self.grids = settle(self.model)
         if self.settings.gradient_checkpointing:
@@ -141,7 +143,7 @@ class Trainer:
             "num_steps": self._step,
             "kept_epoch": self._best.get("epoch", math.ceil(self.num_steps / self.steps_per_epoch)),
             "validation": self._best.get("scores"),
-            **({"num_trained": self.adapted.num_trained} if self.adapted else {}),
+            **({"num_trained": self.num_trained} if self.adapted else {}),
             **zeros,
         }
 

@@ -1,1 +1,1 @@
-"""How much a neuron or an attention head counts; the least important ones are left out first."""
+"""Weights that several models or tasks share, and what each has of its own beside them."""

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from worker.methods.sharing.lora import Lora
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from worker.engine.context import StageContext
 
 
@@ -18,6 +20,6 @@ class Dora(Lora):
 
     kind: Literal["dora"] = "dora"  # type: ignore[assignment]
 
-    def build(self, ctx: "StageContext") -> Callable[[list[str], list[str]], Any]:
-        """Returns what makes the library's config."""
+    def build(self, ctx: "StageContext") -> Callable[["PreTrainedModel"], Any]:
+        """Returns what makes the library's config for a model."""
         return partial(self._configure, use_dora=True)

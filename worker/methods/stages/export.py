@@ -27,14 +27,33 @@ class Export(Stage):
     def check(self, spec: "JobSpec") -> list[Problem]:
         """Returns problems for forms that are named twice, or that the task does not have."""
         kinds, known = [form.kind for form in self.formats], spec.task.forms
+        return (
+            [
+                Problem(f"formats.{index}", f"'{kind}' is named twice; name each form once")
+                for index, kind in enumerate(kinds)
+                if kind in kinds[:index]
+            ]
+            + [
+                Problem(f"formats.{index}", f"'{kind}' writes no {spec.task.kind} model; known: {', '.join(known)}")
+                for index, kind in enumerate(kinds)
+                if kind not in known
+            ]
+            + self._check_apart(spec)
+        )
+
+    def _check_apart(self, spec: "JobSpec") -> list[Problem]:
+        """Returns which forms hold no adapters that the student has beside it."""
+        if not any(stage.keeps_apart(spec) and "student" in stage.writes() for stage in self.earlier(spec)):
+            return []
+        why = "'{}' holds no adapter beside a model; " + (
+            "use 'single_tasks', which has it in the weights of a model for each task"
+            if spec.task.adapts_each
+            else "leave it out: the artifact 'adapter' is what `peft` reads; or use an adapter such as 'lora'"
+        )
         return [
-            Problem(f"formats.{index}", f"'{kind}' is named twice; name each form once")
-            for index, kind in enumerate(kinds)
-            if kind in kinds[:index]
-        ] + [
-            Problem(f"formats.{index}", f"'{kind}' writes no {spec.task.kind} model; known: {', '.join(known)}")
-            for index, kind in enumerate(kinds)
-            if kind not in known
+            Problem(f"formats.{index}", why.format(form.kind))
+            for index, form in enumerate(self.formats)
+            if not (spec.task.adapts_each and form.kind == "single_tasks")
         ]
 
     def check_model(self, spec: "JobSpec", start: ModelFacts) -> list[Problem]:
