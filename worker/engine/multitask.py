@@ -20,15 +20,16 @@ from worker.engine.answering import answer_texts
 from worker.engine.classification import SPEED, Classification, answer_online
 from worker.engine.data import Batch
 from worker.engine.evaluation import Card, Column, Measured, Quality, Row, list_candidates, row_of_answers
-from worker.engine.exporting import EQUAL_LOGITS, get_reference, measure
+from worker.engine.exporting import EQUAL_LOGITS, Reference, measure
 from worker.engine.inference import Answer, as_answer
 from worker.engine.loading import head_bias, is_head, load_classifier, name_labels, output_layer, save_classifier
 from worker.engine.measuring import answer_all, count_bytes, time_singles
 from worker.engine.rendering import if_known, percent, percent_range
-from worker.engine.runtimes import Forward, open_model
+from worker.engine.runtimes import Forward, OpenModel, open_model
+from worker.engine.students import take_sample
 from worker.engine.tagging import Tagging
 from worker.engine.task_splits import TaskSplits, join_digests
-from worker.engine.task_views import OneHead, PartContext
+from worker.engine.task_views import OneHead, PartContext, turn_to
 from worker.engine.tasks import Kept, Scores, TaskHead
 from worker.engine.teaching import AnswersKept, Teaching, kept_as
 
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
     from worker.methods.stages.answer import Answer as AnswerStage
     from worker.methods.stages.distill import Distill
     from worker.methods.stages.evaluate import Evaluate
+
+
+EAGER: dict[str, Any] = {"attn_implementation": "eager"}
 
 
 class MultiTask:
@@ -54,7 +58,7 @@ class MultiTask:
         self.auto_class = AutoModelForTokenClassification if reads_words else AutoModelForSequenceClassification
         ends = np.cumsum([0, *(len(part.labels) for part in self.parts.values())]).tolist()
         self.heads = {
-            name: TaskHead(slice(ends[place], ends[place + 1]), reads_words and not isinstance(part, Tagging))
+            name: TaskHead(name, slice(ends[place], ends[place + 1]), reads_words and not isinstance(part, Tagging))
             for place, (name, part) in enumerate(self.parts.items())
         }
 
@@ -132,8 +136,9 @@ class MultiTask:
         head = self.heads[name]
         return lambda inputs: head.of(answer(inputs))
 
-    def _forward_of(self, name: str, forward: Forward) -> Forward:
-        answer = self._answer_of(name, lambda inputs: torch.from_numpy(forward(inputs)))
+    def _forward_of(self, name: str, model: OpenModel) -> Forward:
+        turn_to(model.module, name)
+        answer = self._answer_of(name, lambda inputs: torch.from_numpy(model.forward(inputs)))
         return lambda inputs: answer(inputs).numpy()
 
     def compare(self, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> tuple[float, float]:
@@ -232,7 +237,7 @@ class MultiTask:
         data = self._read(lambda task, part: part.tokenise(tests[task], tokenizer, model.input_names))
         answers, seconds = {}, 0.0
         for task in self.parts:
-            found = answer_all(self._forward_of(task, model.forward), data.parts[task], ctx.check_stop)
+            found = answer_all(self._forward_of(task, model), data.parts[task], ctx.check_stop)
             answers[task] = found.logits_NC
             seconds += len(data.parts[task]) / found.throughput_per_s
         row = {
@@ -277,20 +282,36 @@ class Candidate(NamedTuple):
 
 def write_single_tasks(ctx: "StageContext", folder: Path) -> dict[str, float]:
     """Writes a model of each task alone, loads it again, and returns the largest difference of a logit."""
-    run, reference = cast("MultiTask", ctx.task), get_reference(ctx)
+    run, reference = cast("MultiTask", ctx.task), _refer(ctx)
     answers = {}
     for name, part in run.parts.items():
-        columns, own = run.heads[name].columns, folder / name
-        save_classifier(keep_head(reference.model, columns, part), reference.tokenizer, part.labels, own)
-        again = load_classifier(own, part.labels, run.auto_class, attn_implementation="eager")
+        columns, own, model = run.heads[name].columns, folder / name, reference.model
+        whole = model.adapted.merged(name) if hasattr(model, "adapted") else copy.deepcopy(model)
+        save_classifier(keep_head(whole, columns, part), reference.tokenizer, part.labels, own)
+        again = load_classifier(own, part.labels, run.auto_class, **EAGER)
         head = run.heads[name]._replace(columns=slice(None))
         answers[name] = part.logits(as_answer(OneHead(again, head)), reference.data.parts[name], ctx.check_stop)
     return measure(ctx, reference, answers, "single_tasks", EQUAL_LOGITS)
 
 
-def keep_head(model: PreTrainedModel, columns: slice, part: Classification) -> PreTrainedModel:
-    """Returns the model with these rows of its last layer alone, the labels of one of its tasks."""
-    single, name = copy.deepcopy(model), output_layer(model)
+def _refer(ctx: "StageContext") -> Reference:
+    """Returns the student and what it says of each task."""
+    run, model, tokenizer = (
+        cast("MultiTask", ctx.task),
+        ctx.load_model("student", **EAGER),
+        ctx.load_tokenizer("student"),
+    )
+    data = take_sample(ctx, model, tokenizer)
+    answers = {
+        name: part.logits(as_answer(run.see(model, name)), data.parts[name], ctx.check_stop)
+        for name, part in run.parts.items()
+    }
+    return Reference(model, tokenizer, data, answers)
+
+
+def keep_head(single: PreTrainedModel, columns: slice, part: Classification) -> PreTrainedModel:
+    """Returns the model, of whose last layer it takes all but these rows, the labels of one of its tasks."""
+    name = output_layer(single)
     layer = single.get_submodule(name)
     for key, tensor in layer.named_parameters():
         setattr(layer, key, torch.nn.Parameter(tensor.detach()[columns].clone()))

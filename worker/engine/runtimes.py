@@ -100,12 +100,16 @@ class RunningDecoder(Running):
 
 
 class OpenModel(NamedTuple):
-    """A loaded model: its forward function, what it takes, the library that runs it, and its number of parameters."""
+    """A loaded model: its forward function, what it takes, the library that runs it, and its number of parameters.
+
+    `module` is the model itself, where that is one of torch.
+    """
 
     forward: Forward
     input_names: list[str]
     runtime: str
     num_parameters: int
+    module: PreTrainedModel | None = None
 
 
 def open_model(
@@ -137,7 +141,7 @@ def _open_torch(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> O
             return logits_BC
 
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    return OpenModel(forward, input_names(model, tokenizer), "torch", num_parameters)
+    return OpenModel(forward, input_names(model, tokenizer), "torch", num_parameters, model)
 
 
 def count_onnx_parameters(path: Path) -> int:

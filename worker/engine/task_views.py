@@ -16,6 +16,12 @@ if TYPE_CHECKING:
     from worker.engine.multitask import MultiTask
 
 
+def turn_to(model: Any, task: str) -> None:
+    """Has a model that has an adapter for each task compute with that of one of them."""
+    if hasattr(model, "adapted"):
+        model.adapted.turn(task)
+
+
 class OneHead:
     """A model of several tasks as one of them sees it, where a model is asked for."""
 
@@ -24,6 +30,7 @@ class OneHead:
 
     def __call__(self, **inputs: Tensor) -> SimpleNamespace:
         """Returns the logits of the one task."""
+        turn_to(self.whole, self.head.task)
         return SimpleNamespace(logits=self.head.of(self.whole(**inputs).logits))
 
     def eval(self) -> "OneHead":

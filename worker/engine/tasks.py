@@ -38,6 +38,7 @@ class Kept(NamedTuple):
 class TaskHead(NamedTuple):
     """Of a model of several tasks, which logits are one task's, and whether those of a text are its first token's."""
 
+    task: str
     columns: slice
     of_first_token: bool
 

@@ -19,10 +19,12 @@ class MultiTask(Task):
 
     A step is about one task, and all of them train the trunk. The model is a stock classifier whose logits are those
     of all tasks in a row; a label is called `<task>/<label>`. With a task of words among them it classifies tokens, and
-    the logits of a text are those of its first token.
+    the logits of a text are those of its first token. Where adapters are their own, a step changes those of one task,
+    and of what a model with the adapter of a task says, the logits of that task alone count.
 
     Paper: Liu, He, Chen, Gao 2019, "Multi-Task Deep Neural Networks for Natural Language Understanding", section 3
-    (algorithm 1: batches of one task, drawn by its size).
+    (algorithm 1: batches of one task, drawn by its size); adapters of several tasks beside one model: Houlsby et al.
+    2019, "Parameter-Efficient Transfer Learning for NLP", section 1.
     """
 
     forms: ClassVar[tuple[str, ...]] = (*ENCODER_FORMS, "single_tasks")
@@ -47,9 +49,20 @@ class MultiTask(Task):
         "variance of each task, learned at the rate of the head, that its losses are divided by (Kendall et al. 2018).",
     )
 
+    shared: Literal["all", "adapters"] = Field(
+        "all",
+        description="What the tasks have in common: `all` but the rows of the last layer; or `adapters`, a base that "
+        "is frozen and stored once, beside which each task has an adapter, of the stage's kind, and a head.",
+    )
+
     def parts(self) -> dict[str, Task]:
         """Returns the tasks, in the order of their names, which is that of the labels."""
         return dict(sorted(self.tasks.items()))
+
+    @property
+    def adapts_each(self) -> bool:
+        """Whether each task has an adapter of its own."""
+        return self.shared == "adapters"
 
     @property
     def learns_balance(self) -> bool:
