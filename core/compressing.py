@@ -9,32 +9,6 @@ from core.methods import Method, ModelFacts, Problem
 from core.strict import StrictModel
 
 
-class InSteps(StrictModel):
-    """Settings of a stage that stands for several like it, each with a training after it.
-
-    Paper: Zhu, Gupta 2017, "To prune, or not to prune: exploring the efficacy of pruning for model compression",
-    section 3, equation 1 (`cubic`).
-    """
-
-    steps: int = Field(
-        1,
-        ge=1,
-        le=15,
-        exclude=True,
-        description="In how many steps it is done, each a stage of its own with a stage `distill` after it.",
-    )
-    schedule: Literal["cubic", "linear"] = Field(
-        "cubic",
-        exclude=True,
-        description="How much goes in each step: most in the first, while there is most to spare, or always as much.",
-    )
-
-    def list_gone(self, whole: float) -> list[float]:
-        """Returns what is gone after each step, of what is gone in the end."""
-        ways = [step / self.steps for step in range(1, self.steps + 1)]
-        return [whole * (way if self.schedule == "linear" else 1 - (1 - way) ** 3) for way in ways]
-
-
 class Importance(Method):
     """How much a neuron or a group of attention heads counts; the least important ones are pruned first."""
 

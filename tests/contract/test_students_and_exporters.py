@@ -70,7 +70,11 @@ def answer(folder: Path) -> np.ndarray:
     if (folder / "model.onnx").exists():
         import onnxruntime
 
-        session = onnxruntime.InferenceSession(folder / "model.onnx")
+        options = (
+            onnxruntime.SessionOptions()
+        )  # what the file says: fused sums of 8 bits overflow where there is no VNNI
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        session = onnxruntime.InferenceSession(folder / "model.onnx", options)
         return session.run(["logits"], {node.name: inputs[node.name].numpy() for node in session.get_inputs()})[0]
     if (folder / "model.xml").exists():
         import openvino
@@ -109,8 +113,7 @@ def test_an_exported_form_agrees_and_repeats(kind: str, with_student: StageConte
     assert contents(tmp_path / "once") == contents(tmp_path / "twice")
     expected, found = answer(with_student.order.inputs_dir / "student"), answer(tmp_path / "once")
     is_rounded = hasattr(form, "min_agreement")
-    # sums of 8-bit products saturate on processors without instructions for them (VNNI)
-    np.testing.assert_allclose(found, expected, atol=0.2 * np.ptp(expected) if is_rounded else 1e-4)
+    np.testing.assert_allclose(found, expected, atol=0.15 * np.ptp(expected) if is_rounded else 1e-4)
     assert json.loads((tmp_path / "once" / "labels.json").read_text()) == LABELS
     config = json.loads((tmp_path / "once" / "config.json").read_text())
     assert [config["id2label"][str(index)] for index in range(len(LABELS))] == LABELS

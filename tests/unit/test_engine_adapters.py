@@ -37,10 +37,10 @@ def logits_of(model: Any, folder: Path) -> torch.Tensor:
 @pytest.mark.parametrize("adapter", KINDS, ids=lambda adapter: adapter["kind"] + adapter.get("parts", ""))
 def test_what_is_merged_is_what_peft_reads(adapter: dict[str, Any], tmp_path: Path) -> None:
     bench = Bench(tmp_path).lay()
-    learn = {"kind": "finetune", **FAST, "epochs": 12, "learning_rate": 1e-2, "adapter": adapter}
+    learn = {"kind": "finetune", **FAST, "epochs": 24, "learning_rate": 3e-3, "adapter": adapter}
     finished = bench.succeed(make_spec([learn]))
     if adapter["kind"] != "ia3":  # which only scales what this model, whose base is random, says already
-        assert finished.last["summary"]["validation"]["accuracy"] > 0.5  # of three labels, at a rate that is not steady
+        assert finished.last["summary"]["validation"]["accuracy"] > 0.8
     merged = AutoModelForSequenceClassification.from_pretrained(finished.outputs / "teacher")
     base = load_classifier(bench.inputs / "teacher", LABELS)
     apart = PeftModel.from_pretrained(base, finished.outputs / "adapter")

@@ -16,7 +16,7 @@ from core.errors import StageFailed
 from worker.engine.context import StageContext
 from worker.engine.exporting import get_reference, measure_agreement
 from worker.engine.inference import as_answer
-from worker.engine.loading import OFFLINE, find_window
+from worker.engine.loading import OFFLINE, find_rope, find_window
 from worker.engine.pieces import BYTE_TOKENS, list_merges
 from worker.engine.quantizing import read_grids
 from worker.kernels.grids import Grid, divide, encode
@@ -82,8 +82,7 @@ def write_file(
 
 def _check(config: PreTrainedConfig) -> None:
     """Raises StageFailed for what the file could not say."""
-    rope = (config.rope_parameters or {}).get("rope_type", "default")
-    window = find_window(config)
+    rope, window = find_rope(config), find_window(config)
     what = (
         f"the architecture '{config.model_type}'"
         if config.model_type not in ARCHITECTURES

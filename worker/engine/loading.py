@@ -171,6 +171,12 @@ def _is_uniform(layers: torch.nn.ModuleList) -> bool:
     return len({type(layer) for layer in layers}) == 1
 
 
+def find_rope(config: PreTrainedConfig) -> str:
+    """Returns the kind of rotary positions of a decoder, `default` where it has none or says nothing of them."""
+    kind: str = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    return kind
+
+
 def find_window(config: PreTrainedConfig) -> int | None:
     """Returns to how many tokens a decoder's attention is limited, if they are fewer than it has places for."""
     window: int | None = getattr(config, "sliding_window", None)

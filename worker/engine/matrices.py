@@ -34,9 +34,10 @@ class Matrix:
     def note(self, _: Module, inputs: tuple[Tensor, ...]) -> None:
         """Adds the inputs of a forward pass up."""
         x_NI = inputs[0].detach().float().flatten(0, -2)
-        self.size_I += x_NI.abs().sum(0)
-        self.largest_I = self.largest_I.maximum(x_NI.abs().amax(0))
         self.gram_II.addmm_(x_NI.T, x_NI)
+        size_NI = x_NI.abs()
+        self.size_I += size_NI.sum(0)
+        self.largest_I = self.largest_I.maximum(size_NI.amax(0))
 
     def scale_inputs(self, scale_I: Tensor) -> None:
         """Makes what was seen of the inputs what it would be with each of them times its scale."""

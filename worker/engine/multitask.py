@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -20,13 +21,12 @@ from worker.engine.answering import answer_texts
 from worker.engine.classification import SPEED, Classification, answer_online
 from worker.engine.data import Batch
 from worker.engine.evaluation import Card, Column, Measured, Quality, Row, list_candidates, row_of_answers
-from worker.engine.exporting import EQUAL_LOGITS, Reference, measure
+from worker.engine.exporting import EQUAL_LOGITS, get_reference, measure
 from worker.engine.inference import Answer, as_answer
 from worker.engine.loading import head_bias, is_head, load_classifier, name_labels, output_layer, save_classifier
 from worker.engine.measuring import answer_all, count_bytes, time_singles
 from worker.engine.rendering import if_known, percent, percent_range
 from worker.engine.runtimes import Forward, OpenModel, open_model
-from worker.engine.students import take_sample
 from worker.engine.tagging import Tagging
 from worker.engine.task_splits import TaskSplits, join_digests
 from worker.engine.task_views import OneHead, PartContext, turn_to
@@ -38,9 +38,6 @@ if TYPE_CHECKING:
     from worker.methods.stages.answer import Answer as AnswerStage
     from worker.methods.stages.distill import Distill
     from worker.methods.stages.evaluate import Evaluate
-
-
-EAGER: dict[str, Any] = {"attn_implementation": "eager"}
 
 
 class MultiTask:
@@ -282,31 +279,23 @@ class Candidate(NamedTuple):
 
 def write_single_tasks(ctx: "StageContext", folder: Path) -> dict[str, float]:
     """Writes a model of each task alone, loads it again, and returns the largest difference of a logit."""
-    run, reference = cast("MultiTask", ctx.task), _refer(ctx)
+    run, reference = cast("MultiTask", ctx.task), get_reference(ctx)
+    if hasattr(reference.model, "adapted"):  # what it says of a task, it says with that one's adapter
+        views = {name: as_answer(run.see(reference.model, name)) for name in run.parts}
+        said = {
+            name: part.logits(views[name], reference.data.parts[name], ctx.check_stop)
+            for name, part in run.parts.items()
+        }
+        reference = replace(reference, answers=said)
     answers = {}
     for name, part in run.parts.items():
         columns, own, model = run.heads[name].columns, folder / name, reference.model
         whole = model.adapted.merged(name) if hasattr(model, "adapted") else copy.deepcopy(model)
         save_classifier(keep_head(whole, columns, part), reference.tokenizer, part.labels, own)
-        again = load_classifier(own, part.labels, run.auto_class, **EAGER)
+        again = load_classifier(own, part.labels, run.auto_class, attn_implementation="eager")
         head = run.heads[name]._replace(columns=slice(None))
         answers[name] = part.logits(as_answer(OneHead(again, head)), reference.data.parts[name], ctx.check_stop)
     return measure(ctx, reference, answers, "single_tasks", EQUAL_LOGITS)
-
-
-def _refer(ctx: "StageContext") -> Reference:
-    """Returns the student and what it says of each task."""
-    run, model, tokenizer = (
-        cast("MultiTask", ctx.task),
-        ctx.load_model("student", **EAGER),
-        ctx.load_tokenizer("student"),
-    )
-    data = take_sample(ctx, model, tokenizer)
-    answers = {
-        name: part.logits(as_answer(run.see(model, name)), data.parts[name], ctx.check_stop)
-        for name, part in run.parts.items()
-    }
-    return Reference(model, tokenizer, data, answers)
 
 
 def keep_head(single: PreTrainedModel, columns: slice, part: Classification) -> PreTrainedModel:

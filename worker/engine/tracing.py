@@ -12,7 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from core.errors import StageFailed
-from worker.engine.loading import find_window
+from worker.engine.loading import find_rope, find_window
 from worker.engine.tasks import TaskHead
 
 FIXED_ROPE = ("default", "linear", "llama3", "yarn")  # whose angles do not depend on how long a text is
@@ -99,8 +99,7 @@ def describe_decoder(model: PreTrainedModel) -> Traceable:
     Raises:
         StageFailed: `export_unsupported` for what such a graph cannot say.
     """
-    config = model.config
-    rope, window = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default"), find_window(config)
+    config, rope, window = model.config, find_rope(model.config), find_window(model.config)
     what = f"positions of kind '{rope}'" if rope not in FIXED_ROPE else f"a window of {window} tokens" * bool(window)
     if what:
         remedy = "Leave the ONNX forms out."

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from core.compressing import Rounding
+from worker.methods.quantization.rtn import RoundToNearest
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -12,10 +12,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from worker.engine.matrices import Matrix
-    from worker.kernels.grids import Fit, Grid
 
 
-class Smoothquant(Rounding):
+class Smoothquant(RoundToNearest):
     """Makes loud inputs of matrices smaller and their weights larger, so that both can be rounded to 8 bits.
 
     The form that rounds inputs is `onnx_int8`; the student itself says what it said, but for its weights in 8 bits,
@@ -30,20 +29,10 @@ class Smoothquant(Rounding):
     needs_norms: ClassVar[bool] = True
     only: ClassVar[dict[str, Any]] = {"bits": 8, "group": None}
 
-    kind: Literal["smoothquant"] = "smoothquant"
+    kind: Literal["smoothquant"] = "smoothquant"  # type: ignore[assignment]
     alpha: float = Field(
         0.5, ge=0, le=1, description="How much of the rounding is moved from inputs to weights; more for louder inputs."
     )
-
-    def build(self, ctx: Any) -> Any:
-        """Returns the rounded weights and their grid."""
-        from worker.kernels.grids import nearest
-
-        def round_to_nearest(matrix: "Matrix", fit: "Fit", group: int | None) -> "tuple[Tensor, Grid]":
-            grid = fit(matrix.weight_OI, group)
-            return nearest(matrix.weight_OI, grid), grid
-
-        return round_to_nearest
 
     def build_scaling(self, ctx: Any) -> Any:
         """Returns the scale of what matrices hear."""

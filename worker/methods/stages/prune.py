@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from core.changing import ModelStage
-from core.compressing import Importance, InSteps
+from core.compressing import Importance
 from core.methods import Depths, ModelFacts, OneOf, Problem, Stage
 from core.strict import StrictModel
 from worker.methods.stages.distill import Distill
@@ -60,7 +60,7 @@ class Goal(StrictModel):
         return asked if asked < 1 and self.latency_ms is None else None
 
 
-class Prune(InSteps, ModelStage):
+class Prune(ModelStage):
     """Leaves the least important layers, neurons, heads and states out of the student, which really gets smaller.
 
     What comes out is a model of the same class with a smaller config, which stock `transformers` loads. It has
@@ -98,6 +98,19 @@ class Prune(InSteps, ModelStage):
     importance: Annotated[Importance, OneOf()] = Field(
         default={"kind": "activation"}, validate_default=True, description="Which neurons and heads go first."
     )
+    steps: int = Field(
+        1,
+        ge=1,
+        le=15,
+        exclude=True,
+        description="In how many steps it is done, each a stage of its own with a stage `distill` after it.",
+    )
+    schedule: Literal["cubic", "linear"] = Field(
+        "cubic",
+        exclude=True,
+        description="How much goes in each step: most in the first, while there is most to spare, or always as much "
+        "(Zhu and Gupta 2017, section 3, equation 1).",
+    )
     recover: Distill = Field(
         default_factory=Distill, exclude=True, description="The stage `distill` after each of several steps."
     )
@@ -118,7 +131,9 @@ class Prune(InSteps, ModelStage):
         """Returns the stages of its steps: each prunes to a share of what the one before it has left, and trains."""
         if self.steps == 1 or self.to is None or self.to.share is None:
             return [self]
-        left = [1.0, *(1 - gone for gone in self.list_gone(1 - self.to.share))]
+        ways = [step / self.steps for step in range(self.steps + 1)]
+        gone = ways if self.schedule == "linear" else [1 - (1 - way) ** 3 for way in ways]
+        left = [1 - (1 - self.to.share) * part for part in gone]
         shares = [min(round(after / before, 6), LARGEST_SHARE) for before, after in pairwise(left)]
         once = self.model_dump()  # which leaves the steps out
         steps = [Prune.model_validate(once | {"to": {self.to.measure: share}}) for share in shares]
