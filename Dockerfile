@@ -26,7 +26,7 @@ CMD ["uvicorn", "app.main:app", "--host", "0.0.0.0", "--port", "8500", "--timeou
 FROM base AS worker
 # Build with --build-arg TORCH_INDEX_ARGS="--extra-index-url …" to choose another build of torch, such as one without CUDA.
 ARG TORCH_INDEX_ARGS=""
-# Build with --build-arg EXTRAS=worker,openvino,executorch for the forms that need libraries of their own.
+# Build with --build-arg EXTRAS=worker,openvino,executorch,compressed_tensors for the forms that need libraries of their own.
 ARG EXTRAS=worker
 COPY worker worker
 RUN pip install --constraint constraints.txt ${TORCH_INDEX_ARGS} torch==2.13.0 \

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 METHODS_PACKAGE = "worker.methods"
 SPLITS = ("train", "validation", "test")
 ONNX_FORMS = ("onnx", "onnx_fp16", "onnx_int8", "onnx_int8_static", "onnx_int4")
-ENCODER_FORMS = ("safetensors", *ONNX_FORMS, "openvino", "executorch", "triton", "kserve")
+ENCODER_FORMS = ("safetensors", *ONNX_FORMS, "openvino", "executorch", "triton", "kserve", "compressed_tensors")
 
 
 @dataclass(frozen=True)
@@ -250,6 +250,10 @@ class Exporter(Method):
     calibrates: ClassVar[bool] = False
     is_graph: ClassVar[bool] = False  # that servers of ONNX run
 
+    def check(self, earlier: "list[Stage]") -> list[str]:  # noqa: ARG002 - most are of any student
+        """Returns what is missing in the stages before the one that writes it."""
+        return []
+
     def build(self, ctx: Any) -> Any:
         """Returns a callable that writes and checks the form."""
         raise NotImplementedError
@@ -385,15 +389,11 @@ class OneOf:
                 value = {"kind": self.default, **value}
             kind = value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
             if kind is None:
-                raise PydanticCustomError(
-                    "missing_kind", "the field 'kind' is missing; known: {known}", {"known": ", ".join(choices)}
-                )
+                names = {"known": ", ".join(choices)}
+                raise PydanticCustomError("missing_kind", "the field 'kind' is missing; known: {known}", names)
             if not isinstance(kind, str) or kind not in choices:
-                raise PydanticCustomError(
-                    "unknown_kind",
-                    "unknown kind '{kind}'; {hint}",
-                    {"kind": str(kind), "hint": suggest(str(kind), choices)},
-                )
+                found = {"kind": str(kind), "hint": suggest(str(kind), choices)}
+                raise PydanticCustomError("unknown_kind", "unknown kind '{kind}'; {hint}", found)
             return value
 
         union = core_schema.tagged_union_schema(choices, discriminator="kind")

@@ -21,6 +21,7 @@ SOURCES = (
     "core/weights.py",
 )
 LIBRARIES = (
+    "compressed_tensors",
     "executorch",
     "nncf",
     "numpy",

@@ -202,7 +202,7 @@ def test_a_form_that_cannot_be_is_refused(form: dict[str, Any], task: str, field
     assert hint in details.get(field, ""), details
 
 
-@pytest.mark.parametrize("kind", ["executorch", "openvino"])
+@pytest.mark.parametrize("kind", ["compressed_tensors", "executorch", "openvino"])
 def test_a_form_whose_library_is_missing_says_what_to_install(
     kind: str, context: StageContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:

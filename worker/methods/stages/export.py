@@ -25,7 +25,7 @@ class Export(Stage):
     )
 
     def check(self, spec: "JobSpec") -> list[Problem]:
-        """Returns problems for forms that are named twice, or that the task does not have."""
+        """Returns problems for forms that are named twice, that the task lacks, or that lack an earlier stage."""
         kinds, known = [form.kind for form in self.formats], spec.task.forms
         return (
             [
@@ -37,6 +37,11 @@ class Export(Stage):
                 Problem(f"formats.{index}", f"'{kind}' writes no {spec.task.kind} model; known: {', '.join(known)}")
                 for index, kind in enumerate(kinds)
                 if kind not in known
+            ]
+            + [
+                Problem(f"formats.{index}", why)
+                for index, form in enumerate(self.formats)
+                for why in form.check(self.earlier(spec))
             ]
             + self._check_apart(spec)
         )

@@ -20,8 +20,9 @@ class Quantize(ModelStage):
 
     Embeddings get on grids as well where that is asked for, and the matrices that matter most on finer ones. The
     student itself stays in floating point, so that it runs everywhere, with the values that the codes stand for; its
-    artifact holds the grids beside it. The stage says what the codes take. `onnx_int4` and `gguf` pack them. A
-    `distill` stage after this one trains with the weights on grids (QAT), which brings back what was lost.
+    artifact holds the grids beside it. The stage says what the codes take. `onnx_int4`, `gguf` and
+    `compressed_tensors` pack them. A `distill` stage after this one trains with the weights on grids (QAT), which
+    brings back what was lost.
     """
 
     kind: Literal["quantize"] = "quantize"

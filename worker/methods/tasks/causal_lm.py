@@ -21,7 +21,15 @@ class CausalLM(Task):
     learned and measured.
     """
 
-    forms: ClassVar[tuple[str, ...]] = ("safetensors", "onnx", "onnx_fp16", "onnx_int8", "onnx_int4", "gguf")
+    forms: ClassVar[tuple[str, ...]] = (
+        "safetensors",
+        "onnx",
+        "onnx_fp16",
+        "onnx_int8",
+        "onnx_int4",
+        "gguf",
+        "compressed_tensors",
+    )
     graph_types: ClassVar[tuple[str, ...]] = (
         "gemma",
         "gpt2",
