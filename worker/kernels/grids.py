@@ -43,7 +43,8 @@ def fit(weight_OI: Tensor, group: int | None, *, bits: int, symmetric: bool) -> 
         return Grid(scale_OG, torch.full_like(scale_OG, 2 ** (bits - 1)), bits)
     low_OG, high_OG = groups_OGN.amin(-1).clamp(max=0), groups_OGN.amax(-1).clamp(min=0)
     scale_OG = _half((high_OG - low_OG) / (2**bits - 1))
-    return Grid(scale_OG, (-low_OG / scale_OG).round(), bits)
+    zero_OG = (-low_OG / scale_OG).round().clamp(max=2**bits - 1)  # beyond where half precision made the scale smaller
+    return Grid(scale_OG, zero_OG, bits)
 
 
 def _half(scale_OG: Tensor) -> Tensor:

@@ -114,3 +114,13 @@ def test_groups_that_follow_each_other_make_one_grid() -> None:
     parts = [fit(part, None, bits=4, symmetric=False) for part in weight_OI.split(16, 1)]
     whole = fit(weight_OI, 16, bits=4, symmetric=False)
     assert all(torch.equal(*pair) for pair in zip(join(parts)[:2], whole[:2], strict=True))
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_zero_has_a_code_where_weights_are_tiny(bits: int) -> None:
+    """Half precision then makes a scale so much smaller that the lowest weight is more than all steps away."""
+    smallest = 2.0**-24 * (2**bits - 1)  # of what a scale can be, for all its codes
+    weight_OI = -smallest * torch.linspace(0.5, 3, 64)[:, None].repeat(1, 16)
+    grid = fit(weight_OI, None, bits=bits, symmetric=False)
+    assert grid.zero_OG.max() <= 2**bits - 1
+    assert not decode(encode(torch.zeros(64, 16), grid), grid).any()
