@@ -11,7 +11,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from worker.kernels.grids import Fit, Grid, join, nearest
+from worker.kernels.grids import Fit, Grid, join, nearest_value
 
 BLOCK = 128
 Choose: TypeAlias = Callable[[Tensor], Tensor]  # of scores, which weights stay
@@ -42,6 +42,9 @@ def inverse_factor(gram_II: Tensor, damping: float) -> Tensor:
 def change_in_order(weight_OI: Tensor, gram_II: Tensor, begin: Begin, damping: float, block: int) -> Tensor:
     """Returns a matrix of which one input's weights after the other were changed, each made up for by those to come.
 
+    Those of the same block make up for it at once, all later ones at the end of the block, as in section 3.3, step 2.
+    The factor is found in double precision, as that loses most; all else is in that of the weights.
+
     Args:
         weight_OI: The matrix.
         gram_II: Σ x xᵀ over its inputs.
@@ -51,20 +54,21 @@ def change_in_order(weight_OI: Tensor, gram_II: Tensor, begin: Begin, damping: f
         damping: See `inverse_factor`.
         block: Inputs in a block.
     """
-    left_OI, factor_II = weight_OI.double(), inverse_factor(gram_II.double(), damping)
-    result_OI = torch.zeros_like(left_OI)
-    for start in range(0, left_OI.shape[1], block):
-        end = min(start + block, left_OI.shape[1])
-        change = begin(slice(start, end), left_OI[:, start:end], factor_II.diagonal()[start:end])
-        errors_OB = torch.zeros_like(left_OI[:, start:end])
-        for place in range(start, end):
-            column_O = left_OI[:, place].clone()
-            result_OI[:, place] = change(place - start, column_O)
-            error_O = (column_O - result_OI[:, place]) / factor_II[place, place]
-            left_OI[:, place:end] -= error_O[:, None] * factor_II[place, place:end]
-            errors_OB[:, place - start] = error_O
-        left_OI[:, end:] -= errors_OB @ factor_II[start:end, end:]
-    return result_OI.to(weight_OI.dtype)
+    factor_II = inverse_factor(gram_II.double(), damping)
+    diagonal_I = factor_II.diagonal().to(weight_OI.dtype)
+    share_II = (factor_II / factor_II.diagonal()[:, None]).to(weight_OI.dtype)
+    left_IO = weight_OI.T.clone(memory_format=torch.contiguous_format)  # so that an input's weights lie together
+    result_IO = torch.empty_like(left_IO)
+    for start in range(0, len(left_IO), block):
+        inputs, later = slice(start, start + block), slice(start + block, None)
+        left_BO, result_BO, share_BB = left_IO[inputs], result_IO[inputs], share_II[inputs, inputs]
+        change, error_BO = begin(inputs, left_BO.T, diagonal_I[inputs]), torch.empty_like(left_BO)
+        for place, column_O in enumerate(left_BO):
+            result_BO[place] = change(place, column_O)
+            error_O = torch.sub(column_O, result_BO[place], out=error_BO[place])
+            left_BO[place + 1 :].addr_(share_BB[place, place + 1 :], error_O, alpha=-1)
+        left_IO[later].addmm_(share_II[inputs, later].T, error_BO, alpha=-1)
+    return result_IO.T
 
 
 def prune_in_order(weight_OI: Tensor, gram_II: Tensor, choose: Choose, damping: float, block: int) -> Tensor:
@@ -79,8 +83,8 @@ def prune_in_order(weight_OI: Tensor, gram_II: Tensor, choose: Choose, damping: 
     """
 
     def begin(_: slice, left_OB: Tensor, factor_B: Tensor) -> Change:
-        stays_OB = choose((left_OB / factor_B).square())
-        return lambda place, column_O: column_O * stays_OB[:, place]
+        stays_BO = choose((left_OB / factor_B).square()).T.contiguous()
+        return lambda place, column_O: column_O * stays_BO[place]
 
     return change_in_order(weight_OI, gram_II, begin, damping, block)
 
@@ -101,29 +105,22 @@ def round_in_order(
         loudest_first: Go through the inputs by their size, on grids fitted before; else in their own order, where a
             group's grid is fitted to its weights as they are when it is their turn.
     """
-    width, block = group or weight_OI.shape[1], group or BLOCK
-    order_I = torch.arange(weight_OI.shape[1], device=weight_OI.device)
+    order_I, width = torch.arange(weight_OI.shape[1], device=weight_OI.device), group or weight_OI.shape[1]
     if loudest_first:
         order_I = gram_II.diagonal().argsort(descending=True, stable=True)
-    is_fixed = loudest_first or group is None
-    grids = _parts(fit(weight_OI, group)) if is_fixed else []
+    fixed = fit(weight_OI, group) if loudest_first or group is None else None
+    grids = [fixed] if fixed else []
 
     def begin(inputs: slice, left_OB: Tensor, _: Tensor) -> Change:
-        stays_OB, numbers = weight_OI[:, order_I[inputs]] != 0, (order_I[inputs] // width).tolist()
-        if not is_fixed:
-            grids.append(fit(left_OB * stays_OB, None))
+        stays_BO = (weight_OI.T[order_I[inputs]] != 0).to(weight_OI.dtype)
+        group_B = order_I[inputs] // width
+        if fixed is None:
+            grids.append(fit(left_OB * stays_BO.T, None))
+            group_B = torch.zeros_like(group_B)
+        scale_OG, zero_OG, bits = grids[-1]
+        scale_BO, zero_BO = scale_OG.T[group_B], zero_OG.T[group_B]
+        return lambda place, column_O: nearest_value(column_O, scale_BO[place], zero_BO[place], bits) * stays_BO[place]
 
-        def change(place: int, column_O: Tensor) -> Tensor:
-            grid = grids[numbers[place]]
-            return nearest(column_O[:, None], grid)[:, 0] * stays_OB[:, place]
-
-        return change
-
+    block = width if fixed is None else BLOCK
     rounded_OI = change_in_order(weight_OI[:, order_I], gram_II[order_I][:, order_I], begin, damping, block)
     return rounded_OI[:, order_I.argsort()], join(grids)
-
-
-def _parts(grid: Grid) -> list[Grid]:
-    """Returns the grid of each group."""
-    pairs = zip(grid.scale_OG.split(1, 1), grid.zero_OG.split(1, 1), strict=True)
-    return [Grid(scale_O1, zero_O1, grid.bits) for scale_O1, zero_O1 in pairs]

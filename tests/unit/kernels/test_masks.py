@@ -91,8 +91,21 @@ def test_what_is_lost_falls_from_magnitude_over_wanda_to_sparsegpt() -> None:
     by_row = {"share": 0.5, "by_row": True}
     magnitude = weight_OI * keep_largest(weight_OI.abs(), **by_row)
     wanda = weight_OI * keep_largest(weight_OI.abs() * gram_II.diagonal().sqrt(), **by_row)
-    sparsegpt = prune_in_order(weight_OI, gram_II, lambda score: keep_largest(score, **by_row), 0.01, 16)
+    sparsegpt = prune_in_order(weight_OI, gram_II, lambda score: keep_largest(score, **by_row), 0.01, 64)
     assert lost(sparsegpt) < lost(wanda) < lost(magnitude)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("is_turned", [False, True])
+def test_the_matrix_itself_stays_as_it_is(dtype: torch.dtype, is_turned: bool) -> None:
+    inputs_NI, kept_OI = random(50, 16).to(dtype), random(8, 16, seed=1).to(dtype)
+    weight_OI = kept_OI.T.clone().T if is_turned else kept_OI.clone()
+    found_OI = prune_in_order(
+        weight_OI, inputs_NI.T @ inputs_NI, lambda score: keep_largest(score, 0.5, by_row=True), 0.01, 4
+    )
+    assert torch.equal(weight_OI, kept_OI)
+    assert found_OI.dtype == dtype
+    assert not torch.equal(found_OI, kept_OI)
 
 
 def test_inputs_that_were_never_heard_harm_nothing() -> None:
