@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,10 @@ from core.models.facts import read_facts
 from core.models.safetensors_header import read_tensors
 from tests.engine_bench import FAST, LABELS, Bench, contents, make_spec
 from tests.unit.test_engine_models import CONFIGS, make
-from tests.unit.test_engine_narrowing import context
 from tests.unit.test_engine_sparsity import SPEC, TASK, matrices
 from worker.engine.blocks import Blocks, read_stream
-from worker.engine.data import Batch
 from worker.engine.loading import is_head, load_language_model, load_tokenizer
-from worker.engine.matrices import Matrix, change_layers, find_matrices
+from worker.engine.matrices import find_matrices
 from worker.engine.optimization import make_optimizer
 from worker.engine.quantizing import Wanted, find_tables, put_on_grids, read_grids, settle
 from worker.engine.runtimes import count_onnx_parameters, open_session, run_session
@@ -128,42 +126,6 @@ def test_every_model_has_its_matrices_found(config: Any) -> None:
     assert all(
         torch.equal(weight_OI, matrices(model)[name.removesuffix(".weight")]) for name, weight_OI in found.items()
     )
-
-
-class Texts:
-    """Three batches of texts, each of a length of its own."""
-
-    def shuffled(self, *_: object) -> Iterator[Batch]:
-        for length in (12, 7, 9):
-            ids_BT = torch.arange(4, 4 + 2 * length).reshape(2, length)
-            yield Batch({"input_ids": ids_BT}, torch.tensor([0, 1]), torch.arange(2))
-
-
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.model_type)
-def test_a_model_is_run_no_further_than_it_is_heard(config: Any) -> None:
-    model, seen, ended = make(config), {}, []
-    layers, ctx = find_matrices(model), context()
-    ctx.progress = lambda *_: None
-
-    def change(matrix: Matrix) -> torch.Tensor:
-        seen[matrix.name] = matrix.gram_II
-        return matrix.weight_OI
-
-    hook = model.register_forward_hook(lambda *_: ended.append(True))
-    change_layers(ctx, model, layers, Texts(), change)
-    hook.remove()
-    assert len(ended) == len(layers)  # the first batch of each layer is answered, which shows what there is to hear
-    heard = find_matrices(model)
-    hooks = [matrix.module.register_forward_pre_hook(matrix.note) for layer in heard for matrix in layer]
-    with torch.no_grad():
-        for batch in Texts().shuffled():
-            model(**batch.inputs)
-    for hook in hooks:
-        hook.remove()
-    expected = {matrix.name: matrix.gram_II for layer in heard for matrix in layer}
-    assert seen.keys() == expected.keys()
-    for name, gram_II in expected.items():
-        torch.testing.assert_close(seen[name], gram_II, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[-1]], ids=lambda config: config.model_type)

@@ -1,7 +1,7 @@
 """How much the inputs of linear maps count, one by one or in blocks, over a sample of the data."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -14,7 +14,6 @@ from transformers.pytorch_utils import Conv1D
 from core.compressing import Importance
 from core.errors import StageFailed
 from worker.engine.context import StageContext
-from worker.engine.data import Batch
 from worker.engine.objective import label_objective
 from worker.kernels.heads import backward
 
@@ -76,12 +75,8 @@ class Site:
         self.effect_I /= max(1, self._num_batches)
 
 
-class Enough(Exception):
-    """Raised by a note that wants to hear no more of a batch: the model is not run any further on it."""
-
-
 @contextmanager
-def _hearing(model: PreTrainedModel, notes: Mapping[Map, Note]) -> Iterator[None]:
+def hearing(model: PreTrainedModel, notes: Mapping[Map, Note]) -> Iterator[None]:
     """Has notes hear what their maps get."""
     hooks = [module.register_forward_pre_hook(note) for module, note in notes.items()]
     model.eval()
@@ -90,22 +85,6 @@ def _hearing(model: PreTrainedModel, notes: Mapping[Map, Note]) -> Iterator[None
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def listen(
-    ctx: StageContext, model: PreTrainedModel, data: Any, notes: Mapping[Map, Note]
-) -> Iterator[tuple[Batch, Any]]:
-    """Yields each batch of a sample of the data and the model's answer; `notes` hear what their maps get.
-
-    There is no answer, None, where a note had `Enough`.
-    """
-    with _hearing(model, notes):
-        for batch in data.shuffled(BATCH, [ctx.seed], 0, ctx.device):
-            answer = None
-            with torch.no_grad(), suppress(Enough):
-                answer = ctx.task.answer(model, batch)
-            yield batch, answer
-            ctx.check_stop()
 
 
 def watch(ctx: StageContext, model: PreTrainedModel, sites: dict[Map, Site], by: Importance, data: Any) -> None:
@@ -120,7 +99,7 @@ def watch(ctx: StageContext, model: PreTrainedModel, sites: dict[Map, Site], by:
     objective = label_objective(ctx)
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.requires_grad_(False)  # the gates alone are asked for
-    with _hearing(model, {module: site.note for module, site in sites.items()}):
+    with hearing(model, {module: site.note for module, site in sites.items()}):
         for batch in data.shuffled(BATCH, [ctx.seed], 0, ctx.device):
             heard = partial(objective, resting=objective.resting(batch))
             for part in batch.parts(max(1, PART_TOKENS // batch.inputs["input_ids"].shape[1])):

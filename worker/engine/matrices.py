@@ -10,8 +10,9 @@ from transformers import PreTrainedModel
 
 from core.errors import StageFailed
 from worker.engine.context import StageContext
-from worker.engine.importance import Enough, Map, by_input, listen
+from worker.engine.importance import BATCH, Map, by_input, hearing
 from worker.engine.loading import find_layers
+from worker.engine.relay import Relay
 
 
 class Matrix:
@@ -74,7 +75,8 @@ def change_layers(
 ) -> None:
     """Gives each matrix the weights that `change` returns.
 
-    A layer is looked at once those before it are changed, as it will get what they then say.
+    A layer is looked at once those before it are changed, as it will get what they then say. To show what it gets, the
+    sample is read as in `Relay`, which also says what memory that takes.
 
     Args:
         ctx: The stage's surroundings.
@@ -82,38 +84,18 @@ def change_layers(
         layers: What `find_matrices` found.
         data: A sample that shows what matrices get, or None where that does not matter.
         change: Returns weight_OI.
-        prepare: Called for the matrices of each layer before any of them is changed.
+        prepare: Called for the matrices of each layer before any of them is changed; may change this layer alone.
     """
+    relay = None if data is None else Relay(model)
     for number, matrices in enumerate(layers):
         ctx.progress(number, len(layers))
-        if data is not None:
-            hearing = _Hearing(matrices)
-            for _ in listen(ctx, model, data, dict.fromkeys(hearing.owners, hearing.note)):
-                hearing.end_batch()
+        if relay:
+            with hearing(model, {matrix.module: matrix.note for matrix in matrices}):
+                for batch in data.shuffled(BATCH, [ctx.seed], 0, ctx.device):
+                    relay.run(number, batch.inputs)
+                    ctx.check_stop()
         if prepare:
             prepare(matrices)
         for matrix in matrices:
             matrix.weight_OI.copy_(change(matrix))
             matrix.gram_II = torch.empty(0)
-
-
-class _Hearing:
-    """Shows matrices what they get, and has no more of the model run than reaches the last of them.
-
-    Which one that is, and how often they are all reached, the first batch shows.
-    """
-
-    def __init__(self, matrices: list[Matrix]) -> None:
-        self.owners: dict[Map, Matrix] = {matrix.module: matrix for matrix in matrices}
-        self._count = self._total = 0
-
-    def note(self, module: Any, inputs: tuple[Tensor, ...]) -> None:
-        """Notes what a matrix gets, and has enough where it is the last one."""
-        self.owners[module].note(module, inputs)
-        self._count += 1
-        if self._count == self._total:
-            raise Enough
-
-    def end_batch(self) -> None:
-        """Begins to count anew."""
-        self._count, self._total = 0, self._count

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from worker.engine.context import StageContext
 from worker.engine.data import Batch
-from worker.engine.importance import listen
+from worker.engine.importance import BATCH
 from worker.engine.matrices import Matrix
 from worker.kernels.divergences import forward_kl, logit_mse
 from worker.kernels.heads import Head, rows_at_once
@@ -34,16 +34,17 @@ def measure_harm(
     """
     matrices = [matrix for layer in layers for matrix in layer]
     sums, num_rows = dict.fromkeys((matrix.name for matrix in matrices), 0.0), 0
-    for batch, expected in islice(listen(ctx, model, data, {}), MOST_BATCHES):
+    for batch in islice(data.shuffled(BATCH, [ctx.seed], 0, ctx.device), MOST_BATCHES):
         num_rows += int(batch.is_row.sum())
-        for matrix in matrices:
-            whole_OI = matrix.weight_OI.clone()
-            matrix.weight_OI.copy_(round_weights(whole_OI))
-            with torch.no_grad():
+        with torch.no_grad():
+            expected = ctx.task.answer(model, batch)
+            for matrix in matrices:
+                whole_OI = matrix.weight_OI.clone()
+                matrix.weight_OI.copy_(round_weights(whole_OI))
                 found = ctx.task.answer(model, batch)
-            matrix.weight_OI.copy_(whole_OI)
-            sums[matrix.name] += _compare(ctx, batch, expected, found)
-            ctx.check_stop()
+                matrix.weight_OI.copy_(whole_OI)
+                sums[matrix.name] += _compare(ctx, batch, expected, found)
+                ctx.check_stop()
     return {name: total / num_rows for name, total in sums.items()}
 
 
