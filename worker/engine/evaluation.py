@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import onnxruntime
 import torch
 import transformers
 
@@ -125,6 +124,8 @@ def row_of_answers(scores: Row) -> Row:
 
 def describe_environment(ctx: StageContext) -> dict[str, Any]:
     """Returns the versions and the processor that the figures hold for."""
+    import onnxruntime
+
     return {
         "processor": _processor_name(),
         "num_threads": ctx.num_threads,

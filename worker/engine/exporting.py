@@ -13,9 +13,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 import torch
-from onnxruntime.quantization import QuantType, quantize_dynamic
-from onnxruntime.quantization.onnx_model import ONNXModel
-from onnxruntime.transformers.float16 import convert_float_to_float16
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from core.errors import StageFailed
@@ -91,6 +88,8 @@ def write_onnx_int8(ctx: StageContext, settings: "OnnxInt8", folder: Path) -> di
     Raises:
         StageFailed: `goal_missed` when too few labels agree.
     """
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
     quantize_dynamic(
         make_onnx(ctx),
         folder / "model.onnx",
@@ -108,6 +107,8 @@ def write_onnx_fp16(ctx: StageContext, settings: "OnnxFp16", folder: Path) -> di
     Raises:
         StageFailed: `goal_missed` when too few labels agree.
     """
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
     reference = get_reference(ctx)
     if reference.model.can_generate():  # which knows where half precision is too coarse
         halved = replace(reference, model=copy.deepcopy(reference.model).half())
@@ -219,6 +220,8 @@ def _export_graph(ctx: StageContext, reference: Reference, path: Path) -> Path:
         message = f"A '{reference.model.config.model_type}' cannot be exported to ONNX: {str(error).splitlines()[0]}"
         raise StageFailed("export_unsupported", message, suggestion="Leave the ONNX forms out.") from error
     if reference.model.can_generate():
+        from onnxruntime.quantization.onnx_model import ONNXModel
+
         proto = ONNXModel(onnx.load(path))
         proto.replace_gemm_with_matmul()  # of GPT-2, so that its matrices are found as those of others
         onnx.save(proto.model, path)

@@ -30,6 +30,8 @@ PRELOADED = (
     "transformers.models.auto.tokenization_auto",
     "worker.engine.distillation",
     "worker.engine.finetuning",
+    "worker.engine.language",
+    "worker.engine.multitask",
     "worker.engine.rendering",
 )  # not onnxruntime: its import starts a thread
 log = logging.getLogger("worker.engine.forkserver")

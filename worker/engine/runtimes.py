@@ -3,11 +3,10 @@
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import onnx
-import onnxruntime
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -17,11 +16,16 @@ from worker.engine.extras import needing
 from worker.engine.loading import OFFLINE, input_names
 from worker.engine.tracing import PAST
 
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
+
 Forward = Callable[[dict[str, Tensor]], NDArray[np.float32]]
 
 
-def open_session(folder: Path, num_threads: int) -> onnxruntime.InferenceSession:
+def open_session(folder: Path, num_threads: int) -> "InferenceSession":
     """Returns an onnxruntime session on the processor."""
+    import onnxruntime  # starts a thread, which no stage would have that was forked later
+
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = num_threads
     options.inter_op_num_threads = 1
@@ -29,13 +33,13 @@ def open_session(folder: Path, num_threads: int) -> onnxruntime.InferenceSession
     return onnxruntime.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
 
 
-def run_session(session: onnxruntime.InferenceSession, inputs: dict[str, Tensor]) -> NDArray[np.float32]:
+def run_session(session: "InferenceSession", inputs: dict[str, Tensor]) -> NDArray[np.float32]:
     """Returns logits_BC for the inputs that the session names; a decoder has read nothing before."""
     logits_BC: NDArray[np.float32] = session.run(["logits"], _complete(session, inputs))[0]
     return logits_BC
 
 
-def _complete(session: onnxruntime.InferenceSession, inputs: dict[str, Tensor]) -> dict[str, NDArray[Any]]:
+def _complete(session: "InferenceSession", inputs: dict[str, Tensor]) -> dict[str, NDArray[Any]]:
     """Returns what a session takes: of a decoder also which tokens are there, where they stand, and an empty cache."""
     ids_BT = inputs["input_ids"]
     known = {"attention_mask": torch.ones_like(ids_BT), "position_ids": ids_BT.new_ones(ids_BT.shape).cumsum(1) - 1}
@@ -47,7 +51,7 @@ def _complete(session: onnxruntime.InferenceSession, inputs: dict[str, Tensor]) 
     }
 
 
-def continue_greedily(session: onnxruntime.InferenceSession, ids_BT: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+def continue_greedily(session: "InferenceSession", ids_BT: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
     """Returns texts with so many more tokens, each the likeliest, and the logits that each was chosen by, logits_BNV.
 
     A token is read alone, with the keys and values of those before it.
