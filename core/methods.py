@@ -8,9 +8,9 @@ import importlib
 import pkgutil
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
-from pydantic import Field, GetCoreSchemaHandler
+from pydantic import GetCoreSchemaHandler
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from core.datasets.reading import RowProblem as RowProblem
@@ -221,17 +221,6 @@ class Depths(NamedTuple):
 
     student: int
     teacher: int
-
-
-Agreement = Annotated[
-    float,
-    Field(
-        gt=0,
-        le=1,
-        description="Least accepted share of validation texts with the student's label, or of tokens that a language "
-        "model puts first like the student, or, of a regression, correlation with its numbers.",
-    ),
-]
 
 
 class Exporter(Method):

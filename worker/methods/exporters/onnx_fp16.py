@@ -4,7 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from core.methods import Agreement, Exporter
+from core.agreement import Agreement
+from core.methods import Exporter
 
 if TYPE_CHECKING:
     from worker.engine.context import StageContext

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from core.methods import Agreement, Exporter
+from core.agreement import Agreement
+from core.methods import Exporter
 
 if TYPE_CHECKING:
     from worker.engine.context import StageContext
