@@ -19,10 +19,10 @@ from core.errors import Gone, ModelInvalid, NotFound
 from core.jobs.repository import find_artifact, get_job
 from core.jobs.spec import JobSpec, spec_invalid
 from core.methods import SPLITS, Api, Depths, ModelSource, Problem, Stage, Task
-from core.models.facts import ModelFacts, read_facts
+from core.models.facts import ModelFacts
 from core.models.hub import resolve as resolve_hub
+from core.models.outputs import read_output
 from core.models.repository import files_of, find_model, get_manifest, list_model_names
-from core.models.safetensors_header import read_tensors
 from core.models.vocabulary import VocabularyDiffers, count_common, read_vocabulary
 from core.settings import get_settings
 from core.storage import ManifestFile, get_store
@@ -279,24 +279,12 @@ def _describe(field: str, model: Found, problems: Problems) -> Found | None:
         return model
     try:
         if model.files is not None:
-            return model._replace(facts=_read_output(model.files))
+            return model._replace(facts=read_output(model.files))
         found = resolve_hub(model.source["hub"])
     except ModelInvalid as error:
         _add(problems, field, error.message)
         return None
     return Found({"hub": {"repo": found.repo, "commit": found.commit}}, found.facts)
-
-
-def _read_output(files: list[ManifestFile]) -> ModelFacts:
-    by_path = {file.path: get_store().get_path(file.sha256) for file in files}
-    weights = [path for name, path in by_path.items() if name.endswith(".safetensors")]
-    if "config.json" not in by_path or not weights:
-        raise ModelInvalid("this artifact holds no config.json with safetensors weights; name the artifact 'student'")
-    try:
-        tensors = [tensor for path in weights for tensor in read_tensors(path)]
-        return read_facts(json.loads(by_path["config.json"].read_bytes()), tensors=tensors)
-    except ValueError as error:
-        raise ModelInvalid(f"this artifact cannot be used as a model: {error}") from error
 
 
 def _find_labels(spec: JobSpec, splits: dict[str, dict[str, Any]]) -> tuple[dict[str, list[str]], Problems]:

@@ -483,11 +483,17 @@ def test_a_jobs_output_is_a_teacher(api: Api) -> None:
     model = f"job:{first}"
     early = api("POST", "/v1/jobs", json=api.spec(teacher={"model": model}))
     assert "is queued, not succeeded" in early.json()["error"]["message"]
-    run_job(first, {"student": model_files(3), "report": {"report.json": b"{}"}})
+    left = {
+        "report": ({"report.json": b"{}"}, "no config.json"),
+        "adapted": ({"base/config.json": b"{}", "adapters/a/adapter_config.json": b"{}"}, "write 'single_tasks', and"),
+        "prompted": ({"base/config.json": b"{}", "adapters/adapter_config.json": b"{}"}, "a prompt beside it"),
+        "single_tasks": ({"a/config.json": b"{}", "a/model.safetensors": b"x"}, "upload the one that is meant"),
+    }
+    run_job(first, {"student": model_files(3)} | {name: files for name, (files, _) in left.items()})
     late = api("POST", "/v1/jobs", json=api.spec(teacher={"model": model}))
     assert late.status_code == 202, late.text
     assert late.json()["inputs"]["teacher_facts"]["num_layers"] == 3
-    for name, word in (("report", "no config.json"), ("nothing", "no artifact 'nothing'")):
+    for name, word in [*((name, word) for name, (_, word) in left.items()), ("nothing", "no artifact 'nothing'")]:
         bad = api("POST", "/v1/jobs", json=api.spec(teacher={"model": f"{model}/{name}"}))
         assert bad.status_code == 422
         assert word in bad.json()["error"]["message"]
