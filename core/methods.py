@@ -81,6 +81,16 @@ class Task(Method):
         return False
 
     @property
+    def shared_layers(self) -> int | None:
+        """How many first layers of a student these tasks share, each having the others alone; None for all of them."""
+        return None
+
+    @property
+    def has_own_weights(self) -> bool:
+        """Whether each of these tasks has more of its own than a head: an adapter, or layers."""
+        return self.adapts_each or self.shared_layers is not None
+
+    @property
     def learns_balance(self) -> bool:
         """Whether it is learned how much each of these tasks counts."""
         return False
@@ -164,6 +174,7 @@ class Student(Method):
 
     family: ClassVar[str] = "students"
     made_by: ClassVar[str | None] = None  # the kind of stage that alone can make it
+    reuses_layers: ClassVar[bool] = False  # so that they have the same weights
 
     @property
     def asks_head(self) -> bool:
@@ -300,7 +311,7 @@ class Stage(Method):
         return False
 
     def keeps_apart(self, spec: "JobSpec") -> bool:  # noqa: ARG002 - most stages do not
-        """Returns whether the model that it trains stays as it is, with adapters beside it."""
+        """Returns whether what it trains is stored apart: with adapters, or each task's layers, beside the model."""
         return False
 
     def own(self) -> dict[str, Any]:

@@ -130,8 +130,10 @@ class Training(ModelStage):
     def check(self, spec: "JobSpec") -> list[Problem]:
         """Returns which settings would undo each other, or what another stage does to the same weights."""
         task = self.own().get("task", spec.task)
-        if task.adapts_each and self.own():
+        if self.own() and task.has_own_weights:
             return [Problem("task.shared", "only the trunk goes on, so it is shared whole; use 'all'")]
+        if self.branches(spec):
+            return self._check_branches(spec)
         if task.adapts_each and self.adapter is None:
             why = "the tasks share a frozen base, so each needs an adapter; set one, as {kind: lora}"
             return [Problem("adapter", why)]
@@ -147,11 +149,26 @@ class Training(ModelStage):
             unfit = self._check_apart(spec)
             if unfit:
                 return unfit
-        roles = {self.role} | (set() if spec.student.source() else {"teacher"})
-        done = [stage.kind for stage in self.earlier(spec) if stage.fixes_weights() and roles & stage.writes()]
         field, what = ("adapter", "an adapter changes") if self.adapter else ("sparsity", "growing zeros choose among")
         why = f"'{{}}' has chosen single weights, and {what} all of them; leave one out"
-        return [Problem(field, why.format(kind)) for kind in done[:1]]
+        return [Problem(field, why.format(kind)) for kind in self._fixed_before(spec)]
+
+    def _fixed_before(self, spec: "JobSpec") -> list[str]:
+        """Returns the first stage before it, if there is one, that leaves single weights of the model as they are."""
+        roles = {self.role} | (set() if spec.student.source() else {"teacher"})
+        return [s.kind for s in self.earlier(spec) if s.fixes_weights() and roles & s.writes()][:1]
+
+    def _check_branches(self, spec: "JobSpec") -> list[Problem]:
+        """Returns what does not go with layers that each task has of its own, in this stage or another."""
+        if self.adapter:
+            why = "tasks train layers of their own as a whole; leave it out, or set task.shared to 'adapters'"
+            return [Problem("adapter", why)]
+        if self.sparsity:
+            return [Problem("sparsity", "zeros are chosen in layers that all tasks share; leave it out")]
+        why = "'{}' has chosen single weights, and these are of layers that each task then has of its own; leave it out"
+        fixed = [Problem("kind", why.format(kind)) for kind in self._fixed_before(spec)]
+        why = "stage {}, '{}', needs the student whole, and each task has layers of its own; put it before this one"
+        return fixed or [Problem("kind", why.format(number, kind)) for number, kind in self._cuts(spec)]
 
     def check_model(self, spec: "JobSpec", start: ModelFacts) -> list[Problem]:
         """Returns whether layers are frozen, or get an adapter, that are not there, or have no groups for zeros."""
@@ -193,14 +210,16 @@ class Training(ModelStage):
         why = (
             f"stage {{}}, '{{}}', needs the {self.role} whole, and its adapter stays beside it; put it before this one"
         )
-        later = [
-            Problem("adapter", why.format(n, s.kind)) for n, s in self.later(spec).items() if self._is_cut(spec, s)
-        ]
+        later = [Problem("adapter", why.format(number, kind)) for number, kind in self._cuts(spec)]
         made = any("student" in stage.writes() for stage in self.earlier(spec))
         if self.role == "teacher" and not made and spec.student.source() is None and not later:
             why = "the student is made of the teacher, whose adapter stays beside it; use student kind 'pretrained'"
             return [Problem("adapter", why)] * any("student" in s.writes() for s in self.later(spec).values())
-        return later[:1]
+        return later
+
+    def _cuts(self, spec: "JobSpec") -> list[tuple[int, str]]:
+        """Returns the ordinal and kind of the first later stage, if there is one, that needs its model whole."""
+        return [(ordinal, s.kind) for ordinal, s in self.later(spec).items() if self._is_cut(spec, s)][:1]
 
     def _is_cut(self, spec: "JobSpec", stage: Stage) -> bool:
         """Returns whether a later stage changes the model, has it write texts, or compares its layers."""
@@ -211,9 +230,14 @@ class Training(ModelStage):
         return self.role == "teacher" and ("texts" in stage.writes() or _compares_layers(stage))
 
     def keeps_apart(self, spec: "JobSpec") -> bool:
-        """Returns whether its adapter cannot become part of the model, or is not to."""
+        """Returns whether its adapter cannot become part of the model, or is not to, or tasks have layers alone."""
         task = self.own().get("task", spec.task)
-        return self.adapter is not None and (task.adapts_each or not self.adapter.is_merged)
+        is_beside = self.adapter is not None and (task.adapts_each or not self.adapter.is_merged)
+        return is_beside or self.branches(spec)
+
+    def branches(self, spec: "JobSpec") -> bool:
+        """Returns whether each task is to have layers of its own: in the student alone, whatever teaches it."""
+        return self.role == "student" and self.own().get("task", spec.task).shared_layers is not None
 
     def fixes_weights(self) -> bool:
         """Returns whether zeros are to stay."""

@@ -209,6 +209,8 @@ def describe_models(
     facts = {role: model.facts for role, model in found.items() if model and model.facts}
     if "teacher" in facts and spec.teacher.is_model:
         problems += check_student(spec, facts["teacher"]) or _check_depths(spec, facts)
+    if "base" in facts:
+        problems += _check_sharing(spec, facts["base"])
     starts = {index: facts.get(_start_of(spec, stage)) for index, stage in enumerate(spec.stages)}
     problems += _of_stages([(index, spec.stages[index].check_model(spec, f)) for index, f in starts.items() if f])
     if spec.compares_tokens() and "base" in found:
@@ -238,7 +240,17 @@ def _check_known_labels(spec: JobSpec, facts: dict[str, ModelFacts], labels: dic
 
 def check_student(spec: JobSpec, teacher: ModelFacts) -> Problems:
     """Returns what makes the spec's student impossible for that teacher, a model of the task."""
-    return [{"field": f"student.{p.field}", "message": p.message} for p in spec.student.check(teacher)]
+    unfit = [{"field": f"student.{p.field}", "message": p.message} for p in spec.student.check(teacher)]
+    return unfit or (_check_sharing(spec, teacher) if spec.student.source() is None else [])
+
+
+def _check_sharing(spec: JobSpec, start: ModelFacts) -> Problems:
+    """Returns whether tasks are to share all layers of a student that starts from that model, and yet have others."""
+    count, shared = spec.student.count_layers(start), spec.task.shared_layers
+    if count is None or shared is None or shared < count:
+        return []
+    why = f"the student has {count} layers, and with all of them shared none is a task's own; choose fewer, or 'all'"
+    return [{"field": "task.shared", "message": why}]
 
 
 def _check_depths(spec: JobSpec, facts: dict[str, ModelFacts]) -> Problems:

@@ -113,7 +113,7 @@ class ExpectedStudent(BaseModel):
     num_parameters: int | None = Field(
         description="With the head that the files have; that of a new task is another. Null: not known, as of a fresh "
         "or narrower student of an architecture whose tensors the server does not know by name, or after a stage whose "
-        "result depends on the data, as 'trim_vocabulary'.",
+        "result depends on the data, as 'trim_vocabulary', or where tasks have layers of their own.",
         examples=[17_600_000],
     )
     size_bytes: dict[str, int] = Field(

@@ -50,7 +50,7 @@ def plan(principal: Principal, spec: JobSpec) -> Plan:
 def expect_student(spec: JobSpec, made: Plan) -> ExpectedStudent:
     """Returns how large the student of a planned job will be."""
     start = made.facts.get("base" if spec.student.source() else "teacher")
-    if any(stage.resizes for stage in spec.stages):
+    if any(stage.resizes for stage in spec.stages) or spec.task.shared_layers is not None:
         start = None
     count = spec.student.count_parameters(start) if start else None
     forms = [form for stage in spec.stages for form in stage.forms()]

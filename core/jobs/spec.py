@@ -209,7 +209,7 @@ class JobSpec(StrictModel):
         if not self.teacher.is_model and self.student.source() is None:
             why = f"a '{self.teacher.kind}' teacher only answers, so nothing of it can be kept; use kind 'pretrained'"
             problems.append(Problem("student.kind", why))
-        problems += self._check_maker()
+        problems += self._check_maker() + self._check_sharing()
         for index, stage in enumerate(self.stages):
             problems += [Problem(f"stages.{index}.{p.field}", p.message) for p in stage.check(self)]
             for role in sorted(stage.reads(self) - roles):
@@ -233,6 +233,18 @@ class JobSpec(StrictModel):
             for place, (number, stage) in enumerate(makers)
             if stage.makes_student and (stage.kind != wanted or place > 0)
         ]
+
+    def _check_sharing(self) -> list[Problem]:
+        """Returns why tasks that are to have layers of their own get none."""
+        if self.task.shared_layers is None:
+            return []
+        if self.student.reuses_layers:
+            why = f"layers of a '{self.student.kind}' student are the same, so none is a task's own; use 'all'"
+            return [Problem("task.shared", why)]
+        if any(stage.keeps_apart(self) for stage in self.stages):
+            return []
+        why = "tasks have layers of their own in the student alone, and no stage trains it; add one, or use 'all'"
+        return [Problem("task.shared", why)]
 
     def _check_tasks(self) -> list[Problem]:
         """Returns which tasks have no split, and which splits no task."""

@@ -30,7 +30,7 @@ def _say_lacking(paths: set[str]) -> str:
             "this artifact is a model with a prompt beside it, and no job starts from that; name the model that the "
             "prompt was learned for, or train an adapter that becomes part of it, as 'lora'"
         )
-    if "adapters" in folders:
+    if folders & {"adapters", "branches"}:
         return (
             "this artifact is what tasks share, and what each has of its own beside it; have a stage 'export' write "
             "'single_tasks', and upload the model of a task, or train with task.shared 'all'"

@@ -168,6 +168,7 @@ def test_cancel_and_delete_follow_the_states(api: Api) -> None:
     assert api("GET", f"/v1/jobs/{queued}").status_code == 410
 
 
+SHARING = {"kind": "multi_task", "tasks": {"a": {}, "b": {}}, "shared": 2}
 BAD_SPECS = [
     ({"teacher": {"model": "minilmm"}}, "teacher.model", "did you mean 'minilm'?"),
     ({"teacher": {"model": "nobody/minilm"}}, "teacher.model", "no model"),
@@ -184,6 +185,7 @@ BAD_SPECS = [
     ({"stages": [{"kind": "export"}]}, "stages.0", "needs a student"),
     ({"student": {"kind": "pretrained", "model": "minilmm"}}, "student.model", "did you mean 'minilm'?"),
     ({"student": {"kind": "pretrained", "model": "../../x"}}, "student.model", "names no model"),
+    ({"task": SHARING, "data": {"a": "tickets", "b": "tickets"}}, "task.shared", "the student has 2 layers"),
     ({"sead": 1}, "sead", "did you mean 'seed'?"),
     ({"metadata": {"a": "\x00"}}, "metadata", "NUL"),
 ]
@@ -485,6 +487,7 @@ def test_a_jobs_output_is_a_teacher(api: Api) -> None:
     assert "is queued, not succeeded" in early.json()["error"]["message"]
     left = {
         "report": ({"report.json": b"{}"}, "no config.json"),
+        "branched": ({"base/config.json": b"{}", "branches/a/model.safetensors": b"x"}, "write 'single_tasks', and"),
         "adapted": ({"base/config.json": b"{}", "adapters/a/adapter_config.json": b"{}"}, "write 'single_tasks', and"),
         "prompted": ({"base/config.json": b"{}", "adapters/adapter_config.json": b"{}"}, "a prompt beside it"),
         "single_tasks": ({"a/config.json": b"{}", "a/model.safetensors": b"x"}, "upload the one that is meant"),

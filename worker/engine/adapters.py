@@ -30,7 +30,7 @@ class Adapted:
     """A model with an adapter, or one for each of several tasks, which is all that is trained of it, with the head.
 
     The model itself is changed in place, so that whoever holds it trains the adapter. Where this is not to become part
-    of its weights, the model knows of it as `adapted`.
+    of its weights, the model knows of it as `apart`.
     """
 
     def __init__(self, model: PreTrainedModel, wrapped: PeftModel, tasks: Iterable[str], *, is_merged: bool) -> None:
@@ -39,7 +39,7 @@ class Adapted:
         if wrapped.active_peft_config.is_prompt_learning:
             _prepend(model, wrapped)
         if not is_merged:
-            model.adapted = self
+            model.apart = self
 
     def start(self) -> int:
         """Lets all adapters be trained, each by what is computed with it; returns their number of weights."""
@@ -78,11 +78,11 @@ class Adapted:
         if self._is_merged:
             self._wrapped.merge_and_unload(safe_merge=True)
 
-    def merged(self, task: str) -> PreTrainedModel:
+    def single(self, task: str) -> PreTrainedModel:
         """Returns a copy of the model with the adapter of a task in its own weights."""
         self.turn(task)
         made: PreTrainedModel = copy.deepcopy(self._wrapped).merge_and_unload(safe_merge=True)
-        del made.adapted
+        del made.apart
         return made
 
 

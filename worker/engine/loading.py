@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -19,6 +20,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from core.errors import StageFailed
+from core.models.checking import WEIGHTS
 
 OFFLINE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 COMPLETE_FOLDER = "Upload the whole folder: config.json, safetensors and tokenizer, as save_pretrained writes them."
@@ -26,6 +28,7 @@ INPUT_NAMES = ("input_ids", "attention_mask", "token_type_ids")
 NO_LABELS = ["LABEL_0", "LABEL_1"]  # what stock `transformers` calls those of a model that has none
 CHECKED_TOKENS = 8
 BASE, ADAPTERS = "base", "adapters"  # folders of a model that is stored as it was, and of what is beside it
+BRANCHES = "branches"  # folder of what each task has of its own; what they share is then in the first one
 PROMPT = "prompt_encoder"  # as `peft` calls it
 CUTTING = ("truncation", "padding")
 TRANSIENT_SETTINGS = ("local_files_only", "is_local", "max_length", "stride", "truncation_strategy")
@@ -39,7 +42,7 @@ def load_classifier(
     """Returns the folder's classifier over these labels, of texts or (by the class) of tokens, in float32.
 
     A head over the same labels in another order is put in this order; a head over other labels, or a missing one, is
-    new, and `has_new_head` says so. Adapters that lie beside the model are attached to it.
+    new, and `has_new_head` says so. What lies beside the model, adapters or layers of tasks, is attached to it.
 
     Raises:
         StageFailed: `teacher_unavailable` when the folder cannot be loaded, or lacks weights of the encoder.
@@ -69,11 +72,16 @@ def _attach(model: PreTrainedModel, folder: Path) -> None:
         from worker.engine.adapters import attach  # a library that most models do without
 
         attach(model, folder / ADAPTERS)
+    if (folder / BRANCHES).is_dir():
+        from worker.engine import branches
+
+        branches.attach(model, folder / BRANCHES)
 
 
 def _read(auto_class: Any, folder: Path, options: dict[str, Any]) -> tuple[PreTrainedModel, list[str], set[str]]:
     """Returns the model, the labels that its folder names, and the names of the tensors that its folder lacks."""
-    folder = folder / BASE if (folder / ADAPTERS).is_dir() else folder
+    own = _names_beside(folder)
+    folder = folder / BASE if (folder / BASE).is_dir() else folder
     try:
         config = AutoConfig.from_pretrained(folder, **OFFLINE)
         model, info = auto_class.from_pretrained(
@@ -91,7 +99,16 @@ def _read(auto_class: Any, folder: Path, options: dict[str, Any]) -> tuple[PreTr
         message = f"The model cannot be loaded: {str(error).splitlines()[0]}"
         raise StageFailed("teacher_unavailable", message, suggestion=COMPLETE_FOLDER) from error
     found = [config.id2label[index] for index in sorted(config.id2label)]
-    return model, found, set(info["missing_keys"]) | {key[0] for key in info["mismatched_keys"]}
+    return model, found, (set(info["missing_keys"]) | {key[0] for key in info["mismatched_keys"]}) - own
+
+
+def _names_beside(folder: Path) -> set[str]:
+    """Returns the names of the weights that each of several tasks has of its own, beside what they share."""
+    path = next((folder / BRANCHES).glob(f"*/{WEIGHTS}"), None)
+    if path is None:
+        return set()
+    with safe_open(path, framework="pt") as file:
+        return {*file.keys()}
 
 
 def _refuse_lost(keys: Collection[str]) -> None:
@@ -210,9 +227,9 @@ def save_classifier(
 
 
 def _save_weights(model: PreTrainedModel, folder: Path) -> None:
-    """Writes weights and config; where adapters stay beside the model, so that no one takes it for the whole."""
-    if hasattr(model, "adapted"):
-        model.adapted.save_apart(folder)
+    """Writes weights and config; where some are to stay beside the model, so that no one takes it for the whole."""
+    if hasattr(model, "apart"):
+        model.apart.save_apart(folder)
     else:
         model.save_pretrained(folder)
 

@@ -280,7 +280,7 @@ class Candidate(NamedTuple):
 def write_single_tasks(ctx: "StageContext", folder: Path) -> dict[str, float]:
     """Writes a model of each task alone, loads it again, and returns the largest difference of a logit."""
     run, reference = cast("MultiTask", ctx.task), get_reference(ctx)
-    if hasattr(reference.model, "adapted"):  # what it says of a task, it says with that one's adapter
+    if hasattr(reference.model, "apart"):  # what it says of a task, it says with what is that one's own
         views = {name: as_answer(run.see(reference.model, name)) for name in run.parts}
         said = {
             name: part.logits(views[name], reference.data.parts[name], ctx.check_stop)
@@ -290,7 +290,7 @@ def write_single_tasks(ctx: "StageContext", folder: Path) -> dict[str, float]:
     answers = {}
     for name, part in run.parts.items():
         columns, own, model = run.heads[name].columns, folder / name, reference.model
-        whole = model.adapted.merged(name) if hasattr(model, "adapted") else copy.deepcopy(model)
+        whole = model.apart.single(name) if hasattr(model, "apart") else copy.deepcopy(model)
         save_classifier(keep_head(whole, columns, part), reference.tokenizer, part.labels, own)
         again = load_classifier(own, part.labels, run.auto_class, attn_implementation="eager")
         head = run.heads[name]._replace(columns=slice(None))

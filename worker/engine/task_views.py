@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 
 def turn_to(model: Any, task: str) -> None:
-    """Has a model that has an adapter for each task compute with that of one of them."""
-    if hasattr(model, "adapted"):
-        model.adapted.turn(task)
+    """Has a model of which each task has a part of its own compute with that of one of them."""
+    if hasattr(model, "apart"):
+        model.apart.turn(task)
 
 
 class OneHead:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from core.errors import StageFailed
 from core.training import Training
 from worker.engine import checkpoints, ranks
+from worker.engine.branches import branch
 from worker.engine.context import StageContext
 from worker.engine.data import Batch
 from worker.engine.devices import attending, autocast
@@ -71,6 +72,8 @@ class Trainer:
         self.train_data = self._encode(self.ctx.get_split("train"))
         validation = self.ctx.find_split("validation")
         self.validation_data = self._encode(validation) if validation else None
+        if self.settings.branches(self.ctx.spec):
+            branch(self.ctx, self.model)
         self.ctx.place(self.model)
         if self.settings.dropout is not None:
             set_dropout(self.model, self.settings.dropout)
@@ -134,7 +137,7 @@ class Trainer:
             self.adapted.save(self.ctx.output("adapter"))
             self.adapted.settle()
         zeros = {"zeros": self.growth.settle()} if self.growth else {}
-        self.grids = settle(self.model)
+        self.grids = settle(self.model) if self.wanted else {}
         if self.settings.gradient_checkpointing:
             self.model.gradient_checkpointing_disable()
         self.model.eval()

@@ -26,7 +26,15 @@ def find_zeros(model: PreTrainedModel) -> Zeros:
         return []
     layers = {id(part) for stack in model.modules() if isinstance(stack, ModuleList) for part in stack.modules()}
     maps = [module for module in model.modules() if isinstance(module, Linear | Conv1D) and id(module) in layers]
-    return [(module.weight, (module.weight.detach() != 0).to(module.weight.dtype)) for module in maps]
+    weights = [weight for module in maps for weight in _weights_of(module)]
+    return [(weight, (weight.detach() != 0).to(weight.dtype)) for weight in weights]
+
+
+def _weights_of(module: Map) -> list[Tensor]:
+    """Returns the weight of a matrix, or those that several tasks have of it."""
+    if parametrize.is_parametrized(module, "weight"):
+        return [*module.get_submodule("parametrizations.weight").parameters()]
+    return [module.weight]
 
 
 def keep_zeros(zeros: Zeros) -> None:

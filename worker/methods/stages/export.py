@@ -47,18 +47,20 @@ class Export(Stage):
         )
 
     def _check_apart(self, spec: "JobSpec") -> list[Problem]:
-        """Returns which forms hold no adapters that the student has beside it."""
+        """Returns which forms do not hold all of a student that is stored apart."""
+        each = spec.task.has_own_weights
         if not any(stage.keeps_apart(spec) and "student" in stage.writes() for stage in self.earlier(spec)):
             return []
-        why = "'{}' holds no adapter beside a model; " + (
-            "use 'single_tasks', which has it in the weights of a model for each task"
-            if spec.task.adapts_each
-            else "leave it out: the artifact 'adapter' is what `peft` reads; or use an adapter such as 'lora'"
+        why = (
+            "'{}' holds one model, and here tasks have weights of their own; use 'single_tasks', a model for each"
+            if each
+            else "'{}' holds no adapter beside a model; leave it out: the artifact 'adapter' is what `peft` reads; or "
+            "use an adapter such as 'lora'"
         )
         return [
             Problem(f"formats.{index}", why.format(form.kind))
             for index, form in enumerate(self.formats)
-            if not (spec.task.adapts_each and form.kind == "single_tasks")
+            if not (each and form.kind == "single_tasks")
         ]
 
     def check_model(self, spec: "JobSpec", start: ModelFacts) -> list[Problem]:

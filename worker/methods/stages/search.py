@@ -58,8 +58,8 @@ class Search(Target, ModelStage):
         """Returns what is wrong with form, data or training."""
         if not spec.teacher.is_model:
             return [Problem("kind", "it makes students of the teacher's layers, and this teacher only answers")]
-        if spec.task.adapts_each:
-            return [Problem("kind", "a student that is searched for has no adapters; set task.shared to 'all'")]
+        if spec.task.has_own_weights:
+            return [Problem("kind", "tasks share all of a student that is searched for; set task.shared to 'all'")]
         if spec.data.validation is None:
             return [Problem("kind", "it measures on the validation split; set data.validation")]
         if spec.task.shares_tokens or self.form.kind not in spec.task.forms:

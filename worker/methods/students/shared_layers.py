@@ -1,6 +1,6 @@
 """A student whose layers share their weights."""
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
@@ -27,6 +27,8 @@ class SharedLayers(Student):
     Paper: Lan et al. 2020, "ALBERT: A Lite BERT for Self-supervised Learning of Language Representations", section 3.1
     (cross-layer parameter sharing, factorized embedding parameterization).
     """
+
+    reuses_layers: ClassVar[bool] = True
 
     kind: Literal["shared_layers"] = "shared_layers"
     num_groups: int = Field(1, ge=1, le=512, description="Layers that are stored; each is used for as many in a row.")

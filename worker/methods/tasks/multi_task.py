@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field, StringConstraints
 
 from core.methods import ENCODER_FORMS, OneOf, Task
+from core.strict import one_message
 
 if TYPE_CHECKING:
     from worker.engine.context import StageContext
@@ -15,16 +16,18 @@ DISTILLED = [{"kind": "cross_entropy"}, {"kind": "forward_kl"}]
 
 
 class MultiTask(Task):
-    """Does several tasks with one model: they share all of it but the rows of the last layer, a head for each.
+    """Does several tasks with one model, a head for each: they share all but the last layer's rows, or less if asked.
 
     A step is about one task, and all of them train the trunk. The model is a stock classifier whose logits are those
     of all tasks in a row; a label is called `<task>/<label>`. With a task of words among them it classifies tokens, and
-    the logits of a text are those of its first token. Where adapters are their own, a step changes those of one task,
-    and of what a model with the adapter of a task says, the logits of that task alone count.
+    the logits of a text are those of its first token. Where adapters or layers are their own, a step changes those of
+    one task, and of what a model with these says, the logits of that task alone count.
 
     Paper: Liu, He, Chen, Gao 2019, "Multi-Task Deep Neural Networks for Natural Language Understanding", section 3
     (algorithm 1: batches of one task, drawn by its size); adapters of several tasks beside one model: Houlsby et al.
-    2019, "Parameter-Efficient Transfer Learning for NLP", section 1.
+    2019, "Parameter-Efficient Transfer Learning for NLP", section 1; layers of their own above shared ones: Caruana
+    1997, "Multitask Learning"; Ruder 2017, "An Overview of Multi-Task Learning in Deep Neural Networks", section 2.1
+    (hard parameter sharing).
     """
 
     forms: ClassVar[tuple[str, ...]] = (*ENCODER_FORMS, "single_tasks")
@@ -49,10 +52,15 @@ class MultiTask(Task):
         "variance of each task, learned at the rate of the head, that its losses are divided by (Kendall et al. 2018).",
     )
 
-    shared: Literal["all", "adapters"] = Field(
+    shared: Annotated[
+        Literal["all", "adapters", "embeddings"] | Annotated[int, Field(ge=1, le=512)],
+        one_message("shared", "shared is all, adapters, embeddings, or how many of the first layers are, as 4"),
+    ] = Field(
         "all",
-        description="What the tasks have in common: `all` but the rows of the last layer; or `adapters`, a base that "
-        "is frozen and stored once, beside which each task has an adapter, of the stage's kind, and a head.",
+        description="What the tasks have in common: `all` but the rows of the last layer; `adapters`, a base that is "
+        "frozen and stored once, beside which each task has an adapter, of the stage's kind, and a head; or of the "
+        "student `embeddings` alone, or a number of its first layers as well, where each task has all that comes after "
+        "these. What teaches such a student, and is trained in the job, shares all.",
     )
 
     def parts(self) -> dict[str, Task]:
@@ -65,6 +73,13 @@ class MultiTask(Task):
         return self.shared == "adapters"
 
     @property
+    def shared_layers(self) -> int | None:
+        """How many first layers the tasks share, 0 for embeddings alone; None where none has layers of its own."""
+        if isinstance(self.shared, int):
+            return self.shared
+        return 0 if self.shared == "embeddings" else None
+
+    @property
     def learns_balance(self) -> bool:
         """Whether each task has a variance."""
         return self.balance == "uncertainty"
@@ -74,6 +89,10 @@ class MultiTask(Task):
         found = [task.stage_defaults().get("distill", {}).get("losses", DISTILLED) for task in self.parts().values()]
         losses = [loss for number, some in enumerate(found) if some not in found[:number] for loss in some]
         return {"distill": {"losses": losses}}
+
+    def _default_forms(self) -> list[str]:
+        """Returns a model for each task where it has weights of its own, for other forms hold one for all."""
+        return ["single_tasks"] if self.has_own_weights else super()._default_forms()
 
     def columns(self) -> dict[str, str]:
         """Returns nothing, as each task has columns of its own."""
