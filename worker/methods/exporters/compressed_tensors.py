@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from core.methods import Agreement, Exporter, Stage
+from core.agreement import Agreement
+from core.methods import Exporter, Stage
 
 if TYPE_CHECKING:
     from worker.engine.context import StageContext
