@@ -274,7 +274,11 @@ def test_a_teacher_for_each_task(tmp_path: Path) -> None:
         made = alone.succeed(make_spec([{"kind": "finetune", **FAST}], task=tasks[name]), labels=LABELS[name])
         shutil.copytree(made.outputs / "teacher", bench.inputs / f"teacher_{number}")
     (bench.inputs / "teacher").rename(bench.inputs / "base")
-    stages = [{"kind": "answer", "splits": ["train", "validation", "test"]}, {"kind": "distill", **FAST}, MEASURE]
+    stages = [
+        {"kind": "answer", "splits": ["train", "validation", "test"]},
+        {"kind": "distill", **FAST, "epochs": 8},
+        MEASURE,
+    ]
     teacher = {"kind": "per_task", "models": {"intent": "sharp", "size": "wide"}}
     spec = of_tasks(tasks, "embeddings", stages, teacher=teacher, student=BASE)
     done = bench.succeed_all(spec, labels=labels_of(tasks))
