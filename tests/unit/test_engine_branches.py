@@ -37,7 +37,7 @@ from tests import pico
 from tests.engine_bench import Bench, Finished, contents, make_spec
 from tests.unit.test_engine_multitask import LABELS, TEXTS, WORDS, as_task, labels_of, lay
 from worker.engine.branches import branch
-from worker.engine.loading import is_head, load_classifier, name_labels, save_classifier
+from worker.engine.loading import find_layers, is_head, load_classifier, name_labels, save_classifier
 from worker.engine.measuring import count_bytes
 from worker.engine.optimization import make_optimizer
 from worker.engine.task_views import OneHead
@@ -81,11 +81,11 @@ ARCHITECTURES: dict[str, tuple[PreTrainedConfig, str, list[str]]] = {  # its lay
 }
 
 
-def make_branched(architecture: str, num_shared: int) -> tuple[PreTrainedModel, dict[str, OneHead]]:
+def make_branched(architecture: str, num_shared: int, **sizes: int) -> tuple[PreTrainedModel, dict[str, OneHead]]:
     """Returns a model over the labels of all tasks, and how each sees it; at first all have the same layers."""
     torch.manual_seed(0)
     config = copy.deepcopy(ARCHITECTURES[architecture][0])
-    config.num_labels = 6
+    config.update({"num_labels": 6, **sizes})
     model = AutoModelForSequenceClassification.from_config(config)
     name_labels(model, labels_of(TASKS))
     heads = {name: TaskHead(name, columns, of_first_token=False) for name, columns in COLUMNS.items()}
@@ -137,6 +137,11 @@ def test_a_task_computes_as_the_stock_model_of_its_weights(architecture: str, nu
     assert not any(name.startswith(expected) for name in load_file(folder / "branches" / "size" / "model.safetensors"))
     save_classifier(again, tokenizer, labels_of(TASKS), tmp_path / "again")
     assert contents(tmp_path / "again") == contents(folder)
+
+
+def test_the_only_layer_of_a_student_can_be_a_tasks_own() -> None:
+    model, _ = make_branched("bert", 0, num_hidden_layers=1)
+    assert find_layers(model) == ("bert.encoder.layer", 1)
 
 
 def test_steps_are_those_of_models_that_hold_the_same_modules(tmp_path: Path) -> None:

@@ -153,7 +153,9 @@ def find_own(model: PreTrainedModel, num_shared: int) -> list[str]:
         model.eval()(input_ids=some_tokens(model))
     for hook in hooks:
         hook.remove()
-    used |= {name for module, name in names.items() if isinstance(module, Embedding) and not name.startswith(stack)}
+    used |= {
+        name for module, name in names.items() if isinstance(module, Embedding) and not name.startswith(f"{stack}.")
+    }
     return [name for name, _ in model.named_parameters() if name.rpartition(".")[0] not in used]
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch.nn.utils.parametrize import ParametrizationList
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -171,7 +172,10 @@ def find_layers(model: PreTrainedModel) -> tuple[str, int]:
     stacks = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.ModuleList) and len(module) == num_layers and _is_uniform(module)
+        if isinstance(module, torch.nn.ModuleList)
+        and not isinstance(module, ParametrizationList)  # which is one, too, in a weight
+        and len(module) == num_layers
+        and _is_uniform(module)
     ]
     outer = [name for name in stacks if not any(name.startswith(f"{other}.") for other in stacks)]
     if num_layers is None or len(outer) != 1:
