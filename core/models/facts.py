@@ -44,13 +44,18 @@ def read_facts(
     """Returns the facts in a parsed config.json, and in its weights where they are at hand.
 
     Raises:
-        ValueError: `model_type` is missing.
+        ValueError: `model_type` is missing, or the weights are codes.
     """
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or not model_type:
         raise ValueError('config.json has no \'model_type\'; add it, such as "model_type": "bert"')
     if "\\u0000" in json.dumps(config):
         raise ValueError("config.json holds a NUL character; remove it")
+    if config.get("quantization_config"):
+        raise ValueError(
+            "config.json has a 'quantization_config', so the weights are codes of few bits, from which no stage can "
+            "learn; name the model as it was before it was quantised, in float32, bfloat16 or float16"
+        )
     labels = config.get("id2label")
     weights = list(tensors or ())
     num_layers, states, num_heads = (_first_int(config, keys) for keys in (LAYER_KEYS, WIDTH_KEYS, HEAD_KEYS))

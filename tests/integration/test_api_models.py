@@ -74,6 +74,10 @@ BAD = {
         "'trust_remote_code' would run code",
     ),
     "no model_type": ({"config.json": b"{}"}, "no 'model_type'"),
+    "quantised": (
+        {"config.json": b'{"model_type": "llama", "quantization_config": {"quant_method": "gptq", "bits": 4}}'},
+        "the weights are codes of few bits",
+    ),
     "config no json": ({"config.json": b"{"}, "no valid JSON"),
     "config a list": ({"config.json": b"[]"}, "must hold a JSON object"),
     "parent": ({"../evil.json": b"{}"}, "must be relative"),
