@@ -8,8 +8,9 @@ L = CE + T² · KL at the defaults of the stage `distill`. Each contender starts
 own, with the same optimiser, rates, batch size and number of epochs, no dropout, no validation and texts padded to the
 longest of a batch: `trainer` is a subclass of transformers' `Trainer` in bf16 where the processor has it, `textbrewer`
 is TextBrewer's BasicDistiller that keeps the teacher's answers, in float32, as it knows no other precision without
-Apex; `ours` is the stage with masks that stay, whose teacher answers twice, `ours masked` is the stage as it is, whose
-teacher answers anew in every epoch, and `ours unmasked` masks no tokens, so that it learns what the others do.
+Apex; `ours` is the stage with the same tokens left out in all epochs but the first, whose teacher answers twice,
+`ours anew` is the stage as it is, whose teacher answers anew in every epoch, and `ours whole` leaves no token out, so
+that it learns what the others do.
 Time goes from the first step's begin to the last one's end, the teacher's answers in it, loading and tokenising not.
 Prints a table and writes `encoder.json`.
 """
@@ -30,7 +31,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 DEFAULT_DATA = HERE.parents[1] / "shared" / "data" / "banking77"
 KEEP, MAX_LENGTH = [0, 2, 5], 128
-CONTENDERS = ("ours", "ours masked", "ours unmasked", "trainer", "textbrewer")
+CONTENDERS = ("ours", "ours anew", "ours whole", "trainer", "textbrewer")
 GOALS = {
     "times faster than trainer": (3.0, "at least"),
     "times faster than textbrewer": (3.0, "at least"),
@@ -45,10 +46,10 @@ def read_labels(data: Path) -> list[str]:
 
 
 def make_spec(epochs: int, name: str) -> Any:
-    """Returns the job of the teacher and the student, with a contender's masking."""
+    """Returns the job of the teacher and the student, with what a contender leaves out."""
     from core.jobs.spec import load_spec
 
-    masking = {"ours": {"mask_epochs": epochs}, "ours masked": {}}.get(name, {"mask_probability": 0.0})
+    deletion = {"ours": {"deletion_epochs": epochs}, "ours anew": {}}.get(name, {"deletion_probability": 0.0})
     return load_spec(
         {
             "teacher": {"model": "teacher"},
@@ -56,7 +57,7 @@ def make_spec(epochs: int, name: str) -> Any:
             "data": "banking77",
             "stages": [
                 {"kind": "finetune", "max_length": MAX_LENGTH},
-                {"kind": "distill", "epochs": epochs, "max_length": MAX_LENGTH, **masking},
+                {"kind": "distill", "epochs": epochs, "max_length": MAX_LENGTH, **deletion},
             ],
             "seed": 0,
         }

@@ -4,7 +4,8 @@
 
 A MiniLM of 6 layers is fine-tuned at the stage's defaults, then its layers 0, 2 and 5 are distilled by each recipe, all
 of them for the same number of epochs: `labels` knows no teacher, `plain` is L = CE + T² · KL and nothing else,
-`default` is the stage as it is, `masked` has masks that stay, `layers` has the relations of the
+`default` is the stage as it is, `settled` leaves out the same tokens in all
+epochs after the first, `layers` has the relations of the
 last layer besides. Banking77, SST-2, SUBJ and AG News, each with its own validation split, by which the best epoch is
 kept. What was measured before is taken from `quality.json` in the output folder, so that a run can be cut into parts.
 Intervals are percentile bootstraps over the test texts (1,000 resamples), each text with all its seeds. The goals are
@@ -33,10 +34,10 @@ KEEP, RESAMPLES = [0, 2, 5], 1000
 GOALS = {"of teacher": (0.97, "at least"), "above labels": (0.0, "above"), "above plain": (0.0, "above")}
 LABELS, SOFT = {"kind": "cross_entropy"}, {"kind": "forward_kl"}
 RECIPES: dict[str, dict[str, Any]] = {
-    "labels": {"losses": [LABELS], "mask_probability": 0.0},
-    "plain": {"losses": [LABELS, SOFT], "mask_probability": 0.0},
+    "labels": {"losses": [LABELS], "deletion_probability": 0.0},
+    "plain": {"losses": [LABELS, SOFT], "deletion_probability": 0.0},
     "default": {},
-    "masked": {"mask_epochs": 1000},
+    "settled": {"deletion_epochs": 1000},
     "layers": {"losses": [LABELS, SOFT, {"kind": "relations", "layers": "last", "weight": 1.0}]},
 }
 

@@ -244,7 +244,7 @@ def test_all_of_them_train_in_one_stage(bench: Bench) -> None:
 
 
 def test_layers_alone_can_be_learned_and_in_parts(bench: Bench, tmp_path: Path) -> None:
-    stage = {"kind": "distill", **FAST, "epochs": 1, "mask_probability": 0.0, "losses": [{"kind": "hidden_mse"}]}
+    stage = {"kind": "distill", **FAST, "epochs": 1, "deletion_probability": 0.0, "losses": [{"kind": "hidden_mse"}]}
     whole = bench.run(make_spec([stage]), 0, name="whole")
     parts = bench.run(make_spec([stage | {"micro_batch_size": 5}]), 0, name="parts")
     assert whole.last["type"] == "result", whole.log

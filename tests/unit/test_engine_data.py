@@ -93,18 +93,3 @@ def test_no_rows_are_a_failure(tmp_path: Path) -> None:
     (tmp_path / "test.jsonl").write_text("\n")
     with pytest.raises(StageFailed, match="has no rows"):
         read_examples(tmp_path / "test.jsonl", COLUMNS, dict)
-
-
-def test_masking_hits_a_share_of_the_inner_tokens_and_nothing_else() -> None:
-    rows = [np.arange(10, 60, dtype=np.int32) for _ in range(200)]
-    marks = [np.ones(50, dtype=np.int32) for _ in rows]
-    split = Encoded({"input_ids": rows, "attention_mask": marks}, {}, torch.zeros(200, dtype=torch.int64), 64, 0, "")
-    masked = split.masked(4, 0.1, [0, 1])
-    hit = np.stack(masked.columns["input_ids"]) == 4
-    assert not hit[:, [0, -1]].any()
-    assert 0.085 < hit[:, 1:-1].mean() < 0.115  # 9,600 draws: five standard deviations to either side
-    assert (np.stack(masked.columns["input_ids"])[~hit] == np.stack(rows)[~hit]).all()
-    assert masked.columns["attention_mask"] is marks
-    again, other = split.masked(4, 0.1, [0, 1]), split.masked(4, 0.1, [0, 2])
-    assert (np.stack(again.columns["input_ids"]) == np.stack(masked.columns["input_ids"])).all()
-    assert (np.stack(other.columns["input_ids"]) != np.stack(masked.columns["input_ids"])).any()

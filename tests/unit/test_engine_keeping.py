@@ -143,7 +143,7 @@ def test_a_teacher_without_an_attention_mask_is_told(tmp_path: Path) -> None:
 
 
 ALL = [{"kind": kind, "layers": [[0, 2]]} for kind in sorted(LOSSES)]
-TRAIN = {"kind": "distill", "epochs": 2, "learning_rate": 2e-3, "batch_size": 16, "mask_probability": 0.0}
+TRAIN = {"kind": "distill", "epochs": 2, "learning_rate": 2e-3, "batch_size": 16, "deletion_probability": 0.0}
 ANSWER = {"kind": "answer", "layers": {part: [-1] for part in PARTS}}
 SMALL = {"kind": "pretrained", "model": "small"}
 
@@ -172,7 +172,7 @@ def test_a_student_learns_from_layers_without_the_teacher(bench: Bench, tmp_path
         here, there = ([value for _, value in run.series(f"loss/{kind}")] for run in (offline, beside))
         assert here[0] == pytest.approx(there[0], rel=1e-3)
         assert here == pytest.approx(there, rel=0.02, abs=1e-6)
-    spec["stages"][1]["mask_probability"] = 0.5  # of which nothing comes: what was kept is of the texts as they are
+    spec["stages"][1]["deletion_probability"] = 0.5  # of which nothing comes: what was kept is of the texts as they are
     found, _ = kept.interrupt(kept.write_order(spec, 1, "killed", checkpoint_s=0), 20, "kill")
     again = kept.succeed(spec, 1, "again", checkpoint=str(found[-1]))
     assert "going on from step" in again.log

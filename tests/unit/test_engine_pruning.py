@@ -383,7 +383,7 @@ def in_steps(**settings: Any) -> dict[str, Any]:
 def test_a_stage_in_steps_is_the_stages_that_one_would_write(
     schedule: dict[str, str], goal: dict[str, float], goals: list[float]
 ) -> None:
-    recover = {"epochs": 2.0, "mask_probability": 0.2}
+    recover = {"epochs": 2.0, "deletion_probability": 0.2}
     found = load_spec(in_steps(to=goal, steps=3, recover=recover, **schedule))
     [measure] = goal
     pairs = [

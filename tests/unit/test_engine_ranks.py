@@ -26,7 +26,7 @@ SHORT = FAST | {"epochs": 3}
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "labels": ({"kind": "finetune", **SHORT, "dropout": 0.0}, {}),
     "an example left over": ({"kind": "finetune", **SHORT, "dropout": 0.0, "batch_size": 179}, {}),
-    "the teacher ahead": ({"kind": "distill", **SHORT, "mask_probability": 0.3}, {}),
+    "the teacher ahead": ({"kind": "distill", **SHORT, "deletion_probability": 0.3}, {}),
     "layers, in parts": ({"kind": "distill", **SHORT, "losses": SOFT, "micro_batch_size": 3}, {}),
     "a narrower student": (
         {"kind": "distill", **SHORT},

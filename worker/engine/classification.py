@@ -31,7 +31,7 @@ from worker.engine.rendering import if_known, percent, percent_range
 from worker.engine.runtimes import Forward, open_model
 from worker.engine.scores import accuracy, bootstrap, largest_difference, macro_f1, per_class, same_first
 from worker.engine.tasks import Kept, Scores, TaskHead
-from worker.engine.teaching import AnswersAhead, AnswersKept, AnswersOnline, Masking, Teaching
+from worker.engine.teaching import AnswersAhead, AnswersKept, AnswersOnline, Deletion, Teaching
 
 if TYPE_CHECKING:
     from worker.engine.context import StageContext
@@ -148,7 +148,7 @@ class Classification:
     def teach(self, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: "Distill") -> Teaching:
         """Returns the answers that an earlier stage kept, or else the teacher's to the whole split.
 
-        It answers anew for every epoch with masked tokens. Where layers are compared as well, it runs on each batch
+        It answers anew for every epoch without some tokens. Where layers are compared as well, it runs on each batch
         anyway.
         """
         ctx = self.ctx
@@ -160,7 +160,7 @@ class Classification:
         teacher, own_tokenizer = ctx.load_teacher(), ctx.load_tokenizer("teacher")
         is_alike = read_alike((teacher, own_tokenizer), (student, tokenizer))
         own = None if is_alike else self._read_as(teacher, own_tokenizer, settings.max_length)
-        return AnswersAhead(ctx, teacher, make_masking(ctx, tokenizer, settings), own)
+        return AnswersAhead(ctx, teacher, make_deletion(ctx, settings), own)
 
     def keep(self, settings: "AnswerStage") -> Kept:
         """Has the teacher answer the splits; keeps `logits` of the labels, and `test`, those of the test split."""
@@ -284,12 +284,12 @@ def answer_online(
     if not read_alike((teacher, ctx.load_tokenizer("teacher")), (student, tokenizer)):
         message = "The layers of two models that read texts as other tokens cannot be compared."
         raise StageFailed("vocab_incompatible", message, suggestion="Leave the losses on layers out.")
-    return AnswersOnline(ctx, teacher, make_masking(ctx, tokenizer, settings))
+    return AnswersOnline(ctx, teacher, make_deletion(ctx, settings))
 
 
-def make_masking(ctx: "StageContext", tokenizer: PreTrainedTokenizerBase, settings: "Distill") -> Masking:
-    """Returns what is masked of the student's tokens."""
-    return Masking(tokenizer.mask_token_id, settings.mask_probability, settings.mask_epochs, ctx.seed)
+def make_deletion(ctx: "StageContext", settings: "Distill") -> Deletion:
+    """Returns which tokens the student does not read."""
+    return Deletion(settings.deletion_probability, settings.deletion_epochs, ctx.seed)
 
 
 class Candidate(NamedTuple):

@@ -6,10 +6,11 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -175,15 +176,21 @@ class Encoded:
         for start in rng.permutation(starts)[first:]:
             yield self.batch(order[start : start + batch_size], device)
 
-    def masked(self, mask_id: int, probability: float, seed: Sequence[int]) -> "Encoded":
-        """Returns the split with each token but the first and last of a text masked with this probability."""
+    def thinned(self, probability: float, seed: Sequence[int]) -> Self:
+        """Returns the split without some tokens: each but the first and last of a text goes with this probability.
+
+        Tokens that are the last one's like stay as well, as that between two texts.
+        """
         rng = np.random.default_rng(seed)
-        column = []
-        for ids in self.columns["input_ids"]:
-            hit = rng.random(len(ids)) < probability
-            hit[[0, -1]] = False
-            column.append(np.where(hit, np.int32(mask_id), ids))
-        return replace(self, columns=self.columns | {"input_ids": column})
+        stays = [(rng.random(len(ids)) >= probability) | (ids == ids[-1]) for ids in self.columns["input_ids"]]
+        for stays_T in stays:
+            stays_T[0] = True
+        return self.only(stays)
+
+    def only(self, stays: Sequence[NDArray[np.bool_]]) -> Self:
+        """Returns the split with the tokens of each text that stay, stays_T."""
+        pairs = {name: zip(rows, stays, strict=True) for name, rows in self.columns.items()}
+        return replace(self, columns={name: [ids[stays_T] for ids, stays_T in rows] for name, rows in pairs.items()})
 
     def by_length(self, batch_size: int, device: torch.device) -> Iterator[Batch]:
         """Yields every row once, the longest first, so that the largest batch fails first if memory is short."""

@@ -60,9 +60,9 @@ class TaskSplits:
         place = int(np.searchsorted(self._starts, row, side="right")) - 1
         return [*self.parts.values()][place].single(row - int(self._starts[place]))
 
-    def masked(self, mask_id: int, probability: float, seed: Sequence[int]) -> "TaskSplits":
-        """Returns the splits with each token but the first and last of a text masked with this probability."""
-        parts = {n: part.masked(mask_id, probability, [*seed, i]) for i, (n, part) in enumerate(self.parts.items())}
+    def thinned(self, probability: float, seed: Sequence[int]) -> "TaskSplits":
+        """Returns the splits without some tokens; see `Encoded.thinned`."""
+        parts = {n: part.thinned(probability, [*seed, i]) for i, (n, part) in enumerate(self.parts.items())}
         return self.replace(parts)
 
     def replace(self, parts: dict[str, Any]) -> "TaskSplits":

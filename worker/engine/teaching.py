@@ -52,29 +52,28 @@ class Teaching(Protocol):
         """Takes over what `save` returned."""
 
 
-class Masking(NamedTuple):
-    """After the first epoch a share of the tokens is masked, for teacher and student alike, anew after some epochs.
+class Deletion(NamedTuple):
+    """After the first epoch a share of the tokens is left out, for teacher and student alike, anew after some epochs.
 
-    The student then hears the teacher on more inputs than there are texts. Without a mask's id nothing is masked.
+    The student then hears the teacher on more inputs than there are texts.
 
-    Paper: Tang et al. 2019, "Distilling Task-Specific Knowledge from BERT into Simple Neural Networks", section 3.2,
-    with noise that changes in place of a fixed, larger split.
+    Papers: Wei, Zou 2019, "EDA: Easy Data Augmentation Techniques for Boosting Performance on Text Classification
+    Tasks", section 2, random deletion; changed inputs for a student: Tang et al. 2019, "Distilling Task-Specific
+    Knowledge from BERT into Simple Neural Networks", section 3.2, with noise that changes in place of a larger split.
     """
 
-    mask_id: int | None = None
     probability: float = 0.0
     epochs: int = 1
     seed: int = 0
 
     def drawing(self, epoch: int) -> int:
         """Returns the number of what an epoch reads, 0 for the split as it is."""
-        is_due = epoch > 0 and self.probability > 0 and self.mask_id is not None
-        return (epoch - 1) // self.epochs + 1 if is_due else 0
+        return (epoch - 1) // self.epochs + 1 if epoch > 0 and self.probability > 0 else 0
 
-    def mask(self, data: Any, epoch: int) -> Any:
+    def apply(self, data: Any, epoch: int) -> Any:
         """Returns the split as this epoch reads it."""
         number = self.drawing(epoch)
-        return data.masked(self.mask_id, self.probability, [self.seed, number, 1]) if number else data
+        return data.thinned(self.probability, [self.seed, number, 1]) if number else data
 
 
 class AnswersAhead:
@@ -82,7 +81,7 @@ class AnswersAhead:
 
     Attributes:
         own: Training and validation split as the teacher reads them, where the student reads them otherwise; no
-            token is masked then.
+            token is left out then.
     """
 
     layers = None
@@ -91,25 +90,25 @@ class AnswersAhead:
         self,
         ctx: "StageContext",
         teacher: PreTrainedModel,
-        masking: "Masking",
+        deletion: Deletion,
         own: tuple[Encoded, Encoded | None] | None = None,
     ) -> None:
         self._ctx, self._model, self.own = ctx, teacher, own
-        self._masking = Masking() if own else masking
+        self._deletion = Deletion() if own else deletion
         self._logits_NC: Tensor | None = None
         self._drawing = -1
 
     def prepare(self, epoch: int, data: Encoded) -> Encoded:
-        """Masks the split, and has the teacher answer it where it has not."""
-        masked, number = self._masking.mask(data, epoch), self._masking.drawing(epoch)
+        """Leaves tokens out, and has the teacher answer the split where it has not."""
+        thinned, number = self._deletion.apply(data, epoch), self._deletion.drawing(epoch)
         if self._logits_NC is None or self._drawing != number:
             if self._ctx.hears_again:
                 key = f"answers {data.digest()} {self._ctx.labels} {number}"
-                self._logits_NC = self._ctx.remember(key, lambda: self._ask(masked))
+                self._logits_NC = self._ctx.remember(key, lambda: self._ask(thinned))
             else:
-                self._logits_NC = self._ask(masked)
+                self._logits_NC = self._ask(thinned)
             self._drawing = number
-        return masked
+        return thinned
 
     def _ask(self, data: Encoded) -> Tensor:
         with autocast(self._ctx.device):  # a hint to train by, not an answer to a user
@@ -211,13 +210,13 @@ class AnswersKept(Stateless):
 class AnswersOnline(Stateless):
     """A teacher that answers each batch as it comes; its logits are made when they are asked for."""
 
-    def __init__(self, ctx: "StageContext", teacher: PreTrainedModel, masking: Masking | None = None) -> None:
-        self._ctx, self._model, self._masking = ctx, teacher, masking or Masking()
+    def __init__(self, ctx: "StageContext", teacher: PreTrainedModel, deletion: Deletion | None = None) -> None:
+        self._ctx, self._model, self._deletion = ctx, teacher, deletion or Deletion()
         self.layers = Watched(teacher)
 
     def prepare(self, epoch: int, data: Any) -> Any:
-        """Masks the split."""
-        return self._masking.mask(data, epoch)
+        """Leaves tokens out."""
+        return self._deletion.apply(data, epoch)
 
     def answer(self, batch: Batch) -> Signal:
         """Runs the teacher on the batch."""

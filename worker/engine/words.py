@@ -2,9 +2,10 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -42,6 +43,16 @@ class Words(Encoded):
     places: list[NDArray[np.int64]]
     numbers: list[NDArray[np.int64]]
     sizes: list[int]
+
+    def only(self, stays: Sequence[NDArray[np.bool_]]) -> Self:
+        """Returns the split with the tokens of each text that stay, and the words whose first piece does."""
+        found = [stays_T[places] for stays_T, places in zip(stays, self.places, strict=True)]
+        numbers = [numbers[stay] for numbers, stay in zip(self.numbers, found, strict=True)]
+        places = [
+            (stays_T.cumsum() - 1)[places[stay]]
+            for stays_T, places, stay in zip(stays, self.places, found, strict=True)
+        ]
+        return replace(super().only(stays), places=places, numbers=numbers)
 
     def batch(self, rows: NDArray[np.int64], device: torch.device) -> Batch:
         """Returns these texts, with a label at the first piece of each word."""

@@ -67,11 +67,12 @@ class OnPolicy(StrictModel):
 class Distill(Training):
     """Trains the student on the labels and on the teacher's soft answers: L = CE + λ·T²·KL(teacher‖student).
 
-    A classifier's teacher answers the whole split at once, in inference mode, and again for every epoch with masked
-    tokens; a language model answers each batch as it comes, unless an earlier stage kept its answers.
+    A classifier's teacher answers the whole split at once, in inference mode, and again for every epoch without
+    some tokens; a language model answers each batch as it comes, unless an earlier stage kept its answers.
 
-    Paper: Hinton, Vinyals, Dean 2015, "Distilling the Knowledge in a Neural Network"; masking: Tang et al. 2019,
-    "Distilling Task-Specific Knowledge from BERT into Simple Neural Networks", section 3.2.
+    Paper: Hinton, Vinyals, Dean 2015, "Distilling the Knowledge in a Neural Network"; texts with less
+    in them: Tang et al. 2019, "Distilling Task-Specific Knowledge from BERT into Simple Neural Networks", section 3.2,
+    and Wei, Zou 2019, "EDA: Easy Data Augmentation Techniques", section 2.
     """
 
     kind: Literal["distill"] = "distill"
@@ -89,21 +90,21 @@ class Distill(Training):
         "mean", description="Over the examples of a step; `sum` makes the learning rate depend on batch_size."
     )
 
-    mask_probability: float = Field(
+    deletion_probability: float = Field(
         0.1,
         ge=0,
         lt=1,
-        description="Share of the tokens that are masked in every epoch after the first, for teacher and student "
-        "alike; 0 lets the teacher answer once. Nothing is masked without a mask token, where answers were kept, or "
-        "where each reads its own tokens.",
+        description="Share of the tokens that are left out in every epoch after the first, for teacher and student "
+        "alike; 0 lets the teacher answer once. Nothing is left out where answers were kept, where each reads its own "
+        "tokens, or of a language model's texts.",
     )
 
-    mask_epochs: int = Field(
+    deletion_epochs: int = Field(
         1,
         ge=1,
         le=1000,
-        description="Epochs for which masks stay as they are before they are drawn anew; the teacher answers once for "
-        "each drawing, so more take less time.",
+        description="Epochs for which the same tokens are left out before they are drawn anew; the teacher answers "
+        "once for each drawing, so more take less time.",
     )
 
     on_policy: OnPolicy | None = Field(

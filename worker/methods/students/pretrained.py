@@ -14,7 +14,7 @@ class Pretrained(Student):
     """Starts from another model than the teacher, of any size and architecture that the task has.
 
     A classifier may have another tokenizer than its teacher: each then reads the texts its own way, and no token is
-    masked. A language model needs the teacher's tokens.
+    left out. A language model needs the teacher's tokens.
 
     Paper: Turc et al. 2019, "Well-Read Students Learn Better: On the Importance of Pre-training Compact Models",
     section 3.
