@@ -19,6 +19,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
+from core.jobs.spec import JobSpec
+from core.methods import list_methods
 from worker.engine.child import adopt_orphans, die_with_parent, run_stage, set_environment
 
 MAX_MESSAGE_BYTES = 64 * 1024
@@ -55,10 +57,21 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def preload() -> None:
-    """Imports what every stage needs. No thread and no GPU may be in use yet: neither survives a fork."""
+    """Imports and builds what every stage needs. No thread and no GPU may be in use yet: neither survives a fork."""
     for name in PRELOADED:
         importlib.import_module(name)
     import torch
+
+    from worker.engine.objective import LOSS
+
+    LOSS.rebuild()
+    JobSpec.model_rebuild()
+    for stage in list_methods("stages").values():
+        stage.model_rebuild()
+    with suppress(ImportError):  # no promise of the library's: it saves a stage's first load a tenth of a second
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+        get_checkpoint_conversion_mapping("")  # compiles the patterns of all models, and keeps them
 
     if len(os.listdir("/proc/self/task")) > 1 or torch.cuda.is_initialized():
         log.warning("a library started threads or the GPU on import; stages may hang")
