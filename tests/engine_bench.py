@@ -17,7 +17,7 @@ from tests import pico
 from worker.child import ForkServer, Stage
 
 LABELS = sorted(pico.WORDS)
-FAST = {"epochs": 10, "learning_rate": 1e-3, "head_learning_rate": 1e-2, "batch_size": 16}
+FAST = {"epochs": 10, "learning_rate": 4e-3, "head_learning_rate": 2e-2, "batch_size": 32}
 
 
 def make_spec(stages: list[dict[str, Any]], **changes: Any) -> dict[str, Any]:

@@ -18,8 +18,8 @@ from tests.chaos.crashing import Crasher, Point
 from tests.e2e.stack import Stack, children_of, until
 
 STAGES = [
-    {"kind": "finetune", "epochs": 15, "batch_size": 8},
-    {"kind": "distill", "epochs": 15, "batch_size": 8, "dropout": 0.1},
+    {"kind": "finetune", "epochs": 5, "batch_size": 8},
+    {"kind": "distill", "epochs": 5, "batch_size": 8, "dropout": 0.1},
 ]
 EAGER = {"STILLHOUSE_CHECKPOINT_S": "0"}
 KILLS = [

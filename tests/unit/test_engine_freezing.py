@@ -12,7 +12,7 @@ from core.jobs.spec import load_spec
 from core.methods import ModelFacts
 from tests.engine_bench import FAST, Bench, contents, make_spec
 
-LEARN = {"kind": "finetune", **FAST, "epochs": 3, "weight_decay": 0.1, "learning_rate": 1e-3}
+LEARN = {"kind": "finetune", **FAST, "epochs": 3, "batch_size": 16, "weight_decay": 0.1, "learning_rate": 1e-3}
 
 
 def moved(bench: Bench, made: Path) -> set[str]:
