@@ -153,7 +153,7 @@ def test_a_teacher_that_is_no_better_is_told(bench: Bench) -> None:
     spec = make_spec(
         [
             {"kind": "finetune", **FAST, "epochs": 0.1},
-            {"kind": "distill", **FAST, "epochs": 20, "losses": [{"kind": "cross_entropy"}]},
+            {"kind": "distill", **FAST, "learning_rate": 1e-3, "batch_size": 16, "losses": [{"kind": "cross_entropy"}]},
         ]
     )
     finished = bench.run(spec, 1, name="bad-teacher")

@@ -94,7 +94,8 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 
 def test_a_job_goes_from_a_language_model_to_a_classifier(bench: Bench) -> None:
-    distill = {"kind": "distill", **FAST, "epochs": 20, "losses": [{"kind": "forward_kl", "temperature": 1.0}]}
+    settings = FAST | {"epochs": 20, "learning_rate": 1e-3, "batch_size": 16}
+    distill = {"kind": "distill", **settings, "losses": [{"kind": "forward_kl", "temperature": 1.0}]}
     stages = [
         {"kind": "answer", "splits": ["train", "validation", "test"]},
         distill,

@@ -248,7 +248,7 @@ def test_some_steps_are_those_that_the_papers_describe(method: Any) -> None:
     assert num_back > 0
 
 
-SHORT = FAST | {"epochs": 3, "learning_rate": 1e-4}
+SHORT = FAST | {"epochs": 3, "learning_rate": 1e-4, "batch_size": 16}
 GROWING: dict[str, dict[str, Any]] = {
     "movement": {
         "kind": "finetune",
