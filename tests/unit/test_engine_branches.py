@@ -42,6 +42,7 @@ from worker.engine.measuring import count_bytes
 from worker.engine.optimization import make_optimizer
 from worker.engine.task_views import OneHead
 from worker.engine.tasks import TaskHead
+from worker.kernels.precision import has_fast_bf16
 
 TASKS = {name: TEXTS[name] for name in ("intent", "payment", "size")}
 COLUMNS = {"intent": slice(0, 3), "payment": slice(3, 5), "size": slice(5, 6)}
@@ -319,7 +320,8 @@ def test_two_processes_learn_the_layers_that_one_does(tmp_path: Path, shard_laye
         found, expected = load_file(two.outputs / path.relative_to(one.outputs)), load_file(path)
         for name, tensor in expected.items():
             close.append(torch.isclose(found[name], tensor, atol=2e-4, rtol=2e-2).flatten())
-    assert torch.cat(close).float().mean() > 0.999  # in half precision a gradient near zero may get another sign
+    least = 0.999 if has_fast_bf16("cpu") else 1.0  # in half precision a gradient near zero may get another sign
+    assert torch.cat(close).double().mean() >= least
 
 
 def test_zeros_that_a_model_came_with_stay_in_the_layers_of_every_task(tmp_path: Path) -> None:

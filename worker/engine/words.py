@@ -46,12 +46,11 @@ class Words(Encoded):
 
     def only(self, stays: Sequence[NDArray[np.bool_]]) -> Self:
         """Returns the split with the tokens of each text that stay, and the words whose first piece does."""
-        found = [stays_T[places] for stays_T, places in zip(stays, self.places, strict=True)]
-        numbers = [numbers[stay] for numbers, stay in zip(self.numbers, found, strict=True)]
-        places = [
-            (stays_T.cumsum() - 1)[places[stay]]
-            for stays_T, places, stay in zip(stays, self.places, found, strict=True)
-        ]
+        places, numbers = [], []
+        for stays_T, places_W, numbers_W in zip(stays, self.places, self.numbers, strict=True):
+            stays_W = stays_T[places_W]
+            places.append((stays_T.cumsum() - 1)[places_W[stays_W]])
+            numbers.append(numbers_W[stays_W])
         return replace(super().only(stays), places=places, numbers=numbers)
 
     def batch(self, rows: NDArray[np.int64], device: torch.device) -> Batch:

@@ -70,9 +70,9 @@ class Distill(Training):
     A classifier's teacher answers the whole split at once, in inference mode, and again for every epoch without
     some tokens; a language model answers each batch as it comes, unless an earlier stage kept its answers.
 
-    Paper: Hinton, Vinyals, Dean 2015, "Distilling the Knowledge in a Neural Network"; texts with less
-    in them: Tang et al. 2019, "Distilling Task-Specific Knowledge from BERT into Simple Neural Networks", section 3.2,
-    and Wei, Zou 2019, "EDA: Easy Data Augmentation Techniques", section 2.
+    Paper: Hinton, Vinyals, Dean 2015, "Distilling the Knowledge in a Neural Network"; texts with less in them: Tang
+    et al. 2019, "Distilling Task-Specific Knowledge from BERT into Simple Neural Networks", section 3.2, and Wei, Zou
+    2019, "EDA: Easy Data Augmentation Techniques", section 2.
     """
 
     kind: Literal["distill"] = "distill"
