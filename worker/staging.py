@@ -218,10 +218,11 @@ def ensure_models(claim: Claim) -> dict[str, list[ManifestFile]]:
     def find(session: Session) -> dict[str, tuple[dict[str, Any], list[ManifestFile]]]:
         inputs = owned(session, claim).inputs
         return {
-            role: (source, files_of(get_manifest(session, claim.tenant_id, known)) if known else [])
+            role: (source, files_of(manifest, source.get("folder", "")) if manifest else [])
             for role in sorted(MODEL_ROLES & inputs.keys())
             for source in [inputs[role]]
             for known in [source.get("manifest_id")]
+            for manifest in [get_manifest(session, claim.tenant_id, known) if known else None]
         }
 
     return {role: files or _fetch(claim, role, source["hub"]) for role, (source, files) in transact(find).items()}

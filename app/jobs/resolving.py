@@ -4,21 +4,18 @@ First the rows are read in one short session (`find_sources`); then, without one
 (`resolve`).
 """
 
-import json
-from collections import Counter
-from collections.abc import Callable, Iterator
 from functools import cache, partial
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from sqlalchemy.orm import Session
 
-from core.datasets.models import Dataset
-from core.datasets.repository import find_dataset, list_dataset_names
+from app.jobs.splits import Problems, add, check_samples, field_of, find_labels, find_split, warn_of_data
+from core.datasets.repository import find_dataset
 from core.errors import Gone, ModelInvalid, NotFound
 from core.jobs.repository import find_artifact, get_job
 from core.jobs.spec import JobSpec, spec_invalid
-from core.methods import SPLITS, Api, Depths, ModelSource, Problem, Stage, Task
+from core.methods import Api, Depths, ModelSource, Problem, Stage
 from core.models.facts import ModelFacts
 from core.models.hub import resolve as resolve_hub
 from core.models.outputs import read_output
@@ -31,14 +28,11 @@ from core.tenants.keys import Principal
 from core.tenants.models import Secret
 from core.tenants.secrets import list_secrets
 
-MAX_CLASSES = 10_000
-LEAST_ROWS = 16  # that tell what numbers inside a model are like
 OTHER_STUDENT = (
     "choose a student with the teacher's tokenizer, as its tokens are compared one by one, or a loss that compares "
     "none, as 'uld'"
 )
 OTHER_MEMBER = "choose models with the student's tokenizer, as their answers are kept by token"
-Problems = list[dict[str, Any]]
 
 
 class Found(NamedTuple):
@@ -86,7 +80,7 @@ def find_sources(session: Session, principal: Principal, spec: JobSpec) -> Sourc
     splits = {}
     for scope, seen in spec.scopes().items():
         for path, ref in seen.data.refs().items():
-            split = _find_split(session, principal.tenant_id, find, scope + _field(path), ref, problems)
+            split = find_split(session, principal.tenant_id, find, scope + field_of(path), ref, problems)
             if split:
                 splits[scope + path] = split
     api = spec.teacher.api()
@@ -100,11 +94,11 @@ def _check_api(session: Session, tenant_id: str, api: Api, problems: Problems) -
     if not get_settings().may_ask(api.base_url):
         host = urlsplit(api.base_url).netloc
         why = f"workers may not ask '{host}'; the operator allows hosts with STILLHOUSE_TEACHER_HOSTS"
-        _add(problems, "teacher.base_url", why)
+        add(problems, "teacher.base_url", why)
     if api.secret is not None and session.get(Secret, (tenant_id, api.secret)) is None:
         known = suggest(api.secret, [row.name for row in list_secrets(session, tenant_id)])
         hint = f"{known}; or set it with `stillhouse secrets set {api.secret}`"
-        _add(problems, "teacher.secret", f"there is no secret '{api.secret}' in your tenant; {hint}")
+        add(problems, "teacher.secret", f"there is no secret '{api.secret}' in your tenant; {hint}")
 
 
 def _find_model(session: Session, principal: Principal, source: ModelSource, problems: Problems) -> Found | None:
@@ -117,7 +111,7 @@ def _find_model(session: Session, principal: Principal, source: ModelSource, pro
     model = find_model(session, principal.tenant_id, name) if not slash or tenant == principal.tenant_name else None
     if model is None:
         hint = suggest(name, list_model_names(session, principal.tenant_id))
-        _add(problems, field, f"there is no model '{ref}' in your tenant; {hint}")
+        add(problems, field, f"there is no model '{ref}' in your tenant; {hint}")
         return None
     return Found({"manifest_id": model.manifest_id, "model_id": model.id}, ModelFacts(**model.facts))
 
@@ -128,40 +122,25 @@ def _with_files(session: Session, principal: Principal, model: Found) -> Found:
 
 
 def _find_output(session: Session, tenant_id: str, source: ModelSource, problems: Problems) -> Found | None:
-    job_id, _, name = source.ref.removeprefix("job:").partition("/")
+    job_id, name, folder = [*source.ref.removeprefix("job:").split("/"), "", ""][:3]
+    name = name or "student"
     try:
         job = get_job(session, tenant_id, job_id)
     except (NotFound, Gone) as error:
-        _add(problems, source.field, error.message)
+        add(problems, source.field, error.message)
         return None
-    artifact = find_artifact(session, tenant_id, job_id, name or "student")
+    artifact = find_artifact(session, tenant_id, job_id, name)
     if job.state != "succeeded" or artifact is None:
-        why = f"has no artifact '{name or 'student'}'" if job.state == "succeeded" else f"is {job.state}, not succeeded"
-        _add(problems, source.field, f"the job '{job_id}' {why}")
+        why = f"has no artifact '{name}'" if job.state == "succeeded" else f"is {job.state}, not succeeded"
+        add(problems, source.field, f"the job '{job_id}' {why}")
         return None
     manifest = get_manifest(session, tenant_id, artifact.manifest_id)
-    return Found({"manifest_id": manifest.id, "job_id": job_id}, files=files_of(manifest))
-
-
-def _find_split(
-    session: Session,
-    tenant_id: str,
-    find: Callable[[str], Dataset | None],
-    field: str,
-    ref: str,
-    problems: Problems,
-) -> dict[str, Any] | None:
-    name, _, split = ref.partition("/")
-    dataset = find(name)
-    if dataset is None:
-        hint = suggest(name, list_dataset_names(session, tenant_id))
-        _add(problems, field, f"there is no data set '{name}' in your tenant; {hint}")
+    files = files_of(manifest, folder)
+    if not files:
+        known = suggest(folder, {file.path.partition("/")[0] for file in files_of(manifest) if "/" in file.path})
+        add(problems, source.field, f"the artifact '{name}' of the job '{job_id}' has no folder '{folder}'; {known}")
         return None
-    if split not in dataset.splits:
-        _add(problems, field, f"the data set '{name}' has no split '{split}'; {suggest(split, dataset.splits)}")
-        return None
-    warnings = [w for w in dataset.report.get("warnings", []) if w["split"] == split and w["code"] != "no_column"]
-    return {**dataset.splits[split], "dataset_id": dataset.id, "split": split, "ref": ref, "warnings": warnings}
+    return Found({"manifest_id": manifest.id, "job_id": job_id, "folder": folder}, files=files)
 
 
 def resolve(spec: JobSpec, sources: Sources) -> Plan:
@@ -170,9 +149,9 @@ def resolve(spec: JobSpec, sources: Sources) -> Plan:
     models, facts = describe_models(spec, sources, problems)
     labels = {}
     for scope, seen in spec.scopes().items():
-        labels[scope], found = _find_labels(seen, sources.of(scope, seen))
+        labels[scope], found = find_labels(seen, sources.of(scope, seen))
         problems += _inside(scope, found)
-    problems += _check_samples(spec, sources)
+    problems += check_samples(spec, sources.splits)
     if not spec.teacher.is_model and any(labels[""].values()):
         problems += _check_known_labels(spec, facts, labels[""])
     if problems:
@@ -189,10 +168,6 @@ def resolve(spec: JobSpec, sources: Sources) -> Plan:
 def _inside(scope: str, problems: Problems) -> Problems:
     """Returns problems with the task or the data of the job, or of one of its stages, as those of the whole spec."""
     return [problem | {"field": scope + problem["field"]} for problem in problems]
-
-
-def _field(path: str) -> str:
-    return f"data.{path.replace('/', '.')}"
 
 
 def _join(labels: dict[str, list[str]]) -> list[str]:
@@ -234,7 +209,7 @@ def _check_known_labels(spec: JobSpec, facts: dict[str, ModelFacts], labels: dic
         if sorted(found) != sorted(labels[source.part] if source.part else _join(labels)):
             shown = ", ".join(found[:10]) or "none"
             why = f"its labels ({shown}) are not those of the data; name a model that was fine-tuned on these"
-            _add(problems, source.field, why)
+            add(problems, source.field, why)
     return problems
 
 
@@ -294,107 +269,13 @@ def _describe(field: str, model: Found, problems: Problems) -> Found | None:
             return model._replace(facts=read_output(model.files))
         found = resolve_hub(model.source["hub"])
     except ModelInvalid as error:
-        _add(problems, field, error.message)
+        add(problems, field, error.message)
         return None
     return Found({"hub": {"repo": found.repo, "commit": found.commit}}, found.facts)
-
-
-def _find_labels(spec: JobSpec, splits: dict[str, dict[str, Any]]) -> tuple[dict[str, list[str]], Problems]:
-    """Returns the labels of each part of the task, and what is wrong with those of the splits."""
-    problems: Problems = []
-    counts = {path: _label_counts(spec.task_of(path), path, split, problems) for path, split in splits.items()}
-    labels = {
-        part: sorted(counts.get(f"train/{part}" if part else "train") or {}) for part in spec.task.parts() or [""]
-    }
-    for part in labels:
-        _check_labels(spec, part, counts, problems)
-    return labels, problems
-
-
-def _label_counts(task: Task, path: str, split: dict[str, Any], problems: Problems) -> dict[str, int] | None:
-    """Returns the classes of a split, as the upload counted them, or counted now when the job uses other columns."""
-    columns = task.columns()
-    missing = [name for name in columns.values() if name not in split["columns"]]
-    for name in missing:
-        hint = suggest(name, split["columns"])
-        _add(problems, _field(path), f"'{split['ref']}' has no column '{name}'; {hint}, or set it in task")
-    if missing:
-        return None
-    if "label" in columns and (columns["text"], columns["label"]) == (split["text_column"], split["label_column"]):
-        return dict(split["label_counts"])
-    return _count_labels(task, path, split, problems)
-
-
-def _count_labels(task: Task, path: str, split: dict[str, Any], problems: Problems) -> dict[str, int] | None:
-    counts: Counter[str] = Counter()
-    for number, row in _rows(split):
-        wrong, names = task.read_labels(row)
-        counts.update(names)
-        if wrong or len(counts) > MAX_CLASSES:
-            why = f"{wrong[0].field}: {wrong[0].message}" if wrong else f"more than {MAX_CLASSES:,} labels"
-            _add(problems, _field(path), f"'{split['ref']}', row {number:,}, {why}")
-            return None
-    return dict(counts)
-
-
-def _check_samples(spec: JobSpec, sources: Sources) -> Problems:
-    """Returns which stages look at a training split that shows too little."""
-    found: Problems = []
-    train = [split for path, split in sources.splits.items() if path.partition("/")[0] == "train"]
-    small = [split for split in train if split["num_rows"] < LEAST_ROWS]
-    for number, stage in enumerate(spec.stages):
-        for kind in stage.calibrates() if small else ():
-            shown = f"'{small[0]['ref']}', which has {small[0]['num_rows']} rows"
-            why = f"'{kind}' measures on {shown}; it needs at least {LEAST_ROWS}"
-            _add(found, f"stages.{number}", why)
-    return found
-
-
-def _rows(split: dict[str, Any]) -> Iterator[tuple[int, dict[str, Any]]]:
-    with get_store().get_path(split["sha256"]).open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            yield number, json.loads(line)
-
-
-def _check_labels(spec: JobSpec, part: str, counts: dict[str, dict[str, int] | None], problems: Problems) -> None:
-    """Adds what is wrong with the labels of the spec's one task, or of one of its parts."""
-    paths = {split: f"{split}/{part}" if part else split for split in SPLITS}
-    task, train = spec.task_of(paths["train"]), counts.get(paths["train"])
-    if train is None:
-        return
-    if len(train) < task.min_labels:
-        named = ", ".join(f"'{label[:80]}'" for label in train) or "none"
-        why = f"a {task.kind} needs at least {task.min_labels} labels; the split has {named}"
-        _add(problems, _field(paths["train"]), why)
-    for path in paths.values():
-        unknown = sorted(set(counts.get(path) or ()) - set(train))
-        if unknown:
-            shown = ", ".join(f"'{label[:80]}'" for label in unknown[:5])
-            why = f"labels that train lacks: {shown}; add examples to train or leave the rows out"
-            _add(problems, _field(path), why)
 
 
 def _warnings(spec: JobSpec, sources: Sources) -> Problems:
     warnings = _of_stages([(ordinal, stage.advise(spec)) for ordinal, stage in enumerate(spec.stages)])
     for scope, seen in spec.scopes().items():
-        warnings += _inside(scope, _warn_of_data(seen, sources.of(scope, seen)))
+        warnings += _inside(scope, warn_of_data(seen, sources.of(scope, seen)))
     return warnings
-
-
-def _warn_of_data(spec: JobSpec, splits: dict[str, dict[str, Any]]) -> Problems:
-    warnings = [
-        {"field": _field(path), "message": warning["message"]}
-        for path, split in splits.items()
-        for warning in split["warnings"]
-    ]
-    if spec.data.validation is None:
-        _add(warnings, "data.validation", "no validation split: nothing tells when training goes wrong")
-    for path, split in splits.items():
-        name, slash, part = path.partition("/")
-        if name != "train" and split["sha256"] == splits[f"train{slash}{part}"]["sha256"]:
-            _add(warnings, _field(path), "the same rows as train; measures on them will look too good")
-    return warnings
-
-
-def _add(problems: Problems, field: str, message: str) -> None:
-    problems.append({"field": field, "message": message})

@@ -33,8 +33,10 @@ def _say_lacking(paths: set[str]) -> str:
     if folders & {"adapters", "branches"}:
         return (
             "this artifact is what tasks share, and what each has of its own beside it; have a stage 'export' write "
-            "'single_tasks', and upload the model of a task, or train with task.shared 'all'"
+            "'single_tasks', and name the folder of a task in that, or train with task.shared 'all'"
         )
-    if any(f"{folder}/config.json" in paths for folder in folders):
-        return "this artifact holds several models, in folders; upload the one that is meant, and name that"
+    models = sorted(folder for folder in folders if f"{folder}/config.json" in paths)
+    if models:
+        shown = ", ".join(f"'{folder}'" for folder in models[:10])
+        return f"this artifact holds several models, in folders ({shown}); name one as 'job:<id>/<artifact>/<folder>'"
     return "this artifact holds no config.json with safetensors weights; name the artifact 'student'"

@@ -8,7 +8,7 @@ from pydantic_core import PydanticCustomError
 
 MODEL_ROLES = frozenset({"teacher", "base", *(f"teacher_{number}" for number in range(1, 9))})
 MODEL_REF = re.compile(
-    r"^(hub:[\w.-]+/[\w.-]+(@[\w.-]+)?|job:job_[0-9a-f]{32}(/[\w.-]+)?|([\w.-]+/)?[A-Za-z0-9][\w.-]{0,95})$"
+    r"^(hub:[\w.-]+/[\w.-]+(@[\w.-]+)?|job:job_[0-9a-f]{32}(/[\w.-]+){0,2}|([\w.-]+/)?[A-Za-z0-9][\w.-]{0,95})$"
 )
 
 
@@ -34,8 +34,9 @@ ModelRef = Annotated[
     str,
     AfterValidator(_check),
     Field(
-        description="A model of yours (`name` or `tenant/name`), the output of a job (`job:<id>` or "
-        "`job:<id>/<artifact>`), or a hub model (`hub:org/name@revision`).",
+        description="A model of yours (`name` or `tenant/name`), the output of a job (`job:<id>`, "
+        "`job:<id>/<artifact>` or, of several models, `job:<id>/<artifact>/<folder>`), or a hub model "
+        "(`hub:org/name@revision`).",
         examples=["acme/minilm-l6", "hub:org/name@main"],
     ),
 ]

@@ -43,9 +43,11 @@ def get_manifest(session: Session, tenant_id: str, manifest_id: str) -> Manifest
     return manifest
 
 
-def files_of(manifest: Manifest) -> list[ManifestFile]:
-    """Returns the manifest's files."""
-    return [ManifestFile(**row) for row in manifest.files]
+def files_of(manifest: Manifest, folder: str = "") -> list[ManifestFile]:
+    """Returns the manifest's files, or those in one of its folders by their paths there."""
+    start = f"{folder}/" if folder else ""
+    files = [ManifestFile(**row) for row in manifest.files if row["path"].startswith(start)]
+    return [file.model_copy(update={"path": file.path.removeprefix(start)}) for file in files] if start else files
 
 
 def create_model(

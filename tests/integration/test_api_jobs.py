@@ -10,6 +10,7 @@ import pytest
 
 from core.upkeep.references import snapshot, stream_blobs
 from tests.api import Api, claim_job, jsonl, model_files, rows, run_job, safetensors
+from worker.staging import Staging
 
 
 def test_a_job_is_accepted_and_shown(api: Api) -> None:
@@ -490,7 +491,7 @@ def test_a_jobs_output_is_a_teacher(api: Api) -> None:
         "branched": ({"base/config.json": b"{}", "branches/a/model.safetensors": b"x"}, "write 'single_tasks', and"),
         "adapted": ({"base/config.json": b"{}", "adapters/a/adapter_config.json": b"{}"}, "write 'single_tasks', and"),
         "prompted": ({"base/config.json": b"{}", "adapters/adapter_config.json": b"{}"}, "a prompt beside it"),
-        "single_tasks": ({"a/config.json": b"{}", "a/model.safetensors": b"x"}, "upload the one that is meant"),
+        "single_tasks": ({"a/config.json": b"{}", "a/model.safetensors": b"x"}, "in folders ('a'); name one as"),
     }
     run_job(first, {"student": model_files(3)} | {name: files for name, (files, _) in left.items()})
     late = api("POST", "/v1/jobs", json=api.spec(teacher={"model": model}))
@@ -500,6 +501,30 @@ def test_a_jobs_output_is_a_teacher(api: Api) -> None:
         bad = api("POST", "/v1/jobs", json=api.spec(teacher={"model": f"{model}/{name}"}))
         assert bad.status_code == 422
         assert word in bad.json()["error"]["message"]
+
+
+def test_one_of_the_models_of_an_artifact_is_a_teacher(api: Api) -> None:
+    first, wanted = api.make_job(), model_files(3)
+    several = {
+        f"{name}/{path}": found
+        for name, files in (("a", model_files(2)), ("b", wanted))
+        for path, found in files.items()
+    }
+    run_job(first, {"single_tasks": several | {"notes.txt": b"not a folder"}})
+    model = f"job:{first}/single_tasks"
+    made = api("POST", "/v1/jobs", json=api.spec(teacher={"model": f"{model}/b"}))
+    assert made.status_code == 202, made.text
+    assert made.json()["inputs"]["teacher_facts"]["num_layers"] == 3
+    claim = claim_job(made.json()["id"])
+    staged = Staging(claim, 0).find_inputs().roles["teacher"]
+    assert {file.path: file.sha256 for file in staged} == {
+        path: hashlib.sha256(found).hexdigest() for path, found in wanted.items()
+    }
+    for folder, word in (("c", "has no folder 'c'; known: a, b"), ("notes.txt", "has no folder 'notes.txt'")):
+        bad = api("POST", "/v1/jobs", json=api.spec(teacher={"model": f"{model}/{folder}"}))
+        assert bad.status_code == 422
+        assert word in bad.json()["error"]["message"]
+    assert api("POST", "/v1/jobs", json=api.spec(teacher={"model": f"{model}/b/more"})).status_code == 422
 
 
 def test_a_finished_job_shows_all_that_it_left(api: Api) -> None:
