@@ -32,6 +32,7 @@ from stillhouse.classifier import Classifier
 from stillhouse.errors import InvalidInput
 from tests import pico
 from tests.engine_bench import Bench, contents, make_spec
+from worker.engine import exporting, runtimes
 from worker.engine.context import Order, StageContext
 from worker.engine.mailbox import Mailbox
 from worker.engine.reporting import Reporter
@@ -211,6 +212,27 @@ def test_each_form_says_nearly_the_same_and_repeats(
         if node.op_type in ("MatMul", "Gemm") and node.input[1] in constants
     ]
     assert not left
+
+
+def test_weights_that_one_file_cannot_hold_are_beside_it(
+    context: Callable[..., StageContext], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ctx = context(CONFIGS["gpt2"](tie_word_embeddings=True))
+    coarse = {"min_agreement": 0.6}
+    settings = {"onnx": {}, "onnx_fp16": {}, "onnx_int8": coarse, "onnx_int4": coarse | {"group": 16}}
+    for limit in ("whole", "apart"):
+        for kind, options in settings.items():
+            write(ctx, tmp_path / f"{kind}-{limit}", kind, **options)
+        ctx._remembered.clear()
+        monkeypatch.setattr(exporting, "MAX_GRAPH_BYTES", 10_000)
+    inputs = encode(ctx.input("student"))
+    for kind in settings:
+        whole, apart = (tmp_path / f"{kind}-{limit}" for limit in ("whole", "apart"))
+        assert {path.name for path in apart.iterdir()} - {path.name for path in whole.iterdir()} == {"model.onnx.data"}
+        assert (apart / "model.onnx").stat().st_size < (whole / "model.onnx").stat().st_size
+        assert generate(apart, inputs)[1].tobytes() == generate(whole, inputs)[1].tobytes()
+        numbers = {runtimes.count_onnx_parameters(folder / "model.onnx") for folder in (whole, apart)}
+        assert len(numbers) == 1
 
 
 def test_half_precision_keeps_far_places_and_loud_states(context: Callable[..., StageContext], tmp_path: Path) -> None:

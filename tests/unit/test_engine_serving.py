@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,13 @@ from google.protobuf import text_format
 from transformers import AutoTokenizer
 
 from core.errors import SpecInvalid
+from core.methods import list_methods
 from tests import pico
 from tests.engine_bench import FAST, LABELS, Bench, contents, make_spec
+from worker.engine import exporting
+from worker.engine.context import Order, StageContext
+from worker.engine.mailbox import Mailbox
+from worker.engine.reporting import Reporter
 
 TEXT = "please my parcel is late"
 
@@ -80,6 +86,26 @@ def test_a_kserve_folder_holds_a_model_and_a_service(bench: Bench) -> None:
     inputs = tokenizer(TEXT, return_tensors="np")
     [logits_BC] = session.run(["logits"], {value.name: inputs[value.name].astype(np.int64) for value in config.input})
     assert LABELS[int(logits_BC.argmax())] == "delivery"
+
+
+def test_weights_beside_a_large_graph_stay_there(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = make_spec([{"kind": "distill"}, {"kind": "export"}])
+    order = Order.parse(json.loads(bench.write_order(spec, 1, "large").read_text()))
+    monkeypatch.setattr(exporting, "MAX_GRAPH_BYTES", 10_000)
+    logits = []
+    with open("/dev/null", "wb") as nowhere:
+        ctx = StageContext(order, Reporter(nowhere.fileno()), threading.Event(), Mailbox())
+        for kind in ("onnx", "onnx_int8_static"):
+            folder = tmp_path / kind
+            folder.mkdir()
+            list_methods("exporters")["triton"](form={"kind": kind}).build(ctx)(folder)
+            assert {path.name for path in (folder / "1").iterdir()} == {"model.onnx", "model.onnx.data"}
+            session = onnxruntime.InferenceSession(folder / "1" / "model.onnx", providers=["CPUExecutionProvider"])
+            inputs = AutoTokenizer.from_pretrained(folder)(TEXT, return_tensors="np")
+            given = {node.name: inputs[node.name].astype(np.int64) for node in session.get_inputs()}
+            logits.append(session.run(["logits"], given)[0])
+        ctx.close()
+    assert 0 < np.abs(logits[1] - logits[0]).max() < 0.3 * np.ptp(logits[0])
 
 
 def test_the_heads_of_several_tasks_are_outputs(tmp_path: Path) -> None:

@@ -4,12 +4,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import onnx
 import torch
 from numpy.typing import NDArray
 from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
 
 from worker.engine.context import StageContext
-from worker.engine.exporting import check_onnx, get_reference, make_onnx
+from worker.engine.exporting import check_onnx, get_reference, make_onnx, save_graph
 
 if TYPE_CHECKING:
     from worker.methods.exporters.onnx_int8_static import OnnxInt8Static
@@ -45,9 +46,10 @@ def write_onnx_int8_static(ctx: StageContext, settings: "OnnxInt8Static", folder
     """
     reference = get_reference(ctx)
     data = ctx.task.sample(ctx.get_split("train"), reference.model, reference.tokenizer)
+    coded = ctx.scratch_dir / "int8_static.onnx"
     quantize_static(
         make_onnx(ctx),
-        folder / "model.onnx",
+        coded,
         Samples(data, settings.num_samples, ctx.seed),
         quant_format=QuantFormat.QDQ,
         activation_type=QuantType.QUInt8,
@@ -55,5 +57,7 @@ def write_onnx_int8_static(ctx: StageContext, settings: "OnnxInt8Static", folder
         per_channel=settings.per_channel,
         op_types_to_quantize=["MatMul", "Gemm", "Gather"],
         calibrate_method=METHODS[settings.method],
+        use_external_data_format=True,
     )
+    save_graph(onnx.load(coded), folder)
     return check_onnx(ctx, folder, "onnx_int8_static", settings.min_agreement)

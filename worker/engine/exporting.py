@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 OPSET = 17
 EQUAL_LOGITS = 1e-5  # the same weights in the same library; only the attention kernel may differ
-MAX_ONNX_BYTES = 2**31 - 2**20  # a protobuf message ends there
+MAX_GRAPH_BYTES = 2**31 - 2**24  # a protobuf message ends at 2 GiB, with the nodes
 CONTINUED_BLOCKS, NEW_TOKENS = 8, 16  # on which a cache is tried
 log = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ def write_onnx(ctx: StageContext, settings: "Onnx", folder: Path) -> dict[str, f
     reference = get_reference(ctx)
     proto = onnx.load(make_onnx(ctx))
     share_table(proto.graph)
-    onnx.save(proto, folder / "model.onnx")
+    save_graph(proto, folder)
     write_companions(ctx, reference, folder)
     return measure_onnx(ctx, folder, partial(measure, ctx, form="onnx", tolerance=settings.tolerance))
 
@@ -90,14 +90,17 @@ def write_onnx_int8(ctx: StageContext, settings: "OnnxInt8", folder: Path) -> di
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
+    coded = ctx.scratch_dir / "int8.onnx"
     quantize_dynamic(
         make_onnx(ctx),
-        folder / "model.onnx",
+        coded,
         weight_type=QuantType.QUInt8 if settings.weights == "uint8" else QuantType.QInt8,
         per_channel=settings.per_channel,
         reduce_range=settings.reduce_range,
         op_types_to_quantize=["MatMul", "Gemm", "Gather"],
+        use_external_data_format=True,
     )
+    save_graph(onnx.load(coded), folder)
     return check_onnx(ctx, folder, "onnx_int8", settings.min_agreement)
 
 
@@ -112,13 +115,13 @@ def write_onnx_fp16(ctx: StageContext, settings: "OnnxFp16", folder: Path) -> di
     reference = get_reference(ctx)
     if reference.model.can_generate():  # which knows where half precision is too coarse
         halved = replace(reference, model=copy.deepcopy(reference.model).half())
-        proto = onnx.load(_export_graph(ctx, halved, ctx.scratch_dir / "half.onnx"))
+        proto = onnx.load(_export_graph(ctx, halved, ctx.scratch_dir / "onnx_half"))
         share_table(proto.graph)
     else:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of each number that is rounded to what half precision has
-            proto = convert_float_to_float16(onnx.load(make_onnx(ctx)), keep_io_types=True)
-    onnx.save(proto, folder / "model.onnx")
+            proto = convert_float_to_float16(str(make_onnx(ctx)), keep_io_types=True)
+    save_graph(proto, folder)
     return check_onnx(ctx, folder, "onnx_fp16", settings.min_agreement)
 
 
@@ -183,7 +186,7 @@ def make_onnx(ctx: StageContext) -> Path:
     Raises:
         StageFailed: `export_unsupported` when the graph cannot be exported.
     """
-    return ctx.remember("onnx", lambda: _export_graph(ctx, get_reference(ctx), ctx.scratch_dir / "model.onnx"))
+    return ctx.remember("onnx", lambda: _export_graph(ctx, get_reference(ctx), ctx.scratch_dir / "onnx"))
 
 
 def run_onnx(ctx: StageContext, data: Any, folder: Path) -> Any:
@@ -192,14 +195,16 @@ def run_onnx(ctx: StageContext, data: Any, folder: Path) -> Any:
     return ctx.task.logits(lambda inputs: torch.from_numpy(run_session(session, inputs)), data, ctx.check_stop)
 
 
-def _export_graph(ctx: StageContext, reference: Reference, path: Path) -> Path:
-    size_bytes = sum(parameter.numel() * 4 for parameter in reference.model.parameters())
-    if size_bytes > MAX_ONNX_BYTES:
-        raise StageFailed(
-            "export_unsupported",
-            f"The student has {size_bytes} bytes of weights; one ONNX file holds 2 GiB.",
-            suggestion="Leave ONNX out.",
-        )
+def save_graph(proto: onnx.ModelProto, folder: Path) -> None:
+    """Writes `model.onnx`; weights that one protobuf message cannot hold go into `model.onnx.data` beside it."""
+    size_bytes = sum(len(tensor.raw_data) for tensor in proto.graph.initializer)
+    apart = size_bytes > MAX_GRAPH_BYTES
+    onnx.save(proto, folder / "model.onnx", save_as_external_data=apart, location="model.onnx.data")
+
+
+def _export_graph(ctx: StageContext, reference: Reference, folder: Path) -> Path:
+    folder.mkdir(exist_ok=True)
+    path = folder / "model.onnx"
     if reference.model.can_generate():
         graph = describe_decoder(reference.model)
     else:
@@ -224,7 +229,7 @@ def _export_graph(ctx: StageContext, reference: Reference, path: Path) -> Path:
 
         proto = ONNXModel(onnx.load(path))
         proto.replace_gemm_with_matmul()  # of GPT-2, so that its matrices are found as those of others
-        onnx.save(proto.model, path)
+        save_graph(proto.model, folder)
     onnx.checker.check_model(str(path))
     return path
 

@@ -12,7 +12,7 @@ from onnx import GraphProto, NodeProto, helper, numpy_helper
 from torch import Tensor
 
 from worker.engine.context import StageContext
-from worker.engine.exporting import check_onnx, get_reference, make_onnx
+from worker.engine.exporting import check_onnx, get_reference, make_onnx, save_graph
 from worker.engine.importance import Map, by_input
 from worker.engine.quantizing import read_grids
 from worker.kernels.grids import Grid, divide, encode, fit
@@ -43,7 +43,7 @@ def write_onnx_int4(ctx: StageContext, settings: "OnnxInt4", folder: Path) -> di
     }
     pack(proto.graph, known, settings)
     proto.opset_import.append(helper.make_opsetid(DOMAIN, 1))
-    onnx.save(proto, folder / "model.onnx")
+    save_graph(proto, folder)
     return check_onnx(ctx, folder, "onnx_int4", settings.min_agreement)
 
 

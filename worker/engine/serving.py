@@ -26,7 +26,8 @@ def write_triton(ctx: StageContext, settings: "Triton", folder: Path) -> dict[st
     """Writes a model of a Triton repository, and returns what the check of its graph measured."""
     measured = settings.form.build(ctx)(folder)
     (folder / "1").mkdir()
-    shutil.move(folder / "model.onnx", folder / "1" / "model.onnx")
+    for file in list(folder.glob("model.onnx*")):  # a large graph has its weights beside it
+        shutil.move(file, folder / "1" / file.name)
     (folder / LABELS).write_text("".join(f"{_line(label)}\n" for label in ctx.labels), encoding="utf-8")
     graph = onnx.load(str(folder / "1" / "model.onnx"), load_external_data=False).graph
     (folder / "config.pbtxt").write_text(configure(graph, settings), encoding="utf-8")
