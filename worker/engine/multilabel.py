@@ -28,9 +28,8 @@ class Decisions(Encoded):
 
     def batch(self, rows: NDArray[np.int64], device: torch.device) -> Batch:
         """Returns these texts with all of their decisions."""
-        inputs = super().batch(rows, device).inputs
         rows_BC = torch.from_numpy(rows)[:, None] * self.num_labels + torch.arange(self.num_labels)
-        return Batch(inputs, self.labels_N[rows_BC].to(device), rows_BC)
+        return super().batch(rows, device)._replace(labels=self.labels_N[rows_BC].to(device), rows=rows_BC)
 
 
 class MultiLabel(Classification):
