@@ -185,7 +185,7 @@ class ShareWatch:
             shares: As of `Objective.shares`.
         """
         patience, found = max(MIN_POINTS, self.num_points // 10), {}
-        terms = {name: share for name in shares if (share := shares.get(f"gradient/{name}"))}  # none that rest
+        terms = {name: shares[f"gradient/{name}"] for name in shares if f"gradient/{name}" in shares}
         for name, share in terms.items() if len(terms) > 1 else ():
             is_extreme = not LEAST_SHARE <= share <= MOST_SHARE
             self.counts[name] = self.counts.get(name, 0) + 1 if is_extreme else 0

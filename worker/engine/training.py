@@ -258,18 +258,19 @@ class Trainer:
     def _update(self, batch: Batch, *, is_own: bool) -> dict[str, float]:
         """Makes one step of the optimiser; its parts add up to what the whole batch would be at once.
 
-        Labels of a batch that the student wrote itself are not to be learned.
+        Labels of a batch that the student wrote itself are not to be learned. What rests has no number.
         """
         if self.frozen:
             self.frozen.apply(self._step)
         if self.growth:
             self.growth.apply(self._step)
         scale = self.objective.scale(batch)
-        objective = partial(self.objective, resting=self.objective.resting(batch, is_own=is_own), scale=scale)
+        resting = self.objective.resting(batch, is_own=is_own)
+        objective = partial(self.objective, resting=resting, scale=scale)
         ranks.seed_step(self.ctx.seed, self._step)
         num_rows = int(batch.is_row.sum())
         self.ctx.share_done, self.ctx.is_own_text = self._step / max(1, self.num_steps - 1), is_own
-        numbers = dict.fromkeys([*self.objective.names, *(self.features.names if self.features else ())], 0.0)
+        numbers = dict.fromkeys(self._names, 0.0)
         self.optimizer.zero_grad(set_to_none=True)
         for part in batch.parts(self.settings.micro_batch_size or len(batch.rows), ranks.number(), ranks.count()):
             signal = self.teaching.answer(part) if self.teaching else None
@@ -299,7 +300,12 @@ class Trainer:
         self.schedule.step()
         if self.average:
             self.average.update()
-        return numbers
+        return {name: number for name, number in numbers.items() if name.removeprefix("gradient/") not in resting}
+
+    @property
+    def _names(self) -> list[str]:
+        """The names of the numbers that a step may have."""
+        return [*self.objective.names, *(self.features.names if self.features else ())]
 
     def _check_finite(self, what: str, value: float) -> None:
         if not math.isfinite(value):
@@ -315,12 +321,14 @@ class Trainer:
         self._window.append(numbers)
         if step % self.log_every and step != self.num_steps:
             return
-        means = {name: sum(n[name] for n in self._window) / len(self._window) for name in numbers}
+        found = {name: [n[name] for n in self._window if name in n] for name in self._names}
+        means = {name: sum(values) / len(self._window) for name, values in found.items()}
         self._window.clear()
-        shares = self.objective.shares(means) | (self.features.shares(means) if self.features else {})
-        for name, value in means.items():
-            if not name.startswith("gradient/"):
-                self.ctx.reporter.metric(f"loss/{name}", step, value)
+        known = self.objective.shares(means) | (self.features.shares(means) if self.features else {})
+        shares = {name: share for name, share in known.items() if found[name.removeprefix("gradient/")]}
+        for name, values in found.items():
+            if values and not name.startswith("gradient/"):
+                self.ctx.reporter.metric(f"loss/{name}", step, sum(values) / len(values))
         for term in self.objective.terms:
             if term.weight is None:
                 self.ctx.reporter.metric(f"weight/{term.name}", step, self.objective.weights()[term.name])
