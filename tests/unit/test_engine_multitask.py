@@ -283,9 +283,9 @@ def test_variances_are_learned_as_the_paper_says(tmp_path: Path) -> None:
     assert len(totals) == 2 * math.ceil(360 / 16)
     learned = {name: torch.zeros((), requires_grad=True) for name in TWO}
     optimizer = torch.optim.AdamW([*learned.values()], lr=settings["head_learning_rate"], weight_decay=0.0)
-    squared = [value for _, value in done.series("loss/squared_error")]
-    for step, (total, error) in enumerate(zip(totals, squared, strict=True)):
-        name = "size" if error else "intent"
+    squared = dict(done.series("loss/squared_error"))
+    for step, total in enumerate(totals):
+        name = "size" if step + 1 in squared else "intent"
         deviation = (learned[name] / 2).exp()
         loss = total / (2 * deviation**2) if name == "size" else total / deviation**2
         optimizer.zero_grad()

@@ -125,7 +125,7 @@ def test_a_student_learns_from_its_own_texts_alone(bench: Bench) -> None:
     finished = bench.succeed(make_spec([stage], task=TASK, student=STUDENT), 0, "own", labels=[])
     losses = [value for _, value in finished.series("loss/reverse_kl")]
     assert np.mean(losses[-5:]) < 0.5 * np.mean(losses[:5])
-    assert {value for _, value in finished.series("loss/cross_entropy")} == {0.0}
+    assert not finished.series("loss/cross_entropy")
 
 
 def test_a_stopped_stage_ends_with_the_same_bytes(bench: Bench, tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_a_stopped_stage_ends_with_the_same_bytes(bench: Bench, tmp_path: Path) 
     assert "going on from step" in again.log
     weights = [finished.outputs / "student" / "model.safetensors" for finished in (whole, again)]
     assert weights[0].read_bytes() == weights[1].read_bytes()
-    assert len({value > 0 for _, value in whole.series("loss/cross_entropy")}) == 2  # some steps are of each kind
+    assert 0 < len(whole.series("loss/cross_entropy")) < len(whole.series("loss/total"))  # some steps are of each kind
 
 
 def test_given_and_own_texts_are_told_apart(bench: Bench) -> None:
