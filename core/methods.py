@@ -237,9 +237,8 @@ class Depths(NamedTuple):
 class Exporter(Method):
     """One deployable form of the student; `bytes_per_parameter` is about what it takes to store one.
 
-    `model_types` are the architectures that it is known for, all if there are none; `is_default` says whether a job
-    writes it unless it says so, `is_measured` whether a stage can run it to measure it, and `calibrates` whether it
-    looks at the training split.
+    `model_types` are the architectures that it is known for, all if there are none; `is_default`: a job writes it
+    unless it says so; `is_measured`: a stage can run it; `calibrates`: it looks at the training split.
     """
 
     family: ClassVar[str] = "exporters"
@@ -249,6 +248,7 @@ class Exporter(Method):
     is_measured: ClassVar[bool] = True
     calibrates: ClassVar[bool] = False
     is_graph: ClassVar[bool] = False  # that servers of ONNX run
+    holds_each_task: ClassVar[bool] = False  # as a model of its own
 
     def check(self, earlier: "list[Stage]") -> list[str]:  # noqa: ARG002 - most are of any student
         """Returns what is missing in the stages before the one that writes it."""

@@ -54,7 +54,8 @@ def expect_student(spec: JobSpec, made: Plan) -> ExpectedStudent:
         start = None
     count = spec.student.count_parameters(start) if start else None
     forms = [form for stage in spec.stages for form in stage.forms()]
-    sizes = {form.kind: round(count * form.bytes_per_parameter) for form in forms} if count else {}
+    counts = {form.kind: len(spec.task.parts()) if form.holds_each_task else 1 for form in forms}
+    sizes = {form.kind: round(counts[form.kind] * count * form.bytes_per_parameter) for form in forms} if count else {}
     return ExpectedStudent(num_parameters=count, size_bytes=sizes)
 
 

@@ -65,6 +65,11 @@ def test_validate_tells_the_size_of_the_student(api: Api) -> None:
         "num_parameters": 40 + 4 + 12,
         "size_bytes": {"safetensors": 224, "onnx": 224, "onnx_int8": 59},
     }
+    forms = {"kind": "export", "formats": [{"kind": "safetensors"}, {"kind": "single_tasks"}]}
+    spec |= {"task": SHARING | {"shared": "all"}, "data": {"a": "tickets", "b": "tickets"}}
+    spec["stages"] = [{"kind": "finetune"}, {"kind": "distill"}, forms]
+    found = api("POST", "/v1/jobs/validate", json=spec).json()
+    assert found["student"]["size_bytes"] == {"safetensors": 224, "single_tasks": 448}
 
 
 def test_validate_tells_the_size_of_a_student_with_other_widths(api: Api) -> None:

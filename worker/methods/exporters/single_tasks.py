@@ -20,6 +20,7 @@ class SingleTasks(Exporter):
     bytes_per_parameter: ClassVar[float] = 4.0
     is_default: ClassVar[bool] = False
     is_measured: ClassVar[bool] = False
+    holds_each_task: ClassVar[bool] = True
 
     kind: Literal["single_tasks"] = "single_tasks"
 

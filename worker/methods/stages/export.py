@@ -60,7 +60,7 @@ class Export(Stage):
         return [
             Problem(f"formats.{index}", why.format(form.kind))
             for index, form in enumerate(self.formats)
-            if not (each and form.kind == "single_tasks")
+            if not (each and form.holds_each_task)
         ]
 
     def check_model(self, spec: "JobSpec", start: ModelFacts) -> list[Problem]:
