@@ -1,6 +1,7 @@
 """Language models as ONNX: run by onnxruntime with and without a cache, and compared with stock `transformers`."""
 
 import json
+import math
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -189,6 +190,7 @@ def test_each_form_says_nearly_the_same_and_repeats(
         assert contents(tmp_path / kind) == contents(tmp_path / f"{kind}-again")
         tensors = onnx.load(tmp_path / kind / "model.onnx").graph.initializer
         sizes.append(sum(onnx.numpy_helper.to_array(tensor).nbytes for tensor in tensors))
+        assert [math.prod(tensor.dims) for tensor in tensors].count(expected.lm_head.weight.numel()) == 1
         ids, logits = generate(tmp_path / kind, inputs)
         mask = torch.cat([inputs["attention_mask"], torch.ones(2, NUM_NEW, dtype=torch.long)], 1)
         with torch.no_grad():

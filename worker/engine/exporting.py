@@ -21,7 +21,8 @@ from worker.engine.inference import as_answer
 from worker.engine.loading import save_labels, save_tokenizer
 from worker.engine.runtimes import continue_greedily, open_session, run_session
 from worker.engine.students import take_sample
-from worker.engine.tracing import describe_classifier, describe_decoder, share_table
+from worker.engine.tracing import describe_classifier, describe_decoder
+from worker.engine.tying import find_tied, share_codes, share_table
 
 if TYPE_CHECKING:
     from worker.methods.exporters.onnx import Onnx
@@ -90,9 +91,9 @@ def write_onnx_int8(ctx: StageContext, settings: "OnnxInt8", folder: Path) -> di
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    coded = ctx.scratch_dir / "int8.onnx"
+    graph, coded = make_onnx(ctx), ctx.scratch_dir / "int8.onnx"
     quantize_dynamic(
-        make_onnx(ctx),
+        graph,
         coded,
         weight_type=QuantType.QUInt8 if settings.weights == "uint8" else QuantType.QInt8,
         per_channel=settings.per_channel,
@@ -100,7 +101,10 @@ def write_onnx_int8(ctx: StageContext, settings: "OnnxInt8", folder: Path) -> di
         op_types_to_quantize=["MatMul", "Gemm", "Gather"],
         use_external_data_format=True,
     )
-    save_graph(onnx.load(coded), folder)
+    proto = onnx.load(coded)
+    for tied in find_tied(onnx.load(graph).graph):
+        share_codes(proto.graph, tied)
+    save_graph(proto, folder)
     return check_onnx(ctx, folder, "onnx_int8", settings.min_agreement)
 
 

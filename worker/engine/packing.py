@@ -15,6 +15,7 @@ from worker.engine.context import StageContext
 from worker.engine.exporting import check_onnx, get_reference, make_onnx, save_graph
 from worker.engine.importance import Map, by_input
 from worker.engine.quantizing import read_grids
+from worker.engine.tying import share_table
 from worker.kernels.grids import Grid, divide, encode, fit
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def write_onnx_int4(ctx: StageContext, settings: "OnnxInt4", folder: Path) -> di
         for name in [names.get(id(getattr(part, "weight", None)))]
         if name in grids
     }
+    share_table(proto.graph)
     pack(proto.graph, known, settings)
     proto.opset_import.append(helper.make_opsetid(DOMAIN, 1))
     save_graph(proto, folder)
@@ -50,6 +52,8 @@ def write_onnx_int4(ctx: StageContext, settings: "OnnxInt4", folder: Path) -> di
 def pack(graph: GraphProto, known: dict[str, Grid], settings: "OnnxInt4") -> None:
     """Replaces, in a graph, products with constant matrices and look-ups in tables by ones that read codes.
 
+    A product with a turned table reads the codes of its look-ups.
+
     Args:
         graph: What is changed.
         known: Grids that tensors are on, by what `_digest` says of weight_IO, or of a table: the graph has no names
@@ -58,16 +62,20 @@ def pack(graph: GraphProto, known: dict[str, Grid], settings: "OnnxInt4") -> Non
     """
     arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     tables = {name: array for name, array in arrays.items() if array.ndim == 2 and array.dtype == np.float32}
+    turned = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Transpose"}
     nodes = []
     for node in graph.node:
         packed = None
         if node.op_type == "MatMul" and node.input[1] in tables:
             packed = _pack_product(graph, node, tables[node.input[1]], known, settings)
+        elif node.op_type == "MatMul" and turned.get(node.input[1]) in tables:
+            packed = _pack_turned(graph, node, turned[node.input[1]], tables, known, settings)
         elif node.op_type == "Gather" and node.input[0] in tables:
             packed = _pack_table(graph, node, tables[node.input[0]], known, settings)
-        nodes.append(packed or node)
+        nodes += packed or [node]
+    read = {name for node in nodes for name in node.input}
     del graph.node[:]
-    graph.node.extend(nodes)
+    graph.node.extend(node for node in nodes if node.op_type != "Transpose" or node.output[0] in read)
     used = {name for node in graph.node for name in node.input}
     kept = [tensor for tensor in graph.initializer if tensor.name in used]
     del graph.initializer[:]
@@ -76,16 +84,42 @@ def pack(graph: GraphProto, known: dict[str, Grid], settings: "OnnxInt4") -> Non
 
 def _pack_product(
     graph: GraphProto, node: NodeProto, weight_IO: NDArray[np.float32], known: dict[str, Grid], settings: "OnnxInt4"
-) -> NodeProto | None:
+) -> list[NodeProto]:
     weight_OI, grid = torch.from_numpy(weight_IO.T.copy()), known.get(_digest(weight_IO))
-    num_outputs, num_inputs = weight_OI.shape
     found = _find_grid(weight_OI, grid, 4, settings)
     if found is None:
-        return None
+        return []
     grid, block = found
     bits = max(4, grid.bits)
-    codes_OI = encode(weight_OI, grid).to(torch.uint8).unflatten(1, (-1, block))
-    names = _add(graph, node.input[1], codes_OI, grid, bits)
+    codes_OGI = encode(weight_OI, grid).to(torch.uint8).unflatten(1, (-1, block))
+    names = _add(graph, node.input[1], codes_OGI, grid, bits)
+    return [_multiply(node, names, weight_OI, bits, block, settings)]
+
+
+def _pack_turned(
+    graph: GraphProto,
+    node: NodeProto,
+    name: str,
+    tables: dict[str, NDArray[np.float32]],
+    known: dict[str, Grid],
+    settings: "OnnxInt4",
+) -> list[NodeProto]:
+    found = _find_table(tables[name], known, settings)
+    if found is None:
+        return []
+    rows_VI, grid, block = found
+    names = _add(graph, name, encode(rows_VI, grid).to(torch.uint8), grid, grid.bits)
+    shape = np.array([len(rows_VI), -1, block * grid.bits // 8], np.int64)
+    graph.initializer.append(numpy_helper.from_array(shape, f"{name}_shape"))
+    cut = helper.make_node("Reshape", [names[0], f"{name}_shape"], [f"{name}_cut"])
+    return [cut, _multiply(node, [f"{name}_cut", *names[1:]], rows_VI, grid.bits, block, settings)]
+
+
+def _multiply(
+    node: NodeProto, names: list[str], weight_OI: Tensor, bits: int, block: int, settings: "OnnxInt4"
+) -> NodeProto:
+    """Returns a product with codes_OGI of these names."""
+    num_outputs, num_inputs = weight_OI.shape
     level = ACCURACY_LEVELS[settings.compute]
     sizes = {"K": num_inputs, "N": num_outputs, "bits": bits, "block_size": block, "accuracy_level": level}
     inputs = [node.input[0], *names]
@@ -94,16 +128,24 @@ def _pack_product(
 
 def _pack_table(
     graph: GraphProto, node: NodeProto, table_VI: NDArray[np.float32], known: dict[str, Grid], settings: "OnnxInt4"
-) -> NodeProto | None:
-    rows_VI = torch.from_numpy(table_VI.copy())
-    found = _find_grid(rows_VI, known.get(_digest(table_VI)), settings.embedding_bits, settings)
+) -> list[NodeProto]:
+    found = _find_table(table_VI, known, settings)
     if found is None:
-        return None
-    grid, block = found
+        return []
+    rows_VI, grid, block = found
     names = _add(graph, node.input[0], encode(rows_VI, grid).to(torch.uint8), grid, grid.bits)
     sizes = {"gather_axis": 0, "quantize_axis": 1, "block_size": block, "bits": grid.bits}
     inputs = [names[0], node.input[1], *names[1:]]
-    return helper.make_node("GatherBlockQuantized", inputs, node.output, name=node.name, domain=DOMAIN, **sizes)
+    return [helper.make_node("GatherBlockQuantized", inputs, node.output, name=node.name, domain=DOMAIN, **sizes)]
+
+
+def _find_table(
+    table_VI: NDArray[np.float32], known: dict[str, Grid], settings: "OnnxInt4"
+) -> tuple[Tensor, Grid, int] | None:
+    """Returns the rows of a table, the grid that they are on (or one of `embedding_bits`), and how wide a block is."""
+    rows_VI = torch.from_numpy(table_VI.copy())
+    found = _find_grid(rows_VI, known.get(_digest(table_VI)), settings.embedding_bits, settings)
+    return found and (rows_VI, *found)
 
 
 def _find_grid(

@@ -3,9 +3,7 @@
 from collections.abc import Mapping
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from onnx import GraphProto, helper, numpy_helper
 from torch import Tensor
 from torch.nn import Module
 from transformers import DynamicCache, PreTrainedModel
@@ -119,17 +117,3 @@ def describe_decoder(model: PreTrainedModel) -> Traceable:
             axes[f"present.{number}.{part}"] = {0: "batch_size", 2: SEEN}
             kept.append(f"present.{number}.{part}")
     return Traceable(Cached(model).eval(), inputs, ["logits", *kept], axes)
-
-
-def share_table(graph: GraphProto) -> None:
-    """Has a last layer that is the embedding read it, instead of a turned copy of its own."""
-    arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
-    tables = {node.input[0] for node in graph.node if node.op_type == "Gather" and node.input[0] in arrays}
-    for node in [node for node in graph.node if node.op_type == "MatMul" and node.input[1] in arrays]:
-        own = arrays[node.input[1]]
-        table = next((name for name in tables if np.array_equal(arrays[name].T, own)), None)
-        if table:
-            [copy] = [tensor for tensor in graph.initializer if tensor.name == node.input[1]]
-            graph.initializer.remove(copy)
-            turn = helper.make_node("Transpose", [table], [copy.name], name=f"{copy.name}_turned", perm=[1, 0])
-            graph.node.insert(0, turn)
