@@ -8,9 +8,9 @@ L = CE + T² · KL at the defaults of the stage `distill`. Each contender starts
 own, with the same optimiser, rates, batch size and number of epochs, no dropout, no validation and texts padded to the
 longest of a batch: `trainer` is a subclass of transformers' `Trainer` in bf16 where the processor has it, `textbrewer`
 is TextBrewer's BasicDistiller that keeps the teacher's answers, in float32, as it knows no other precision without
-Apex; `ours` is the stage with the same tokens left out in all epochs but the first, whose teacher answers twice and is
-heard alone then, `ours anew` is the stage as it is, whose teacher answers anew in every epoch, and `ours whole` leaves
-no token out, so that it learns what the others do.
+Apex; `ours` is the stage with the same tokens left out in all epochs but the first, whose teacher answers twice,
+`ours anew` is the stage as it is, whose teacher answers anew in every epoch, and `ours whole` leaves no token out, so
+that it learns what the others do.
 Time goes from the first step's begin to the last one's end, the teacher's answers in it, loading and tokenising not.
 Prints a table and writes `encoder.json`.
 """

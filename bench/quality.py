@@ -4,10 +4,10 @@
 
 A MiniLM of 6 layers is fine-tuned at the stage's defaults, then its layers 0, 2 and 5 are distilled by each recipe, all
 of them for the same number of epochs: `labels` knows no teacher, `plain` is L = CE + T² · KL and nothing else,
-`default` is the stage as it is, which hears the teacher alone of texts with tokens left out, `settled` leaves out the
-same tokens in all epochs after the first, `layers` has the relations of the last layer besides. Banking77, SST-2, SUBJ
-and AG News, each with its own validation split, by which the best epoch is kept. What was measured before is taken from
-`quality.json` in the output folder, so that a run can be cut into parts.
+`default` is the stage as it is, `settled` leaves out the same tokens in all epochs after the first, `layers` has the
+relations of the last layer besides. Banking77, SST-2, SUBJ and AG News, each with its own validation split, by which
+the best epoch is kept. What was measured before is taken from `quality.json` in the output folder, so that a run can be
+cut into parts.
 Intervals are percentile bootstraps over the test texts (1,000 resamples), each text with all its seeds. The goals are
 for `default`, in the mean. With two cores, a data set takes from ten minutes a seed to more than an hour for AG News,
 whose texts are long; the goals need `labels`, `plain` and `default` alone.

@@ -239,7 +239,7 @@ def test_all_of_them_train_in_one_stage(bench: Bench) -> None:
         assert all(0 <= share < 1 for _, share in finished.series(f"share/{kind}"))
     totals = dict(finished.series("loss/total"))
     for step, total in totals.items():
-        parts = sum(dict(finished.series(f"loss/{loss['kind']}")).get(step, 0.0) for loss in losses)
+        parts = sum(dict(finished.series(f"loss/{loss['kind']}"))[step] for loss in losses)
         assert total == pytest.approx(parts, rel=1e-4)
 
 

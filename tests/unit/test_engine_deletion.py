@@ -23,14 +23,7 @@ def test_what_is_left_out_changes_after_so_many_epochs() -> None:
 def test_a_share_of_the_inner_tokens_goes_and_nothing_else() -> None:
     rows = [np.array([1, *range(10, 34), 2, *range(34, 58), 2], dtype=np.int32) for _ in range(200)]
     kinds = [(row > 33).astype(np.int32) for row in rows]
-    split = Encoded(
-        {"input_ids": rows, "token_type_ids": kinds},
-        {"input_ids": 0, "token_type_ids": 0},
-        torch.zeros(200, dtype=torch.int64),
-        64,
-        0,
-        "",
-    )
+    split = Encoded({"input_ids": rows, "token_type_ids": kinds}, {}, torch.zeros(200, dtype=torch.int64), 64, 0, "")
     thinned, again, other = (split.thinned(0.1, [0, number]) for number in (1, 1, 2))
     left = thinned.columns["input_ids"]
     assert all(row[0] == 1 and row[-1] == 2 and (row == 2).sum() == 2 for row in left)  # both texts keep their ends
@@ -41,7 +34,6 @@ def test_a_share_of_the_inner_tokens_goes_and_nothing_else() -> None:
     assert thinned.lengths.tolist() == [len(row) for row in left]
     assert [row.tolist() for row in again.columns["input_ids"]] == [row.tolist() for row in left]
     assert [row.tolist() for row in other.columns["input_ids"]] != [row.tolist() for row in left]
-    assert [one.batch(np.arange(3), CPU).is_thinned for one in (split, thinned)] == [False, True]
 
 
 def test_words_that_stay_keep_their_labels() -> None:
@@ -58,7 +50,6 @@ def test_words_that_stay_keep_their_labels() -> None:
     split = Words({"input_ids": ids}, {"input_ids": 902}, torch.arange(500), 64, 0, "", places, numbers, [10] * 50)
     thinned = split.thinned(0.3, [7])
     batch = thinned.batch(np.arange(50), CPU)
-    assert batch.is_thinned
     stayed = batch.rows >= 0
     assert batch.inputs["input_ids"][stayed].tolist() == batch.labels[stayed].tolist() == batch.rows[stayed].tolist()
     read = torch.tensor([i for row in thinned.columns["input_ids"] for i in row])
@@ -72,15 +63,3 @@ def test_a_teacher_answers_once_for_each_drawing(tmp_path: Path, deletion_epochs
     stage = {"kind": "distill", **FAST, "epochs": 5, "deletion_probability": 0.3, "deletion_epochs": deletion_epochs}
     finished = Bench(tmp_path).lay().succeed(make_spec([stage]))
     assert finished.log.count("the teacher answered") == answers
-
-
-def test_labels_are_heard_of_whole_texts_alone(tmp_path: Path) -> None:
-    stage = {"kind": "distill", **FAST, "epochs": 4}
-    finished = Bench(tmp_path).lay().succeed(make_spec([stage]))
-    labels, teacher = (finished.series(f"loss/{name}") for name in ("cross_entropy", "forward_kl"))
-    steps = teacher[-1][0]
-    assert [step for step, _ in teacher] == [*range(1, steps + 1)]
-    assert [step for step, _ in labels] == [*range(1, steps // 4 + 1)]
-    assert min(value for _, value in labels) > 0
-    assert len(finished.series("share/gradient/cross_entropy")) == len(labels)
-    assert not [event for event in finished.of("event") if event.get("code") == "loss_share"]

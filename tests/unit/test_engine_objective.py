@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from core.methods import list_methods
-from worker.engine.data import Batch
-from worker.engine.objective import Objective, ShareWatch, Term, make_term
+from worker.engine.objective import Objective, ShareWatch, Term
 from worker.engine.uncertainty import Uncertainty
 from worker.kernels.heads import add_numbers
 from worker.kernels.signals import DenseSignal
@@ -138,25 +137,6 @@ def test_a_term_without_any_gradient_leaves_the_others_alone() -> None:
     gradient_NC, _ = objective(z_NC, DenseSignal(z_NC), labels_N, N)
     expected_NC = (F.softmax(z_NC, -1) - F.one_hot(labels_N, C)) / N
     torch.testing.assert_close(gradient_NC, expected_NC)
-
-
-@pytest.mark.parametrize(
-    ("kinds", "changes", "resting"),
-    [
-        (["cross_entropy", "forward_kl"], {}, set()),
-        (["cross_entropy", "forward_kl"], {"is_thinned": True}, {"cross_entropy"}),
-        (["cross_entropy"], {"is_thinned": True}, set()),  # the teacher is not heard, or of its layers alone
-        (["cross_entropy", "squared_error"], {"is_thinned": True, "gives_values": True}, {"cross_entropy"}),
-        (["forward_kl", "squared_error"], {"is_thinned": True, "gives_values": True}, {"forward_kl"}),
-        (["logit_mse", "squared_error"], {"is_thinned": True, "gives_values": True}, {"squared_error"}),
-    ],
-)
-def test_labels_rest_where_a_text_is_thinned_and_a_teacher_says_what_it_is(
-    kinds: list[str], changes: dict[str, bool], resting: set[str]
-) -> None:
-    objective = Objective([make_term(None, kind, LOSSES[kind]()) for kind in kinds])
-    batch = Batch({}, torch.zeros(1), torch.zeros(1))._replace(**changes)
-    assert objective.resting(batch) == resting
 
 
 def test_a_part_without_rows_adds_nothing() -> None:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeVar
 
@@ -58,7 +58,6 @@ class Batch(NamedTuple):
     `labels` is labels_B, labels_BT or labels_BC. `rows`, of the same shape and on the processor, is the number that
     each row has in the whole split, and -1 where there is none. One that does not count is there because another
     process has one at that moment; it has no rows. Of several tasks it is about one, whose models give numbers or not.
-    Labels of a thinned one are those of the whole texts.
     """
 
     inputs: dict[str, Tensor]
@@ -67,7 +66,6 @@ class Batch(NamedTuple):
     counts: bool = True
     task: str = ""
     gives_values: bool | None = None
-    is_thinned: bool = False
 
     @property
     def is_row(self) -> Tensor:
@@ -123,7 +121,6 @@ class Encoded:
     max_length: int
     num_cut: int
     texts_sha256: str
-    is_thinned: bool = field(default=False, kw_only=True)
 
     def __len__(self) -> int:
         return len(self.columns["input_ids"])
@@ -157,7 +154,7 @@ class Encoded:
                 ids_BT[index, : len(column[row])] = column[row]
             inputs[name] = torch.from_numpy(ids_BT).to(device)
         rows_B = torch.from_numpy(rows)
-        return Batch(inputs, self.labels_N[rows_B].to(device), rows_B, is_thinned=self.is_thinned)
+        return Batch(inputs, self.labels_N[rows_B].to(device), rows_B)
 
     def single(self, row: int) -> dict[str, Tensor]:
         """Returns the inputs of one example, a batch of one without padding."""
@@ -188,7 +185,7 @@ class Encoded:
         stays = [(rng.random(len(ids)) >= probability) | (ids == ids[-1]) for ids in self.columns["input_ids"]]
         for stays_T in stays:
             stays_T[0] = True
-        return replace(self.only(stays), is_thinned=True)
+        return self.only(stays)
 
     def only(self, stays: Sequence[NDArray[np.bool_]]) -> Self:
         """Returns the split with the tokens of each text that stay, stays_T."""

@@ -28,8 +28,9 @@ class Decisions(Encoded):
 
     def batch(self, rows: NDArray[np.int64], device: torch.device) -> Batch:
         """Returns these texts with all of their decisions."""
+        inputs = super().batch(rows, device).inputs
         rows_BC = torch.from_numpy(rows)[:, None] * self.num_labels + torch.arange(self.num_labels)
-        return super().batch(rows, device)._replace(labels=self.labels_N[rows_BC].to(device), rows=rows_BC)
+        return Batch(inputs, self.labels_N[rows_BC].to(device), rows_BC)
 
 
 class MultiLabel(Classification):

@@ -32,9 +32,10 @@ class Term:
     is_of_labels: bool = False
     compares: Literal["probabilities", "values", "both"] = "both"
 
-    def fits(self, batch: Batch) -> bool:
-        """Returns whether it compares what the task of a batch gives."""
-        return self.compares == "both" or batch.gives_values in {None, self.compares == "values"}
+    def rests(self, batch: Batch, *, is_own: bool = False) -> bool:
+        """Returns whether it has nothing to say of a batch: the student wrote it, or its task gives something else."""
+        fits = self.compares == "both" or batch.gives_values in {None, self.compares == "values"}
+        return not fits or (is_own and self.is_of_labels)
 
 
 def name_losses(losses: Sequence[Loss]) -> dict[str, Loss]:
@@ -93,14 +94,8 @@ class Objective:
         return min(max(wanted / norm, 1 / MAX_BALANCE), MAX_BALANCE) if norm else 1.0
 
     def resting(self, batch: Batch, *, is_own: bool = False) -> set[str]:
-        """Returns the names of the terms that have nothing to say of a batch.
-
-        Labels have none of what the student wrote itself, nor, where the teacher says what it is, of a thinned text.
-        """
-        fitting = [term for term in self.terms if term.fits(batch)]
-        is_heard = any(not term.is_of_labels for term in fitting)
-        knows_labels = not (is_own or (batch.is_thinned and is_heard))
-        return {term.name for term in self.terms if term not in fitting or (term.is_of_labels and not knows_labels)}
+        """Returns the names of the terms that have nothing to say of a batch."""
+        return {term.name for term in self.terms if term.rests(batch, is_own=is_own)}
 
     def scale(self, batch: Batch) -> float:
         """Returns the weight of a batch's task."""

@@ -55,13 +55,13 @@ class Words(Encoded):
 
     def batch(self, rows: NDArray[np.int64], device: torch.device) -> Batch:
         """Returns these texts, with a label at the first piece of each word."""
-        batch = super().batch(rows, device)
-        labels_BT = torch.zeros(batch.inputs["input_ids"].shape, dtype=torch.int64)
+        inputs = super().batch(rows, device).inputs
+        labels_BT = torch.zeros(inputs["input_ids"].shape, dtype=torch.int64)
         numbers_BT = torch.full_like(labels_BT, -1)
         for index, row in enumerate(rows):
             places, numbers = (torch.from_numpy(found[row]) for found in (self.places, self.numbers))
             labels_BT[index, places], numbers_BT[index, places] = self.labels_N[numbers], numbers
-        return batch._replace(labels=labels_BT.to(device), rows=numbers_BT)
+        return Batch(inputs, labels_BT.to(device), numbers_BT)
 
 
 def read_sentences(path: Path, columns: dict[str, str], labels: list[str]) -> Sentences:

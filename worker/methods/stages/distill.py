@@ -68,9 +68,7 @@ class Distill(Training):
     """Trains the student on the labels and on the teacher's soft answers: L = CE + λ·T²·KL(teacher‖student).
 
     A classifier's teacher answers the whole split at once, in inference mode, and again for every epoch without
-    some tokens. What the text's label was may have gone with them, so that a term on labels rests in these epochs
-    beside one that hears the teacher. A language model answers each batch as it comes, unless an earlier stage kept its
-    answers.
+    some tokens; a language model answers each batch as it comes, unless an earlier stage kept its answers.
 
     Paper: Hinton, Vinyals, Dean 2015, "Distilling the Knowledge in a Neural Network"; texts with less in them: Tang
     et al. 2019, "Distilling Task-Specific Knowledge from BERT into Simple Neural Networks", section 3.2, and Wei, Zou
@@ -97,8 +95,8 @@ class Distill(Training):
         ge=0,
         lt=1,
         description="Share of the tokens that are left out in every epoch after the first, for teacher and student "
-        "alike, and the teacher alone says what the rest is; 0 lets it answer once, and labels count in all epochs. "
-        "Nothing is left out where answers were kept, where each reads its own tokens, or of a language model's texts.",
+        "alike; 0 lets the teacher answer once. Nothing is left out where answers were kept, where each reads its own "
+        "tokens, or of a language model's texts.",
     )
 
     deletion_epochs: int = Field(
