@@ -34,7 +34,7 @@ class Executorch(Exporter):
         description="What weights are stored in: 'int8' has a scale for each output or token, and what goes into "
         "layers is in 8 bits, too; 'int4' has a scale for 32 weights of a layer, and all but layers in 8 bits.",
     )
-    min_agreement: Agreement = 0.95
+    min_agreement: Agreement = 0.99
 
     @property
     def bytes_per_parameter(self) -> float:  # type: ignore[override]
