@@ -222,7 +222,7 @@ def ensure_models(claim: Claim) -> dict[str, list[ManifestFile]]:
             for role in sorted(MODEL_ROLES & inputs.keys())
             for source in [inputs[role]]
             for known in [source.get("manifest_id")]
-            for manifest in [get_manifest(session, claim.tenant_id, known) if known else None]
+            for manifest in [known and get_manifest(session, claim.tenant_id, known)]
         }
 
     return {role: files or _fetch(claim, role, source["hub"]) for role, (source, files) in transact(find).items()}

@@ -7,6 +7,7 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
+from core.datasets.checking import MAX_CLASSES
 from core.datasets.models import Dataset
 from core.datasets.repository import list_dataset_names
 from core.jobs.spec import JobSpec
@@ -14,7 +15,6 @@ from core.methods import SPLITS, Task
 from core.storage import get_store
 from core.strict import suggest
 
-MAX_CLASSES = 10_000
 LEAST_ROWS = 16  # that tell what numbers inside a model are like
 Problems = list[dict[str, Any]]
 

@@ -46,8 +46,8 @@ def get_manifest(session: Session, tenant_id: str, manifest_id: str) -> Manifest
 def files_of(manifest: Manifest, folder: str = "") -> list[ManifestFile]:
     """Returns the manifest's files, or those in one of its folders by their paths there."""
     start = f"{folder}/" if folder else ""
-    files = [ManifestFile(**row) for row in manifest.files if row["path"].startswith(start)]
-    return [file.model_copy(update={"path": file.path.removeprefix(start)}) for file in files] if start else files
+    rows = [row for row in manifest.files if row["path"].startswith(start)]
+    return [ManifestFile(**row | {"path": row["path"].removeprefix(start)}) for row in rows]
 
 
 def create_model(

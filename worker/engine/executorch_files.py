@@ -38,21 +38,19 @@ def write_executorch(ctx: StageContext, settings: "Executorch", folder: Path) ->
         StageFailed: `export_unsupported` when the graph cannot be exported, `goal_missed` when too few labels agree.
     """
     reference = get_reference(ctx)
-    model = copy.deepcopy(reference.model)
-    _quantize(model, settings.precision)
+    model = reference.model if settings.precision == "float32" else _quantize(reference.model, settings.precision)
     (folder / "model.pte").write_bytes(_lower(ctx, replace(reference, model=model)))
     write_companions(ctx, reference, folder)
     answers = ctx.task.logits(open_executorch(folder), reference.data, ctx.check_stop)
     return measure_agreement(ctx, reference, answers, "executorch", settings.min_agreement)
 
 
-def _quantize(model: PreTrainedModel, precision: str) -> None:
-    """Has layers and tables hold codes, as XNNPACK and ExecuTorch's operators read them."""
+def _quantize(student: PreTrainedModel, precision: str) -> PreTrainedModel:
+    """Returns a copy whose layers and tables hold codes, as XNNPACK and ExecuTorch's operators read them."""
+    model = copy.deepcopy(student)
     for table in model.modules():
         if isinstance(table, Embedding):
             table.padding_idx = None  # of gradients alone, and look-ups that name it are not found to be of codes
-    if precision == "float32":
-        return
     grouped = {
         layer
         for layer in model.base_model.modules()  # the head is small, and answers hang on it
@@ -64,6 +62,7 @@ def _quantize(model: PreTrainedModel, precision: str) -> None:
     coarse = Int8DynamicActivationIntxWeightConfig(torch.int8, rows)
     quantize_(model, fine, lambda part, _: part in grouped)
     quantize_(model, coarse, lambda part, _: isinstance(part, Linear) and part not in grouped)
+    return model
 
 
 def _lower(ctx: StageContext, reference: Reference) -> bytes:
