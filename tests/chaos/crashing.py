@@ -1,4 +1,4 @@
-"""Names of durable steps, and what makes a process die at one."""
+"""Names of durable steps, and what makes a process die or stand still at one."""
 
 import json
 import shutil
@@ -9,11 +9,15 @@ SOURCE = Path(__file__).parent / "crash" / "sitecustomize.py"
 
 
 class Point(NamedTuple):
-    """The n-th call of a function since it was armed, before it begins or after it has returned."""
+    """The n-th call of a function since it was armed, before it begins or after it has returned.
+
+    The process that reaches it dies, or stands still until some process has returned from the function `until`.
+    """
 
     point: str
     when: str = "after"
     call: int = 1
+    until: str | None = None
 
     def __str__(self) -> str:
         return f"{self.when} {self.point} #{self.call}"
@@ -77,24 +81,26 @@ CHILD = [
     Point("worker.engine.exporting:write_safetensors"),
 ]
 POINTS = SUPERVISOR + CHILD
+MIDST = Point("worker.engine.training:Trainer._update", call=3, until="worker.child:Child.order")  # of a stage
 
 
 class Crasher:
-    """A folder for PYTHONPATH that makes processes die at a point, each arming once."""
+    """A folder for PYTHONPATH that makes processes die or stand still at a point, each arming once."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True)
         shutil.copy(SOURCE, folder)
         self.folder = folder
-        (folder / "points.json").write_text(json.dumps(sorted({point.point for point in POINTS})))
+        watched = {point.point for point in POINTS} | {MIDST.point, MIDST.until}
+        (folder / "points.json").write_text(json.dumps(sorted(watched)))
 
     def arm(self, point: Point) -> None:
-        """Lets the next process that reaches the point die."""
+        """Lets the next process that reaches the point die or stand still."""
         (self.folder / "spent.json").unlink(missing_ok=True)
         part = self.folder / "armed.part"
         part.write_text(json.dumps(point._asdict()))
         part.rename(self.folder / "armed.json")
 
     def has_struck(self) -> bool:
-        """Tells whether a process died at the armed point."""
+        """Tells whether a process died or stands still at the armed point."""
         return (self.folder / "spent.json").exists()

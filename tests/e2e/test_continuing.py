@@ -14,7 +14,7 @@ from core.jobs import repository
 from core.jobs.models import Artifact, Checkpoint, Job, StageRun
 from core.models.models import Manifest
 from core.storage import get_store
-from tests.chaos.crashing import Crasher, Point
+from tests.chaos.crashing import MIDST, Crasher, Point
 from tests.e2e.stack import Stack, children_of, until
 
 STAGES = [
@@ -33,9 +33,20 @@ known: list[str] = []  # no tenant, name or time is in it, so one clean run serv
 
 
 @pytest.fixture
-def clean(stack: Stack) -> str:
+def crasher(tmp_path: Path) -> Crasher:
+    return Crasher(tmp_path / "crash")
+
+
+@pytest.fixture
+def settings(crasher: Crasher) -> dict[str, str]:
+    """Those of a worker that stores a checkpoint a step, and can be stopped by the crasher."""
+    return EAGER | {"PYTHONPATH": f"{crasher.folder}:{os.environ.get('PYTHONPATH', '')}"}
+
+
+@pytest.fixture
+def clean(stack: Stack, settings: dict[str, str]) -> str:
     """The content hash of a job that nothing disturbed."""
-    stack.worker = stack.start_worker(**EAGER)  # type: ignore[attr-defined]
+    stack.worker = stack.start_worker(**settings)  # type: ignore[attr-defined]
     if not known:
         job_id = stack.submit(stages=STAGES, cache="off")
         assert stack.wait(job_id)["state"] == "succeeded"
@@ -56,9 +67,17 @@ def order(stack: Stack, job_id: str, action: str) -> None:
         getattr(repository, f"{action}_job")(session, tenant_id, job_id)
 
 
-def pause_in(stack: Stack, job_id: str, ordinal: int) -> None:
+def hold_in(stack: Stack, crasher: Crasher, job_id: str, ordinal: int) -> None:
+    """Has the job stand still in the middle of a stage, with a checkpoint, until it is told to stop."""
+    # Stages before it may have to run again.
+    until(lambda: stack.job(job_id)["stages"][ordinal]["state"] == "running", 600, 0.02)
+    crasher.arm(MIDST)
+    until(lambda: crasher.has_struck() and checkpoints_of(job_id, ordinal))
+
+
+def pause_in(stack: Stack, crasher: Crasher, job_id: str, ordinal: int) -> None:
     """Pauses the job in the middle of a stage."""
-    until(lambda: checkpoints_of(job_id, ordinal), 600, 0.02)  # stages before it may have to run again
+    hold_in(stack, crasher, job_id, ordinal)
     order(stack, job_id, "pause")
     until(lambda: stack.job(job_id)["state"] == "paused")
     assert stack.job(job_id)["stages"][ordinal]["state"] == "pending"
@@ -97,10 +116,10 @@ def ended_as(stack: Stack, job_id: str, clean: str) -> list[str]:
     return types
 
 
-def test_a_paused_job_frees_its_process_and_goes_on(stack: Stack, clean: str) -> None:
+def test_a_paused_job_frees_its_process_and_goes_on(stack: Stack, crasher: Crasher, clean: str) -> None:
     job_id = stack.submit(stages=STAGES, cache="off")
     for ordinal in range(2):
-        pause_in(stack, job_id, ordinal)
+        pause_in(stack, crasher, job_id, ordinal)
         assert children_of(stack.worker.pid) == []
         order(stack, job_id, "resume")
     assert ended_as(stack, job_id, clean).count("stage.succeeded") == 2
@@ -108,9 +127,9 @@ def test_a_paused_job_frees_its_process_and_goes_on(stack: Stack, clean: str) ->
         assert "going on from step" in stack.http.get(f"/v1/jobs/{job_id}/stages/{ordinal}/log").text
 
 
-def test_a_terminated_worker_leaves_a_checkpoint_to_the_next(stack: Stack, clean: str) -> None:
+def test_a_terminated_worker_leaves_a_checkpoint_to_the_next(stack: Stack, crasher: Crasher, clean: str) -> None:
     job_id = stack.submit(stages=STAGES, cache="off")
-    until(lambda: checkpoints_of(job_id, 0), every_s=0.02)
+    hold_in(stack, crasher, job_id, 0)
     stack.worker.send_signal(signal.SIGTERM)
     assert stack.worker.wait(60) == 0
     assert stack.job(job_id)["state"] == "queued"
@@ -119,12 +138,10 @@ def test_a_terminated_worker_leaves_a_checkpoint_to_the_next(stack: Stack, clean
     assert "going on from step" in stack.http.get(f"/v1/jobs/{job_id}/stages/0/log").text
 
 
-def test_kills_at_durable_steps_change_nothing(stack: Stack, clean: str, tmp_path: Path) -> None:
-    stack.worker.kill()
-    crasher = Crasher(tmp_path / "crash")
-    settings = EAGER | {"PYTHONPATH": f"{crasher.folder}:{os.environ.get('PYTHONPATH', '')}"}
-    worker = stack.start_worker(**settings)
-    job_id = ""
+def test_kills_at_durable_steps_change_nothing(
+    stack: Stack, crasher: Crasher, settings: dict[str, str], clean: str
+) -> None:
+    worker, job_id = stack.worker, ""
     for point, is_child in KILLS:
         crasher.arm(point)
         job_id = job_id or stack.submit(stages=STAGES, cache="off")
@@ -135,14 +152,14 @@ def test_kills_at_durable_steps_change_nothing(stack: Stack, clean: str, tmp_pat
     assert ended_as(stack, job_id, clean).count("stage.succeeded") == 2
 
 
-def test_damaged_and_foreign_bytes_are_found_and_made_again(stack: Stack, clean: str) -> None:
+def test_damaged_and_foreign_bytes_are_found_and_made_again(stack: Stack, crasher: Crasher, clean: str) -> None:
     job_id = stack.submit(stages=STAGES, cache="off")
-    pause_in(stack, job_id, 0)
+    pause_in(stack, crasher, job_id, 0)
     newest, *_ = checkpoints_of(job_id, 0)
     flip_a_byte(newest)
     plant_checkpoint(job_id, 0)
     order(stack, job_id, "resume")
-    pause_in(stack, job_id, 1)
+    pause_in(stack, crasher, job_id, 1)
     with session_scope() as session:
         query = select(Manifest).join(Artifact, Artifact.manifest_id == Manifest.id)
         [files] = [m.files for m in session.scalars(query.where(Artifact.job_id == job_id, Artifact.name == "teacher"))]

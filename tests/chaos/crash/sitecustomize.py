@@ -1,8 +1,10 @@
 """Put on PYTHONPATH, it lets a process die at a named call: `kill -9`, once, without a hook in the code that dies.
 
 `points.json` beside this file lists `module:qualified name` of the functions to watch. `armed.json` holds
-`{"point": "module:name", "when": "before" | "after", "call": n}`. The process that reaches it renames the file and is
-gone. Only the standard library is used: this runs before anything else in every Python process.
+`{"point": "module:name", "when": "before" | "after", "call": n, "until": null | "module:name"}`. The process that
+reaches it renames the file to `spent.json` and is gone; or, where it names an end, stands still there until any process
+has called that, which removes the file. Only the standard library is used: this runs before anything else in every
+Python process.
 """
 
 import functools
@@ -12,6 +14,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -30,6 +33,7 @@ def reach(point, when):
     try:
         text = ARMED.read_bytes()
     except FileNotFoundError:
+        release(point, when)
         return
     if text != Counter.plan:
         Counter.plan, Counter.reached = text, 0
@@ -42,7 +46,16 @@ def reach(point, when):
             os.rename(ARMED, SPENT)
         except FileNotFoundError:
             return  # another process was faster
-        os.kill(os.getpid(), signal.SIGKILL)
+        if plan["until"] is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        while SPENT.exists():
+            time.sleep(0.01)
+
+
+def release(point, when):
+    """Lets go the process that stands still until this call has returned."""
+    if when == "after" and SPENT.exists() and json.loads(SPENT.read_bytes())["until"] == point:
+        SPENT.unlink()
 
 
 def watch(owner, name, point):
