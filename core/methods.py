@@ -178,15 +178,15 @@ class Student(Method):
 
     @property
     def asks_head(self) -> bool:
-        """Whether what it keeps is told by how well the teacher does the job's task."""
+        """Whether what it keeps is told by how well what it is made of does the job's task."""
         return False
 
     def source(self) -> str | None:
         """Returns the reference of the model that it starts from, None for the teacher."""
         return None
 
-    def check(self, teacher: ModelFacts) -> list[Problem]:
-        """Returns what makes this student impossible for that teacher, which is a model of the task."""
+    def check(self, start: ModelFacts) -> list[Problem]:
+        """Returns what makes this student impossible, made of that model: its source, or the teacher."""
         raise NotImplementedError
 
     def count_layers(self, start: ModelFacts) -> int | None:

@@ -38,7 +38,7 @@ def draft(principal: Principal, job_id: str, order: forking.Fork) -> Draft:
     if forking.INPUT_FIELDS & changed:
         made = plan(principal, spec).inputs
         return Draft(parent.id, first, spec, made, made)
-    if spec.teacher.is_model:
+    if spec.student.source() is None:
         problems = check_student(spec, ModelFacts(**parent.inputs["teacher_facts"]))
         if problems:
             raise spec_invalid(problems)

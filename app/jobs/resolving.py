@@ -182,10 +182,9 @@ def describe_models(
     named = spec.models()
     found = {role: _describe(named[role].field, model, problems) for role, model in sources.models.items()}
     facts = {role: model.facts for role, model in found.items() if model and model.facts}
-    if "teacher" in facts and spec.teacher.is_model:
-        problems += check_student(spec, facts["teacher"]) or _check_depths(spec, facts)
-    if "base" in facts:
-        problems += _check_sharing(spec, facts["base"])
+    start = facts.get("base" if spec.student.source() else "teacher")
+    unfit = check_student(spec, start) if start else []
+    problems += unfit or (_check_depths(spec, facts) if "teacher" in facts and spec.teacher.is_model else [])
     starts = {index: facts.get(_start_of(spec, stage)) for index, stage in enumerate(spec.stages)}
     problems += _of_stages([(index, spec.stages[index].check_model(spec, f)) for index, f in starts.items() if f])
     if spec.compares_tokens() and "base" in found:
@@ -213,10 +212,10 @@ def _check_known_labels(spec: JobSpec, facts: dict[str, ModelFacts], labels: dic
     return problems
 
 
-def check_student(spec: JobSpec, teacher: ModelFacts) -> Problems:
-    """Returns what makes the spec's student impossible for that teacher, a model of the task."""
-    unfit = [{"field": f"student.{p.field}", "message": p.message} for p in spec.student.check(teacher)]
-    return unfit or (_check_sharing(spec, teacher) if spec.student.source() is None else [])
+def check_student(spec: JobSpec, start: ModelFacts) -> Problems:
+    """Returns what makes the spec's student impossible, made of that model."""
+    unfit = [{"field": f"student.{p.field}", "message": p.message} for p in spec.student.check(start)]
+    return unfit or _check_sharing(spec, start)
 
 
 def _check_sharing(spec: JobSpec, start: ModelFacts) -> Problems:

@@ -207,7 +207,8 @@ class JobSpec(StrictModel):
         problems += [Problem(f"teacher.{p.field}", p.message) for p in self.teacher.check(self)]
         roles = {"teacher"} if self.teacher.is_model else set()
         if not self.teacher.is_model and self.student.source() is None:
-            why = f"a '{self.teacher.kind}' teacher only answers, so nothing of it can be kept; use kind 'pretrained'"
+            why = f"a '{self.teacher.kind}' teacher only answers, so nothing of it can be kept; "
+            why += "use kind 'pretrained', or 'teacher_layers' with the model whose layers to keep"
             problems.append(Problem("student.kind", why))
         problems += self._check_maker() + self._check_sharing()
         for index, stage in enumerate(self.stages):

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -100,6 +101,18 @@ def test_a_student_loads_in_stock_transformers(kind: str, context: StageContext,
         teacher = context.load_model("teacher").state_dict()
         for name, tensor in again.state_dict().items():
             torch.testing.assert_close(tensor, teacher[name.replace("layer.1.", "layer.2.")], rtol=0, atol=0)
+
+
+def test_the_kept_layers_may_be_those_of_another_model(context: StageContext) -> None:
+    path = pico.write_model(context.order.inputs_dir / "base", num_layers=2) / "model.safetensors"
+    stored = {name: tensor + 1 for name, tensor in load_file(path).items()}  # as the teacher has none
+    save_file(stored, path, {"format": "pt"})
+    settings = {"kind": "teacher_layers", "model": "other", "keep": [1]}
+    student = list_methods("students")["teacher_layers"].model_validate(settings).build(context)
+    kept = student.base_model.state_dict()
+    assert student.config.num_hidden_layers == 1
+    for name, tensor in kept.items():
+        torch.testing.assert_close(tensor, stored[name.replace("layer.0.", "layer.1.")], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("kind", ["safetensors", *ONNX_FORMS, "openvino"])

@@ -48,8 +48,12 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 @pytest.mark.parametrize("weighting", ["fixed", "entropy"])
 def test_a_job_goes_from_an_ensemble_to_a_classifier(bench: Bench, tmp_path: Path, weighting: str) -> None:
-    bench = bench.copy(tmp_path / "job")
-    spec = make_spec(STAGES, teacher=TEACHER | {"weighting": weighting}, student=STUDENT)
+    bench, student = bench.copy(tmp_path / "job"), STUDENT
+    if weighting == "fixed":  # into layers of one of its models
+        shutil.rmtree(bench.inputs / "base")
+        shutil.copytree(bench.inputs / "teacher_1", bench.inputs / "base")
+        student = {"kind": "teacher_layers", "model": "one", "keep": [0, 2]}
+    spec = make_spec(STAGES, teacher=TEACHER | {"weighting": weighting}, student=student)
     finished = bench.succeed_all(spec)[-1]
     rows = {row["name"]: row for row in finished.last["summary"]["models"]}
     assert rows["teacher"]["accuracy"] > 0.9

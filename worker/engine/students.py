@@ -69,8 +69,8 @@ def drop_layers(ctx: StageContext, teacher: PreTrainedModel, tokenizer: PreTrain
         StageFailed: The teacher has learned nothing of the task.
     """
     if teacher.has_new_head:
-        message = "The teacher has no head for the task, so nothing tells which of its layers are important."
-        hint = "Put a finetune stage before this one, or choose layers by another rule."
+        message = "The model has no head for the task, so nothing tells which of its layers are important."
+        hint = "Put a finetune stage before this one, name a model that was fine-tuned, or choose by another rule."
         raise StageFailed("spec_invalid", message, suggestion=hint)
     data, kept = take_sample(ctx, teacher, tokenizer), [*range(find_layers(teacher)[1])]
     stays = _is_first_unlike(teacher)

@@ -32,9 +32,9 @@ class Fresh(Student):
         None, ge=1, le=262_144, description="Width inside the feed-forward layers; null keeps the teacher's proportion."
     )
 
-    def check(self, teacher: ModelFacts) -> list[Problem]:
+    def check(self, start: ModelFacts) -> list[Problem]:
         """Returns a problem for a width that its heads cannot share."""
-        width = self.hidden_size or teacher.hidden_size
+        width = self.hidden_size or start.hidden_size
         if self.num_heads and width and width % self.num_heads:
             return [Problem("num_heads", f"{self.num_heads} heads cannot share a width of {width}; choose a divisor")]
         return []

@@ -27,7 +27,7 @@ class Pretrained(Student):
         """Returns the model's reference."""
         return self.model
 
-    def check(self, teacher: ModelFacts) -> list[Problem]:
+    def check(self, start: ModelFacts) -> list[Problem]:
         """Returns nothing: what must fit is the vocabulary, which the task asks for."""
         return []
 

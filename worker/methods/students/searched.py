@@ -17,10 +17,10 @@ class Searched(Student):
 
     kind: Literal["searched"] = "searched"
 
-    def check(self, teacher: ModelFacts) -> list[Problem]:
+    def check(self, start: ModelFacts) -> list[Problem]:
         """Returns a problem for a teacher whose layers are not known."""
-        if teacher.num_layers is None:
-            return [Problem("kind", f"a '{teacher.model_type}' config names no number of layers")]
+        if start.num_layers is None:
+            return [Problem("kind", f"a '{start.model_type}' config names no number of layers")]
         return []
 
     def count_layers(self, start: ModelFacts) -> int | None:

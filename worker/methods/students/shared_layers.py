@@ -44,17 +44,17 @@ class SharedLayers(Student):
         "states.",
     )
 
-    def check(self, teacher: ModelFacts) -> list[Problem]:
+    def check(self, start: ModelFacts) -> list[Problem]:
         """Returns a problem for a teacher without such a form, more groups than layers, or too wide embeddings."""
-        if teacher.model_type not in SHAREABLE:
+        if start.model_type not in SHAREABLE:
             known = ", ".join(SHAREABLE)
-            why = f"layers of a '{teacher.model_type}' have no stock form that shares them; known: {known}"
+            why = f"layers of a '{start.model_type}' have no stock form that shares them; known: {known}"
             return [Problem("kind", why)]
-        if teacher.num_layers is not None and teacher.num_layers % self.num_groups:
-            why = f"{teacher.num_layers} layers do not make {self.num_groups} equal groups; choose a divisor"
+        if start.num_layers is not None and start.num_layers % self.num_groups:
+            why = f"{start.num_layers} layers do not make {self.num_groups} equal groups; choose a divisor"
             return [Problem("num_groups", why)]
-        if self.embedding_size and teacher.hidden_size and self.embedding_size > teacher.hidden_size:
-            why = f"the teacher has {teacher.hidden_size} states, and wider tables hold no more; choose at most as many"
+        if self.embedding_size and start.hidden_size and self.embedding_size > start.hidden_size:
+            why = f"the teacher has {start.hidden_size} states, and wider tables hold no more; choose at most as many"
             return [Problem("embedding_size", why)]
         return []
 

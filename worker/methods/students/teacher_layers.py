@@ -1,11 +1,11 @@
-"""A shallower copy of the teacher."""
+"""A shallower copy of the teacher, or of another model."""
 
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
 from core.compressing import Importance
-from core.methods import ModelFacts, OneOf, Problem, Student, Widths
+from core.methods import ModelFacts, ModelRef, OneOf, Problem, Student, Widths
 from core.strict import StrictModel, one_message
 
 if TYPE_CHECKING:
@@ -28,6 +28,9 @@ class Choice(StrictModel):
 class TeacherLayers(Student):
     """Keeps some layers of the teacher, with embeddings and head, as the student's first weights.
 
+    With `model` they are another model's, as of one that was fine-tuned before, or where the teacher is none whose
+    layers could be kept: it is several, or behind an API.
+
     They can be narrower, too: of the states between layers those are kept that the validation split uses most, of the
     heads and of the feed-forward neurons the most important ones.
 
@@ -37,21 +40,24 @@ class TeacherLayers(Student):
     """
 
     kind: Literal["teacher_layers"] = "teacher_layers"
+    model: ModelRef | None = Field(
+        None, description="The model whose layers are kept; null the teacher.", examples=["acme/tickets-teacher"]
+    )
     keep: Annotated[
         Annotated[list[int], Field(min_length=1, max_length=512)] | Choice,
         one_message(
             "keep", "keep is a list of layers, such as [0, 2, 5], or {count: 3, by: uniform, first, last or importance}"
         ),
     ] = Field(
-        description="Layers of the teacher to keep, counted from 0, in order; or `{count, by}` for so many by a rule.",
+        description="Layers to keep, counted from 0, in order; or `{count, by}` for so many by a rule.",
         examples=[[0, 2, 5], {"count": 3, "by": "importance"}],
     )
 
     hidden_size: int | None = Field(
-        None, ge=1, le=65_536, description="Width of the states, with heads of the teacher's width; null the teacher's."
+        None, ge=1, le=65_536, description="Width of the states, with heads as wide as before; null as wide as before."
     )
     intermediate_size: int | None = Field(
-        None, ge=1, le=262_144, description="Neurons inside each feed-forward layer; null as many as the teacher's."
+        None, ge=1, le=262_144, description="Neurons inside each feed-forward layer; null as many as before."
     )
     importance: Annotated[Importance, OneOf()] = Field(
         default={"kind": "activation"},
@@ -70,28 +76,31 @@ class TeacherLayers(Student):
         by_score = isinstance(self.keep, Choice) and self.keep.by == "importance"
         return by_score or (self.is_narrower and self.importance.needs_gradients)
 
-    def check(self, teacher: ModelFacts) -> list[Problem]:
-        """Returns a problem for layers that the teacher lacks or that are not in order, or for an impossible width."""
-        width, heads = teacher.hidden_size, teacher.num_heads
+    def source(self) -> str | None:
+        """Returns the reference of the model whose layers are kept, None for the teacher."""
+        return self.model
+
+    def check(self, start: ModelFacts) -> list[Problem]:
+        """Returns a problem for layers that the model lacks or that are not in order, or for an impossible width."""
+        width, heads, what = start.hidden_size, start.num_heads, "model" if self.model else "teacher"
         if self.hidden_size and width and self.hidden_size > width:
-            return [
-                Problem("hidden_size", f"the teacher has {width} states; a student cannot be wider than its teacher")
-            ]
-        if self.hidden_size and width and heads and (self.hidden_size * heads) % width:
-            why = f"heads of the teacher are {width // heads} wide; choose a multiple of that"
+            why = f"the {what} has {width} states; a student cannot be wider than its {what}"
             return [Problem("hidden_size", why)]
-        if teacher.num_layers is None:
-            return [Problem("keep", f"a '{teacher.model_type}' config names no number of layers")]
+        if self.hidden_size and width and heads and (self.hidden_size * heads) % width:
+            why = f"heads of the {what} are {width // heads} wide; choose a multiple of that"
+            return [Problem("hidden_size", why)]
+        if start.num_layers is None:
+            return [Problem("keep", f"a '{start.model_type}' config names no number of layers")]
         if isinstance(self.keep, Choice):
             last, field = self.keep.count - 1, "keep.count"
         else:
             last, field = self.keep[-1], "keep"
             if self.keep != sorted(set(self.keep)) or self.keep[0] < 0:
                 return [Problem("keep", f"found {self.keep}; name each layer once, in rising order, counted from 0")]
-        if last >= teacher.num_layers:
+        if last >= start.num_layers:
             why = (
-                f"layer {last} does not exist: the teacher has {teacher.num_layers} layers, 0 to "
-                f"{teacher.num_layers - 1}; a student cannot be deeper than its teacher"
+                f"layer {last} does not exist: the {what} has {start.num_layers} layers, 0 to "
+                f"{start.num_layers - 1}; a student cannot be deeper than its {what}"
             )
             return [Problem(field, why)]
         return []
@@ -101,7 +110,7 @@ class TeacherLayers(Student):
         return self.keep.count if isinstance(self.keep, Choice) else len(self.keep)
 
     def count_parameters(self, start: ModelFacts) -> int | None:
-        """Returns those of the teacher without the layers that go; None where a rule chooses among unequal ones."""
+        """Returns those of the model without the layers that go; None where a rule chooses among unequal ones."""
         if self.is_narrower:
             return self._count_narrower(start)
         if start.num_parameters is None or start.layer_parameters is None:
@@ -114,7 +123,7 @@ class TeacherLayers(Student):
         return None if kept is None else start.num_parameters - sum(layers) + kept
 
     def widths(self, start: ModelFacts) -> Widths | None:
-        """Returns the teacher's, or those that are asked for."""
+        """Returns the model's, or those that are asked for."""
         made = start.composition
         return made.widths.narrowed(self.hidden_size, self.intermediate_size) if made else None
 
@@ -124,12 +133,13 @@ class TeacherLayers(Student):
         return made.count(widths, num_layers) if made and widths else None
 
     def build(self, ctx: "StageContext") -> "PreTrainedModel":
-        """Returns the teacher cut down to the kept layers and widths."""
+        """Returns the model cut down to the kept layers and widths."""
         from worker.engine.narrowing import narrow
         from worker.engine.students import choose_layers, keep_layers
 
-        teacher, tokenizer, keep = ctx.load_model("teacher"), ctx.load_tokenizer("teacher"), self.keep
+        role, keep = "base" if self.model else "teacher", self.keep
+        model, tokenizer = ctx.load_model(role), ctx.load_tokenizer(role)
         if isinstance(keep, Choice):
-            keep = choose_layers(ctx, teacher, tokenizer, keep.count, keep.by)
-        student = keep_layers(teacher, keep)
+            keep = choose_layers(ctx, model, tokenizer, keep.count, keep.by)
+        student = keep_layers(model, keep)
         return narrow(ctx, student, tokenizer, self) if self.is_narrower else student
