@@ -182,7 +182,7 @@ def describe_models(
     named = spec.models()
     found = {role: _describe(named[role].field, model, problems) for role, model in sources.models.items()}
     facts = {role: model.facts for role, model in found.items() if model and model.facts}
-    start = facts.get("base" if spec.student.source() else "teacher")
+    start = facts.get(spec.starts_from)
     unfit = check_student(spec, start) if start else []
     problems += unfit or (_check_depths(spec, facts) if "teacher" in facts and spec.teacher.is_model else [])
     starts = {index: facts.get(_start_of(spec, stage)) for index, stage in enumerate(spec.stages)}
@@ -197,7 +197,7 @@ def describe_models(
 
 def _start_of(spec: JobSpec, stage: Stage) -> str:
     """Returns the role of the model from which the one starts that a stage changes, or else the student."""
-    return "base" if spec.student.source() and getattr(stage, "role", "student") == "student" else "teacher"
+    return spec.starts_from if getattr(stage, "role", "student") == "student" else "teacher"
 
 
 def _check_known_labels(spec: JobSpec, facts: dict[str, ModelFacts], labels: dict[str, list[str]]) -> Problems:
@@ -229,7 +229,7 @@ def _check_sharing(spec: JobSpec, start: ModelFacts) -> Problems:
 
 def _check_depths(spec: JobSpec, facts: dict[str, ModelFacts]) -> Problems:
     """Returns what is wrong with stages that speak of layers, as far as it is known how many there will be."""
-    start, teacher = facts.get("base" if spec.student.source() else "teacher"), facts["teacher"].num_layers
+    start, teacher = facts.get(spec.starts_from), facts["teacher"].num_layers
     student = spec.student.count_layers(start) if start else None
     if not student or not teacher:
         return []

@@ -49,7 +49,7 @@ def plan(principal: Principal, spec: JobSpec) -> Plan:
 
 def expect_student(spec: JobSpec, made: Plan) -> ExpectedStudent:
     """Returns how large the student of a planned job will be."""
-    start = made.facts.get("base" if spec.student.source() else "teacher")
+    start = made.facts.get(spec.starts_from)
     if any(stage.resizes for stage in spec.stages) or spec.task.shared_layers is not None:
         start = None
     count = spec.student.count_parameters(start) if start else None

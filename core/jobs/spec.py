@@ -150,6 +150,11 @@ class JobSpec(StrictModel):
         base = self.student.source()
         return taught | ({} if base is None else {"base": ModelSource("student.model", base)})
 
+    @property
+    def starts_from(self) -> str:
+        """The role of the model that the student is made of."""
+        return "base" if self.student.source() else "teacher"
+
     def task_of(self, path: str) -> Task:
         """Returns the task of a split, by its path as of `DataSpec.refs`."""
         name = path.partition("/")[2]

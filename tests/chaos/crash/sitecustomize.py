@@ -54,8 +54,12 @@ def reach(point, when):
 
 def release(point, when):
     """Lets go the process that stands still until this call has returned."""
-    if when == "after" and SPENT.exists() and json.loads(SPENT.read_bytes())["until"] == point:
-        SPENT.unlink()
+    try:
+        plan = json.loads(SPENT.read_bytes())
+    except FileNotFoundError:
+        return  # also where another process has just let go
+    if when == "after" and plan["until"] == point:
+        SPENT.unlink(missing_ok=True)
 
 
 def watch(owner, name, point):
