@@ -11,7 +11,7 @@ import math
 import random
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -66,6 +66,7 @@ class Asker:
         self._closing = threading.Event()
         self._lock = threading.Lock()
         self._num_open = 0
+        self._under_way: dict[str, Future[dict[str, Any]]] = {}
         self._error: StageFailed | None = None
         headers = {"Authorization": f"Bearer {self._secret}"} if self._secret else {}
         limits = httpx.Limits(max_connections=self._teacher.concurrency)
@@ -107,6 +108,22 @@ class Asker:
     def _answer(self, body: dict[str, Any]) -> dict[str, Any]:
         url = self._teacher.base_url.rstrip("/") + PATHS[self._teacher.endpoint]
         key = hashlib.sha256(json.dumps({"url": url, "body": body}, sort_keys=True).encode()).hexdigest()
+        mine: Future[dict[str, Any]] = Future()
+        with self._lock:
+            first = self._under_way.setdefault(key, mine)
+        if first is not mine:
+            return first.result()  # an equal request is under way, and paid for once
+        try:
+            mine.set_result(self._look_up(url, key, body))
+        except BaseException as error:
+            mine.set_exception(error)
+        finally:
+            with self._lock:
+                del self._under_way[key]
+        return mine.result()
+
+    def _look_up(self, url: str, key: str, body: dict[str, Any]) -> dict[str, Any]:
+        """Returns the answer that is stored, or else the API's, which then is."""
         tenant_id, job_id = self._taken.tenant_id, self._taken.job_id
         known = transact(lambda session: find_answer(session, tenant_id, key))
         if known is not None:
@@ -150,12 +167,11 @@ class Asker:
                 return self._ask_once(url, key, body)
             except NoAnswer as error:
                 log.warning("attempt %d of %d at an answer: %s", attempt, self._teacher.tries, error)
-                if attempt == self._teacher.tries or self._closing.is_set():
+                wait_s = max(error.pause_s, pause_s * random.uniform(0.5, 1.5))  # noqa: S311 - so that not all come at once
+                if attempt == self._teacher.tries or self._closing.wait(min(wait_s, LAST_PAUSE_S)):
                     what = f"The teacher's API gave no answer in {attempt} attempts; the last: {error}"
                     hint = "See whether the API is up, and submit the job again: it asks only for what is left."
                     raise StageFailed("teacher_unavailable", what, suggestion=hint, retryable=True) from error
-                wait_s = max(error.pause_s, pause_s * random.uniform(0.5, 1.5))  # noqa: S311 - so that not all come at once
-                self._closing.wait(min(wait_s, LAST_PAUSE_S))
                 pause_s *= 2
         raise AssertionError
 
@@ -165,23 +181,26 @@ class Asker:
         try:
             with self._client.stream("POST", url, json=body, headers={"Idempotency-Key": key}) as response:
                 content = _read(response)
+        except httpx.LocalProtocolError as error:  # it shows the header that it refuses, which may be the key
+            raise NoAnswer("the request cannot be sent; is the key as the API gave it?") from error
         except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise NoAnswer(f"{type(error).__name__}: {error}") from error
+            raise NoAnswer(self._show(f"{type(error).__name__}: {error}")) from error
+        shown = self._show(content.decode("utf-8", "replace"))
         if response.status_code in PASSING:
-            raise NoAnswer(f"{response.status_code}: {self._show(content)}", _pause_of(response))
+            raise NoAnswer(f"{response.status_code}: {shown}", _pause_of(response))
         if response.status_code != 200:
             raise StageFailed(
                 "teacher_unavailable",
-                f"The teacher's API refuses: {response.status_code}: {self._show(content)}",
+                f"The teacher's API refuses: {response.status_code}: {shown}",
                 suggestion="Check base_url, model, secret and options of the teacher.",
             )
         try:
             return read_answer(self._teacher.endpoint, json.loads(content))
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-            raise NoAnswer(f"not an answer of this API: {type(error).__name__} in {self._show(content)}") from error
+            raise NoAnswer(f"not an answer of this API: {type(error).__name__} in {shown}") from error
 
-    def _show(self, content: bytes) -> str:
-        text = content.decode("utf-8", "replace")
+    def _show(self, text: str) -> str:
+        """Returns the beginning of what is told others, without the key."""
         return (text.replace(self._secret, "***") if self._secret else text)[:SHOWN]
 
 

@@ -4,7 +4,7 @@ from datetime import datetime
 from typing import Annotated
 
 from fastapi import APIRouter, Path
-from pydantic import BaseModel, ConfigDict, Field, SecretStr
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
 
 from app.deps import DbSession, Reader, Writer
 from app.envelope import errors
@@ -26,6 +26,15 @@ class NewSecret(BaseModel):
     value: SecretStr = Field(
         min_length=1, max_length=8192, description="What is kept; it cannot be read again.", examples=["sk-…"]
     )
+
+    @field_validator("value")
+    @classmethod
+    def _fits_a_header(cls, value: SecretStr) -> SecretStr:
+        """A file's last line break is no part of a key; what no HTTP header can hold would fail in a worker."""
+        text = value.get_secret_value().strip()
+        if not text or not all("!" <= letter <= "~" for letter in text):
+            raise ValueError("a key has letters, digits and signs of ASCII only, without blanks or line breaks between")
+        return SecretStr(text)
 
 
 class SecretView(BaseModel):

@@ -49,6 +49,19 @@ def test_a_secret_is_stored_and_never_shown(api: Api, keyed: str) -> None:
         read(api, "openai-key")
 
 
+@pytest.mark.parametrize("value", ["sk a", "sk\nb", "sk-é", " \n", "sk\x00"])
+def test_what_no_header_can_hold_is_refused(api: Api, keyed: str, value: str) -> None:
+    answer = api("PUT", "/v1/secrets/openai-key", json={"value": value})
+    assert (answer.status_code, answer.json()["error"]["details"][0]["field"]) == (422, "value")
+    assert "ASCII" in answer.text
+    assert api("GET", "/v1/secrets").json()["data"] == []
+
+
+def test_the_last_line_break_of_a_file_is_no_part_of_a_key(api: Api, keyed: str) -> None:
+    assert api("PUT", "/v1/secrets/openai-key", json={"value": f" {VALUE}\r\n"}).status_code == 200
+    assert read(api, "openai-key") == VALUE
+
+
 def test_another_tenants_secrets_do_not_exist(api: Api, other: Api, keyed: str) -> None:
     assert other("PUT", "/v1/secrets/mine", json={"value": VALUE}).status_code == 200
     assert api("GET", "/v1/secrets").json()["data"] == []

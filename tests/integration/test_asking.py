@@ -1,0 +1,77 @@
+"""What a supervisor asks a teacher's API: each question once, and the key told to nobody."""
+
+import queue
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from core.db import session_scope
+from core.ids import new_id
+from core.jobs import ownership
+from core.jobs.answers import sum_spent
+from core.jobs.creation import create_job
+from core.jobs.spec import load_spec
+from core.settings import get_settings
+from tests.teacher_api import COMPLETION_TOKENS, PROMPT_TOKENS, TeacherApi
+from worker import asking
+from worker.asking import Asker
+
+BODY = {"messages": [{"role": "user", "content": "Text: my parcel is late\n"}], "logprobs": True}
+
+
+@pytest.fixture
+def claim(tenant: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., ownership.Claim]:
+    """Makes a claim on a job whose teacher is at an address."""
+    settings = get_settings().model_copy(update={"teacher_hosts": "127.0.0.1"})
+    monkeypatch.setattr(asking, "get_settings", lambda: settings)
+
+    def make(url: str, **teacher: Any) -> ownership.Claim:
+        name = new_id("q")
+        described = {"kind": "openai", "base_url": url, "model": "big"} | teacher
+        student = {"kind": "pretrained", "model": "b"}
+        spec = load_spec({"teacher": described, "student": student, "data": "d"})
+        with session_scope() as session:
+            create_job(session, tenant[0], spec, {"data": {}, "labels": []}).queue = name
+        with session_scope() as session:
+            taken = ownership.claim(session, "w", [name])
+        assert taken is not None
+        return taken
+
+    return make
+
+
+def test_equal_requests_at_the_same_time_are_paid_for_once(claim: Callable[..., ownership.Claim]) -> None:
+    api, heard = TeacherApi(), queue.Queue()
+    api.left = 0
+    with api.serving() as url:
+        taken = claim(url)
+        asker = Asker(taken, heard.put)
+        for number in range(4):
+            asker.ask(number, BODY)
+        api.release()
+        told = [heard.get(timeout=60) for _ in range(4)]
+        asker.close()
+    assert sorted(one["number"] for one in told) == [0, 1, 2, 3]
+    assert all(one["answer"] == told[0]["answer"] for one in told)
+    assert list(api.delivered.values()) == [1]
+    with session_scope() as session:
+        spent = sum_spent(session, taken.tenant_id, taken.job_id)
+    assert spent == asker._spent == (1, PROMPT_TOKENS, COMPLETION_TOKENS)
+
+
+def test_an_error_of_the_client_does_not_show_the_key(
+    claim: Callable[..., ownership.Claim], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A header with a line break is refused by the client, which shows it."""
+    key = "sk-very-secret\n"
+    monkeypatch.setattr(asking, "read_secret", lambda *_: key)
+    api, heard = TeacherApi(), queue.Queue()
+    with api.serving() as url:
+        asker = Asker(claim(url, secret="openai", tries=1), heard.put)
+        asker.ask(0, BODY)
+        told = heard.get(timeout=60)
+        asker.close()
+    assert told["error"]["reason"] == "teacher_unavailable"
+    assert "sk-very-secret" not in str(told) + caplog.text
+    assert not api.seen
