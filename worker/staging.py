@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from core.db import session_scope
-from core.errors import BlobDamaged, StageFailed
+from core.errors import BlobDamaged, LeaseLost, StageFailed
 from core.jobs.checkpoints import list_checkpoints, record_checkpoint, reject_checkpoint
 from core.jobs.models import Metric, StageRun
 from core.jobs.ownership import Claim, list_done, owned
@@ -41,6 +41,10 @@ class InputDamaged(Exception):
     def __init__(self, role: str, message: str) -> None:
         super().__init__(message)
         self.role = role
+
+
+class StopAsked(Exception):
+    """The job is to stop, or its seconds are used up: heard before its stage has begun."""
 
 
 class Inputs(NamedTuple):
@@ -96,9 +100,12 @@ class Staging:
     def __exit__(self, *_: object) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def find_inputs(self) -> "Inputs":
-        """Returns what the stage is given: the newest manifest of every role, the data, the history, and its order."""
-        models = ensure_models(self.claim)
+    def find_inputs(self, listen: Callable[[], None]) -> "Inputs":
+        """Returns what the stage is given: the newest manifest of every role, the data, the history, and its order.
+
+        `listen` is called while a model is fetched, and may raise to stop.
+        """
+        models = ensure_models(self.claim, listen)
         return transact(lambda session: self._find_inputs(session, models))
 
     def _find_inputs(self, session: Session, models: dict[str, list[ManifestFile]]) -> "Inputs":
@@ -180,9 +187,13 @@ class Staging:
         log.warning("checkpoint %d of %s is %s: %s", step, self.claim.job_id, kind, why)
         transact(lambda session: reject_checkpoint(session, self.claim, self.ordinal, step, kind, why))
 
-    def take_checkpoint(self, step: int, name: str, stage_key: str) -> None:
+    def checkpoint_path(self, name: str) -> Path:
+        """Returns where the child writes a checkpoint of this name."""
+        return self.folder / "checkpoints" / Path(name).name
+
+    def take_checkpoint(self, step: int, path: Path, stage_key: str) -> None:
         """Stores a checkpoint that the child wrote, and lets go of those that it replaces."""
-        blob = get_store().take_file(self.folder / "checkpoints" / Path(name).name)
+        blob = get_store().take_file(path)
         with session_scope() as session:  # not waited for: the child that wrote it must be watched
             dropped = record_checkpoint(session, self.claim, self.ordinal, step, blob, stage_key)
         discard(dropped)
@@ -212,7 +223,7 @@ def discard(shas: list[str]) -> None:
         store.discard(sha256, before)
 
 
-def ensure_models(claim: Claim) -> dict[str, list[ManifestFile]]:
+def ensure_models(claim: Claim, listen: Callable[[], None]) -> dict[str, list[ManifestFile]]:
     """Returns the files of the models that the spec names, by role, fetched from the hub if that is still to do."""
 
     def find(session: Session) -> dict[str, tuple[dict[str, Any], list[ManifestFile]]]:
@@ -225,12 +236,16 @@ def ensure_models(claim: Claim) -> dict[str, list[ManifestFile]]:
             for manifest in [known and get_manifest(session, claim.tenant_id, known)]
         }
 
-    return {role: files or _fetch(claim, role, source["hub"]) for role, (source, files) in transact(find).items()}
+    return {
+        role: files or _fetch(claim, role, source["hub"], listen) for role, (source, files) in transact(find).items()
+    }
 
 
-def _fetch(claim: Claim, role: str, hub: dict[str, str]) -> list[ManifestFile]:
+def _fetch(claim: Claim, role: str, hub: dict[str, str], listen: Callable[[], None]) -> list[ManifestFile]:
     try:
-        files = fetch(hub["repo"], hub["commit"], get_store())
+        files = fetch(hub["repo"], hub["commit"], get_store(), listen)
+    except (LeaseLost, StopAsked):
+        raise
     except Exception as error:
         message = f"the model {hub['repo']}@{hub['commit'][:12]} could not be fetched: {error}"
         raise StageFailed(

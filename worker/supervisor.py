@@ -6,7 +6,8 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import Any
 
 from sqlalchemy import select
@@ -20,6 +21,7 @@ from core.jobs.ownership import (
     Claim,
     claim,
     commit_stage,
+    desired_of,
     fail_stage,
     hand_back,
     owned,
@@ -32,10 +34,11 @@ from core.models.repository import files_of, get_manifest
 from core.settings import get_settings
 from core.storage import get_store
 from worker.lease import Lease
-from worker.staging import InputDamaged, Staging, discard
+from worker.staging import InputDamaged, Staging, StopAsked, discard
 from worker.transactions import transact
 from worker.watch import Watch, deadline_of
 
+LISTEN_S = 1.0
 log = logging.getLogger(__name__)
 
 
@@ -89,7 +92,7 @@ class Supervisor:
         with Staging(taken, ordinal) as staging:
             try:
                 staging.make()
-                inputs = staging.find_inputs()
+                inputs = staging.find_inputs(self._make_listener(taken, lease))
                 key = inputs.key()
                 if inputs.cache == "use" and (ended := _reuse(taken, ordinal, key)) is not None:
                     return not ended and _goes_on(taken)
@@ -98,6 +101,8 @@ class Supervisor:
                 transact(lambda session: start_stage(session, taken, ordinal, offered))
                 watch = Watch(taken, lease, staging, self.draining, key)
                 return _settle(taken, staging, watch.run())
+            except StopAsked:
+                return _stop(taken, staging, "stopped while a model was fetched")
             except InputDamaged as error:
                 return _redo(taken, staging, error)
             except (StageFailed, StillhouseError, OSError) as error:
@@ -106,6 +111,23 @@ class Supervisor:
                 log.exception("stage %d of %s failed in the supervisor", ordinal, taken.job_id)
                 _fail(taken, staging, _error_of(error))
                 return False
+
+    def _make_listener(self, taken: Claim, lease: Lease) -> Callable[[], None]:
+        """Returns what raises when the job is to stop here: LeaseLost, or StopAsked."""
+        find_deadline, heard = cache(partial(deadline_of, taken)), time.monotonic()
+
+        def listen() -> None:
+            nonlocal heard
+            if lease.lost.is_set():
+                raise LeaseLost()
+            if self.draining.is_set() or time.monotonic() > find_deadline():
+                raise StopAsked()
+            if time.monotonic() - heard > LISTEN_S:
+                heard = time.monotonic()
+                if transact(lambda session: desired_of(session, taken)) != "run":
+                    raise StopAsked()
+
+        return listen
 
 
 def _reuse(taken: Claim, ordinal: int, key: str) -> bool | None:
@@ -145,7 +167,7 @@ def _settle(taken: Claim, staging: Staging, outcome: dict[str, Any]) -> bool:
             _fail(taken, staging, error, outcome.get("publishes", []))
             return False
         case "stopped":
-            return _stop(taken, staging)
+            return _stop(taken, staging, "stopped at a checkpoint")
         case "unfit" if staging.checkpoint_step is not None:
             staging.reject_checkpoint(staging.checkpoint_step, "unfit", outcome["message"])
             return True
@@ -160,17 +182,18 @@ def _commit(taken: Claim, staging: Staging, summary: dict[str, Any]) -> bool:
 
     def write(session: Session) -> tuple[bool, list[str]]:
         ended = commit_stage(session, taken, staging.ordinal, outputs, summary, stage_log)
-        return ended, drop_checkpoints(session, taken, staging.ordinal)
+        is_done = session.get_one(StageRun, (taken.job_id, staging.ordinal)).state in DONE
+        return ended, drop_checkpoints(session, taken, staging.ordinal) if is_done else []  # a retry goes on from them
 
     ended, dropped = transact(write)
     discard(dropped)
     return ended
 
 
-def _stop(taken: Claim, staging: Staging) -> bool:
+def _stop(taken: Claim, staging: Staging, why: str) -> bool:
     """Hands a stopped job back, or ends it if its seconds are used up."""
     if time.monotonic() <= deadline_of(taken):
-        return _hand_back(taken, "stopped at a checkpoint")
+        return _hand_back(taken, why)
     error = {
         "reason": "budget_exhausted",
         "message": "the job's max_seconds are used up",

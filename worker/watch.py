@@ -67,7 +67,9 @@ class Watch:
                     flushed = time.monotonic()
                 self._check(child, time.monotonic() - heard)
             code = child.wait()
-            self._flush()
+            while not self._flush():  # else the stage would end without what it reported
+                if self.lease.lost.wait(FLUSH_S):
+                    raise LeaseLost()
         finally:
             if self.asker is not None:
                 self.asker.close()
@@ -105,12 +107,14 @@ class Watch:
 
         A run that goes on from it does not report those steps again, so they must be in the database first.
         """
-        if not self._flush():
-            return
+        path = self.staging.checkpoint_path(name)
         try:
-            self.staging.take_checkpoint(step, name, self.stage_key)
+            if self._flush():
+                self.staging.take_checkpoint(step, path, self.stage_key)
         except (StorageFull, OSError, *DatabaseAway) as error:
             log.warning("checkpoint %d of %s not stored: %s", step, self.taken.job_id, type(error).__name__)
+        finally:
+            path.unlink(missing_ok=True)  # it stays where the store is on another disk, or was not asked
 
     def _flush(self) -> bool:
         """Writes what was reported and hears what is desired; while the database is away, all is kept for later.

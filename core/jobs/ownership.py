@@ -283,7 +283,7 @@ def fail_stage(
     if stage_log:
         _keep_log(stage, stage_log)
     error = error | {"stage": stage.kind, "ordinal": ordinal}
-    if error["retryable"] and job.state == "running" and job.retries < job.spec.get("retries", 0):
+    if error["retryable"] and job.retries < job.spec.get("retries", 0):
         job.retries += 1
         job.not_before = func.now() + timedelta(seconds=RETRY_AFTER_S * 2 ** (job.retries - 1))
         add_event(session, job, "stage.retried", error["message"], "warning", error | {"retry": job.retries})

@@ -3,7 +3,7 @@
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,8 +45,11 @@ def resolve(ref: str) -> HubModel:
     return HubModel(repo, str(info.sha), _read_config(repo, str(info.sha), total))
 
 
-def fetch(repo: str, commit: str, store: ArtifactStore) -> list[ManifestFile]:
-    """Returns the stored files of a commit, checked as an upload is. Raises ModelInvalid or Unavailable."""
+def fetch(repo: str, commit: str, store: ArtifactStore, between: Callable[[], None]) -> list[ManifestFile]:
+    """Returns the stored files of a commit, checked as an upload is. Raises ModelInvalid or Unavailable.
+
+    `between` is called with every MiB, and may raise to stop.
+    """
     with _hub_errors(repo), ExitStack() as stack:
         info = _api().model_info(repo, revision=commit, timeout=TIMEOUT_S, files_metadata=True)
         siblings = [s for s in info.siblings or [] if is_safe_path(s.rfilename) and is_allowed_name(s.rfilename)]
@@ -55,7 +58,7 @@ def fetch(repo: str, commit: str, store: ArtifactStore) -> list[ManifestFile]:
         staged: dict[str, BlobWriter] = {}
         for sibling in siblings:
             staged[sibling.rfilename] = writer = stack.enter_context(store.writer())
-            _download(repo, commit, sibling.rfilename, writer)
+            _download(repo, commit, sibling.rfilename, writer, between=between)
         for writer in staged.values():
             writer.seal()
         check_model({path: writer.path for path, writer in staged.items()})
@@ -83,7 +86,14 @@ def _read_config(repo: str, commit: str, num_parameters: int | None) -> ModelFac
         raise ModelInvalid(f"'{repo}': config.json cannot be used: {problem or error}", param="config.json") from error
 
 
-def _download(repo: str, commit: str, path: str, writer: BlobWriter, limit_bytes: int | None = None) -> None:
+def _download(
+    repo: str,
+    commit: str,
+    path: str,
+    writer: BlobWriter,
+    limit_bytes: int | None = None,
+    between: Callable[[], None] = lambda: None,
+) -> None:
     from huggingface_hub import hf_hub_url
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
@@ -94,6 +104,7 @@ def _download(repo: str, commit: str, path: str, writer: BlobWriter, limit_bytes
     with get_session().stream("GET", url, headers=headers, follow_redirects=True, timeout=TIMEOUT_S) as response:
         hf_raise_for_status(response)
         for chunk in response.iter_bytes(1024 * 1024):
+            between()
             writer.write(chunk)
             if writer.size_bytes > limit:
                 raise PayloadTooLarge(f"'{path}' of '{repo}' is larger than this server accepts.")

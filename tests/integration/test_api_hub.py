@@ -17,6 +17,7 @@ from core.models import hub
 from core.settings import Settings
 from core.storage import get_store
 from tests.api import Api, model_files, num_blobs
+from worker.staging import StopAsked
 
 COMMIT = "c" * 40
 REPOS = {
@@ -93,7 +94,7 @@ def test_what_cannot_be_used_is_refused_at_submission(api: Api, ref: str, word: 
 
 
 def test_a_fetch_takes_only_what_an_upload_may_hold() -> None:
-    files = hub.fetch("org/good", COMMIT, get_store())
+    files = hub.fetch("org/good", COMMIT, get_store(), lambda: None)
     assert {f.path: f.sha256 for f in files} == {
         path: hashlib.sha256(data).hexdigest() for path, data in model_files().items()
     }
@@ -102,7 +103,17 @@ def test_a_fetch_takes_only_what_an_upload_may_hold() -> None:
 def test_a_fetch_of_bad_bytes_leaves_nothing() -> None:
     before = num_blobs()
     with pytest.raises(ModelInvalid, match="a Python pickle"):
-        hub.fetch("org/evil", COMMIT, get_store())
+        hub.fetch("org/evil", COMMIT, get_store(), lambda: None)
+    assert num_blobs() == before
+
+
+def test_a_fetch_that_is_stopped_leaves_nothing() -> None:
+    def stop() -> None:
+        raise StopAsked()
+
+    before = num_blobs()
+    with pytest.raises(StopAsked):
+        hub.fetch("org/good", COMMIT, get_store(), stop)
     assert num_blobs() == before
 
 

@@ -61,7 +61,7 @@ def redo(claim: ownership.Claim, role: str, before: int) -> bool:
 
 def read_by(claim: ownership.Claim, ordinal: int) -> dict[str, str]:
     """Returns by role what a stage is given."""
-    roles = Staging(claim, ordinal).find_inputs().roles
+    roles = Staging(claim, ordinal).find_inputs(lambda: None).roles
     return {role: get_store().get_path(found[0].sha256).read_text() for role, found in roles.items()}
 
 

@@ -1,24 +1,32 @@
 """What a worker makes of a full disk, a database that blinks, and its own faults."""
 
+import threading
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from sqlalchemy import func, select, text
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
 from core.db import session_scope
+from core.errors import LeaseLost
 from core.ids import new_id
 from core.jobs import ownership
 from core.jobs.checkpoints import record_checkpoint, reject_checkpoint
 from core.jobs.creation import create_job
-from core.jobs.models import Event, Job, StageRun
+from core.jobs.models import Checkpoint, Event, Job, Metric, StageRun
+from core.jobs.repository import cancel_job, pause_job
 from core.jobs.spec import load_spec
 from core.models.repository import put_manifest
 from core.settings import get_settings
 from core.storage import get_store
 from tests.disks import mounted
-from worker import lease, staging, transactions
+from worker import lease, staging, supervisor, transactions, watch
+from worker.staging import Staging, StopAsked
 from worker.supervisor import Supervisor
 
 SPEC = {"teacher": {"model": "a"}, "student": {"kind": "teacher_layers", "keep": [0]}, "data": "d", "retries": 0}
@@ -92,6 +100,119 @@ def test_repeated_work_is_done_once(claim: ownership.Claim) -> None:
     with session_scope() as session:
         stage = session.get_one(StageRun, (claim.job_id, 0))
     assert (stage.state, stage.attempt) == ("pending", 1)
+
+
+def checkpoints_of(claim: ownership.Claim) -> list[int]:
+    with session_scope() as session:
+        return list(session.scalars(select(Checkpoint.step).where(Checkpoint.job_id == claim.job_id)))
+
+
+def test_a_cancellation_that_meets_the_end_of_a_stage_leaves_its_checkpoints(claim: ownership.Claim) -> None:
+    blob = get_store().put_bytes(b"checkpoint")
+    with session_scope() as session:
+        ownership.start_stage(session, claim, 0)
+        record_checkpoint(session, claim, 0, 5, blob, "key")
+        cancel_job(session, claim.tenant_id, claim.job_id)
+    with Staging(claim, 0) as folder:
+        folder.make()
+        assert supervisor._commit(claim, folder, {})
+    assert checkpoints_of(claim) == [5]
+
+
+def test_a_pause_outlives_a_fault_that_passes(claim: ownership.Claim) -> None:
+    error = {"reason": "storage_full", "message": "m", "suggestion": "s", "retryable": True}
+    with session_scope() as session:
+        job = session.get_one(Job, claim.job_id)
+        job.spec = job.spec | {"retries": 1}
+        ownership.start_stage(session, claim, 0)
+        pause_job(session, claim.tenant_id, claim.job_id)
+    with session_scope() as session:
+        ownership.fail_stage(session, claim, 0, error, None)
+    with session_scope() as session:
+        assert session.get_one(Job, claim.job_id).state == "paused"
+
+
+class Spoken:
+    """A child that reports one metric, and ends."""
+
+    def __init__(self, *_: object) -> None:
+        self._left = [{"type": "metrics", "points": [["loss", 1, 0.5]]}, {"type": "result", "summary": {}}, None]
+
+    def receive(self, _: float) -> Any:
+        return self._left.pop(0)
+
+    def wait(self) -> int:
+        return 0
+
+    def kill(self) -> None:
+        pass
+
+
+def without_database(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+    """Has the watch find no database so many times."""
+    left = [OperationalError("select 1", {}, Exception("away")) for _ in range(times)]
+
+    def scope() -> AbstractContextManager[Session]:
+        if left:
+            raise left.pop()
+        return session_scope()
+
+    monkeypatch.setattr(watch, "session_scope", scope)
+    monkeypatch.setattr(watch, "FLUSH_S", 0.01)
+
+
+def test_what_a_stage_reported_is_written_before_it_ends(
+    claim: ownership.Claim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch, "Child", Spoken)
+    without_database(monkeypatch, 5)
+    with Staging(claim, 0) as folder, lease.Lease(claim) as held:
+        folder.make()
+        assert watch.Watch(claim, held, folder, threading.Event(), "key").run()["type"] == "result"
+    with session_scope() as session:
+        assert session.scalar(select(Metric.value).where(Metric.job_id == claim.job_id)) == 0.5
+
+
+@pytest.mark.parametrize("num_times_away", [0, 1])
+def test_no_checkpoint_stays_in_scratch(
+    claim: ownership.Claim, monkeypatch: pytest.MonkeyPatch, num_times_away: int
+) -> None:
+    """A store on another disk takes a copy."""
+    store = get_store()
+    monkeypatch.setattr(staging, "get_store", lambda: SimpleNamespace(take_file=store.put_file))
+    monkeypatch.setattr(staging, "discard", lambda _: None)
+    without_database(monkeypatch, num_times_away)
+    with Staging(claim, 0) as folder:
+        folder.make()
+        path = folder.checkpoint_path("5.safetensors")
+        path.parent.mkdir()
+        path.write_bytes(b"checkpoint")
+        watch.Watch(claim, lease.Lease(claim), folder, threading.Event(), "key")._take_checkpoint(5, path.name)
+        assert not path.exists()
+    assert checkpoints_of(claim) == ([] if num_times_away else [5])
+
+
+@pytest.mark.parametrize("order", ["lost", "drain", "pause", "seconds"])
+def test_a_fetch_hears_that_the_job_is_to_stop(
+    claim: ownership.Claim, monkeypatch: pytest.MonkeyPatch, order: str
+) -> None:
+    monkeypatch.setattr(supervisor, "LISTEN_S", 0.0)
+    running, held = Supervisor(), lease.Lease(claim)
+    listen = running._make_listener(claim, held)
+    listen()
+    if order == "lost":
+        held.lost.set()
+    elif order == "drain":
+        running.draining.set()
+    with session_scope() as session:
+        if order == "pause":
+            pause_job(session, claim.tenant_id, claim.job_id)
+        elif order == "seconds":
+            job = session.get_one(Job, claim.job_id)
+            job.spec = job.spec | {"max_seconds": 0}
+            listen = running._make_listener(claim, held)
+    with pytest.raises(LeaseLost if order == "lost" else StopAsked):
+        listen()
 
 
 def test_claim_is_given_up_when_its_heartbeat_fails_for_any_reason(
