@@ -38,6 +38,8 @@ class Base(DeclarativeBase):
     }
 
 
+# A host that is gone without a word is given up within 20 s, well before a lease runs out; Unix sockets ignore these.
+GIVE_UP = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 2, "tcp_user_timeout": 20_000}
 OPTIONS = (
     "-c idle_in_transaction_session_timeout=30000"
     " -c plan_cache_mode=force_custom_plan"  # a list of `paused` jobs needs another plan than one of `succeeded`
@@ -52,7 +54,7 @@ def get_engine() -> Engine:
         pool_size=20,  # opened when needed and kept: to open one costs as much as twenty queries
         max_overflow=0,
         pool_timeout=5,
-        connect_args={"connect_timeout": 5, "options": OPTIONS},
+        connect_args={"connect_timeout": 5, "options": OPTIONS, **GIVE_UP},
     )
     event.listen(engine, "checkout", _refuse_dead)
     return engine

@@ -5,9 +5,10 @@ from typing import Any, NamedTuple
 
 from sqlalchemy.orm import Session
 
-from app.jobs.resolving import check_student
+from app.jobs.resolving import check_models
 from app.jobs.schemas import JobView
 from app.jobs.service import plan, view
+from app.jobs.splits import check_samples
 from core.db import session_scope
 from core.jobs import forking
 from core.jobs.repository import get_job
@@ -38,18 +39,20 @@ def draft(principal: Principal, job_id: str, order: forking.Fork) -> Draft:
     if forking.INPUT_FIELDS & changed:
         made = plan(principal, spec).inputs
         return Draft(parent.id, first, spec, made, made)
-    if spec.student.source() is None:
-        problems = check_student(spec, ModelFacts(**parent.inputs["teacher_facts"]))
-        if problems:
-            raise spec_invalid(problems)
     replaced = [BASE] if "student" in changed else []
     replaced += [f"stages.{ordinal}." for ordinal in range(first, MAX_STAGES)] if "stages" in changed else []
     starts = tuple(replaced)
-    named = [*spec.scopes(), *([BASE] if spec.student.source() else [])]
-    made = plan(principal, spec).inputs if any(name.startswith(starts) for name in named) else {"data": {}}
+    referred = [*spec.scopes(), *([BASE] if spec.student.source() else [])]
+    made = plan(principal, spec).inputs if any(name.startswith(starts) for name in referred) else {"data": {}}
     fresh = _pick(made, lambda name: name.startswith(starts))
     kept = _pick(parent.inputs, lambda name: not name.startswith(starts))
-    return Draft(parent.id, first, spec, kept | fresh | {"data": kept["data"] | fresh["data"]}, fresh)
+    inputs = kept | fresh | {"data": kept["data"] | fresh["data"]}
+    named = [role for role in spec.models() if f"{role}_facts" in inputs]
+    facts = {role: ModelFacts(**inputs[f"{role}_facts"]) for role in named}
+    problems = check_models(spec, facts) + check_samples(spec, inputs["data"])
+    if problems:
+        raise spec_invalid(problems)
+    return Draft(parent.id, first, spec, inputs, fresh)
 
 
 def _pick(inputs: dict[str, Any], is_wanted: Callable[[str], bool]) -> dict[str, Any]:

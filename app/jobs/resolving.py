@@ -182,17 +182,22 @@ def describe_models(
     named = spec.models()
     found = {role: _describe(named[role].field, model, problems) for role, model in sources.models.items()}
     facts = {role: model.facts for role, model in found.items() if model and model.facts}
-    start = facts.get(spec.starts_from)
-    unfit = check_student(spec, start) if start else []
-    problems += unfit or (_check_depths(spec, facts) if "teacher" in facts and spec.teacher.is_model else [])
-    starts = {index: facts.get(_start_of(spec, stage)) for index, stage in enumerate(spec.stages)}
-    problems += _of_stages([(index, spec.stages[index].check_model(spec, f)) for index, f in starts.items() if f])
+    problems += check_models(spec, facts)
     if spec.compares_tokens() and "base" in found:
         for role in spec.teacher.sources():
             wrong, why = ("base", OTHER_STUDENT) if spec.teacher.is_model else (role, OTHER_MEMBER)
             problems += _check_vocabulary(named[wrong].field, why, found.get(role), found["base"])
     inputs = {role: model.source for role, model in found.items() if model}
     return inputs | {f"{role}_facts": known.model_dump() for role, known in facts.items()}, facts
+
+
+def check_models(spec: JobSpec, facts: dict[str, ModelFacts]) -> Problems:
+    """Returns what models with these facts, by role, make impossible of the student or of a stage."""
+    start = facts.get(spec.starts_from)
+    unfit = _check_student(spec, start) if start else []
+    problems = unfit or (_check_depths(spec, facts) if "teacher" in facts and spec.teacher.is_model else [])
+    starts = {index: facts.get(_start_of(spec, stage)) for index, stage in enumerate(spec.stages)}
+    return problems + _of_stages([(i, spec.stages[i].check_model(spec, f)) for i, f in starts.items() if f])
 
 
 def _start_of(spec: JobSpec, stage: Stage) -> str:
@@ -212,7 +217,7 @@ def _check_known_labels(spec: JobSpec, facts: dict[str, ModelFacts], labels: dic
     return problems
 
 
-def check_student(spec: JobSpec, start: ModelFacts) -> Problems:
+def _check_student(spec: JobSpec, start: ModelFacts) -> Problems:
     """Returns what makes the spec's student impossible, made of that model."""
     unfit = [{"field": f"student.{p.field}", "message": p.message} for p in spec.student.check(start)]
     return unfit or _check_sharing(spec, start)

@@ -116,12 +116,13 @@ def _check_labels(spec: JobSpec, part: str, counts: dict[str, dict[str, int] | N
 def check_samples(spec: JobSpec, splits: dict[str, dict[str, Any]]) -> Problems:
     """Returns which stages look at a training split that shows too little."""
     found: Problems = []
-    train = [split for path, split in splits.items() if path.partition("/")[0] == "train"]
-    small = [split for split in train if split["num_rows"] < LEAST_ROWS]
+    refs = spec.data.refs_of("train")
+    small = [(ref, splits[path]["num_rows"]) for path, ref in refs.items() if path in splits]
+    small = [(ref, num_rows) for ref, num_rows in small if num_rows < LEAST_ROWS]
     for number, stage in enumerate(spec.stages):
         for kind in stage.calibrates() if small else ():
-            shown = f"'{small[0]['ref']}', which has {small[0]['num_rows']} rows"
-            why = f"'{kind}' measures on {shown}; it needs at least {LEAST_ROWS}"
+            ref, num_rows = small[0]
+            why = f"'{kind}' measures on '{ref}', which has {num_rows} rows; it needs at least {LEAST_ROWS}"
             add(found, f"stages.{number}", why)
     return found
 

@@ -5,6 +5,7 @@ import json
 import re
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -193,12 +194,12 @@ def _row_problems(split: Split, row: dict[str, Any]) -> list[RowProblem]:
         RowProblem(f"missing field '{name}'; every row needs it", name) for name in split.columns if name not in row
     ]
     known = ", ".join(list(split.columns)[:20])
-    extra = [
-        RowProblem(f"unexpected field '{name}'; the first row has: {known}", name[:256])
+    extra = (
+        RowProblem(f"unexpected field '{name[:256]}'; the first row has: {known}", name[:256])
         for name in row
         if name not in split.columns
-    ]
-    return missing + extra[:MAX_DETAILS] + check_row(row, split.text_column, split.label_column)
+    )
+    return missing + list(islice(extra, MAX_DETAILS)) + check_row(row, split.text_column, split.label_column)
 
 
 def _count(split: Split, row: dict[str, Any]) -> None:

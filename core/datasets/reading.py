@@ -2,6 +2,7 @@
 
 import csv
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -138,7 +139,7 @@ def _decoded(source: BinaryIO) -> Iterator[str]:
 def _header_problem(header: list[str]) -> RowProblem | None:
     if any(not name.strip() for name in header):
         return RowProblem("a column has no name; the first line must name every column")
-    twice = next((name for index, name in enumerate(header) if name in header[:index]), None)
+    twice = next((name for name, count in Counter(header).items() if count > 1), None)
     return RowProblem("two columns have this name; name each column once", twice) if twice else None
 
 

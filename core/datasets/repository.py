@@ -31,15 +31,15 @@ def create_dataset(
     return session.get_one(Dataset, dataset_id)
 
 
-def find_dataset(session: Session, tenant_id: str, ref: str) -> Dataset | None:
+def find_dataset(session: Session, tenant_id: str, ref: str, *, lock: bool = False) -> Dataset | None:
     """Returns the tenant's data set of that name or id, or None."""
-    rows = session.scalars(FIND, {"tenant_id": tenant_id, "ref": ref}).all()
+    rows = session.scalars(FIND.with_for_update() if lock else FIND, {"tenant_id": tenant_id, "ref": ref}).all()
     return next((row for row in rows if row.name == ref), rows[0] if rows else None)
 
 
-def get_dataset(session: Session, tenant_id: str, ref: str) -> Dataset:
+def get_dataset(session: Session, tenant_id: str, ref: str, *, lock: bool = False) -> Dataset:
     """Returns the tenant's data set of that name or id. Raises NotFound."""
-    dataset = find_dataset(session, tenant_id, ref)
+    dataset = find_dataset(session, tenant_id, ref, lock=lock)
     if dataset is None:
         raise NotFound(f"There is no data set '{ref}' in your tenant.")
     return dataset
@@ -62,8 +62,7 @@ def list_datasets(session: Session, tenant_id: str, *, after: str | None, limit:
 
 def delete_dataset(session: Session, tenant_id: str, ref: str) -> None:
     """Deletes a data set. Raises NotFound, or Conflict while a job that has not ended uses it."""
-    dataset = get_dataset(session, tenant_id, ref)
-    session.refresh(dataset, with_for_update=True)
+    dataset = get_dataset(session, tenant_id, ref, lock=True)
     job_id = find_unfinished_user(session, tenant_id, "$.data.*.dataset_id", dataset.id)
     if job_id:
         raise Conflict(f"The job '{job_id}' uses this data set and has not ended; wait for it or cancel it first.")

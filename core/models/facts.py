@@ -16,6 +16,7 @@ LAYER_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 HEAD_KEYS = ("num_attention_heads", "n_head", "n_heads")
 POSITION_KEYS = ("max_position_embeddings", "n_positions")
 COUNT_FROM_PADDING = ("roberta", "xlm-roberta")
+MAX_LAYERS = 10_000  # far more than any model has; checks list them
 WIDTH_KEYS = ("hidden_size", "n_embd", "dim", "d_model")
 
 
@@ -44,7 +45,7 @@ def read_facts(
     """Returns the facts in a parsed config.json, and in its weights where they are at hand.
 
     Raises:
-        ValueError: `model_type` is missing, or the weights are codes.
+        ValueError: `model_type` is missing, the number of layers is absurd, or the weights are codes.
     """
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or not model_type:
@@ -59,6 +60,8 @@ def read_facts(
     labels = config.get("id2label")
     weights = list(tensors or ())
     num_layers, states, num_heads = (_first_int(config, keys) for keys in (LAYER_KEYS, WIDTH_KEYS, HEAD_KEYS))
+    if num_layers is not None and not 0 <= num_layers <= MAX_LAYERS:
+        raise ValueError(f"config.json says that the model has {num_layers} layers; write how many it has")
     return ModelFacts(
         model_type=model_type,
         architectures=config.get("architectures") or [],
@@ -83,7 +86,7 @@ def _count_layers(weights: list[Tensor], num_layers: int | None) -> list[int] | 
         if found:
             counts = stacks.setdefault(found[1], {})
             counts[int(found[2])] = counts.get(int(found[2]), 0) + tensor.num_elements
-    fitting = [counts for counts in stacks.values() if sorted(counts) == list(range(num_layers or 0))]
+    fitting = [counts for counts in stacks.values() if len(counts) == num_layers == max(counts) + 1]
     return [fitting[0][number] for number in sorted(fitting[0])] if len(fitting) == 1 else None
 
 

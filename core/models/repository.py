@@ -67,15 +67,15 @@ def create_model(
     return session.get_one(Model, model_id)
 
 
-def find_model(session: Session, tenant_id: str, ref: str) -> Model | None:
+def find_model(session: Session, tenant_id: str, ref: str, *, lock: bool = False) -> Model | None:
     """Returns the tenant's model of that name or id, or None."""
-    rows = session.scalars(FIND, {"tenant_id": tenant_id, "ref": ref}).all()
+    rows = session.scalars(FIND.with_for_update() if lock else FIND, {"tenant_id": tenant_id, "ref": ref}).all()
     return next((row for row in rows if row.name == ref), rows[0] if rows else None)
 
 
-def get_model(session: Session, tenant_id: str, ref: str) -> Model:
+def get_model(session: Session, tenant_id: str, ref: str, *, lock: bool = False) -> Model:
     """Returns the tenant's model of that name or id. Raises NotFound."""
-    model = find_model(session, tenant_id, ref)
+    model = find_model(session, tenant_id, ref, lock=lock)
     if model is None:
         raise NotFound(f"There is no model '{ref}' in your tenant.")
     return model
@@ -96,8 +96,7 @@ def list_models(session: Session, tenant_id: str, *, after: str | None, limit: i
 
 def delete_model(session: Session, tenant_id: str, ref: str) -> None:
     """Deletes a model. Raises NotFound, or Conflict while a job that has not ended uses it."""
-    model = get_model(session, tenant_id, ref)
-    session.refresh(model, with_for_update=True)
+    model = get_model(session, tenant_id, ref, lock=True)
     job_id = find_unfinished_user(session, tenant_id, "$.*.model_id", model.id)
     if job_id:
         raise Conflict(f"The job '{job_id}' uses this model and has not ended; wait for it or cancel it first.")

@@ -2,6 +2,7 @@
 
 import io
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -63,6 +64,7 @@ def test_warnings_tell_of_duplicates_leaks_and_imbalance(api: Api) -> None:
 
 
 GOOD = rows(4710)
+WIDE = {f"{n}{'y' * 250}": 1 for n in range(20)}
 BAD_FILES = {
     "bad utf-8": (jsonl(rows(4)) + b'{"text": "caf\xe9", "label": "a"}\n', 5, "", "bad UTF-8 at byte 14"),
     "malformed json": (jsonl(rows(2)) + b'{"text": "x", label: "a"}\n', 3, "", "malformed JSON at column"),
@@ -70,6 +72,12 @@ BAD_FILES = {
     "NaN": (b'{"text": "x", "label": NaN}\n', 1, "", "NaN is no JSON value"),
     "missing field": (jsonl([*GOOD, {"text": "no label"}]), 4711, "label", "missing field 'label'"),
     "extra field": (jsonl([*rows(3), rows(1)[0] | {"x": 1}]), 4, "x", "unexpected field 'x'"),
+    "many extra fields": (
+        jsonl([WIDE, WIDE | {str(n): 1 for n in range(100_000)}]),
+        2,
+        "7",
+        "unexpected field '7'",
+    ),
     "text no string": (jsonl([*rows(3), {"text": 7, "label": "login"}]), 4, "text", "found integer, not a string"),
     "empty text": (jsonl([*rows(3), {"text": " ", "label": "login"}]), 4, "text", "the text is empty"),
     "huge text": (jsonl([*rows(3), {"text": "x" * 10**6, "label": "login"}]), 4, "text", "1,000,000 characters"),
@@ -104,6 +112,7 @@ CSV_FILES = {
     "quotes": (b'text,label\nx,a\n"y"z,b\n', 3, "malformed CSV"),
     "utf-8": (b"text,label\nx,a\ncaf\xe9,b\n", 3, "bad UTF-8"),
     "twice": (b"text,text\nx,a\n", 1, "two columns have this name"),
+    "twice of many": (b",".join(b"c%d" % n for n in range(200_000)) + b",c7\nx,a\n", 1, "two columns have this name"),
     "nameless": (b"text,\nx,a\n", 1, "a column has no name"),
     "header only": (b"text,label\n", None, "the file has no rows"),
 }
@@ -182,6 +191,15 @@ def test_a_used_data_set_stays(api: Api) -> None:
     api("POST", f"/v1/jobs/{job_id}/cancel")
     assert api("DELETE", "/v1/datasets/tickets").status_code == 204
     assert api("DELETE", "/v1/models/minilm").status_code == 204
+
+
+@pytest.mark.parametrize("path", ["datasets/tickets", "models/minilm"])
+def test_of_two_deletions_at_once_one_finds_nothing(api: Api, path: str) -> None:
+    api.push_dataset()
+    api.push_model()
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: api("DELETE", f"/v1/{path}").status_code, range(8)))
+    assert sorted(answers) == [204] + 7 * [404]
 
 
 def test_a_form_cut_in_the_middle_leaves_nothing(api: Api) -> None:

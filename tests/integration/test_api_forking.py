@@ -351,6 +351,11 @@ BAD_FORKS = [
     ({"from_stage": 1, "overrides": {"task": {}}}, "overrides.task", "the parent's task"),
     ({"from_stage": 2, "overrides": {"student": {"keep": [1]}}}, "overrides.student", "the parent's student"),
     ({"from_stage": 1, "overrides": {"student": {"keep": [77]}}}, "student.keep", "77"),
+    (
+        {"from_stage": 1, "overrides": {"stages": [{"kind": "distill", "freeze": {"layers": 99}}]}},
+        "stages.1.freeze.layers",
+        "choose at most as many",
+    ),
     ({"from_stage": 1, "overrides": {"student": None}}, "student", "required"),
     ({"from_stage": 0, "overrides": {"data": "nothing"}}, "data.train", "no data set 'nothing'"),
     ({"from_stage": 0, "overrides": {"teacher": {"model": "nothing"}}}, "teacher.model", "no model 'nothing'"),
