@@ -15,7 +15,7 @@ import typer
 
 from stillhouse.commands import datasets, jobs, keys, methods, models, predict, secrets, up, upkeep
 from stillhouse.commands.output import print_error, say
-from stillhouse.errors import ClientError
+from stillhouse.errors import ClientError, InvalidInput
 
 INTERRUPTED = 130
 HELP = """Make small models out of big ones.
@@ -94,10 +94,13 @@ def _run() -> int:
     except httpx.HTTPError as error:
         print_error(ClientError(f"The connection broke: {error}. Try again."), as_json=as_json)
         return ClientError.exit_code
-    except KeyboardInterrupt:
-        say("interrupted")
-        return INTERRUPTED
     except BrokenPipeError:  # `stillhouse jobs list | head`
         sys.stderr.close()
         return 0
+    except OSError as error:
+        print_error(InvalidInput(f"{error.filename or 'a file'}: {error.strerror or error}."), as_json=as_json)
+        return InvalidInput.exit_code
+    except KeyboardInterrupt:
+        say("interrupted")
+        return INTERRUPTED
     return 0

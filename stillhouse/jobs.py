@@ -128,17 +128,21 @@ class Jobs:
         """
         news: queue.Queue[Event | None] = queue.Queue()
         job = self.get(job_id)
-        follower = threading.Thread(target=self._feed, args=(job_id, news), daemon=True)
+        over = threading.Event()
+        follower = threading.Thread(target=self._feed, args=(job_id, news, over.is_set), daemon=True)
         follower.start()
         deadline = time.monotonic() + timeout_s if timeout_s is not None else None
         watch = _Watch(self._transport, job_id, on_progress)
-        while not (job := watch.look()).is_terminal:
-            if deadline is not None and time.monotonic() > deadline:
-                raise WaitTimeout(f"Job {job_id} is still {job.state} after {timeout_s:g} s.")
-            _drain(news, on_event, POLL_S)
-        if on_event is not None:
-            follower.join(2 * POLL_S)  # the stream ends by itself now, after its last event
-            _drain(news, on_event, 0)
+        try:
+            while not (job := watch.look()).is_terminal:
+                if deadline is not None and time.monotonic() > deadline:
+                    raise WaitTimeout(f"Job {job_id} is still {job.state} after {timeout_s:g} s.")
+                _drain(news, on_event, POLL_S)
+            if on_event is not None:
+                follower.join(2 * POLL_S)  # the stream ends by itself now, after its last event
+                _drain(news, on_event, 0)
+        finally:
+            over.set()
         if check and job.state != "succeeded":
             raise job.failure()
         return job
@@ -192,12 +196,12 @@ class Jobs:
         options = {"headers": headers} if body is None else _json_body(body, headers)
         return Job.model_validate(self._transport.json("POST", path, **options, repeatable=True))
 
-    def _follow(self, job_id: str, after: int) -> Iterator[Event]:
-        """Yields events from the live stream, reconnecting where it broke, until the job has ended."""
+    def _follow(self, job_id: str, after: int, is_over: Callable[[], bool] = lambda: False) -> Iterator[Event]:
+        """Yields events from the live stream, reconnecting where it broke, until the job has ended or `is_over`."""
         attempt = 0
-        while True:
+        while not is_over():
             try:
-                for seq, kind, data in self._transport.server_sent(f"/v1/jobs/{job_id}/events", after):
+                for seq, kind, data in self._transport.server_sent(f"/v1/jobs/{job_id}/events", after, is_over):
                     if kind == "done":
                         return
                     if seq > after:
@@ -211,9 +215,9 @@ class Jobs:
                 continue
             time.sleep(pause_s(0))  # a proxy ended the stream, which is no fault of the server
 
-    def _feed(self, job_id: str, news: "queue.Queue[Event | None]") -> None:
+    def _feed(self, job_id: str, news: "queue.Queue[Event | None]", is_over: Callable[[], bool]) -> None:
         try:
-            for event in self._follow(job_id, 0):
+            for event in self._follow(job_id, 0, is_over):
                 news.put(event)
         except (ClientError, httpx.HTTPError, RuntimeError):  # `wait` goes on by polling; the client may be closed
             return

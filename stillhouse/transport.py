@@ -3,7 +3,7 @@
 import json
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
@@ -92,12 +92,19 @@ class Transport:
                 raise_for_error(response)
             yield response
 
-    def server_sent(self, path: str, after: int) -> Iterator[tuple[int, str, Any]]:
-        """Yields `(id, event, data)` of one event stream until it ends or breaks (an httpx error)."""
+    def server_sent(
+        self, path: str, after: int, is_over: Callable[[], bool] = lambda: False
+    ) -> Iterator[tuple[int, str, Any]]:
+        """Yields `(id, event, data)` of one event stream until it ends or breaks (an httpx error).
+
+        `is_over` is asked with every line, of which a quiet stream has one each 15 s.
+        """
         headers = {"Accept": "text/event-stream"} | ({"Last-Event-ID": str(after)} if after else {})
         with self.stream(path, headers) as response:
             fields: dict[str, str] = {}
             for line in response.iter_lines():
+                if is_over():
+                    return
                 if line and not line.startswith(":"):
                     name, _, value = line.partition(":")
                     value = value.removeprefix(" ")

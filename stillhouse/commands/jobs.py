@@ -247,9 +247,9 @@ def fork(
     given = load_spec(overrides, with_fields="fields of a spec") if overrides else {}
     with connect() as client:
         parent = find_job(client, job)
-        first = next((stage.ordinal for stage in parent.stages if from_stage in (str(stage.ordinal), stage.kind)), 0)
-        patch = with_overrides(parent.spec, first, given, changes or [])
         place = int(from_stage) if from_stage.isdecimal() else from_stage
+        first = place if isinstance(place, int) else next((s.ordinal for s in parent.stages if s.kind == place), 0)
+        patch = with_overrides(parent.spec, first, given, changes or [])
         made = client.jobs.fork(parent.id, place, patch, idempotency_key=idempotency_key)
         _tell_made(client, made, watch, as_json)
 

@@ -118,6 +118,8 @@ def test_a_fork_is_changed_by_set_and_by_a_file(api: Api, run: Run, tmp_path: Pa
         (("--from-stage", "export"), "Stage 1 (distill) of the job is failed"),
         (("--from-stage", "1", "--set", "data=other"), "overrides.data"),
         (("--from-stage", "1", "--set", "stages.7.epochs=1"), "must be a number from 0 to 2"),
+        (("--from-stage", "4", "--set", "stages.0.epochs=1"), "the list is empty"),
+        (("--from-stage", "01", "--set", "stages.7.epochs=1"), "must be a number from 0 to 2"),
         (("--from-stage", "1", "--overrides", "/nowhere.yaml"), "Cannot read /nowhere.yaml"),
         ((), "--from-stage"),
     ],
@@ -126,6 +128,15 @@ def test_a_bad_fork_says_what_to_do(api: Api, run: Run, arguments: tuple[str, ..
     code, out, err = run("fork", failed_job(api), *arguments)
     assert (code, out) == (2, "")
     assert words in err
+    assert "Traceback" not in err
+
+
+def test_a_folder_that_cannot_be_made_is_told(api: Api, run: Run) -> None:
+    job_id = api.make_job()
+    run_job(job_id)
+    code, out, err = run("download", job_id, "--to", "/dev/null/here")
+    assert (code, out) == (2, "")
+    assert "/dev/null/here" in err
     assert "Traceback" not in err
 
 

@@ -183,7 +183,10 @@ def test_waiting_and_events_survive_a_restart_of_the_api(server: Server, stocked
 
 
 def test_waiting_ends_when_its_time_is_over(stocked: Client) -> None:
-    began = time.monotonic()
+    began, job_id = time.monotonic(), stocked.jobs.submit(SPEC).id
+    before = set(threading.enumerate())
     with pytest.raises(errors.WaitTimeout, match="still queued"):
-        stocked.jobs.wait(stocked.jobs.submit(SPEC).id, timeout_s=0.2)
+        stocked.jobs.wait(job_id, timeout_s=0.2)
     assert time.monotonic() - began < 10
+    stocked.jobs.pause(job_id)  # the stream that was followed says so, and goes on: the job has not ended
+    assert wait_until(lambda: set(threading.enumerate()) <= before, 30)
