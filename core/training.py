@@ -129,6 +129,8 @@ class Training(ModelStage):
 
     def check(self, spec: "JobSpec") -> list[Problem]:
         """Returns which settings would undo each other, or what another stage does to the same weights."""
+        if self.patience and not self.own().get("data", spec.data).validation:
+            return [Problem("patience", "it counts epochs without gain on the validation split; set data.validation")]
         task = self.own().get("task", spec.task)
         if self.own() and task.has_own_weights:
             return [Problem("task.shared", "only the trunk goes on, so it is shared whole; use 'all'")]

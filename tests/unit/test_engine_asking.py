@@ -147,6 +147,17 @@ def test_bad_settings_are_told(change: dict, field: str) -> None:
 LANGUAGE = {"kind": "causal_lm", "prompt": "q", "text": "a"}
 
 
+@pytest.mark.parametrize("prompt", [None, "Text: {text}"])
+def test_a_prompt_without_the_second_text_is_told(prompt: str | None) -> None:
+    with pytest.raises(SpecInvalid) as caught:
+        load_spec(
+            SPEC
+            | {"task": {"kind": "text_classification", "pair": "b"}, "teacher": SPEC["teacher"] | {"prompt": prompt}}
+        )
+    assert [detail["field"] for detail in caught.value.details] == ["teacher.prompt"]
+    assert "'{pair}'" in caught.value.details[0]["message"]
+
+
 def test_a_language_model_learns_what_an_api_writes() -> None:
     spec = load_spec(SPEC | {"task": LANGUAGE})
     assert [stage.kind for stage in spec.stages] == ["generate", "finetune", "export", "evaluate"]

@@ -45,6 +45,14 @@ def test_prompts_are_read_and_not_learned(tmp_path: Path, tokenizer: PreTrainedT
     assert pairs == [("is", "late"), ("late", "<end>"), ("refund", "paid"), ("paid", "back"), ("back", "<end>")]
 
 
+def test_a_sample_begins_where_something_is_learned() -> None:
+    ids = np.arange(41, dtype=np.int32)
+    head = Blocks(ids, ids >= 25, 10).head(1)
+    assert head.ids_S.tolist() == [*range(20, 31)]
+    assert int(head.batch(np.array([0]), CPU).is_row.sum()) == 6  # the tokens 25 to 30
+    assert Blocks(ids, ids >= 0, 10).head(2).ids_S.tolist() == [*range(21)]
+
+
 TEMPLATE = (
     "{% for m in messages %}{{ 'please ' if m.role == 'user' else 'the ' }}{{ m.content }}"
     "{{ ' and ' if m.role == 'user' else ' <end> now ' }}{% endfor %}"

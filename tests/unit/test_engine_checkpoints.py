@@ -81,7 +81,7 @@ def test_every_generator_goes_on_where_it_was() -> None:
     draw()
     saved = checkpoints.random_tensors()
     expected = [draw() for _ in range(3)]
-    checkpoints.restore_random(saved)
+    checkpoints.restore_random(saved | {"cuda_99": saved["torch"]})  # of a machine with more of them
     assert [draw() for _ in range(3)] == expected
 
 

@@ -43,6 +43,18 @@ def test_each_text_goes_on_as_the_teacher_alone_would(bench: Bench) -> None:
         assert found["text"] == tokenizer.decode(alone, skip_special_tokens=True)
 
 
+def test_how_a_model_writes_by_itself_is_left_aside(bench: Bench, tmp_path: Path) -> None:
+    """A chat model comes with a temperature and penalties; what is asked for here is the likeliest token."""
+    plain = bench.succeed(make_spec([WRITE], task=TASK), 0, "plain", labels=[])
+    other = bench.copy(tmp_path / "bench")
+    path = other.inputs / "teacher" / "generation_config.json"
+    brought = {"do_sample": True, "temperature": 5.0, "top_k": 5, "repetition_penalty": 3.0, "no_repeat_ngram_size": 2}
+    path.write_text(json.dumps(json.loads(path.read_text()) | brought))
+    found = other.succeed(make_spec([WRITE], task=TASK), 0, "brought", labels=[])
+    texts = [read(finished.outputs / "texts" / "train.jsonl") for finished in (plain, found)]
+    assert texts[0] == texts[1]
+
+
 def test_rows_keep_their_prompts_and_rows_without_one_are_left_out(bench: Bench, tmp_path: Path) -> None:
     bench = bench.copy(tmp_path / "bench")
     rows = [{"id": n, "q": question, "a": "late"} for n, question in enumerate(("the parcel", "", "my refund is"))]

@@ -150,6 +150,7 @@ def test_words_for_a_label_that_is_not_there_are_told(bench: Bench) -> None:
 
 BAD = [
     ({"teacher": TEACHER | {"prompt": "Text:"}}, "teacher.prompt", "'{text}'"),
+    ({"task": {"kind": "text_classification", "pair": "b"}}, "teacher.prompt", "'{pair}'"),
     ({"teacher": TEACHER | {"words": {"a": ""}}}, "teacher.words.a", "no words"),
     ({"task": {"kind": "causal_lm"}}, "teacher.kind", "chooses among labels"),
     ({"student": {"kind": "teacher_layers", "keep": [0]}}, "student.kind", "use kind 'pretrained'"),

@@ -193,6 +193,47 @@ def test_stages_that_do_not_fit_the_task_are_refused(stages: list[dict[str, Any]
     assert caught.value.details[0]["field"] == field
 
 
+def with_positions(folder: Path, count: int) -> None:
+    """Cuts a GPT-2 folder to so many positions."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.transformer.wpe = torch.nn.Embedding.from_pretrained(model.transformer.wpe.weight[:count].clone())
+    model.config.n_positions = count
+    model.save_pretrained(folder)
+
+
+def test_blocks_fit_the_model_with_fewer_positions(run_through: tuple[Bench, list[Finished]], tmp_path: Path) -> None:
+    """A student of 64 positions and a teacher of 16, which hears its blocks; then the other way round."""
+    stages = [{"kind": "distill", **FAST, "epochs": 1, "losses": KL}, {"kind": "evaluate", "latency_samples": 10}]
+    spec = make_spec(stages, task=TASK, student={"kind": "pretrained", "model": "small"})
+    bench = without(run_through[0].copy(tmp_path / "bench"), "answers")
+    with_positions(bench.inputs / "teacher", 16)
+    assert bench.run(spec, 0, labels=[]).last["type"] == "result"
+    assert bench.run(spec, 1, labels=[]).last["type"] == "result"
+    teacher, student = bench.inputs / "teacher", bench.inputs / "student"
+    shutil.move(teacher, tmp_path / "short")
+    shutil.move(student, teacher)
+    shutil.move(tmp_path / "short", student)
+    finished = bench.run(spec, 1, "round", labels=[])
+    assert finished.last["type"] == "result", finished.log
+
+
+def test_a_token_that_one_of_two_lacks_is_named(run_through: tuple[Bench, list[Finished]], tmp_path: Path) -> None:
+    bench = without(run_through[0].copy(tmp_path / "bench"), "answers")
+    student = bench.inputs / "student"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(student), AutoTokenizer.from_pretrained(student)
+    tokenizer.add_tokens(["parcels"])
+    model.resize_token_embeddings(len(tokenizer))
+    for part in (model, tokenizer):
+        part.save_pretrained(student)
+    with (bench.inputs / "data" / "train.jsonl").open("a") as rows:
+        rows.write(json.dumps({"text": "my parcels"}) + "\n")
+    stages = [{"kind": "distill", **FAST, "losses": KL}]
+    spec = make_spec(stages, task=TASK, student={"kind": "pretrained", "model": "small"})
+    finished = bench.run(spec, 0, labels=[])
+    assert finished.last["reason"] == "vocab_incompatible", finished.log
+    assert "'parcels'" in finished.last["message"]
+
+
 def test_default_stages_fit_the_task() -> None:
     from core.jobs.spec import load_spec
 

@@ -110,6 +110,12 @@ def test_tasks_are_drawn_by_their_size(splits: TaskSplits, temperature: float, s
     assert drawn.tolist() != TaskSplits(splits.parts, temperature=temperature).plan(5, [1]).tolist()
 
 
+def test_a_task_with_less_than_a_batch_has_its_turn(splits: TaskSplits) -> None:
+    drawn = [plan[0] for epoch in range(300) for plan in [splits.plan(100, [epoch])] if len(plan) == 1]
+    assert len(drawn) == 300
+    assert 15 <= sum(drawn) <= 48  # a tenth of them, within three deviations
+
+
 def test_an_epoch_by_size_has_each_example_once(splits: TaskSplits) -> None:
     rows: dict[str, list[int]] = {"large": [], "small": []}
     for batch in splits.shuffled(5, [3], 0, CPU):

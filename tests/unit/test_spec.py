@@ -44,6 +44,25 @@ def test_yaml_and_json_mean_the_same() -> None:
         ({"studnet": 1}, "studnet", "did you mean 'student'?"),
         ({"student": {"kind": "teacher_layer", "keep": [0]}}, "student.kind", "did you mean 'teacher_layers'?"),
         ({"student": {"keep": [0]}}, "student.kind", "missing"),
+        (
+            {"data": {"train": "toy/train"}, "stages": [{"kind": "distill", "patience": 2}]},
+            "stages.0.patience",
+            "set data.validation",
+        ),
+        (
+            {
+                "stages": [
+                    {"kind": "distill", "reduction": "sum", "losses": [{"kind": "forward_kl"}, {"kind": "hidden_mse"}]}
+                ]
+            },
+            "stages.0.reduction",
+            "losses on layers are means",
+        ),
+        (
+            {"stages": [{"kind": "sparsify", "pattern": "1:3", "method": {"kind": "sparsegpt"}}]},
+            "stages.0.method.block",
+            "groups of 3 do not divide 128",
+        ),
         ({"student": {"kind": "teacher_layers", "kep": [0]}}, "student.kep", "did you mean 'keep'?"),
         ({"stages": [{"kind": "finetune", "epochs": -1}]}, "stages.0.epochs", "greater than 0"),
         ({"stages": [{"kind": "distill", "losses": [{"kind": "kl"}]}]}, "stages.0.losses.0.kind", "forward_kl"),

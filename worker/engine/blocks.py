@@ -76,9 +76,10 @@ class Blocks:
         return np.bincount(self.ids_S)
 
     def head(self, num_blocks: int) -> "Blocks":
-        """Returns the first blocks."""
-        end = num_blocks * self.max_length + 1
-        return Blocks(self.ids_S[:end], self.is_learned_S[:end], self.max_length, self.num_cut)
+        """Returns the first blocks, from the first one on that has a token to predict."""
+        start = int(np.flatnonzero(self.is_learned_S[1:])[0]) // self.max_length * self.max_length
+        some = slice(start, start + num_blocks * self.max_length + 1)
+        return Blocks(self.ids_S[some], self.is_learned_S[some], self.max_length, self.num_cut)
 
 
 def read_stream(

@@ -105,8 +105,9 @@ def restore_random(tensors: Mapping[str, Tensor]) -> None:
     np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, int(has_gauss), cached))
     torch.set_rng_state(tensors["torch"])
     for name, state in tensors.items():
-        if name.startswith("cuda_"):
-            torch.cuda.set_rng_state(state, int(name.removeprefix("cuda_")))
+        index = int(name.removeprefix("cuda_")) if name.startswith("cuda_") else torch.cuda.device_count()
+        if index < torch.cuda.device_count():  # the machine before may have had more of them
+            torch.cuda.set_rng_state(state, index)
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

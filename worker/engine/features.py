@@ -15,6 +15,7 @@ from worker.kernels.divergences import widen
 
 if TYPE_CHECKING:
     from worker.engine.context import StageContext
+    from worker.engine.watching import Watched
 
 
 NOTHING = torch.empty(0)
@@ -82,7 +83,7 @@ class Features:
     """
 
     def __init__(
-        self, ctx: "StageContext", losses: Sequence[tuple[str, FeatureLoss]], student: Layers, teacher: Layers
+        self, ctx: "StageContext", losses: Sequence[tuple[str, FeatureLoss]], student: "Watched", teacher: Layers
     ) -> None:
         self._student, self._teacher = student, teacher
         _check_sizes([loss for _, loss in losses], student.sizes, teacher.sizes)
@@ -106,7 +107,7 @@ class Features:
                 if loss.projects and narrow != wide
             }
         )
-        self._is_causal = ctx.spec.task.kind == "causal_lm"
+        self._is_causal = ctx.spec.task.kind == "causal_lm" or student.is_causal
 
     def compare(self, part: Batch, whole: Batch) -> tuple[Tensor, dict[str, float]]:
         """Returns the part's share of the weighted sum, and of each term without its weight.

@@ -39,13 +39,18 @@ def go_on(
     for row, prompt in enumerate(prompts):
         ids_BT[row, width - len(prompt) :] = torch.from_numpy(prompt.astype(np.int64))
         mask_BT[row, width - len(prompt) :] = 1
-    drawing = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
+    drawing = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": pad}
-    config = GenerationConfig(max_new_tokens=new_tokens, use_cache=True, **ends, **drawing)
-    with torch.no_grad(), autocast(model.device):
-        written_BT = model.generate(
-            ids_BT.to(model.device), attention_mask=mask_BT.to(model.device), generation_config=config
-        )
+    config = GenerationConfig(max_new_tokens=new_tokens, use_cache=True, do_sample=temperature > 0, **ends, **drawing)
+    its_own = model.generation_config
+    model.generation_config = GenerationConfig()  # what a chat model brings would fill in what is not said here
+    try:
+        with torch.no_grad(), autocast(model.device):
+            written_BT = model.generate(
+                ids_BT.to(model.device), attention_mask=mask_BT.to(model.device), generation_config=config
+            )
+    finally:
+        model.generation_config = its_own
     return [_up_to(written_T, tokenizer.eos_token_id) for written_T in written_BT[:, width:].cpu().numpy()]
 
 

@@ -26,7 +26,7 @@ from worker.engine.inference import Answer
 from worker.engine.keeping import KeptLayers, Recorder
 from worker.engine.loading import load_language_model, save_language_model, some_tokens
 from worker.engine.measuring import as_forward, count_bytes, measure_speed, time_singles
-from worker.engine.members import Members, count_tokens, load_members
+from worker.engine.members import Members, check_tokens, count_positions, count_tokens, load_members
 from worker.engine.rendering import if_known, percent
 from worker.engine.scores import bootstrap_sums, largest_difference, same_first
 from worker.engine.sharding import is_sharded
@@ -60,6 +60,7 @@ class LanguageModelling:
     def __init__(self, ctx: "StageContext", task: "CausalLM") -> None:
         self.ctx, self.task = ctx, task
         self._num_common: int | None = None  # tokens that teacher and student share, where one has more than the other
+        self._num_positions: int | None = None  # of a teacher that reads the student's blocks
 
     def load_model(self, folder: Path, **options: Any) -> PreTrainedModel:
         """Returns the folder's language model."""
@@ -77,9 +78,11 @@ class LanguageModelling:
         max_length: int,  # noqa: ARG002
     ) -> Blocks:
         """Returns the split in blocks of the task's length; no text is cut."""
-        longest = getattr(model.config, "max_position_embeddings", None) or self.task.block_tokens
+        lengths = (self.task.block_tokens, count_positions(model), self._num_positions)
         ids, is_learned = read_stream(path, self.task.columns(), tokenizer, is_chat=self.task.chat)
-        split = Blocks(ids, is_learned, min(self.task.block_tokens, longest))
+        if self._num_common is not None:
+            check_tokens(ids, self._num_common, tokenizer, path.stem, "teacher or the student")
+        split = Blocks(ids, is_learned, min(filter(None, lengths)))
         if not split.is_learned_S[1:].any():
             raise StageFailed("dataset_invalid", f"{path.name} has no token to predict.")
         return split
@@ -130,7 +133,7 @@ class LanguageModelling:
         return sums_MJ
 
     def sample(self, path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Blocks:
-        """Returns the first blocks of the split."""
+        """Returns the first blocks of the split that have something to predict."""
         split = self.encode(path, model, tokenizer, 0)
         return split.head(max(1, SAMPLED_ROWS // split.max_length))
 
@@ -169,6 +172,7 @@ class LanguageModelling:
         if not settings.compares_tokens() and not self._reads_alike(tokenizer):
             return self._teach_across(teacher, tokenizer, settings)
         self._agree(tokenizer, teacher.config.vocab_size, student.config.vocab_size)
+        self._num_positions = count_positions(teacher)
         return AnswersOnline(self.ctx, teacher)
 
     def prompts(
@@ -179,7 +183,7 @@ class LanguageModelling:
         Raises:
             StageFailed: `spec_invalid` if the model has too few positions.
         """
-        longest = getattr(model.config, "max_position_embeddings", None)
+        longest = count_positions(model)
         wanted = settings.prompt_tokens + settings.new_tokens
         if longest is not None and wanted > longest:
             message = f"prompt_tokens and new_tokens are {wanted} together; the model has places for {longest}."
@@ -264,7 +268,8 @@ class LanguageModelling:
         tests = {
             name: test
             for group in groups
-            for test in [self.encode(path, models[group[0]], ctx.load_tokenizer(group[0]), 0)]
+            for shortest in [min(group, key=lambda name: count_positions(models[name]) or math.inf)]
+            for test in [self.encode(path, models[shortest], ctx.load_tokenizer(shortest), 0)]
             for name in group
         }
         total = sum(len(tests[group[0]]) for group in groups) + 1

@@ -4,7 +4,9 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from core.errors import StageFailed
@@ -33,10 +35,8 @@ class Members(torch.nn.Module):
         super().__init__()
         self.models = torch.nn.ModuleDict(models)
         self._num_tokens, self._settings = num_tokens, settings
-        longest = [getattr(model.config, "max_position_embeddings", None) for model in models.values()]
-        self.config = SimpleNamespace(
-            vocab_size=min(num_tokens.values()), max_position_embeddings=min(filter(None, longest), default=None)
-        )
+        longest = min(filter(None, map(count_positions, models.values())), default=None)
+        self.config = SimpleNamespace(vocab_size=min(num_tokens.values()), max_position_embeddings=longest)
 
     @property
     def device(self) -> torch.device:
@@ -52,13 +52,9 @@ class Members(torch.nn.Module):
 
     def check(self, splits: dict[str, Blocks], tokenizer: PreTrainedTokenizerBase) -> None:
         """Raises StageFailed if a split has a token that one of the models lacks."""
+        role = min(self._num_tokens, key=lambda role: self._num_tokens[role])
         for split, data in splits.items():
-            largest = int(data.ids_S.max())
-            if largest >= self.config.vocab_size:
-                role = min(self._num_tokens, key=lambda role: self._num_tokens[role])
-                token = tokenizer.convert_ids_to_tokens(largest)
-                message = f"The {split} split has the token '{token}', which the {_call(role)} lacks."
-                raise StageFailed("vocab_incompatible", message, suggestion=SAME_TOKENS)
+            check_tokens(data.ids_S, self.config.vocab_size, tokenizer, split, _call(role))
 
 
 def load_members(ctx: "StageContext") -> tuple[PreTrainedModel | Members, PreTrainedTokenizerBase]:
@@ -82,6 +78,22 @@ def load_members(ctx: "StageContext") -> tuple[PreTrainedModel | Members, PreTra
     models = {role: ctx.place(ctx.load_model(role)) for role in tokenizers}
     num_tokens = {role: count_tokens(model, tokenizers[role]) for role, model in models.items()}
     return Members(models, num_tokens, settings).eval(), tokenizers[first]
+
+
+def check_tokens(
+    ids_S: NDArray[np.int32], num_tokens: int, tokenizer: PreTrainedTokenizerBase, split: str, model: str
+) -> None:
+    """Raises StageFailed if a split has a token that a model lacks, which has the first so many."""
+    largest = int(ids_S.max())
+    if largest >= num_tokens:
+        token = tokenizer.convert_ids_to_tokens(largest)
+        message = f"The {split} split has the token '{token}', which the {model} lacks."
+        raise StageFailed("vocab_incompatible", message, suggestion=SAME_TOKENS)
+
+
+def count_positions(model: PreTrainedModel | Members) -> int | None:
+    """Returns how many tokens of a text a model can read, or None where it has no limit."""
+    return getattr(model.config, "max_position_embeddings", None) or None
 
 
 def count_tokens(model: PreTrainedModel | Members, tokenizer: PreTrainedTokenizerBase) -> int:

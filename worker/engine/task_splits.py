@@ -91,9 +91,10 @@ class TaskSplits:
         num_batches = -(-len(self) // batch_size)
         wanted = shares / shares.sum() * num_batches
         counts = np.floor(wanted).astype(np.int64)
-        missing = np.argsort(counts - wanted, kind="stable")[: num_batches - counts.sum()]
-        counts[missing] += 1
-        plan: NDArray[np.int64] = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(counts)), counts))
+        rng, missing, over = np.random.default_rng(seed), num_batches - counts.sum(), wanted - counts
+        if missing:  # drawn anew in each epoch, so that also a task with less than a batch has its turn
+            counts[rng.choice(len(counts), missing, replace=False, p=over / over.sum())] += 1
+        plan: NDArray[np.int64] = rng.permutation(np.repeat(np.arange(len(counts)), counts))
         return plan
 
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -212,7 +213,11 @@ class AnswersOnline(Stateless):
 
     def __init__(self, ctx: "StageContext", teacher: PreTrainedModel, deletion: Deletion | None = None) -> None:
         self._ctx, self._model, self._deletion = ctx, teacher, deletion or Deletion()
-        self.layers = Watched(teacher)
+
+    @cached_property
+    def layers(self) -> Layers:
+        """The teacher's layers; a teacher of which none is compared need have none that can be told apart."""
+        return Watched(self._model)
 
     def prepare(self, epoch: int, data: Any) -> Any:
         """Leaves tokens out."""

@@ -33,6 +33,11 @@ class Watched:
         self._noted: dict[int, dict[LayerPart, torch.Tensor]] = {}
         self.groups = 1
 
+    @property
+    def is_causal(self) -> bool:
+        """Whether a token looks at none after it, as the model's attention tells."""
+        return any(getattr(module, "is_causal", False) for module in self._layers[0].modules())
+
     def ask(self, wanted: Wanted) -> None:
         """Has what is wanted noted in every forward pass."""
         for index in sorted({index for indices in wanted.values() for index in indices}):

@@ -130,7 +130,7 @@ def backward(
     """
     if isinstance(answer, Head):
         return backward_through_head(answer, objective, signal, labels_N, num_rows, beside=beside)
-    gradient_NC, numbers = objective(answer, signal, labels_N, num_rows)
+    gradient_NC, numbers = objective(answer, signal and signal.take(slice(None)), labels_N, num_rows)
     torch.autograd.backward([answer, *beside], [gradient_NC.to(answer.dtype), *map(torch.ones_like, beside)])
     return numbers
 

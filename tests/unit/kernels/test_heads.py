@@ -12,7 +12,7 @@ from torch import Tensor
 from core.losses import FeatureLoss
 from core.methods import list_methods
 from worker.engine.objective import Objective, Term
-from worker.kernels.heads import AcrossSignal, Head, HeadSignal, backward_through_head
+from worker.kernels.heads import AcrossSignal, Head, HeadSignal, backward, backward_through_head
 from worker.kernels.precision import halves
 from worker.kernels.signals import DenseSignal, SparseSignal
 
@@ -62,6 +62,16 @@ def test_chunks_are_autograd_through_all_logits(chunk: int | None, bias: bool) -
     for one, other in zip(found, gradients(head), strict=True):
         torch.testing.assert_close(one, other)
     assert all(x is None or x.grad is None for x in teacher)
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "logit_mse"])
+def test_logits_hear_a_teacher_as_a_head_does(kind: str) -> None:
+    head, teacher = make_head(1), HeadSignal(make_head(4))
+    numbers = backward_through_head(head, objective(kind), teacher, labels(), N)
+    other = make_head(1)
+    assert backward(F.linear(*other), objective(kind), teacher, labels(), N) == pytest.approx(numbers)
+    for one, same in zip(gradients(head), gradients(other), strict=True):
+        torch.testing.assert_close(one, same)
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,12 @@
 """Divergences of the relations of queries, of keys and of values."""
 
 from collections.abc import Callable
+from math import gcd
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from core.errors import StageFailed
 from core.losses import FeatureLoss, LayerPart
 
 if TYPE_CHECKING:
@@ -24,7 +26,10 @@ class Relations(FeatureLoss):
 
     kind: Literal["relations"] = "relations"
     heads: int | None = Field(
-        None, ge=1, description="Relation heads, which must divide both widths; null for the student's attention heads."
+        None,
+        ge=1,
+        description="Relation heads, which must divide the widths of both models; null for the student's attention "
+        "heads, or as many of them as do.",
     )
 
     def build(self, ctx: Any) -> "Callable[[Layer, Layer, Seen], Tensor]":
@@ -32,8 +37,12 @@ class Relations(FeatureLoss):
         from worker.kernels.features import relation_kl
 
         def distance(s: "Layer", t: "Layer", seen: "Seen") -> "Tensor":
-            heads = self.heads or s.heads
             pairs = ((s.query_BTD, t.query_BTD), (s.key_BTD, t.key_BTD), (s.value_BTD, t.value_BTD))
+            widths = sorted({x_BTD.shape[-1] for pair in pairs for x_BTD in pair})
+            heads = self.heads or gcd(s.heads, *widths)
+            if any(width % heads for width in widths):
+                message = f"{heads} relation heads do not divide the widths {', '.join(map(str, widths))}."
+                raise StageFailed("spec_invalid", message, suggestion=f"Choose a divisor of {gcd(*widths)}, or null.")
             return sum(relation_kl((x, x), (y, y), seen.pairs_BTT, heads) for x, y in pairs)  # type: ignore[return-value]
 
         return distance

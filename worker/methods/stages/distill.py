@@ -136,6 +136,9 @@ class Distill(Training):
         if self.feature_losses and not spec.teacher.is_model:
             kind = self.feature_losses[0].kind
             return [Problem("losses", f"'{kind}' compares layers, and this teacher only answers; leave it out")]
+        if self.feature_losses and self.reduction == "sum":
+            why = "losses on layers are means over a step; use 'mean', or leave them out"
+            return [Problem("reduction", why)]
         if self.feature_losses and self.freeze:
             return [Problem("freeze", "losses on layers are for layers that learn; leave one of them out")]
         lacking = self._find_lacking(spec)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from core.methods import ModelRef, ModelSource, Problem, Teacher
+from core.prompts import find_missing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,9 +58,9 @@ class LabelSpace(Teacher):
         """Returns what is wrong with the task, the prompt or the words."""
         if spec.task.kind != "text_classification":
             return [Problem("kind", f"'label_space' chooses among labels, and a {spec.task.kind} has none")]
-        if "{text}" not in self.prompt:
-            return [Problem("prompt", "'{text}', which stands for the text, is missing")]
-        return [Problem(f"words.{label}", "no words; give at least one") for label, w in self.words.items() if not w]
+        silent = [label for label, words in self.words.items() if not words]
+        missing = find_missing(self.prompt, spec.task)
+        return missing + [Problem(f"words.{label}", "no words; give at least one") for label in silent]
 
     def build(self, ctx: "StageContext") -> "Callable[[Examples, int], Tensor]":
         """Returns what gives the scores of all labels for texts."""

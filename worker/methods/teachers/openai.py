@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, JsonValue
 
 from core.methods import Api, Problem, Teacher
+from core.prompts import find_missing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -88,8 +89,8 @@ class OpenAI(Teacher):
             problems.append(Problem("kind", f"'openai' gives labels or texts, and a {spec.task.kind} needs neither"))
         if not is_address(self.base_url):
             problems.append(Problem("base_url", "this is no http(s) address such as 'https://api.openai.com/v1'"))
-        if self.prompt is not None and "{text}" not in self.prompt:
-            problems.append(Problem("prompt", "'{text}', which stands for the text, is missing"))
+        asked = self.prompt if spec.task.kind == "causal_lm" else self.label_prompt
+        problems += [] if asked is None else find_missing(asked, spec.task)
         if self.max_cost is not None and not self.prompt_price + self.completion_price:
             problems.append(Problem("max_cost", "costs need prompt_price and completion_price; both are 0"))
         return problems
