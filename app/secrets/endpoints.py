@@ -5,6 +5,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Path
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
+from pydantic_core import PydanticCustomError
 
 from app.deps import DbSession, Reader, Writer
 from app.envelope import errors
@@ -24,7 +25,11 @@ class NewSecret(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     value: SecretStr = Field(
-        min_length=1, max_length=8192, description="What is kept; it cannot be read again.", examples=["sk-…"]
+        min_length=1,
+        max_length=8192,
+        description="What is kept; it cannot be read again.",
+        examples=["sk-0123456789"],
+        json_schema_extra={"pattern": "^[!-~]+$"},
     )
 
     @field_validator("value")
@@ -33,7 +38,9 @@ class NewSecret(BaseModel):
         """A file's last line break is no part of a key; what no HTTP header can hold would fail in a worker."""
         text = value.get_secret_value().strip()
         if not text or not all("!" <= letter <= "~" for letter in text):
-            raise ValueError("a key has letters, digits and signs of ASCII only, without blanks or line breaks between")
+            raise PydanticCustomError(
+                "secret", "a key is of ASCII's letters, digits and signs, without blanks in it", {}
+            )
         return SecretStr(text)
 
 
