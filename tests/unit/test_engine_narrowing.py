@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification as Classifier
-from transformers import DebertaConfig, GPTNeoXConfig, LlamaConfig, PreTrainedConfig
+from transformers import DebertaConfig, DebertaV2Config, GPTNeoXConfig, LlamaConfig, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from core.errors import StageFailed
@@ -24,7 +24,8 @@ from worker.methods.tasks.text_classification import TextClassification
 GROUPED = LlamaConfig(
     **SIZES | {"num_attention_heads": 4, "num_hidden_layers": 2}, num_key_value_heads=2, pad_token_id=0
 )
-KNOWN = [config for config in [*CONFIGS, GROUPED] if config.model_type != "electra"]
+POOLED = DebertaV2Config(**SIZES)  # with a pooler whose width is named apart
+KNOWN = [config for config in [*CONFIGS, GROUPED, POOLED] if config.model_type != "electra"]
 IDS_BT = torch.arange(4, 40).reshape(3, 12)
 each = pytest.mark.parametrize("config", KNOWN, ids=lambda config: config.model_type)
 

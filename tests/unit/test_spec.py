@@ -59,6 +59,11 @@ def test_yaml_and_json_mean_the_same() -> None:
             "losses on layers are means",
         ),
         (
+            {"data": {"train": "toy/train"}, "stages": [{"kind": "trim_vocabulary", "splits": ["validation"]}]},
+            "stages.0.splits",
+            "the job has no validation split",
+        ),
+        (
             {"stages": [{"kind": "sparsify", "pattern": "1:3", "method": {"kind": "sparsegpt"}}]},
             "stages.0.method.block",
             "groups of 3 do not divide 128",

@@ -91,6 +91,10 @@ class Hunt:
         self.path = ctx.get_split("validation")
         data = ctx.task.encode(self.path, self.teacher, self.tokenizer, settings.distill.max_length)
         self.teacher_scores = ctx.task.score(ctx.load_teacher(), data, ctx.check_stop)
+        share = cast("Classification", ctx.task).share
+        if self.teacher_scores[share] <= 0:
+            message = f"The teacher's validation {share} is {self.teacher_scores[share]:.3f}: nothing to keep."
+            raise StageFailed("spec_invalid", message, suggestion="Train the teacher longer.")
         self.vocabulary = self._trim() if settings.trim else None
         self.whole = shape_of(self.teacher)
         self.shapes = {shape: self._count_parameters(shape) for shape in list_shapes(self.teacher)}
@@ -133,6 +137,7 @@ class Hunt:
     def _try(self, shape: Shape) -> None:
         """Measures a shape, and trains it if it is small and fast enough."""
         began, number = time.monotonic(), len(self.points) + 1
+        torch.manual_seed(self.ctx.seed + number)  # also where the search goes on after an earlier student
         student, tokenizer = self._make(shape), self.tokenizer
         half, self.half = self.half, None
         if half is None and self._is_refused(shape, student, number):
@@ -142,13 +147,15 @@ class Hunt:
             trainer = make_trainer(trial.seen, self.settings.distill, student, tokenizer, teaching)
             trainer.run()
             self._save(trial, trainer.model.cpu())
+            agrees = True
             try:
                 self._write_form(trial, is_trained=True)
             except StageFailed as error:
                 if error.reason != "goal_missed":
                     raise
                 log.info("%s: %s", _describe(shape), error)
-            self._note(trial, shape, time.monotonic() - began)
+                agrees = False
+            self._note(trial, shape, time.monotonic() - began, agrees=agrees)
         self._checkpoint()
 
     def _is_refused(self, shape: Shape, student: PreTrainedModel, number: int) -> bool:
@@ -210,8 +217,8 @@ class Hunt:
             return f"p95 is {p95_ms:.2f} ms, and {settings.max_p95_ms / TIME_RESERVE:.2f} leaves a tenth of max_p95_ms"
         return ""
 
-    def _note(self, trial: "Trial", shape: Shape, seconds: float) -> None:
-        """Measures a trained student's form, and makes a point of it."""
+    def _note(self, trial: "Trial", shape: Shape, seconds: float, *, agrees: bool) -> None:
+        """Measures a trained student's form, and makes a point of it; one that disagrees with it meets no goal."""
         task = cast("Classification", self.ctx.task)
         forward, data = self._open(trial)
         scores = task.score(cast("PreTrainedModel", Running(forward)), data, self.ctx.check_stop)
@@ -225,7 +232,7 @@ class Hunt:
             "score": scores[task.share],
             "retained": retained,
             **cost,
-            "meets": retained >= self._least() and not self._find_excess(cost),
+            "meets": agrees and retained >= self._least() and not self._find_excess(cost),
             "seconds": round(seconds, 1),
         }
         is_best = point["meets"] and all(

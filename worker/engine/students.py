@@ -145,6 +145,8 @@ def read_widths(config: PreTrainedConfig) -> Widths:
 
 def set_widths(config: PreTrainedConfig, widths: Widths) -> None:
     """Puts widths into a config, those that it has names for."""
+    if getattr(config, "pooler_hidden_size", None) == config.hidden_size:  # of DeBERTa
+        config.pooler_hidden_size = widths.states
     config.hidden_size, config.num_attention_heads = widths.states, widths.num_heads
     if getattr(config, "num_key_value_heads", None):
         config.num_key_value_heads = widths.num_groups

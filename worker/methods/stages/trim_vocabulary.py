@@ -49,6 +49,8 @@ class TrimVocabulary(ModelStage):
         """Returns what is wrong: a teacher that is no model, or a later stage that compares tokens."""
         if self.of == "teacher" and not spec.teacher.is_model:
             return [Problem("of", f"a '{spec.teacher.kind}' teacher has no vocabulary here; use 'student'")]
+        if not any(spec.data.refs_of(split) for split in self.splits):
+            return [Problem("splits", f"the job has no {' or '.join(self.splits)} split; name one of data")]
         later = spec.stages[spec.stages.index(self) + 1 :]
         compared = [stage.kind for stage in later if spec.task.shares_tokens and stage.compares_tokens()]
         if self.of == "student" and compared:
