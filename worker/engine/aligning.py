@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from worker.engine.blocks import NOWHERE
 from worker.engine.data import Batch
 from worker.engine.devices import autocast
+from worker.engine.loading import count_positions
 from worker.engine.teaching import Stateless
 from worker.kernels.heads import AcrossSignal, Head
 from worker.kernels.signals import Signal
@@ -46,7 +47,7 @@ class AnswersAcross(Stateless):
 
     def __init__(self, teacher: PreTrainedModel, own: Stream, heard: Stream, answer: Answer) -> None:
         self._model, self._answer, self._own = teacher, answer, own
-        self._longest = getattr(teacher.config, "max_position_embeddings", None) or len(own.ids_S)
+        self._longest = count_positions(teacher) or len(own.ids_S)
         letters, places = np.unique(own.starts_S, return_index=True)  # of each letter the first token that begins there
         found_S = np.searchsorted(letters, heard.starts_S).clip(max=len(letters) - 1)
         is_shared_S = (letters[found_S] == heard.starts_S) & (heard.starts_S != NOWHERE)

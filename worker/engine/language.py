@@ -24,9 +24,9 @@ from worker.engine.data import Batch
 from worker.engine.evaluation import Card, Column, Measured, Quality, Row, open_candidates, row_of_answers
 from worker.engine.inference import Answer
 from worker.engine.keeping import KeptLayers, Recorder
-from worker.engine.loading import load_language_model, save_language_model, some_tokens
+from worker.engine.loading import count_positions, load_language_model, save_language_model, some_tokens
 from worker.engine.measuring import as_forward, count_bytes, measure_speed, time_singles
-from worker.engine.members import Members, check_tokens, count_positions, count_tokens, load_members
+from worker.engine.members import Members, check_tokens, count_tokens, load_members
 from worker.engine.rendering import if_known, percent
 from worker.engine.scores import bootstrap_sums, largest_difference, same_first
 from worker.engine.sharding import is_sharded

@@ -275,6 +275,11 @@ def save_labels(labels: list[str], folder: Path) -> None:
     (folder / "labels.json").write_text(json.dumps(labels, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
+def count_positions(model: Any) -> int | None:
+    """Returns how many tokens of a text a model, or what has the config of one, can read; None without a limit."""
+    return getattr(model.config, "max_position_embeddings", None) or None
+
+
 def input_names(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Returns what the tokenizer makes and the model takes, in a fixed order."""
     accepted = inspect.signature(model.forward).parameters
@@ -283,7 +288,7 @@ def input_names(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> l
 
 def limit_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
     """Sets the tokenizer's longest input to what is asked, and at most what the model has positions for."""
-    longest = getattr(model.config, "max_position_embeddings", None) or max_length
+    longest = count_positions(model) or max_length
     for name, module in model.named_modules():
         if (
             name.endswith("position_embeddings")

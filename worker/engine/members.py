@@ -13,6 +13,7 @@ from core.errors import StageFailed
 from core.models.vocabulary import VocabularyDiffers, count_common
 from worker.engine.blocks import Blocks
 from worker.engine.data import Batch
+from worker.engine.loading import count_positions
 from worker.kernels.heads import Head
 from worker.kernels.mixtures import Mixture
 
@@ -89,11 +90,6 @@ def check_tokens(
         token = tokenizer.convert_ids_to_tokens(largest)
         message = f"The {split} split has the token '{token}', which the {model} lacks."
         raise StageFailed("vocab_incompatible", message, suggestion=SAME_TOKENS)
-
-
-def count_positions(model: PreTrainedModel | Members) -> int | None:
-    """Returns how many tokens of a text a model can read, or None where it has no limit."""
-    return getattr(model.config, "max_position_embeddings", None) or None
 
 
 def count_tokens(model: PreTrainedModel | Members, tokenizer: PreTrainedTokenizerBase) -> int:

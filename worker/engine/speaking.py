@@ -18,7 +18,7 @@ from worker.engine.data import Examples
 from worker.engine.devices import autocast
 from worker.engine.inference import predict_logits
 from worker.engine.language import predict_next
-from worker.engine.loading import input_names, limit_length, load_language_model
+from worker.engine.loading import count_positions, input_names, limit_length, load_language_model
 from worker.engine.sharding import is_sharded
 from worker.kernels.heads import Head
 from worker.kernels.mixtures import Mixture
@@ -156,7 +156,7 @@ class Scorer:
         average: bool = False,
     ) -> None:
         self._model, self._tokenizer, self._words, self._average = model, tokenizer, words, average
-        self._limit = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+        self._limit = count_positions(model) or sys.maxsize
 
     def score(self, prompts: list[str], between: Callable[[], None]) -> Tensor:
         """Returns log p(words_c | prompt), or its mean over the tokens, scores_NC in float32.

@@ -43,8 +43,8 @@ class Sparsify(Zeros, ModelStage):
         if self.numbers and self.scope:
             return [Problem("scope", "a pattern compares the weights of each group; leave scope out")]
         block = getattr(self.method, "block", None)
-        if self.numbers and block and block % self.numbers[1]:
-            return [Problem("method.block", f"groups of {self.numbers[1]} do not divide {block}; choose a multiple")]
+        if block and block % self.group:
+            return [Problem("method.block", f"groups of {self.group} do not divide {block}; choose a multiple")]
         if self.scope == "global" and self.method.needs_data:
             return [Problem("scope", f"'{self.method.kind}' compares weights of one matrix; use 'row' or 'tensor'")]
         return []
