@@ -24,6 +24,7 @@ from core.jobs.ownership import (
     desired_of,
     fail_stage,
     hand_back,
+    lose_stage,
     owned,
     redo_stage,
     start_stage,
@@ -173,7 +174,7 @@ def _settle(taken: Claim, staging: Staging, outcome: dict[str, Any]) -> bool:
             return True
         case _:
             why = f"the stage's process ended without a word (exit code {outcome['exit_code']})"
-            return _hand_back(taken, why, lost=True)
+            return _lose(taken, staging, why)
 
 
 def _commit(taken: Claim, staging: Staging, summary: dict[str, Any]) -> bool:
@@ -226,8 +227,18 @@ def _goes_on(taken: Claim) -> bool:
     return wanted or _hand_back(taken, "stopped between two stages")
 
 
-def _hand_back(taken: Claim, why: str, *, lost: bool = False) -> bool:
-    transact(lambda session: hand_back(session, taken, why, lost=lost))
+def _hand_back(taken: Claim, why: str) -> bool:
+    transact(lambda session: hand_back(session, taken, why))
+    return False
+
+
+def _lose(taken: Claim, staging: Staging, why: str) -> bool:
+    stage_log = None
+    try:
+        stage_log = staging.take_log()
+    except (OSError, StillhouseError):
+        log.exception("the log of stage %d of %s is not stored", staging.ordinal, taken.job_id)
+    transact(lambda session: lose_stage(session, taken, staging.ordinal, why, stage_log))
     return False
 
 

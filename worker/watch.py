@@ -3,6 +3,7 @@
 import logging
 import math
 import queue
+import signal
 import threading
 import time
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from sqlalchemy.orm import Session
 from core.db import DatabaseAway, session_scope
 from core.errors import LeaseLost, StillhouseError, StorageFull
 from core.jobs.ownership import Claim, Point, book_usage, desired_of, owned, record_progress, used_seconds
+from core.memory import has_filled_memory, out_of_memory
 from core.settings import get_settings
 from worker.asking import Asker, as_failure
 from worker.child import Child
@@ -41,6 +43,7 @@ class Watch:
     stopped_at: float | None = None
     deadline: float = math.inf
     asker: Asker | None = None
+    has_filled_memory: bool = False
 
     def run(self) -> dict[str, Any]:
         """Returns the child's last word: a result, an error, stopped, or died with its exit code."""
@@ -59,6 +62,7 @@ class Watch:
                     message = {}
                 if message is None:
                     break
+                self.has_filled_memory = self.has_filled_memory or has_filled_memory(child.pid)
                 if message:
                     heard = time.monotonic()
                     self._take(message, child)
@@ -75,6 +79,8 @@ class Watch:
                 self.asker.close()
             child.kill()
             child.wait()
+        if self.outcome is None and self.has_filled_memory and code != -signal.SIGKILL:  # by which it is never told
+            return {"type": "error", **out_of_memory(f"its process ended with exit code {code}").report()}
         return self.outcome or {"type": "died", "exit_code": code}
 
     def _take(self, message: dict[str, Any], child: Child) -> None:

@@ -298,23 +298,30 @@ def fail_stage(
     set_state(session, job, "failed", error)
 
 
-def hand_back(session: Session, claim: Claim, why: str, *, lost: bool = False) -> None:
-    """Gives up ownership: the job is queued again, or settles where its user wants it (cancelled, paused).
+def hand_back(session: Session, claim: Claim, why: str) -> None:
+    """Gives up ownership: the job is queued again, or settles where its user wants it (cancelled, paused)."""
+    give_back(session, owned(session, claim), why, lost=False)
 
-    `lost` counts an attempt that ended without progress; too many of them in a row end the job as `worker_lost`.
-    """
+
+def lose_stage(session: Session, claim: Claim, ordinal: int, why: str, stage_log: Blob | None) -> None:
+    """Hands a job back whose stage's process died without a word, and keeps what the stage logged."""
     job = owned(session, claim)
-    give_back(session, job, why, lost=lost)
+    if stage_log:
+        _keep_log(session.get_one(StageRun, (job.id, ordinal)), stage_log)
+    give_back(session, job, why, lost=True)
 
 
 def give_back(session: Session, job: Job, why: str, *, lost: bool) -> None:
-    """Does what `hand_back` says to a locked job, whoever owned it; the raised fence shuts the former owner out."""
+    """Does what `hand_back` says to a locked job, whoever owned it; the raised fence shuts the former owner out.
+
+    `lost` counts an attempt that ended without progress; too many of them in a row end the job as `worker_lost`.
+    """
     book_usage(session, job)
     job.fence += 1
     job.lease_owner = None
     job.lost_attempts += 1 if lost else 0
     if job.state == "running" and lost and job.lost_attempts >= get_settings().max_attempts:
-        message = f"{job.lost_attempts} workers in a row were lost in the same stage"
+        message = f"{job.lost_attempts} workers in a row were lost in the same stage; at last: {why}"
         suggestion = "read the stage's log; the stage may need more memory than a worker has"
         error = {"reason": "worker_lost", "message": message, "suggestion": suggestion, "retryable": True}
         set_state(session, job, "failed", error)

@@ -1,6 +1,7 @@
 """Jobs under any order of claims, losses and orders of their user, beside a model of few lines, on a real Postgres."""
 
 from collections import Counter, defaultdict
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -170,7 +171,8 @@ class JobMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.claims)
     @rule(pick=ANY, lost=st.booleans())
     def hand_back(self, pick: int, lost: bool) -> None:
-        job, done = self.write(pick, lambda s, c: ownership.hand_back(s, c, "why", lost=lost))
+        lose = partial(ownership.lose_stage, ordinal=0, why="why", stage_log=None)
+        job, done = self.write(pick, lose if lost else lambda s, c: ownership.hand_back(s, c, "why"))
         if done:
             job.lose(lost=lost)
 

@@ -12,7 +12,7 @@ from core.errors import Conflict, LeaseLost
 from core.ids import new_id
 from core.jobs import ownership, repository
 from core.jobs.creation import create_job
-from core.jobs.models import Event, Job
+from core.jobs.models import Event, Job, StageRun
 from core.jobs.spec import load_spec
 from core.storage import get_store
 
@@ -85,6 +85,7 @@ def test_old_fence_writes_nothing(tenant: tuple[str, str], queue: str) -> None:
         lambda s: ownership.commit_stage(s, old, 0, {}, {}, LOG),
         lambda s: ownership.fail_stage(s, old, 0, {"message": "x"}, None),
         lambda s: ownership.hand_back(s, old, "x"),
+        lambda s: ownership.lose_stage(s, old, 0, "x", None),
     ]
     for write in writes:
         with pytest.raises(LeaseLost), session_scope() as session:
@@ -102,6 +103,22 @@ def test_lost_workers_end_the_job_after_five(tenant: tuple[str, str], queue: str
         job = repository.get_job(session, tenant[0], job_id)
         assert (job.state, job.error["reason"]) == ("failed", "worker_lost")
     assert take(queue) is None
+
+
+def test_what_a_lost_stage_logged_is_kept_and_its_end_named(tenant: tuple[str, str], queue: str) -> None:
+    [job_id] = make_jobs(tenant[0], queue)
+    for attempt in range(1, 6):
+        claim, blob = take(queue), get_store().put_bytes(f"attempt {attempt}".encode())
+        with session_scope() as session:
+            ownership.start_stage(session, claim, 0)
+            ownership.lose_stage(session, claim, 0, f"exit code {attempt}", blob)
+        with session_scope() as session:
+            assert session.get_one(StageRun, (job_id, 0)).log_sha256 == blob.sha256
+    with session_scope() as session:
+        job = repository.get_job(session, tenant[0], job_id)
+        assert (job.state, job.error["reason"]) == ("failed", "worker_lost")
+        assert "5 workers" in job.error["message"]
+        assert "exit code 5" in job.error["message"]
 
 
 def test_committed_stage_resets_the_count_of_losses(tenant: tuple[str, str], queue: str) -> None:

@@ -257,9 +257,21 @@ def _scale_weights(folder: Path, factor: float) -> None:
     )
 
 
-def test_too_little_memory_is_told(bench: Bench) -> None:
+def test_a_limit_below_what_the_libraries_take_is_told(bench: Bench) -> None:
+    finished = bench.run(make_spec([{"kind": "finetune", **FAST}]), name="small", max_memory_bytes=200 * 2**20)
+    assert finished.last["reason"] == "out_of_memory", finished.log
+    assert "STILLHOUSE_MAX_CHILD_MEMORY_BYTES, 209,715,200" in finished.last["message"]
+    assert "operator" in finished.last["suggestion"]
+
+
+def test_too_little_memory_is_told(bench: Bench, tmp_path: Path) -> None:
+    job = bench.copy(tmp_path / "job")
+    train = job.inputs / "data" / "train.jsonl"
+    rows = [json.loads(line) for line in train.read_text().splitlines()]
+    long = [json.dumps(row | {"text": " ".join([row["text"]] * 30)}) for row in rows]
+    train.write_text("\n".join(long * 12))
     spec = make_spec([{"kind": "finetune", **FAST, "batch_size": 4096}])
-    finished = bench.run(spec, name="small", max_memory_bytes=200 * 2**20)
+    finished = job.run(spec, name="small", max_memory_bytes=1600 * 2**20)
     assert finished.last["reason"] == "out_of_memory", finished.log
     assert "batch_size" in finished.last["suggestion"]
 

@@ -18,6 +18,8 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from core.errors import StageFailed
+from core.memory import has_filled_memory
 from worker.engine.failures import CheckpointUnfit, StopRequested, explain
 from worker.engine.mailbox import Mailbox
 from worker.engine.reporting import Reporter
@@ -136,9 +138,16 @@ def set_environment(num_threads: int) -> None:
 
 
 def limit_memory(order: "Order") -> None:
-    """Limits this process's address space; with CUDA, which reserves far more than it uses, only its data."""
+    """Limits this process's address space; with CUDA, which reserves far more than it uses, only its data.
+
+    Raises StageFailed where the libraries alone take nearly all of it: they would fail in odd ways.
+    """
     from worker.engine.devices import choose_device
 
     if order.max_memory_bytes:
         kind = resource.RLIMIT_AS if choose_device().type == "cpu" else resource.RLIMIT_DATA
         resource.setrlimit(kind, (order.max_memory_bytes, order.max_memory_bytes))
+        if has_filled_memory(os.getpid()):
+            limit = f"STILLHOUSE_MAX_CHILD_MEMORY_BYTES, {order.max_memory_bytes:,}"
+            message = f"The libraries of a stage alone take nearly all of the address space that it may have ({limit})."
+            raise StageFailed("out_of_memory", message, suggestion="Have the operator raise it, or set it to 0.")

@@ -1,10 +1,12 @@
 """What went wrong in a stage, in the words of the closed list of reasons."""
 
 import errno
+import os
 from collections.abc import Iterator
 from typing import Any
 
 from core.errors import Reason, StageFailed
+from core.memory import has_filled_memory, out_of_memory
 
 OUT_OF_MEMORY_WORDS = (
     "can't allocate memory",
@@ -33,12 +35,7 @@ def explain(error: BaseException) -> dict[str, Any]:
             made = {"publishes": cause.publishes} if cause.publishes else {}
             return {"type": "error", **cause.report()} | made
         if is_out_of_memory(cause):
-            return _report(
-                "out_of_memory",
-                "The stage needed more memory than it may use.",
-                "Lower batch_size or max_length.",
-                False,
-            )
+            return {"type": "error", **out_of_memory().report()}
         if is_storage_full(cause):
             return _report(
                 "storage_full",
@@ -52,7 +49,10 @@ def explain(error: BaseException) -> dict[str, Any]:
         if NOT_DETERMINISTIC_WORDS in str(cause):
             what = f"The GPU can compute a part of this model in no way that gives the same bytes each time: {cause}"
             return _report("spec_invalid", what[:500], "Set deterministic to false.", False)
-    return _report("internal", f"{type(error).__name__}: {error}"[:2000], "The stage's log has the details.", False)
+    what = f"{type(error).__name__}: {error}"
+    if has_filled_memory(os.getpid()):  # what libraries then say is seldom that
+        return {"type": "error", **out_of_memory(what).report()}
+    return _report("internal", what[:2000], "The stage's log has the details.", False)
 
 
 def _report(reason: Reason, message: str, suggestion: str, retryable: bool) -> dict[str, Any]:
