@@ -69,7 +69,7 @@ def read_facts(
         hidden_size=states,
         num_heads=num_heads,
         vocab_size=_first_int(config, ("vocab_size",)),
-        num_positions=_count_positions(config),
+        num_positions=count_positions(config),
         num_parameters=sum(tensor.num_elements for tensor in weights) if weights else num_parameters,
         embedding_rows=sum(sum(tensor.shape[:1]) for tensor in weights if tensor.name.endswith(TABLE)) or None,
         layer_parameters=_count_layers(weights, num_layers),
@@ -90,8 +90,8 @@ def _count_layers(weights: list[Tensor], num_layers: int | None) -> list[int] | 
     return [fitting[0][number] for number in sorted(fitting[0])] if len(fitting) == 1 else None
 
 
-def _count_positions(config: dict[str, Any]) -> int | None:
-    """Returns how many tokens a text may have; RoBERTa counts its positions from after that of padding."""
+def count_positions(config: dict[str, Any]) -> int | None:
+    """Returns how many tokens a text may have, None without a limit; RoBERTa counts from after the place of padding."""
     found = _first_int(config, POSITION_KEYS)
     if found is None or config["model_type"] not in COUNT_FROM_PADDING:
         return found

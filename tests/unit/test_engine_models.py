@@ -27,6 +27,7 @@ from core.errors import StageFailed
 from core.models.facts import ModelFacts, read_facts
 from core.models.safetensors_header import read_tensors
 from tests import pico
+from worker.engine.data import Examples, encode
 from worker.engine.loading import find_layers, is_head, limit_length, load_classifier, load_tokenizer, save_classifier
 from worker.engine.optimization import Average, make_optimizer, make_schedule, open_pooler, set_dropout
 from worker.engine.students import choose_layers, keep_layers, make_fresh
@@ -155,6 +156,30 @@ def test_the_longest_input_is_what_the_positions_allow(saved: Path) -> None:
     tokenizer.model_max_length = 10**30
     limit_length(make(CONFIGS[1]), tokenizer, 500)
     assert tokenizer.model_max_length == 64  # 66 positions, two of them never used
+
+
+def test_a_tokenizer_that_names_no_limit_has_the_models(saved: Path) -> None:
+    path = saved / "tokenizer_config.json"
+    named = json.loads(path.read_text())
+    del named["model_max_length"]
+    path.write_text(json.dumps(named))
+    tokenizer = load_tokenizer(saved)
+    assert tokenizer.model_max_length == 64
+    examples = Examples(["red " * 500], [0], None)
+    assert encode(examples, tokenizer, ["input_ids"], torch.tensor([0])).num_cut == 1
+    (saved / "config.json").unlink()
+    assert encode(examples, load_tokenizer(saved), ["input_ids"], torch.tensor([0])).num_cut == 0
+
+
+def test_a_decoder_whose_config_names_no_padding_has_the_tokenizers(tmp_path: Path) -> None:
+    folder = pico.write_language_model(tmp_path / "model")
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token_id": None}))
+    model, tokenizer = load_classifier(folder, LABELS).eval(), load_tokenizer(folder)
+    assert model.config.pad_token_id == tokenizer.pad_token_id is not None
+    ids = tokenizer("all and", add_special_tokens=False)["input_ids"]
+    padded = torch.tensor([ids + [tokenizer.pad_token_id] * 3, ids[:1] * (len(ids) + 3)])
+    torch.testing.assert_close(model(padded).logits[:1], model(torch.tensor([ids])).logits)
 
 
 SETTINGS = Finetune(learning_rate=1e-4, head_learning_rate=1e-2, weight_decay=0.01)

@@ -1,6 +1,7 @@
 """The search for the smallest student: its choices on known truths, and whole stages through the real child."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from core.errors import SpecInvalid
 from core.jobs.spec import load_spec
 from core.pareto import find_front
+from tests import pico
 from tests.engine_bench import FAST, Bench, contents, make_spec
 from worker.engine import checkpoints
 from worker.engine.shapes import HALVING_COSTS, Shape, choose, fit_costs
@@ -166,6 +168,18 @@ def test_sizes_that_cannot_meet_it_are_not_trained(bench: Bench, tmp_path: Path)
     assert refused
     assert all("and max_bytes is 1,000" in event["message"] for event in refused)
     assert not finished.series("trial/1/loss/total")
+
+
+def test_a_teacher_that_cannot_be_made_narrower_gets_students_of_fewer_layers(bench: Bench, tmp_path: Path) -> None:
+    bench = bench.copy(tmp_path / "job")
+    shutil.rmtree(bench.inputs / "teacher")
+    pico.write_model(bench.inputs / "teacher", width=48)  # its neurons cannot be told from its states
+    bench.adopt(bench.succeed(make_spec([{"kind": "finetune", **FAST}])), 0, "finetune")
+    searched = bench.succeed(searching(), 0, "search")
+    assert "not built as narrowing knows them" in events(searched, "trial.refused")[0]["message"]
+    sizes = [point["sizes"] for point in searched.last["summary"]["points"]]
+    assert {(one["hidden_size"], one["intermediate_size"]) for one in sizes} == {(48, 48)}
+    assert any(one["num_layers"] < 3 for one in sizes)
 
 
 def test_a_goal_that_is_missed_tells_the_nearest(bench: Bench, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import sys
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from core.errors import StageFailed
+from core.models import facts
 from core.models.checking import WEIGHTS
 
 OFFLINE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
@@ -51,6 +53,8 @@ def load_classifier(
     model, found, new_keys = _read(auto_class, folder, options | {"num_labels": len(labels)})
     _refuse_lost([key for key in new_keys if not is_head(model, key)])
     _settle_head(model, labels, found, new_keys)
+    if model.config.pad_token_id is None and (folder / "tokenizer_config.json").is_file():
+        model.config.pad_token_id = load_tokenizer(folder).pad_token_id  # by which decoders find the end of a row
     _attach(model, folder)
     return model
 
@@ -205,10 +209,16 @@ def find_window(config: PreTrainedConfig) -> int | None:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Returns the folder's tokenizer; one without a padding token pads with its end token."""
+    """Returns the folder's tokenizer; one without a padding token pads with its end token.
+
+    Its `model_max_length` is at most what the model beside it has positions for.
+    """
     tokenizer = AutoTokenizer.from_pretrained(folder, **OFFLINE)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    config = folder / "config.json"
+    longest = facts.count_positions(json.loads(config.read_text(encoding="utf-8"))) if config.is_file() else None
+    tokenizer.model_max_length = min(tokenizer.model_max_length, longest or sys.maxsize)
     return tokenizer
 
 

@@ -21,7 +21,7 @@ class Matrix:
     Attributes:
         name: Of its weights in the model's state.
         weight_OI: Its weights, a row for each output; what changes here changes there.
-        gram_II: Σ x xᵀ over the inputs x of all tokens.
+        gram_II: Σ x xᵀ over the inputs x of all tokens, empty but at its layer's turn.
         size_I: Σ |x| over them.
         largest_I: max |x| over them.
     """
@@ -30,6 +30,10 @@ class Matrix:
         self.name, self.module, self.weight_OI = f"{name}.weight", module, by_input(module).T
         self.size_I = torch.zeros(self.weight_OI.shape[1], device=self.weight_OI.device)
         self.largest_I = torch.zeros_like(self.size_I)
+        self.gram_II = torch.empty(0)  # those of all layers of a large model do not fit together
+
+    def begin(self) -> None:
+        """Makes room for the products of inputs."""
         self.gram_II = torch.zeros(self.weight_OI.shape[1:] * 2, device=self.weight_OI.device)
 
     def note(self, _: Module, inputs: tuple[Tensor, ...]) -> None:
@@ -90,6 +94,8 @@ def change_layers(
     for number, matrices in enumerate(layers):
         ctx.progress(number, len(layers))
         if relay:
+            for matrix in matrices:
+                matrix.begin()
             with hearing(model, {matrix.module: matrix.note for matrix in matrices}):
                 for batch in data.shuffled(BATCH, [ctx.seed], 0, ctx.device):
                     relay.run(number, batch.inputs)

@@ -138,7 +138,14 @@ class Hunt:
         """Measures a shape, and trains it if it is small and fast enough."""
         began, number = time.monotonic(), len(self.points) + 1
         torch.manual_seed(self.ctx.seed + number)  # also where the search goes on after an earlier student
-        student, tokenizer = self._make(shape), self.tokenizer
+        try:
+            student, tokenizer = self._make(shape), self.tokenizer
+        except StageFailed as error:  # its architecture is not one that can be made narrower
+            if error.reason != "spec_invalid" or shape[1:] == self.whole[1:]:
+                raise
+            del self.shapes[shape]
+            self._tell("trial.refused", f"{_describe(shape)}: {error}", sizes=shape._asdict())
+            return
         half, self.half = self.half, None
         if half is None and self._is_refused(shape, student, number):
             return

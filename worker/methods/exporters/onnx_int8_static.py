@@ -35,7 +35,7 @@ class OnnxInt8Static(Exporter):
         description="What a scale spans: all that was seen (`min_max`), or what is left when rare numbers are cut "
         "so that least information is lost (`entropy`), or all but one in 100,000 (`percentile`).",
     )
-    num_samples: int = Field(128, ge=16, le=4096, description="Training texts that are looked at.")
+    num_samples: int = Field(128, ge=16, le=1000, description="Training texts that are looked at.")
     per_channel: bool = Field(True, description="One scale for each output column of a weight.")
 
     def build(self, ctx: "StageContext") -> Callable[[Path], dict[str, float]]:

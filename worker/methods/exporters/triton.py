@@ -21,7 +21,6 @@ class Triton(Exporter):
     Source: NVIDIA Triton Inference Server, "Model Configuration".
     """
 
-    bytes_per_parameter: ClassVar[float] = 1.05
     is_default: ClassVar[bool] = False
     is_measured: ClassVar[bool] = False
 
@@ -36,6 +35,16 @@ class Triton(Exporter):
         le=10_000_000,
         description="How long a text waits for others of its batch, in microseconds.",
     )
+
+    @property
+    def bytes_per_parameter(self) -> float:  # type: ignore[override]
+        """About what it takes to store one in the graph."""
+        return self.form.bytes_per_parameter
+
+    @property
+    def calibrates(self) -> bool:  # type: ignore[override]
+        """Whether the graph's form looks at the training split."""
+        return self.form.calibrates
 
     def build(self, ctx: "StageContext") -> Callable[[Path], dict[str, float]]:
         """Returns a callable that writes the folder and returns what the check of the graph measured."""
