@@ -94,6 +94,11 @@ class Widths(BaseModel):
     num_heads: int
     num_groups: int
 
+    @property
+    def are_distinct(self) -> bool:
+        """Whether states and neurons can be told apart by how many there are, also where a gate lies beside these."""
+        return self.states not in (self.inner, 2 * self.inner)
+
     def narrowed(self, states: int | None, inner: int | None) -> "Widths | None":
         """Returns those of a narrower model, with heads as wide as these; None where the widths cannot be."""
         width, inner = states or self.states, inner or self.inner

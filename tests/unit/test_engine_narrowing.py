@@ -1,5 +1,6 @@
 """Narrower copies: what they keep, that stock `transformers` loads them, and that they compute what is kept."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,11 +13,13 @@ from transformers import DebertaConfig, DebertaV2Config, GPTNeoXConfig, LlamaCon
 from transformers.pytorch_utils import Conv1D
 
 from core.errors import StageFailed
-from core.models.facts import ModelFacts
+from core.models.facts import ModelFacts, read_facts
+from core.models.safetensors_header import read_tensors
+from tests import pico
 from tests.engine_bench import FAST, Bench, make_spec
 from tests.unit.test_engine_models import CONFIGS, SIZES, make
 from worker.engine.data import Batch
-from worker.engine.loading import find_layers
+from worker.engine.loading import find_layers, load_classifier
 from worker.engine.narrowing import _find_part, narrow
 from worker.methods.students.teacher_layers import TeacherLayers
 from worker.methods.tasks.text_classification import TextClassification
@@ -137,6 +140,19 @@ def test_what_cannot_be_narrowed_is_told() -> None:
         [problem] = TeacherLayers(keep=[0], hidden_size=width).check(facts)
         assert (problem.field, why in problem.message) == ("hidden_size", True)
     assert TeacherLayers(keep=[0], hidden_size=16).count_parameters(facts) is None
+
+
+@pytest.mark.parametrize("width", [48, 96])
+def test_neurons_that_cannot_be_told_from_states_are_refused_at_submit(width: int, tmp_path: Path) -> None:
+    folder = pico.write_model(tmp_path / "model", width=width)  # of 48 neurons
+    config = json.loads((folder / "config.json").read_text())
+    facts = read_facts(config, tensors=read_tensors(folder / "model.safetensors"))
+    [problem] = TeacherLayers(keep=[0], intermediate_size=24).check(facts)
+    assert problem.field == "intermediate_size"
+    assert f"{width} states and 48 neurons" in problem.message
+    with pytest.raises(StageFailed, match="are not built as narrowing knows them"):
+        cut(load_classifier(folder, ["a", "b"]), None, 24)
+    assert TeacherLayers(keep=[0]).check(facts) == []
 
 
 def test_a_narrower_student_learns(tmp_path: Path) -> None:

@@ -131,7 +131,7 @@ def _find_part(layer: Module, config: PreTrainedConfig) -> Part:
         for module in linear
         if tuple(by_input(module).shape) == (widths.inner, widths.states) and module not in inside
     ]
-    if len(outs) != 1 or len(downs) != 1 or widths.states in {widths.inner, 2 * widths.inner}:
+    if len(outs) != 1 or len(downs) != 1 or not widths.are_distinct:
         raise _unknown(config)
     return Part(projections, outs[0], downs[0])
 

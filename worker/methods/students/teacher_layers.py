@@ -89,6 +89,10 @@ class TeacherLayers(Student):
         if self.hidden_size and width and heads and (self.hidden_size * heads) % width:
             why = f"heads of the {what} are {width // heads} wide; choose a multiple of that"
             return [Problem("hidden_size", why)]
+        if self.is_narrower and start.composition and not start.composition.widths.are_distinct:
+            made = start.composition.widths
+            why = f"in a layer of {made.states} states and {made.inner} neurons they cannot be told apart; leave it out"
+            return [Problem("hidden_size" if self.hidden_size else "intermediate_size", why)]
         if start.num_layers is None:
             return [Problem("keep", f"a '{start.model_type}' config names no number of layers")]
         if isinstance(self.keep, Choice):
