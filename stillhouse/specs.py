@@ -1,13 +1,41 @@
 """Job specs as files, and small changes to them from the command line."""
 
+import json
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
 from stillhouse.errors import InvalidInput
 
 Spec = dict[str, Any] | str | Path
+UNREADABLE = (
+    yaml.YAMLError,
+    ValueError,
+    TypeError,
+    KeyError,
+    IndexError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
+)
+
+
+class Loader(yaml.SafeLoader):
+    """YAML with the plain values of YAML 1.2 (section 10.3.2), as the server reads it, and with merge keys."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+
+
+for _tag, _pattern, _first in (
+    ("merge", r"<<", ["<"]),
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?(0|[1-9][0-9]*)", list("-+0123456789")),
+    ("float", r"[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", list("-+.0123456789")),
+):
+    Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), _first)
 
 
 def load_spec(spec: Spec, *, with_fields: str = "teacher, student and data") -> dict[str, Any]:
@@ -18,16 +46,38 @@ def load_spec(spec: Spec, *, with_fields: str = "teacher, student and data") -> 
     if isinstance(spec, dict):
         return spec
     try:
-        data = yaml.safe_load(Path(spec).read_text(encoding="utf-8"))
+        text = Path(spec).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise InvalidInput(f"Cannot read {spec}: {error.strerror}.") from error
     except UnicodeDecodeError as error:
         raise InvalidInput(f"{spec} is not UTF-8 text.") from error
-    except yaml.YAMLError as error:
+    try:
+        data = _parse(text)
+    except UNREADABLE as error:
         raise InvalidInput(f"{spec} is neither valid YAML nor JSON: {error}") from error
     if not isinstance(data, dict):
         raise InvalidInput(f"{spec} must hold a mapping with {with_fields}.")
     return data
+
+
+def _parse(text: str) -> Any:
+    """Returns what JSON or YAML says; what both cannot say is no spec. Raises one of UNREADABLE."""
+    if text.lstrip().startswith("{"):
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError:
+            pass  # flow-style YAML starts with a brace, too
+    data = yaml.load(text, Loader=Loader)  # noqa: S506 (a SafeLoader)
+    _check_keys(data)
+    return data
+
+
+def _check_keys(node: Any) -> None:
+    """Raises TypeError for a key that is no text, which JSON would make one without a word."""
+    for key, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
+        if isinstance(node, dict) and not isinstance(key, str):
+            raise TypeError(f"the key {key!r} is no text; put it in quotes")
+        _check_keys(value)
 
 
 def with_changes(spec: dict[str, Any], changes: list[str]) -> dict[str, Any]:
@@ -37,8 +87,8 @@ def with_changes(spec: dict[str, Any], changes: list[str]) -> dict[str, Any]:
         if not equals or not path:
             raise InvalidInput(f"'{change}' is no change; write it as key.path=value, such as stages.0.epochs=2.")
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+            value = _parse(text)
+        except UNREADABLE as error:
             raise InvalidInput(f"The value in '{change}' is not valid YAML.") from error
         spec = _changed(spec, path.split("."), value, change)
     return spec

@@ -69,9 +69,12 @@ def test_commands_of_the_readme_work_as_printed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/recipes.md"])
-def test_specs_are_valid_as_printed(page: str) -> None:
+def test_specs_are_valid_as_printed(page: str, tmp_path: Path) -> None:
     from core.jobs.spec import parse_spec
+    from stillhouse.specs import load_spec
 
     for block in blocks("yaml", page):
         spec = parse_spec(block.encode())
+        (tmp_path / "job.yaml").write_text(block)
+        assert parse_spec(json.dumps(load_spec(tmp_path / "job.yaml")).encode()) == spec  # as the client sends it
         assert {problem.message for stage in spec.stages for problem in stage.advise(spec)} == set()
