@@ -1,8 +1,9 @@
 """A downloaded ONNX model, run as a user would run it: onnxruntime and tokenizers, nothing else."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,7 @@ from stillhouse.errors import InvalidInput
 DEFAULT_MAX_TOKENS = 512
 TAGS = "token_classification"
 Values = NDArray[np.float64]
+Opened = TypeVar("Opened")
 
 
 class Head(NamedTuple):
@@ -66,18 +68,19 @@ class Classifier:
         config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         labels = json.loads((folder / "labels.json").read_text(encoding="utf-8"))
         self.heads = {
-            task: Head([labels[place].removeprefix(f"{task}/") for place in found], found, kind)
+            task: Head([labels[place].removeprefix(f"{task}/" * bool(task)) for place in found], found, kind)
             for task, kind in config.get("tasks", {"": config.get("problem_type")}).items()
             if kind != TAGS
             and (found := [n for n, label in enumerate(labels) if label.startswith(f"{task}/" * bool(task))])
         }
-        self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self._tokenizer = _opened(folder / "tokenizer.json", Tokenizer.from_file)
         self._tokenizer.enable_truncation(_max_tokens(folder))
         self._tokenizer.no_padding()
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
-        self._session = onnxruntime.InferenceSession(
-            str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"]
+        self._session = _opened(
+            folder / "model.onnx",
+            lambda path: onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"]),
         )
         self._reads_words = len(self._session.get_outputs()[0].shape) != 2
         if not self.heads or (self._reads_words and not config.get("tasks")):
@@ -117,12 +120,20 @@ class Classifier:
         return {task: head.read(logits_C) for task, head in self.heads.items()}
 
 
+def _opened(path: Path, read: Callable[[str], Opened]) -> Opened:
+    """Returns what is read of a file. Raises InvalidInput, whatever the library says of a damaged one."""
+    try:
+        return read(str(path))
+    except Exception as error:
+        raise InvalidInput(f"{path} cannot be read: {error}. Download it again.") from error
+
+
 def _max_tokens(folder: Path) -> int:
     """Returns the longest input: what the tokenizer's own configuration says, within what the model can take."""
-    limits = [DEFAULT_MAX_TOKENS]
+    limits = []
     for name, key in (("tokenizer_config.json", "model_max_length"), ("config.json", "max_position_embeddings")):
         path = folder / name
         value = json.loads(path.read_text(encoding="utf-8")).get(key) if path.is_file() else None
         if isinstance(value, int) and value > 0:
             limits.append(value)
-    return min(limits)
+    return min(limits, default=DEFAULT_MAX_TOKENS)

@@ -4,6 +4,7 @@ Exit codes: 0 fine, 1 the job failed or was cancelled, 2 the command or what it 
 valid key, 5 the server failed or does not answer, 130 interrupted.
 """
 
+import errno
 import inspect
 import re
 import sys
@@ -87,6 +88,8 @@ def _run() -> int:
     try:
         app()
     except SystemExit as ended:
+        if isinstance(ended.__context__, OSError) and ended.__context__.errno == errno.EPIPE:
+            return 0  # `stillhouse jobs list | head`
         return ended.code if isinstance(ended.code, int) else 0
     except ClientError as error:
         print_error(error, as_json=as_json)
@@ -94,9 +97,6 @@ def _run() -> int:
     except httpx.HTTPError as error:
         print_error(ClientError(f"The connection broke: {error}. Try again."), as_json=as_json)
         return ClientError.exit_code
-    except BrokenPipeError:  # `stillhouse jobs list | head`
-        sys.stderr.close()
-        return 0
     except OSError as error:
         print_error(InvalidInput(f"{error.filename or 'a file'}: {error.strerror or error}."), as_json=as_json)
         return InvalidInput.exit_code

@@ -18,7 +18,7 @@ import httpx
 from stillhouse.connection import find_stack
 from stillhouse.embedded import EmbeddedPostgres, EmbeddedRedis
 from stillhouse.folders import make_folder, take_lock
-from stillhouse.processes import LocalError, claim_port, tail
+from stillhouse.processes import LocalError, claim_port, describe_settings, tail
 from stillhouse.services import Program, Say, Service
 
 __all__ = ["AlreadyRunning", "EmbeddedPostgres", "EmbeddedRedis", "LocalError", "Options", "PortTaken", "Stack"]
@@ -184,7 +184,9 @@ class Stack:
 
     def _prepare_database(self) -> None:
         """Migrates, and makes sure of the tenant `local` and of a key that works."""
-        from sqlalchemy.exc import OperationalError
+        from alembic.util import CommandError
+        from pydantic import ValidationError
+        from sqlalchemy.exc import SQLAlchemyError
 
         import migrations
         from core.db import get_engine, session_scope
@@ -193,8 +195,12 @@ class Stack:
 
         try:
             migrations.upgrade()
-        except OperationalError as error:
-            raise LocalError(f"The database does not answer: {error.orig}") from error
+        except ValidationError as error:
+            raise LocalError(describe_settings(error)) from error
+        except SQLAlchemyError as error:
+            raise LocalError(f"The database cannot be used: {getattr(error, 'orig', None) or error}") from error
+        except CommandError as error:
+            raise LocalError(f"The database is of another release ({error}); use that one, or a newer one.") from error
         with session_scope() as session:
             kept = self.key_file.read_text().strip() if self.key_file.exists() else ""
             try:

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from stillhouse.errors import Unreachable, error_class
+from stillhouse.errors import NotConfigured, Unreachable, error_class
 
 RETRIED_STATUSES = frozenset({429, 503})
 SAFE_METHODS = frozenset({"GET", "HEAD"})
@@ -27,13 +27,18 @@ class Transport:
     def __init__(self, url: str, api_key: str, retries: int = 4) -> None:
         self.url = url
         self.retries = retries
-        local = urlsplit(url).hostname in {"127.0.0.1", "localhost", "::1"}
-        self._http = httpx.Client(
-            base_url=url,
-            headers={"Authorization": f"Bearer {api_key}"},
-            timeout=TIMEOUT,
-            trust_env=not local,  # a proxy can't reach this machine's own loopback
-        )
+        if not api_key.isascii():
+            raise NotConfigured("The API key holds a character that no key has; copy it again (STILLHOUSE_API_KEY).")
+        try:
+            local = urlsplit(url).hostname in {"127.0.0.1", "localhost", "::1"}
+            self._http = httpx.Client(
+                base_url=url,
+                headers={"Authorization": f"Bearer {api_key}"},
+                timeout=TIMEOUT,
+                trust_env=not local,  # a proxy can't reach this machine's own loopback
+            )
+        except (ValueError, httpx.InvalidURL) as error:
+            raise NotConfigured(f"'{url}' is no address of a server ({error}); set STILLHOUSE_URL.") from error
 
     def close(self) -> None:
         """Closes the connections."""
@@ -65,7 +70,10 @@ class Transport:
     def json(self, method: str, path: str, **options: Any) -> Any:
         """Returns the answer's JSON, or None for an empty answer."""
         response = self.request(method, path, **options)
-        return response.json() if response.content else None
+        try:
+            return response.json() if response.content else None
+        except ValueError as error:
+            raise Unreachable(f"{self.url} does not answer as Stillhouse does; is STILLHOUSE_URL right?") from error
 
     def pages(self, path: str, params: dict[str, Any] | None = None, limit: int | None = None) -> Iterator[Any]:
         """Yields the items of a list, page by page, at most `limit` of them."""
@@ -87,7 +95,7 @@ class Transport:
     def stream(self, path: str, headers: dict[str, str]) -> Iterator[httpx.Response]:
         """Yields an answer to read bit by bit. Raises ApiError; a lost connection stays an httpx error."""
         with self._http.stream("GET", path, headers=headers, timeout=STREAM_TIMEOUT) as response:
-            if response.is_error:
+            if not response.is_success:
                 response.read()
                 raise_for_error(response)
             yield response
@@ -102,7 +110,7 @@ class Transport:
         headers = {"Accept": "text/event-stream"} | ({"Last-Event-ID": str(after)} if after else {})
         with self.stream(path, headers) as response:
             fields: dict[str, str] = {}
-            for line in response.iter_lines():
+            for line in _lines(response):
                 if is_over():
                     return
                 if line and not line.startswith(":"):
@@ -114,10 +122,20 @@ class Transport:
                     fields = {}
 
 
+def _lines(response: httpx.Response) -> Iterator[str]:
+    """Yields lines as an event stream has them, which end at a line feed alone: texts hold what others end at."""
+    rest = ""
+    for text in response.iter_text():
+        *lines, rest = (rest + text).split("\n")
+        yield from lines
+
+
 def raise_for_error(response: httpx.Response) -> None:
-    """Raises the ApiError that an answer of 400 and above stands for."""
-    if not response.is_error:
+    """Raises the ApiError that any answer but a good one, or that nothing has changed, stands for."""
+    if response.is_success or response.status_code == httpx.codes.NOT_MODIFIED:
         return
+    if response.has_redirect_location:  # a key is sent nowhere else than where its user said
+        raise Unreachable(f"The server redirects to {response.headers['location']}; set STILLHOUSE_URL to where it is.")
     try:
         envelope = response.json()["error"]
         message = str(envelope["message"])

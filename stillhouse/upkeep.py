@@ -10,7 +10,7 @@ from stillhouse.connection import find_stack
 from stillhouse.embedded import EmbeddedPostgres
 from stillhouse.errors import ClientError, InvalidInput
 from stillhouse.folders import default_data_dir, make_folder, take_lock
-from stillhouse.processes import LocalError
+from stillhouse.processes import LocalError, describe_settings
 
 if TYPE_CHECKING:
     from core.upkeep.backup import Backup
@@ -51,6 +51,7 @@ def _opened(data_dir: Path | None, *, make: bool = False) -> Iterator[None]:
     """Points the settings at a database that runs and its storage, and makes errors those of the command line."""
     try:
         from psycopg import Error as DriverError
+        from pydantic import ValidationError
         from sqlalchemy.exc import SQLAlchemyError
 
         from core.errors import Conflict, NotFound, StillhouseError
@@ -60,6 +61,8 @@ def _opened(data_dir: Path | None, *, make: bool = False) -> Iterator[None]:
         with ExitStack() as stack:
             os.environ.update(_settings(data_dir, make, stack))
             yield
+    except ValidationError as error:
+        raise InvalidInput(describe_settings(error)) from error
     except (Conflict, NotFound) as error:
         raise InvalidInput(error.message) from error
     except StillhouseError as error:
@@ -75,7 +78,9 @@ def _settings(data_dir: Path | None, make: bool, stack: ExitStack) -> dict[str, 
     on_server = bool(os.environ.get("STILLHOUSE_DATABASE_URL"))
     folder = (data_dir or default_data_dir()).expanduser().absolute()
     settings = {}
-    if not os.environ.get("STILLHOUSE_STORAGE_DIR") and (data_dir or not on_server):
+    if not os.environ.get("STILLHOUSE_STORAGE_DIR"):
+        if on_server and not data_dir and not (folder / "blobs").is_dir():
+            raise InvalidInput("Set STILLHOUSE_STORAGE_DIR, too, or name the folder of the stack with --data-dir.")
         settings["STILLHOUSE_STORAGE_DIR"] = str(folder / "blobs")
     if not on_server:
         settings["STILLHOUSE_DATABASE_URL"] = _database_of(folder, make, stack)
@@ -87,7 +92,8 @@ def _database_of(folder: Path, make: bool, stack: ExitStack) -> str:
     running = find_stack(folder)
     if running and running.get("postgres_dir") is None:
         raise InvalidInput(
-            f"The stack on {folder} uses a database server; set STILLHOUSE_DATABASE_URL to the same one."
+            f"The stack on {folder} uses a database server; set STILLHOUSE_DATABASE_URL to the same one, and name the "
+            "folder with --data-dir."
         )
     if not make and not postgres.asked_folder.exists():
         raise InvalidInput(

@@ -37,9 +37,8 @@ def upgrade() -> None:
             "on conflict do nothing"
         )
         for name, (columns, where) in INDEXES.items():
-            op.create_index(
-                name, "jobs", columns, postgresql_where=where, postgresql_concurrently=True, if_not_exists=True
-            )
+            op.drop_index(name, table_name="jobs", postgresql_concurrently=True, if_exists=True)  # one left half made
+            op.create_index(name, "jobs", columns, postgresql_where=where, postgresql_concurrently=True)
         for name in ("ix_jobs_metadata", "ix_jobs_tenant_id_id"):
             op.drop_index(name, table_name="jobs", postgresql_concurrently=True, if_exists=True)
 

@@ -27,14 +27,18 @@ def predict(
     stillhouse predict build/tickets/onnx_int8 "my parcel is late"
     cat tickets.txt | stillhouse predict build/tickets/onnx_int8 --top 3 --json
     """
-    try:
-        from stillhouse.classifier import Classifier
-    except ModuleNotFoundError as error:
-        raise ClientError(f"'{error.name}' is not installed. Run: pip install 'stillhouse[predict]'") from error
     if not texts and sys.stdin.isatty():
         raise InvalidInput("No text was given. Write it after the folder, or pipe texts in, one a line.")
-    classifier = Classifier(folder)
-    lines = texts or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    try:
+        from stillhouse.classifier import Classifier
+
+        classifier = Classifier(folder)
+    except ModuleNotFoundError as error:
+        raise ClientError(f"'{error.name}' is not installed. Run: pip install 'stillhouse[predict]'") from error
+    try:
+        lines = texts or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    except UnicodeDecodeError as error:
+        raise InvalidInput("What was piped in is not UTF-8 text.") from error
     heads = classifier.choose(task)
     found = [
         (text, name, labels[:top])

@@ -1,5 +1,6 @@
 """`stillhouse up`."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -45,7 +46,7 @@ def up(
     try:
         stack.start()
         if not stack.stopping:
-            _announce(stack.describe() | {"api_key": stack.api_key, "logs": str(stack.logs)}, as_json)
+            _announce(stack.describe() | {"api_key": stack.api_key, "logs": str(stack.logs)}, folder, as_json)
             stack.run()
             say("stopping …")
     except (AlreadyRunning, PortTaken) as error:
@@ -56,7 +57,7 @@ def up(
         stack.stop()
 
 
-def _announce(facts: dict[str, object], as_json: bool) -> None:
+def _announce(facts: dict[str, object], folder: Path, as_json: bool) -> None:
     if as_json:
         print_json(facts)
         return
@@ -69,4 +70,8 @@ def _announce(facts: dict[str, object], as_json: bool) -> None:
         ("logs", facts["logs"]),
     ):
         console.print(Text(f"  {name:<8} {value}"))
-    console.print(Text("The command line on this machine finds it by itself. Ctrl-C stops it.", style="dim"))
+    if folder == default_data_dir().expanduser().absolute():
+        how = "The command line on this machine finds it by itself."
+    else:
+        how = f"For the command line: export STILLHOUSE_DATA_DIR={shlex.quote(str(folder))}"
+    console.print(Text(f"{how} Ctrl-C stops it.", style="dim"), soft_wrap=True)

@@ -51,6 +51,14 @@ def test_version() -> None:
         (("datasets", "push", "d"), ABSENT, 2, "--train FILE"),
         (("predict", "/nowhere", "text"), {}, 2, "model.onnx"),
         (("up", "--data-dir", "/dev/null/x"), {}, 5, "--data-dir"),
+        (("jobs", "list"), ABSENT | {"STILLHOUSE_URL": "http://localhost:abc"}, 4, "STILLHOUSE_URL"),
+        (("fsck",), {"STILLHOUSE_DATABASE_URL": "postgresql://127.0.0.1:9/x"}, 2, "STILLHOUSE_STORAGE_DIR"),
+        (
+            ("fsck", "--data-dir", "/nowhere"),
+            {"STILLHOUSE_DATABASE_URL": "postgresql+psycopg://127.0.0.1:9/x", "STILLHOUSE_NUM_THREADS": "two"},
+            2,
+            "STILLHOUSE_NUM_THREADS: Input should be a valid integer",
+        ),
     ],
 )
 def test_exit_codes_and_remedies(arguments: tuple, environment: dict, code: int, words: str) -> None:
@@ -58,6 +66,19 @@ def test_exit_codes_and_remedies(arguments: tuple, environment: dict, code: int,
     assert ended.returncode == code, ended.stderr
     assert words in ended.stderr
     assert ended.stdout == ""
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_reader_that_has_enough_is_no_failure() -> None:
+    command = f"set -o pipefail; {sys.executable} -m stillhouse jobs submit --help | head -1"
+    assert subprocess.run(["bash", "-c", command], capture_output=True).returncode == 0
+
+
+def test_a_damaged_model_and_other_than_utf8_are_told(tmp_path: Path) -> None:
+    for name, content in (("model.onnx", "x"), ("tokenizer.json", "{"), ("labels.json", '["a", "b"]')):
+        (tmp_path / name).write_text(content)
+    ended = run("predict", str(tmp_path), "text")
+    assert (ended.returncode, "tokenizer.json cannot be read" in ended.stderr) == (2, True), ended.stderr
     assert "Traceback" not in ended.stderr
 
 

@@ -2,6 +2,9 @@
 
 import json
 import os
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
@@ -11,7 +14,7 @@ from stillhouse import Client, errors
 from stillhouse.connection import find_stack, resolve
 from stillhouse.download import plan
 from stillhouse.results import Artifact, File
-from stillhouse.transport import raise_for_error
+from stillhouse.transport import Transport, raise_for_error
 from stillhouse.uploads import left_out, model_files
 
 
@@ -83,6 +86,64 @@ def test_an_envelope_becomes_a_typed_error(status: int, kind: type[errors.ApiErr
 def test_an_answer_of_a_proxy_is_an_error_too(body: bytes) -> None:
     with pytest.raises(errors.ServerError, match="502"):
         raise_for_error(httpx.Response(502, content=body))
+
+
+class Odd(BaseHTTPRequestHandler):
+    """Answers as what stands in front of a server does, and with an event that holds what ends lines elsewhere."""
+
+    def do_GET(self) -> None:
+        if self.path.endswith("/events"):
+            self.answer(200, b'id: 1\nevent: log\ndata: {"m": "a\xe2\x80\xa8b\xc2\x85c"}\n\n: quiet\n\n')
+        else:
+            self.answer(200, b"<html>Log in")
+
+    def do_DELETE(self) -> None:
+        self.answer(302, b"", Location="https://login.example/")
+
+    def answer(self, status: int, body: bytes, **headers: str) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Keeps quiet."""
+
+
+@pytest.fixture
+def odd() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Odd) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_what_answers_in_place_of_the_server_did_nothing(odd: str) -> None:
+    with Client(odd, "k", retries=0) as client:
+        with pytest.raises(errors.Unreachable, match=r"redirects to https://login\.example/; set STILLHOUSE_URL"):
+            client.keys.revoke("key_1")
+        with pytest.raises(errors.Unreachable, match="does not answer as Stillhouse does"):
+            client.jobs.get("job_1")
+
+
+def test_an_event_keeps_every_character(odd: str) -> None:
+    transport = Transport(odd, "k")
+    assert [*transport.server_sent("/events", 0)] == [(1, "log", {"m": "a\u2028b\u0085c"})]
+    transport.close()
+
+
+@pytest.mark.parametrize(
+    ("url", "key", "named"),
+    [
+        ("http://localhost:abc", "k", "STILLHOUSE_URL"),
+        ("http://[::1:8500", "k", "STILLHOUSE_URL"),
+        ("http://x", "“k”", "STILLHOUSE_API_KEY"),
+    ],
+)
+def test_an_odd_address_or_key_is_named(url: str, key: str, named: str) -> None:
+    with pytest.raises(errors.NotConfigured, match=named):
+        Client(url, key)
 
 
 @pytest.mark.parametrize("path", ["../x", "a/../../x", "/etc/passwd", "a\\b"])
