@@ -3,7 +3,7 @@
 import json
 import re
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
@@ -25,9 +25,8 @@ UNREADABLE = (
 class Loader(yaml.SafeLoader):
     """YAML with the plain values of YAML 1.2 (section 10.3.2), as the server reads it, and with merge keys."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
 
-
+Loader.yaml_implicit_resolvers = {}
 for _tag, _pattern, _first in (
     ("merge", r"<<", ["<"]),
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),

@@ -135,6 +135,8 @@ def test_a_pause_outlives_a_fault_that_passes(claim: ownership.Claim) -> None:
 class Spoken:
     """A child that reports one metric, and ends."""
 
+    pid = 2**22 + 1  # of none
+
     def __init__(self, *_: object) -> None:
         self._left = [{"type": "metrics", "points": [["loss", 1, 0.5]]}, {"type": "result", "summary": {}}, None]
 

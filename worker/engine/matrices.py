@@ -33,11 +33,13 @@ class Matrix:
         self.gram_II = torch.empty(0)  # those of all layers of a large model do not fit together
 
     def begin(self) -> None:
-        """Makes room for the products of inputs."""
-        self.gram_II = torch.zeros(self.weight_OI.shape[1:] * 2, device=self.weight_OI.device)
+        """Makes room for the products of inputs, if there is none yet."""
+        if not self.gram_II.numel():
+            self.gram_II = torch.zeros(self.weight_OI.shape[1:] * 2, device=self.weight_OI.device)
 
     def note(self, _: Module, inputs: tuple[Tensor, ...]) -> None:
         """Adds the inputs of a forward pass up."""
+        self.begin()
         x_NI = inputs[0].detach().float().flatten(0, -2)
         self.gram_II.addmm_(x_NI.T, x_NI)
         size_NI = x_NI.abs()
@@ -46,6 +48,7 @@ class Matrix:
 
     def scale_inputs(self, scale_I: Tensor) -> None:
         """Makes what was seen of the inputs what it would be with each of them times its scale."""
+        self.begin()
         self.size_I *= scale_I
         self.largest_I *= scale_I
         self.gram_II *= scale_I[:, None] * scale_I

@@ -1,8 +1,9 @@
 """What one of several tasks sees of the stage, and of its models."""
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from worker.engine.classification import Classification
     from worker.engine.context import StageContext
     from worker.engine.multitask import MultiTask
+
+T = TypeVar("T")
 
 
 def turn_to(model: Any, task: str) -> None:
@@ -73,6 +76,10 @@ class PartContext:
         if source and source.part:
             return self.task.load_model(whole.input(role))
         return self._see(whole.remember(f"placed {role}", lambda: whole.place(whole.load_model(role))))
+
+    def remember(self, key: str, make: Callable[[], T]) -> T:
+        """Returns what was made under this key before for this task, or makes it."""
+        return self._whole.remember(f"{self.part}/{key}", make)
 
     def load_teacher(self) -> OneHead:
         """Returns the task's head of the teacher."""

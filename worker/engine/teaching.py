@@ -20,7 +20,7 @@ from worker.engine.inference import predict_logits
 from worker.engine.keeping import KeptLayers
 from worker.engine.watching import Watched
 from worker.kernels.heads import Head, HeadSignal
-from worker.kernels.signals import DenseSignal, SampledSignal, Signal, SparseSignal
+from worker.kernels.signals import DenseSignal, GappedSignal, SampledSignal, Signal, SparseSignal
 
 if TYPE_CHECKING:
     from worker.engine.context import StageContext
@@ -120,7 +120,7 @@ class AnswersAhead:
     def answer(self, batch: Batch) -> Signal:
         """Returns the rows' logits."""
         assert self._logits_NC is not None  # noqa: S101
-        return DenseSignal(self._logits_NC[batch.row_numbers])
+        return _say(self._logits_NC[batch.row_numbers])
 
     def score(self, validation: Encoded | None) -> "Scores | None":
         """Returns the scores of its answers to the split."""
@@ -134,6 +134,11 @@ class AnswersAhead:
     def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Takes over the answers."""
         self._logits_NC, self._drawing = tensors.get("logits"), state["drawing"]
+
+
+def _say(logits_NC: Tensor) -> DenseSignal:
+    """Returns what was answered; a word of which the teacher did not read has zeros."""
+    return DenseSignal(logits_NC) if logits_NC.any(dim=-1).all() else GappedSignal(logits_NC)
 
 
 class Stateless:
@@ -195,7 +200,7 @@ class AnswersKept(Stateless):
             self.layers.see(batch.inputs)
         logits_NC = self._tensors.get(kept_as("logits", batch.task))
         if logits_NC is not None:
-            return DenseSignal(logits_NC[rows_N])
+            return _say(logits_NC[rows_N])
         classes_NK, log_p_NK, log_rest_N = (self._tensors[name][rows_N] for name in ("classes", "log_p", "log_rest"))
         if self._rest == "samples":
             return SampledSignal(classes_NK.long(), log_p_NK, self._temperature)

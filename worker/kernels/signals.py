@@ -43,10 +43,23 @@ class DenseSignal:
         """Returns what it says of some of the rows."""
         return type(self)(self.logits_NC[rows])
 
+    def beside(self, student_NC: Tensor) -> Tensor:
+        """Returns the logits that the student's are held against, where these are."""
+        return self.logits_NC.detach().to(student_NC.device)
+
     def compare(self, student_NC: Tensor, temperature: float | Tensor) -> Pair:
         """Returns log softmax(u/T) and log softmax(z/T)."""
+        return _log_softmax(self.beside(student_NC), temperature), _log_softmax(student_NC, temperature)
+
+
+@dataclass(frozen=True, slots=True)
+class GappedSignal(DenseSignal):
+    """Logits of which a row of zeros says nothing, as of a word that was cut off; there it agrees with the student."""
+
+    def beside(self, student_NC: Tensor) -> Tensor:
+        """Returns the logits that the student's are held against, its own where the teacher says nothing."""
         teacher_NC = self.logits_NC.detach().to(student_NC.device)
-        return _log_softmax(teacher_NC, temperature), _log_softmax(student_NC, temperature)
+        return torch.where(teacher_NC.any(dim=-1, keepdim=True), teacher_NC, student_NC.detach().to(teacher_NC))
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,4 +33,4 @@ class LogitMSE(Loss):
         """Returns the loss of each row; the labels are not used."""
         from worker.kernels.divergences import logit_mse
 
-        return lambda student_NC, signal, _: logit_mse(student_NC, signal.logits_NC.to(student_NC.device), self.centred)
+        return lambda student_NC, signal, _: logit_mse(student_NC, signal.beside(student_NC), self.centred)
