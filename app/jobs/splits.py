@@ -72,7 +72,7 @@ def _label_counts(task: Task, path: str, split: dict[str, Any], problems: Proble
         add(problems, field_of(path), f"'{split['ref']}' has no column '{name}'; {hint}, or set it in task")
     if missing:
         return None
-    if "label" in columns and (columns["text"], columns["label"]) == (split["text_column"], split["label_column"]):
+    if columns == {"text": split["text_column"], "label": split["label_column"]}:
         return dict(split["label_counts"])
     return _count_labels(task, path, split, problems)
 

@@ -1,14 +1,22 @@
 """What an API's answers say of labels, and what is asked."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from core.errors import SpecInvalid
+from core.errors import SpecInvalid, StageFailed
 from core.jobs.spec import load_spec
 from worker.asking import read_answer
-from worker.engine.asking import make_label_request, make_request, name_label, read_labels, read_probabilities
+from worker.engine.asking import (
+    make_label_request,
+    make_request,
+    name_label,
+    read_labels,
+    read_probabilities,
+    speak_by_asking,
+)
 
 WORDS = ["negative", "neutral", "positive"]
 SPEC = {"teacher": {"kind": "openai", "model": "m"}, "student": {"kind": "pretrained", "model": "s"}, "data": "d"}
@@ -134,7 +142,26 @@ BAD = [
     ({"prompt": "which?"}, "teacher.prompt"),
     ({"max_cost": 1.0}, "teacher.max_cost"),
     ({"top_logprobs": 21}, "teacher.top_logprobs"),
+    ({"system": "Be brief.", "endpoint": "completions"}, "teacher.system"),
 ]
+
+
+@pytest.mark.parametrize(
+    ("labels", "words", "named"),
+    [
+        (["a", "b"], {"A": "good"}, "'A', which is no label"),
+        ([":)", ":("], {}, "':)' and ':('"),
+        (["A", "A*", "B"], {}, "'A' and 'A*'"),
+        (["a", "b"], {"a": "Good", "b": "good."}, "'Good' and 'good.'"),
+    ],
+)
+def test_words_that_answers_cannot_be_known_by_are_told_before_any_is_paid(
+    labels: list[str], words: dict[str, str], named: str
+) -> None:
+    with pytest.raises(StageFailed) as caught:
+        speak_by_asking(SimpleNamespace(labels=labels), teacher(words=words))
+    assert caught.value.reason == "spec_invalid"
+    assert named in caught.value.message
 
 
 @pytest.mark.parametrize(("change", "field"), BAD, ids=[str(change) for change, _ in BAD])

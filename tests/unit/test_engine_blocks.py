@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizers import processors
 from transformers import PreTrainedTokenizerBase
 
 from core.errors import StageFailed
 from tests import pico
-from worker.engine.blocks import Blocks, read_stream
+from worker.engine.blocks import Blocks, read_prompts, read_starts, read_stream
 from worker.engine.loading import load_tokenizer
 
 CPU = torch.device("cpu")
@@ -43,6 +44,21 @@ def test_prompts_are_read_and_not_learned(tmp_path: Path, tokenizer: PreTrainedT
         for seen, label in zip(batch.inputs["input_ids"][batch.is_row], batch.row_labels, strict=True)
     ]
     assert pairs == [("is", "late"), ("late", "<end>"), ("refund", "paid"), ("paid", "back"), ("back", "<end>")]
+
+
+def test_a_prompt_is_not_ended(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(pico.write_language_model(tmp_path / "model"))
+    end = tokenizer.eos_token_id
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<unk> $A <end>", special_tokens=[("<unk>", tokenizer.unk_token_id), ("<end>", end)]
+    )
+    path = write(tmp_path / "train.jsonl", [{"q": "my parcel is", "a": "late"}, {"q": "refund", "a": "paid"}])
+    columns = {"text": "a", "prompt": "q"}
+    ids, is_learned = read_stream(path, columns, tokenizer)
+    words = tokenizer.convert_ids_to_tokens(ids)
+    assert words == ["<unk>", "my", "parcel", "is", "late", "<end>", "<unk>", "refund", "paid", "<end>"]
+    assert len(read_starts(path, columns, tokenizer)) == len(ids) == len(is_learned)
+    assert tokenizer.convert_ids_to_tokens(read_prompts(path, columns, tokenizer, 9)[0]) == words[:4]
 
 
 def test_a_sample_begins_where_something_is_learned() -> None:

@@ -80,7 +80,9 @@ def test_rows_are_read_by_the_columns_of_the_task(tmp_path: Path) -> None:
     assert read_examples(path, {"text": "body"}, lambda row: row["class"]) == Examples(["ü", "b"], [1, "x"])
 
 
-@pytest.mark.parametrize("line", ["{", '{"text": "a"}', '{"text": "a", "label": "c"}', "[1]"])
+@pytest.mark.parametrize(
+    "line", ["{", '{"text": "a"}', '{"text": "a", "label": "c"}', "[1]", '{"text": null, "label": "b"}']
+)
 def test_a_row_that_does_not_fit_names_its_line(tmp_path: Path, line: str) -> None:
     path = tmp_path / "train.jsonl"
     path.write_text('{"text": "a", "label": "b"}\n' + line + "\n")

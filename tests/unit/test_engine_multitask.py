@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,11 +21,13 @@ from stillhouse.classifier import Classifier
 from stillhouse.errors import InvalidInput
 from tests import pico
 from tests.engine_bench import Bench, Finished, contents, make_spec
+from worker.engine.context import StageContext
 from worker.engine.data import Examples, encode
 from worker.engine.loading import load_tokenizer
 from worker.engine.multitask import NOTES
 from worker.engine.regression import _pearson, _sums_of
 from worker.engine.task_splits import TaskSplits
+from worker.engine.task_views import PartContext
 
 CPU = torch.device("cpu")
 FAST = {"epochs": 8, "learning_rate": 3e-3, "head_learning_rate": 1e-2, "batch_size": 16}
@@ -325,6 +328,24 @@ def test_words_and_texts_share_a_trunk(tmp_path: Path) -> None:
         "delivery",
         pytest.approx(logits_TC[0, 4:].softmax(dim=-1)[0].item(), abs=1e-4),
     )
+
+
+def test_words_and_texts_do_not_share_a_decoder(tmp_path: Path) -> None:
+    bench = lay(tmp_path, WORDS)
+    shutil.rmtree(bench.inputs / "teacher")
+    pico.write_language_model(bench.inputs / "teacher")
+    finished = bench.run(of_tasks(WORDS, [{"kind": "finetune", **FAST}]), labels=labels_of(WORDS))
+    assert finished.last["reason"] == "spec_invalid", finished.log
+    assert "first token of a text" in finished.last["message"]
+
+
+def test_what_is_remembered_is_of_one_task() -> None:
+    spec = load_spec(of_tasks(TEXTS, [{"kind": "finetune"}]))
+    whole = SimpleNamespace(labels=["a/x", "b/x"], spec=spec, _remembered={})
+    whole.remember = MethodType(StageContext.remember, whole)
+    tasks = [PartContext(whole, name, spec.task) for name in ("a", "b")]
+    assert [task.remember("answers", lambda task=task: task.part) for task in tasks] == ["a", "b"]
+    assert tasks[0].remember("answers", lambda: "another") == "a"
 
 
 @pytest.mark.parametrize("how", ["kill", "stop"])

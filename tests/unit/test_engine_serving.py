@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -88,23 +89,46 @@ def test_a_kserve_folder_holds_a_model_and_a_service(bench: Bench) -> None:
     assert LABELS[int(logits_BC.argmax())] == "delivery"
 
 
-def test_weights_beside_a_large_graph_stay_there(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def make_context(bench: Bench, name: str) -> StageContext:
     spec = make_spec([{"kind": "distill"}, {"kind": "export"}])
-    order = Order.parse(json.loads(bench.write_order(spec, 1, "large").read_text()))
+    order = Order.parse(json.loads(bench.write_order(spec, 1, name).read_text()))
+    return StageContext(order, Reporter(os.open(os.devnull, os.O_WRONLY)), threading.Event(), Mailbox())
+
+
+@pytest.mark.parametrize("method", ["entropy", "percentile"])
+def test_scales_by_histogram_are_of_texts_of_any_length(bench: Bench, tmp_path: Path, method: str) -> None:
+    ctx = make_context(bench, method)
+    form = list_methods("exporters")["onnx_int8_static"](method=method, num_samples=24, min_agreement=0.5)
+    found = form.build(ctx)(tmp_path)
+    ctx.close()
+    assert found["agreement"] > 0.9
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    inputs = AutoTokenizer.from_pretrained(tmp_path)(TEXT, return_tensors="np")
+    given = {node.name: inputs[node.name].astype(np.int64) for node in session.get_inputs()}
+    assert LABELS[int(session.run(["logits"], given)[0].argmax())] == "delivery"
+
+
+def test_a_servers_folder_takes_what_its_graph_takes() -> None:
+    known = list_methods("exporters")
+    for kind in ("triton", "kserve"):
+        for inner in ("onnx", "onnx_int8", "onnx_int8_static"):
+            whole, graph = known[kind](form={"kind": inner}), known[inner]()
+            assert (whole.bytes_per_parameter, whole.calibrates) == (graph.bytes_per_parameter, graph.calibrates)
+
+
+def test_weights_beside_a_large_graph_stay_there(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exporting, "MAX_GRAPH_BYTES", 10_000)
-    logits = []
-    with open("/dev/null", "wb") as nowhere:
-        ctx = StageContext(order, Reporter(nowhere.fileno()), threading.Event(), Mailbox())
-        for kind in ("onnx", "onnx_int8_static"):
-            folder = tmp_path / kind
-            folder.mkdir()
-            list_methods("exporters")["triton"](form={"kind": kind}).build(ctx)(folder)
-            assert {path.name for path in (folder / "1").iterdir()} == {"model.onnx", "model.onnx.data"}
-            session = onnxruntime.InferenceSession(folder / "1" / "model.onnx", providers=["CPUExecutionProvider"])
-            inputs = AutoTokenizer.from_pretrained(folder)(TEXT, return_tensors="np")
-            given = {node.name: inputs[node.name].astype(np.int64) for node in session.get_inputs()}
-            logits.append(session.run(["logits"], given)[0])
-        ctx.close()
+    logits, ctx = [], make_context(bench, "large")
+    for kind in ("onnx", "onnx_int8_static"):
+        folder = tmp_path / kind
+        folder.mkdir()
+        list_methods("exporters")["triton"](form={"kind": kind}).build(ctx)(folder)
+        assert {path.name for path in (folder / "1").iterdir()} == {"model.onnx", "model.onnx.data"}
+        session = onnxruntime.InferenceSession(folder / "1" / "model.onnx", providers=["CPUExecutionProvider"])
+        inputs = AutoTokenizer.from_pretrained(folder)(TEXT, return_tensors="np")
+        given = {node.name: inputs[node.name].astype(np.int64) for node in session.get_inputs()}
+        logits.append(session.run(["logits"], given)[0])
+    ctx.close()
     assert 0 < np.abs(logits[1] - logits[0]).max() < 0.3 * np.ptp(logits[0])
 
 

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from seqeval.metrics import f1_score
 from seqeval.metrics.sequence_labeling import get_entities
-from transformers import AutoModelForTokenClassification, AutoTokenizer
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForTokenClassification, AutoTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from core.errors import StageFailed
 from stillhouse.classifier import Classifier
@@ -19,9 +20,9 @@ from stillhouse.errors import InvalidInput
 from tests import pico
 from tests.engine_bench import Bench, Finished, make_spec
 from worker.engine.entities import count_entities, find_entities
-from worker.engine.loading import load_tokenizer
+from worker.engine.loading import load_tokenizer, save_tokenizer
 from worker.engine.scores import f1_of
-from worker.engine.words import Sentences, encode_words, read_sentences
+from worker.engine.words import Sentences, encode_words, read_after_space, read_sentences
 
 WNUT = Path(__file__).parents[3] / "shared" / "data" / "wnut17"
 TAGS = ["O", "B-person", "I-person", "B-place", "I-place"]
@@ -55,6 +56,35 @@ def test_a_row_is_a_words_first_piece(tmp_path: Path) -> None:
     assert places == [1, 2, 3, 4, 5, 1, 2, 3, 4]
     assert (batch.rows[:, 0] == -1).all()
     assert np.concatenate(split.numbers).tolist() == list(range(10))
+
+
+@pytest.mark.parametrize("is_sequence", [False, True])
+def test_words_of_a_byte_level_tokenizer_stand_after_a_space_also_when_it_is_loaded_again(
+    is_sequence: bool, tmp_path: Path
+) -> None:
+    raw = Tokenizer(models.BPE({"m": 0, "y": 1, "Ġ": 2, "my": 3, "Ġmy": 4, "<e>": 5}, [("m", "y"), ("Ġ", "my")]))
+    by_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    split = pre_tokenizers.Split(Regex(r" ?\w+"), "isolated")
+    raw.pre_tokenizer = pre_tokenizers.Sequence([split, by_bytes]) if is_sequence else by_bytes
+    kind = Qwen2Tokenizer if is_sequence else PreTrainedTokenizerFast
+    ends = dict.fromkeys(("pad_token", "eos_token", "unk_token"), "<e>")
+    kind(tokenizer_object=raw, add_prefix_space=False, **ends).save_pretrained(tmp_path)
+    for _ in range(2):
+        tokenizer = load_tokenizer(tmp_path)
+        read_after_space(tokenizer)
+        assert tokenizer.convert_ids_to_tokens(tokenizer([["my"]], is_split_into_words=True).input_ids[0]) == ["Ġmy"]
+        save_tokenizer(tokenizer, tmp_path)
+
+
+def test_a_tokenizer_without_bytes_stays_as_it_is() -> None:
+    for split in (None, pre_tokenizers.Whitespace()):
+        raw = Tokenizer(models.WordLevel({"my": 0}, unk_token="my"))
+        if split:
+            raw.pre_tokenizer = split
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, add_prefix_space=False)
+        read_after_space(tokenizer)
+        assert tokenizer.add_prefix_space is False
+        assert tokenizer.convert_ids_to_tokens(tokenizer([["my"]], is_split_into_words=True).input_ids[0]) == ["my"]
 
 
 def test_words_without_pieces_have_no_place(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ def speak_by_asking(ctx: StageContext, settings: "OpenAI") -> Callable[[Examples
         StageFailed: `teacher_unavailable` when too many answers name no label, or whatever ended the asking.
     """
     words = [settings.words.get(label, label) for label in ctx.labels]
+    _check_words(settings.words, words, ctx.labels)
 
     def speak(examples: Examples, max_length: int) -> Tensor:  # noqa: ARG001 - the API has a tokenizer of its own
         votes = 1 if settings.top_logprobs else settings.votes
@@ -40,6 +41,18 @@ def speak_by_asking(ctx: StageContext, settings: "OpenAI") -> Callable[[Examples
         return torch.stack([even if one is None else one for one in found])
 
     return speak
+
+
+def _check_words(given: dict[str, str], words: list[str], labels: list[str]) -> None:
+    """Raises StageFailed before anything is paid, where a label has no word that an answer could be known by."""
+    plain = [_plain(word) for word in words]
+    if unknown := sorted(given.keys() - set(labels)):
+        message = f"teacher.words has '{unknown[0]}', which is no label of the data."
+        raise StageFailed("spec_invalid", message, suggestion=f"The labels are {', '.join(labels)[:500]}.")
+    alike = [word for word, one in zip(words, plain, strict=True) if not one or plain.count(one) > 1]
+    if alike:
+        message = f"In an answer the labels {' and '.join(map(repr, alike[:2]))} cannot be told apart, or from nothing."
+        raise StageFailed("spec_invalid", message, suggestion="Give each of them a word of its own in teacher.words.")
 
 
 def tell_unread(ctx: StageContext, settings: "OpenAI", unread: list[str], num_texts: int) -> None:

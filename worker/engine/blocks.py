@@ -146,6 +146,8 @@ def _tokenize_with_starts(
     found = []
     for text, ids, offsets in zip(texts, read["input_ids"], read["offset_mapping"], strict=True):
         starts = [_first_letter(text, begin, end) if end > begin else NOWHERE for begin, end in offsets]
+        if not is_last and whole and _is_ended(ids, tokenizer):
+            starts = starts[:-1]
         if is_last and tokenizer.eos_token_id is not None:
             starts = [*(starts[:-1] if ids[-1:] == [tokenizer.eos_token_id] else starts), len(text)]
         starts_T = np.array(starts, dtype=np.int64)
@@ -221,4 +223,9 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, whole: bo
     An end token comes once, after the text: `read_stream` sees to it.
     """
     found: list[list[int]] = tokenizer(texts, add_special_tokens=whole, truncation=False, verbose=False)["input_ids"]
-    return found
+    return [ids[:-1] if _is_ended(ids, tokenizer) else ids for ids in found] if whole else found
+
+
+def _is_ended(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Returns whether a tokenizer put its end token after a text, and not only the same one before it."""
+    return len(ids) > 1 and ids[-1] == tokenizer.eos_token_id

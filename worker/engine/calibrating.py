@@ -26,7 +26,15 @@ class Samples(CalibrationDataReader):
     """Texts of a split, one by one, so that no padding is measured."""
 
     def __init__(self, data: Any, count: int, seed: int) -> None:
-        self._left = self._read(data, count, seed)
+        self._all = list(self._read(data, count, seed))
+        self.set_range(0, len(self))
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def set_range(self, start_index: int, end_index: int) -> None:
+        """Has only these texts come."""
+        self._left = iter(self._all[start_index:end_index])
 
     def _read(self, data: Any, count: int, seed: int) -> Iterator[dict[str, NDArray[Any]]]:
         batches = data.shuffled(1, [seed], 0, torch.device("cpu"))
@@ -58,6 +66,7 @@ def write_onnx_int8_static(ctx: StageContext, settings: "OnnxInt8Static", folder
         op_types_to_quantize=["MatMul", "Gemm", "Gather"],
         calibrate_method=METHODS[settings.method],
         use_external_data_format=True,
+        extra_options={"CalibStridedMinMax": 1},  # text by text: they differ in length, and all of them take memory
     )
     save_graph(onnx.load(coded), folder)
     return check_onnx(ctx, folder, "onnx_int8_static", settings.min_agreement)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 OPSET = 17
 EQUAL_LOGITS = 1e-5  # the same weights in the same library; only the attention kernel may differ
+MERGED_LOGITS = 1e-3  # or what lay beside them was added to them
 MAX_GRAPH_BYTES = 2**31 - 2**24  # a protobuf message ends at 2 GiB, with the nodes
 CONTINUED_BLOCKS, NEW_TOKENS = 8, 16  # on which a cache is tried
 log = logging.getLogger(__name__)

@@ -17,11 +17,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from core.errors import StageFailed
 from worker.engine.answering import answer_texts
 from worker.engine.classification import SPEED, Classification, answer_online
 from worker.engine.data import Batch
 from worker.engine.evaluation import Card, Column, Measured, Quality, Row, list_candidates, row_of_answers
-from worker.engine.exporting import EQUAL_LOGITS, get_reference, measure
+from worker.engine.exporting import EQUAL_LOGITS, MERGED_LOGITS, get_reference, measure
 from worker.engine.inference import Answer, as_answer
 from worker.engine.loading import head_bias, is_head, load_classifier, name_labels, output_layer, save_classifier
 from worker.engine.measuring import answer_all, count_bytes, time_singles
@@ -32,6 +33,7 @@ from worker.engine.task_splits import TaskSplits, join_digests
 from worker.engine.task_views import OneHead, PartContext, turn_to
 from worker.engine.tasks import Kept, Scores, TaskHead
 from worker.engine.teaching import AnswersKept, Teaching, kept_as
+from worker.engine.watching import Watched
 
 if TYPE_CHECKING:
     from worker.engine.context import StageContext
@@ -66,6 +68,12 @@ class MultiTask:
     def load_model(self, folder: Path, **options: Any) -> PreTrainedModel:
         """Returns the folder's model over the labels of all tasks."""
         model = load_classifier(folder, self.ctx.labels, self.auto_class, **options)
+        if any(head.of_first_token for head in self.heads.values()) and Watched(model).is_causal:
+            message = (
+                f"In a '{model.config.model_type}' the first token of a text, whose tag is its class, sees no other."
+            )
+            remedy = "Choose an encoder, or leave words and whole texts to two jobs."
+            raise StageFailed("spec_invalid", message, suggestion=remedy)
         model.config.problem_type = None
         model.config.tasks = {name: part.problem_type or "token_classification" for name, part in self.parts.items()}
         bias_C = head_bias(model) if model.has_new_head else None
@@ -295,7 +303,8 @@ def write_single_tasks(ctx: "StageContext", folder: Path) -> dict[str, float]:
         again = load_classifier(own, part.labels, run.auto_class, attn_implementation="eager")
         head = run.heads[name]._replace(columns=slice(None))
         answers[name] = part.logits(as_answer(OneHead(again, head)), reference.data.parts[name], ctx.check_stop)
-    return measure(ctx, reference, answers, "single_tasks", EQUAL_LOGITS)
+    bound = MERGED_LOGITS if hasattr(reference.model, "apart") else EQUAL_LOGITS
+    return measure(ctx, reference, answers, "single_tasks", bound)
 
 
 def keep_head(single: PreTrainedModel, columns: slice, part: Classification) -> PreTrainedModel:

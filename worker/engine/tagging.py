@@ -17,7 +17,7 @@ from worker.engine.inference import predict_logits
 from worker.engine.rendering import percent, percent_range
 from worker.engine.scores import accuracy, bootstrap_sums, f1_of
 from worker.engine.tasks import Scores
-from worker.engine.words import Sentences, Words, digest_of, encode_words, labels_of, read_sentences
+from worker.engine.words import Sentences, Words, digest_of, encode_words, labels_of, read_after_space, read_sentences
 
 if TYPE_CHECKING:
     from worker.methods.stages.evaluate import Evaluate
@@ -46,11 +46,7 @@ class Tagging(Classification):
 
     def tokenise(self, examples: Sentences, tokenizer: PreTrainedTokenizerBase, names: list[str]) -> Words:
         """Returns sentences as a model reads them that takes inputs of these names."""
-        if getattr(tokenizer, "add_prefix_space", None) is False:
-            tokenizer.add_prefix_space = True  # a word stands after a space, which byte-level tokenizers read with it
-            split = tokenizer.backend_tokenizer.pre_tokenizer
-            split.add_prefix_space = True
-            tokenizer.backend_tokenizer.pre_tokenizer = split
+        read_after_space(tokenizer)
         return encode_words(examples, tokenizer, names)
 
     def score(self, model: PreTrainedModel, data: Any, between: Callable[[], None]) -> Scores:

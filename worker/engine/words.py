@@ -78,6 +78,21 @@ def read_sentences(path: Path, columns: dict[str, str], labels: list[str]) -> Se
     return Sentences([words for words, _ in rows], [tags for _, tags in rows])
 
 
+def read_after_space(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Has a byte-level tokenizer read each word as one that stands after a space, now and when it is loaded again."""
+    split = tokenizer.backend_tokenizer.pre_tokenizer
+    if getattr(tokenizer, "add_prefix_space", None) is not False or split is None:
+        return
+    state = json.loads(split.__getstate__())
+    bytewise = [part for part in state.get("pretokenizers", [state]) if part["type"] == "ByteLevel"]
+    for part in bytewise:
+        part["add_prefix_space"] = True
+    split.__setstate__(json.dumps(state).encode())
+    tokenizer.backend_tokenizer.pre_tokenizer = split
+    if bytewise:
+        tokenizer.add_prefix_space = True
+
+
 def encode_words(sentences: Sentences, tokenizer: PreTrainedTokenizerBase, names: list[str]) -> Words:
     """Returns the split tokenised, each text cut at the tokenizer's `model_max_length`."""
     limit = tokenizer.model_max_length

@@ -36,7 +36,7 @@ class MultiLabelClassification(Task):
 
     def read_labels(self, row: dict[str, Any]) -> tuple[list[RowProblem], list[str]]:
         """Returns what is wrong with text and labels, and the labels."""
-        wrong = check_row(row, self.text, None) + check_labels(row, self.labels)
+        wrong = check_row(row, self.text, None) + check_row(row, self.pair, None) + check_labels(row, self.labels)
         return wrong, [] if wrong else row[self.labels]
 
     def build(self, ctx: "StageContext") -> "MultiLabel":

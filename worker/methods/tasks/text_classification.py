@@ -33,7 +33,8 @@ class TextClassification(Task):
     def read_labels(self, row: dict[str, Any]) -> tuple[list[RowProblem], list[str]]:
         """Returns what is wrong with text and class, and the class."""
         name = label_name(row.get(self.label))
-        return check_row(row, self.text, self.label), [] if name is None else [name]
+        wrong = check_row(row, self.text, self.label) + check_row(row, self.pair, None)
+        return wrong, [] if name is None else [name]
 
     def build(self, ctx: "StageContext") -> "Classification":
         """Returns the classifying run."""

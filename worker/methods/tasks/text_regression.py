@@ -40,7 +40,8 @@ class TextRegression(Task):
 
     def read_labels(self, row: dict[str, Any]) -> tuple[list[RowProblem], list[str]]:
         """Returns what is wrong with text and number, and the column's name as the one label."""
-        return check_row(row, self.text, None) + check_value(row, self.value), [self.value]
+        wrong = check_row(row, self.text, None) + check_row(row, self.pair, None) + check_value(row, self.value)
+        return wrong, [self.value]
 
     def build(self, ctx: "StageContext") -> "Regression":
         """Returns the regression run."""

@@ -89,6 +89,8 @@ class OpenAI(Teacher):
             problems.append(Problem("kind", f"'openai' gives labels or texts, and a {spec.task.kind} needs neither"))
         if not is_address(self.base_url):
             problems.append(Problem("base_url", "this is no http(s) address such as 'https://api.openai.com/v1'"))
+        if self.system is not None and self.endpoint != "chat":
+            problems.append(Problem("system", "a completion has none; write it into the prompt, or use 'chat'"))
         asked = self.prompt if spec.task.kind == "causal_lm" else self.label_prompt
         problems += [] if asked is None else find_missing(asked, spec.task)
         if self.max_cost is not None and not self.prompt_price + self.completion_price:
