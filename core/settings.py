@@ -1,10 +1,11 @@
 """The only reader of the environment."""
 
+import math
 from functools import cache
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
@@ -83,6 +84,14 @@ class Settings(BaseSettings):
         host = (address.hostname or "").lower()
         allowed = {name.strip().lower() for name in self.teacher_hosts.split(",")}
         return bool(allowed & {"*", host, f"{host}:{address.port}"})
+
+    @field_validator("heartbeat_s")
+    @classmethod
+    def _beats_in_time(cls, value: float, info: ValidationInfo) -> float:
+        """Refuses a pause in which a lease could run out while its owner lives."""
+        if value > info.data.get("lease_s", math.inf) / 2:
+            raise ValueError("be at most half of STILLHOUSE_LEASE_S, or each claim runs out under its owner")
+        return value
 
     @property
     def queue_names(self) -> list[str]:

@@ -28,13 +28,13 @@ def check(data_dir: Path | None, *, quick: bool, repair: bool, on_progress: Prog
         return checking.check(get_store(), quick=quick, repair=repair, on_progress=on_progress)
 
 
-def backup(data_dir: Path | None, dest: Path, keep: int | None, on_progress: Progress) -> "Backup":
+def backup(data_dir: Path | None, dest: Path, keep: int | None, on_progress: Progress, *, verify: bool) -> "Backup":
     """Makes a backup in `dest` and returns what it holds."""
     with _opened(data_dir):
         from core.storage import get_store
         from core.upkeep.backup import backup
 
-        return backup(get_store(), dest, keep, on_progress)
+        return backup(get_store(), dest, keep, on_progress, verify=verify)
 
 
 def restore(data_dir: Path | None, source: Path, name: str | None, on_progress: Progress) -> "Report":

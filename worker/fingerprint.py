@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import platform
 import sys
 from functools import cache
@@ -12,17 +13,12 @@ from typing import Any
 from core.storage import ManifestFile, manifest_digest
 
 ROOT = Path(__file__).parents[1]
-SOURCES = (
-    "worker/engine",
-    "worker/kernels",
-    "worker/methods",
-    "core/jobs/spec.py",
-    "core/methods.py",
-    "core/weights.py",
-)
+SOURCES = ("core", "worker/engine", "worker/kernels", "worker/methods")
 LIBRARIES = (
     "compressed_tensors",
     "executorch",
+    "gguf",
+    "matplotlib",
     "nncf",
     "numpy",
     "onnx",
@@ -32,6 +28,7 @@ LIBRARIES = (
     "safetensors",
     "tokenizers",
     "torch",
+    "torchao",
     "transformers",
 )
 GPU_INFORMATION = Path("/proc/driver/nvidia/gpus")
@@ -59,6 +56,7 @@ def environment() -> dict[str, Any]:
         "python": sys.version.split()[0],
         "libraries": {name: _version(name) for name in LIBRARIES},
         "processor": _processor(),
+        "visible_gpus": os.environ.get("CUDA_VISIBLE_DEVICES"),
         "gpus": sorted({_gpu_model(path) for path in GPU_INFORMATION.glob("*/information")}),
     }
 

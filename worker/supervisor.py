@@ -168,7 +168,7 @@ def _settle(taken: Claim, staging: Staging, outcome: dict[str, Any]) -> bool:
             _fail(taken, staging, error, outcome.get("publishes", []))
             return False
         case "stopped":
-            return _stop(taken, staging, "stopped at a checkpoint")
+            return _stop(taken, staging, outcome.get("why", "stopped at a checkpoint"))
         case "unfit" if staging.checkpoint_step is not None:
             staging.reject_checkpoint(staging.checkpoint_step, "unfit", outcome["message"])
             return True

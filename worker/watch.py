@@ -156,6 +156,8 @@ class Watch:
             self.stopped_at = time.monotonic()
             child.order({"order": "stop"})
         if self.stopped_at is not None and time.monotonic() - self.stopped_at > get_settings().stop_grace_s:
+            why = "stopped, without a last checkpoint as its step took longer than STILLHOUSE_STOP_GRACE_S"
+            self.outcome = self.outcome or {"type": "stopped", "why": why}  # as was asked: it is not lost
             child.kill()
 
 

@@ -12,7 +12,7 @@ from app.envelope import errors
 from app.uploads import NAME_PATTERN, ReceivedUpload, form_body
 from core.datasets.models import Dataset
 from core.datasets.repository import delete_dataset, get_dataset, list_datasets
-from core.db import session_scope
+from core.db import read_scope, session_scope
 
 router = APIRouter(prefix="/v1/datasets", tags=["data sets"], responses=errors(401, 403, 422, 503))
 DatasetRef = Annotated[
@@ -67,14 +67,14 @@ def list_all(session: DbSession, principal: Reader, limit: Limit = 20, after: Af
 @router.get("/{name:ref}/preview", operation_id="preview_dataset", response_model=Preview, responses=errors(404))
 def preview(
     name: DatasetRef,
-    session: DbSession,
     principal: Reader,
     split: Annotated[str, Query(max_length=64, description="Which split.")] = "train",
     limit: Limit = 10,
     offset: Annotated[int, Query(ge=0, le=10**9, description="Rows to skip.")] = 0,
 ) -> Any:
     """Shows some rows of a split, at most a megabyte of them."""
-    found = service.get_split(session, principal.tenant_id, own_name(principal, name, "data set"), split)
+    with read_scope() as session:
+        found = service.get_split(session, principal.tenant_id, own_name(principal, name, "data set"), split)
     return service.read_rows(found, offset, limit)
 
 

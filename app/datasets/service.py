@@ -3,6 +3,7 @@
 import json
 import re
 from contextlib import ExitStack
+from itertools import islice
 from typing import Any, NamedTuple
 
 from sqlalchemy.orm import Session
@@ -101,9 +102,7 @@ def read_rows(split: dict[str, Any], offset: int, limit: int) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     size = 0
     with get_store().get_path(split["sha256"]).open("rb") as lines:
-        for index, line in enumerate(lines):
-            if index < offset:
-                continue
+        for line in islice(lines, offset, None) if offset < split["num_rows"] else ():
             size += len(line)
             if len(rows) == limit or (rows and size > MAX_PREVIEW_BYTES):
                 break

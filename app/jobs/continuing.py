@@ -5,11 +5,11 @@ from typing import Any, NamedTuple
 
 from sqlalchemy.orm import Session
 
-from app.jobs.resolving import check_models
+from app.jobs.resolving import check_models, check_vocabularies, find_files
 from app.jobs.schemas import JobView
 from app.jobs.service import plan, view
 from app.jobs.splits import check_samples
-from core.db import session_scope
+from core.db import read_scope, session_scope
 from core.jobs import forking
 from core.jobs.repository import get_job
 from core.jobs.spec import MAX_STAGES, JobSpec, spec_invalid
@@ -49,7 +49,9 @@ def draft(principal: Principal, job_id: str, order: forking.Fork) -> Draft:
     inputs = kept | fresh | {"data": kept["data"] | fresh["data"]}
     named = [role for role in spec.models() if f"{role}_facts" in inputs]
     facts = {role: ModelFacts(**inputs[f"{role}_facts"]) for role in named}
-    problems = check_models(spec, facts) + check_samples(spec, inputs["data"])
+    with read_scope() as session:
+        files = {role: find_files(session, principal.tenant_id, inputs[role]) for role in named}
+    problems = check_models(spec, facts) + check_vocabularies(spec, files) + check_samples(spec, inputs["data"])
     if problems:
         raise spec_invalid(problems)
     return Draft(parent.id, first, spec, inputs, fresh)

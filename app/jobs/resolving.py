@@ -4,6 +4,7 @@ First the rows are read in one short session (`find_sources`); then, without one
 (`resolve`).
 """
 
+from collections.abc import Mapping
 from functools import cache, partial
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -75,7 +76,9 @@ def find_sources(session: Session, principal: Principal, spec: JobSpec) -> Sourc
     for role, source in spec.models().items():
         model = _find_model(session, principal, source, problems)
         if model:
-            models[role] = _with_files(session, principal, model) if compares_tokens else model
+            models[role] = model
+            if compares_tokens:
+                models[role] = model._replace(files=find_files(session, principal.tenant_id, model.source))
     find = cache(partial(find_dataset, session, principal.tenant_id))  # most jobs take all splits of one data set
     splits = {}
     for scope, seen in spec.scopes().items():
@@ -116,9 +119,10 @@ def _find_model(session: Session, principal: Principal, source: ModelSource, pro
     return Found({"manifest_id": model.manifest_id, "model_id": model.id}, ModelFacts(**model.facts))
 
 
-def _with_files(session: Session, principal: Principal, model: Found) -> Found:
-    known = model.source.get("manifest_id")
-    return model._replace(files=files_of(get_manifest(session, principal.tenant_id, known))) if known else model
+def find_files(session: Session, tenant_id: str, source: dict[str, Any]) -> list[ManifestFile] | None:
+    """Returns the files of a model as a job's inputs have it; None of one that is not stored here."""
+    known = source.get("manifest_id")
+    return files_of(get_manifest(session, tenant_id, known), source.get("folder", "")) if known else None
 
 
 def _find_output(session: Session, tenant_id: str, source: ModelSource, problems: Problems) -> Found | None:
@@ -183,10 +187,7 @@ def describe_models(
     found = {role: _describe(named[role].field, model, problems) for role, model in sources.models.items()}
     facts = {role: model.facts for role, model in found.items() if model and model.facts}
     problems += check_models(spec, facts)
-    if spec.compares_tokens() and "base" in found:
-        for role in spec.teacher.sources():
-            wrong, why = ("base", OTHER_STUDENT) if spec.teacher.is_model else (role, OTHER_MEMBER)
-            problems += _check_vocabulary(named[wrong].field, why, found.get(role), found["base"])
+    problems += check_vocabularies(spec, {role: model.files for role, model in found.items() if model})
     inputs = {role: model.source for role, model in found.items() if model}
     return inputs | {f"{role}_facts": known.model_dump() for role, known in facts.items()}, facts
 
@@ -246,12 +247,22 @@ def _of_stages(found: list[tuple[int, list[Problem]]]) -> Problems:
     return [{"field": f"stages.{n}.{p.field}", "message": p.message} for n, some in found for p in some]
 
 
-def _check_vocabulary(field: str, hint: str, *models: Found | None) -> Problems:
+def check_vocabularies(spec: JobSpec, files: Mapping[str, list[ManifestFile] | None]) -> Problems:
+    """Returns which models, by the files of each role, do not choose among the student's tokens though they have to."""
+    problems: Problems = []
+    if spec.compares_tokens() and "base" in files:
+        for role in spec.teacher.sources():
+            wrong, why = ("base", OTHER_STUDENT) if spec.teacher.is_model else (role, OTHER_MEMBER)
+            problems += _check_vocabulary(spec.models()[wrong].field, why, files.get(role), files["base"])
+    return problems
+
+
+def _check_vocabulary(field: str, hint: str, *models: list[ManifestFile] | None) -> Problems:
     """Returns what keeps two models from choosing among the same tokens, as far as their tokenizers are stored here."""
     tokenizers = [
         get_store().get_path(file.sha256).read_bytes()
-        for model in models
-        for file in (model.files if model and model.files else [])
+        for files in models
+        for file in files or []
         if file.path == "tokenizer.json"
     ]
     if len(tokenizers) < len(models):

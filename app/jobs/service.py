@@ -127,9 +127,9 @@ def etag_of(job_id: str, version: int) -> str:
     return f'"{job_id}-{version}"'
 
 
-def parse_metadata(pairs: list[str]) -> dict[str, str]:
+def parse_metadata(pairs: list[str]) -> list[tuple[str, str]]:
     """Returns the filter of `key:value` pairs; what has no colon matches nothing that can be stored."""
-    return {key: value for key, _, value in (pair.partition(":") for pair in pairs)}
+    return [(key, value) for key, _, value in (pair.partition(":") for pair in pairs)]
 
 
 def list_series(session: Session, job: Job, filters: dict[str, Any], max_points: int) -> list[Series]:

@@ -153,6 +153,9 @@ def check_split(file: SplitFile, sink: BlobWriter, wanted: Columns, problems: Pr
         if isinstance(row, RowProblem):
             problems.add(file.filename, number, row.field, row.message)
             continue
+        if not row:
+            problems.add(file.filename, number, "", "the row has no fields; write those of the others, or leave it out")
+            continue
         if not split.columns:
             _start(split, row, wanted, problems, number)
         for problem in _row_problems(split, row):
@@ -166,6 +169,12 @@ def check_split(file: SplitFile, sink: BlobWriter, wanted: Columns, problems: Pr
             problems.add(file.filename, number, "", f"more than {get_settings().max_rows:,} rows; upload fewer")
             break
         sink.write(encoded)
+        if sink.size_bytes > get_settings().max_upload_bytes:  # as a packed file can be far larger than it was sent
+            limit = f"{get_settings().max_upload_bytes:,}"
+            problems.add(
+                file.filename, number, "", f"as JSON Lines the rows have more than {limit} bytes; upload fewer"
+            )
+            break
     if not split.num_rows and problems.count == before:
         empty = "the file is empty" if file.path.stat().st_size == 0 else "the file has no rows"
         problems.add(file.filename, None, "", f"{empty}; a split needs at least one row")

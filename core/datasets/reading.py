@@ -14,6 +14,8 @@ COMPRESSED = (".gz", ".zip", ".zst", ".bz2", ".xz", ".tar", ".7z")
 MAGIC = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ": "xz"}
 MAX_LINE_BYTES = 16 * 1024 * 1024
 MAX_ROW_GROUP_BYTES = 1024**3
+MAX_CHUNK_VALUES = 50_000_000  # of one column in a row group: equal ones take next to nothing until they are read
+MAX_ROWS_BYTES = 64 * 1024 * 1024  # of rows that are made Python objects at once
 BOM = b"\xef\xbb\xbf"
 csv.field_size_limit(MAX_LINE_BYTES)
 
@@ -148,17 +150,50 @@ def _read_parquet(source: BinaryIO) -> Iterator[Line]:
 
     number = 0
     try:
-        table = ParquetFile(source)
-        groups = [table.metadata.row_group(index).total_byte_size for index in range(table.metadata.num_row_groups)]
-        if max(groups, default=0) > MAX_ROW_GROUP_BYTES:
+        facts = ParquetFile(source).metadata
+        leaves = [facts.schema.column(index) for index in range(facts.num_columns)]
+        texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
+        table = ParquetFile(source, read_dictionary=texts)  # so that a value that all rows share is there once
+        groups = [facts.row_group(index) for index in range(facts.num_row_groups)]
+        if max((group.total_byte_size for group in groups), default=0) > MAX_ROW_GROUP_BYTES:
             yield Line(1, RowProblem("a row group is larger than 1 GiB; write the file with smaller row groups"))
             return
+        if any(
+            group.column(index).num_values > MAX_CHUNK_VALUES for group in groups for index in range(group.num_columns)
+        ):
+            yield Line(1, RowProblem(f"a column has more than {MAX_CHUNK_VALUES:,} values in a row group; write less"))
+            return
         for batch in table.iter_batches(batch_size=1024):
-            for row in batch.to_pylist():
-                number += 1
-                yield Line(number, row)
+            widest = sum(map(_widest, batch.columns))
+            if widest > MAX_LINE_BYTES:
+                yield Line(
+                    number + 1, RowProblem(f"a row may be longer than {MAX_LINE_BYTES:,} bytes; shorten its values")
+                )
+                return
+            step = max(1, MAX_ROWS_BYTES // max(1, widest))
+            for start in range(0, batch.num_rows, step):
+                for row in batch.slice(start, step).to_pylist():
+                    number += 1
+                    yield Line(number, row)
     except Exception as error:  # pyarrow raises its own types, OSError, ValueError and more
         yield Line(number + 1, RowProblem(f"malformed Parquet: {str(error).splitlines()[0][:200]}"))
+
+
+def _widest(column: Any) -> int:
+    """Returns about how many bytes the longest value of an Arrow array may take, before any is made a Python object."""
+    from pyarrow import compute, types
+
+    if types.is_dictionary(column.type):
+        return _widest(column.dictionary)
+    if types.is_struct(column.type):
+        return sum(_widest(column.field(index)) for index in range(column.type.num_fields))
+    if types.is_map(column.type):
+        return len(column.items) * (_widest(column.keys) + _widest(column.items))
+    if types.is_list(column.type) or types.is_large_list(column.type) or types.is_fixed_size_list(column.type):
+        return (compute.max(compute.list_value_length(column)).as_py() or 0) * max(8, _widest(column.flatten()))
+    if types.is_primitive(column.type) or types.is_null(column.type):
+        return 8
+    return compute.max(compute.binary_length(column)).as_py() or 0
 
 
 READERS: dict[str, Callable[[BinaryIO], Iterator[Line]]] = {

@@ -107,17 +107,20 @@ def desired_of(session: Session, claim: Claim) -> str:
 def book_usage(session: Session, job: Job) -> None:
     """Writes for how long the present owner has held the job, split at the windows of the clock.
 
-    Every window since the claim is written anew from the database's clock, so a repeated or late call adds nothing.
+    The last two windows are written anew from the database's clock, so a repeated call adds nothing; nor does a late
+    one, since a job is held no longer than its lease.
     """
     session.execute(
         text(
             """
             insert into usage (job_id, fence, window_start, tenant_id, queue, seconds)
             select id, fence, w, tenant_id, queue,
-                   extract(epoch from least(w + :width, now()) - greatest(w, claimed_at))
-              from jobs, generate_series(
-                     greatest(date_bin(:width, claimed_at, 'epoch'), date_bin(:width, now(), 'epoch') - :width),
-                     now(), :width) as w
+                   extract(epoch from least(w + :width, until) - greatest(w, claimed_at))
+              from jobs,
+                   greatest(claimed_at, least(now(), coalesce(lease_until, now()))) as until,
+                   generate_series(
+                     greatest(date_bin(:width, claimed_at, 'epoch'), date_bin(:width, until, 'epoch') - :width),
+                     until, :width) as w
              where id = :job_id
             on conflict (job_id, fence, window_start) do update set seconds = excluded.seconds
             """
@@ -323,7 +326,11 @@ def give_back(session: Session, job: Job, why: str, *, lost: bool) -> None:
     if job.state == "running" and lost and job.lost_attempts >= get_settings().max_attempts:
         message = f"{job.lost_attempts} workers in a row were lost in the same stage; at last: {why}"
         suggestion = "read the stage's log; the stage may need more memory than a worker has"
+        stage = session.scalars(
+            select(StageRun).where(StageRun.job_id == job.id, StageRun.state.not_in(DONE)).order_by(StageRun.ordinal)
+        ).first()
         error = {"reason": "worker_lost", "message": message, "suggestion": suggestion, "retryable": True}
+        error |= _where(stage) if stage else {}
         set_state(session, job, "failed", error)
         return
     if job.state == "running":

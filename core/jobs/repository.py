@@ -1,5 +1,6 @@
 """Jobs as a tenant sees them. Every function takes the tenant; another tenant's job does not exist."""
 
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -94,7 +95,7 @@ def list_jobs(
     *,
     state: str | None = None,
     name: str | None = None,
-    labels: dict[str, str] | None = None,
+    labels: Sequence[tuple[str, str]] = (),
     after: str | None = None,
     limit: int = 20,
 ) -> Page:
@@ -116,9 +117,9 @@ def list_jobs(
     return _page(session, query.order_by(Job.id.desc()), limit, lambda job: job.id)
 
 
-def _find_labelled(tenant_id: str, labels: dict[str, str]) -> Select[str]:
+def _find_labelled(tenant_id: str, labels: Sequence[tuple[str, str]]) -> Select[str]:
     """Returns the query for the ids of the jobs that have all of these labels."""
-    (key, value), *others = labels.items()
+    (key, value), *others = labels
     first = (JobLabel.tenant_id == tenant_id, JobLabel.key == key, JobLabel.value == value)
     query = select(JobLabel.job_id).where(*first)
     for key, value in others:

@@ -89,7 +89,10 @@ class JobSpec(StrictModel):
         description="How often a stage is tried again after a failure that may pass, as a full disk.",
     )
     max_seconds: int | None = Field(
-        None, ge=1, description="The job fails as `budget_exhausted` once workers have held it for this long in all."
+        None,
+        ge=1,
+        le=10**9,
+        description="The job fails as `budget_exhausted` once workers have held it for this long in all.",
     )
     seed: int = Field(0, ge=0, lt=2**31, description="Seed of every random choice.")
     deterministic: bool = Field(
@@ -118,6 +121,8 @@ class JobSpec(StrictModel):
             raise PydanticCustomError(
                 "metadata", "a key has 1 to 64 characters, a value at most 512, and neither holds a NUL", {}
             )
+        if any(":" in key for key in value):
+            raise PydanticCustomError("metadata", "a key holds no colon, after which a filter has the value", {})
         return value
 
     @field_validator("stages", mode="before")

@@ -3,7 +3,7 @@
 import json
 import pickletools
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from core.errors import ModelInvalid
@@ -61,9 +61,12 @@ def check_model(files: Mapping[str, Path]) -> ModelFacts:
     details: list[dict[str, Any]] = []
     tensors: dict[str, list[Tensor]] = {}
     config: dict[str, Any] = {}
+    folders = {str(parent) for path in files for parent in PurePosixPath(path).parents}
     for path, location in files.items():
         try:
             problem = check_path(path) or sniff(location)
+            if path in folders:
+                problem = "another file lies in a folder of this name; rename one of them"
             if problem is not None:
                 raise ValueError(problem)
             found = _check_content(path, location)

@@ -28,7 +28,7 @@ def count_common(
     """
     named = [{index: token for token, index in ids.items()} for ids in (first, second)]
     common = min(max(tokens, default=-1) + 1 for tokens in named)
-    for index in range(common):
+    for index in sorted(index for index in named[0].keys() | named[1].keys() if index < common):
         one, other = (tokens.get(index) for tokens in named)
         if one != other:
             raise VocabularyDiffers(f"id {index} is {_quoted(one)} to {names[0]} and {_quoted(other)} to {names[1]}")
@@ -42,9 +42,13 @@ def read_vocabulary(tokenizer: bytes) -> dict[str, int]:
         listed = data["model"]["vocab"]
         if isinstance(listed, list):  # Unigram has scores, in the order of the ids
             listed = {token: index for index, (token, _) in enumerate(listed)}
-        return dict(listed) | {added["content"]: added["id"] for added in data.get("added_tokens", [])}
-    except (KeyError, TypeError, AttributeError) as error:
+        found = dict(listed) | {added["content"]: added["id"] for added in data.get("added_tokens", [])}
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise ValueError(f"tokenizer.json has no vocabulary: {error}") from error
+    odd = next((token for token, index in found.items() if type(index) is not int or index < 0), None)
+    if odd is not None:
+        raise ValueError(f"tokenizer.json gives the token '{odd[:40]}' an id that is no whole number from 0 on")
+    return found
 
 
 def _quoted(token: str | None) -> str:

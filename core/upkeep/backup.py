@@ -76,9 +76,17 @@ class Backup(BaseModel):
 
 
 def backup(
-    store: ArtifactStore, dest: Path, keep: int | None = None, on_progress: Progress = lambda *_: None
+    store: ArtifactStore,
+    dest: Path,
+    keep: int | None = None,
+    on_progress: Progress = lambda *_: None,
+    *,
+    verify: bool = False,
 ) -> Backup:
-    """Makes a backup in `dest` and returns what it holds; with `keep`, only that many of the newest stay there."""
+    """Makes a backup in `dest` and returns what it holds; with `keep`, only that many of the newest stay there.
+
+    With `verify`, bytes that are there already are read, and copied again where they are damaged.
+    """
     dest.mkdir(mode=0o700, parents=True, exist_ok=True)
     target = ArtifactStore(dest)
     name = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f")
@@ -86,10 +94,12 @@ def backup(
         part = dest / "backups" / f"{name}.part"
         for leftover in part.parent.glob("*.part"):  # of a backup that was killed
             shutil.rmtree(leftover)
+        for blob in target.temp_dir.iterdir():
+            blob.unlink()
         part.mkdir(parents=True)
         with snapshot() as connection:
             made = dump(connection, part, name)
-        lost = copy_blobs(store, target, part / LIST, made.num_bytes, on_progress)
+        lost = copy_blobs(store, target, part / LIST, made.num_bytes, on_progress, verify=verify)
         lock.execute(select(1))  # an answer means that the lock was never lost
         made = made.model_copy(update={"lost": lost})
         made.write(part)
@@ -164,14 +174,23 @@ def revision_of(connection: Connection) -> str:
 
 
 def copy_blobs(
-    source: ArtifactStore, target: ArtifactStore, names: Path, total_bytes: int, on_progress: Progress
+    source: ArtifactStore,
+    target: ArtifactStore,
+    names: Path,
+    total_bytes: int,
+    on_progress: Progress,
+    *,
+    verify: bool = False,
 ) -> list[str]:
-    """Copies the blobs of a list that the target lacks, each checked on the way; returns those that are not sound."""
+    """Copies the blobs of a list that the target lacks, each checked on the way; returns those that are not sound.
+
+    With `verify`, what the target has under their names is read, too.
+    """
     unsound, done = [], 0
     with names.open("rb") as file:
         for blob in read_list(file):
             try:
-                if not has_size(target, blob):
+                if not has_size(target, blob) or (verify and not target.verify(blob.sha256)):
                     copy_blob(source, target, blob)
             except (BlobDamaged, NotFound):
                 unsound.append(blob.sha256)
@@ -187,7 +206,7 @@ def copy_blob(source: ArtifactStore, target: ArtifactStore, blob: Blob) -> None:
             writer.write(chunk)
         if writer.seal() != blob:
             raise BlobDamaged(blob.sha256)
-        target.path_of(blob.sha256).unlink(missing_ok=True)  # one of another size
+        target.path_of(blob.sha256).unlink(missing_ok=True)  # a damaged one
         writer.commit()
 
 

@@ -52,6 +52,9 @@ def fsck(
 def backup(
     dest: Annotated[Path, typer.Argument(help="Folder for backups; blobs that it has already are not copied again.")],
     keep: Annotated[int | None, typer.Option(min=1, help="How many of the newest stay there. Default: all.")] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read what is there already, too, and copy again what is damaged.")
+    ] = False,
     data_dir: DataDir = None,
     as_json: Json = False,
 ) -> None:
@@ -60,10 +63,10 @@ def backup(
     Exit codes: 0 fine, 1 made, but the storage lacks bytes, 2 a wrong folder, 5 it could not be made.
 
     stillhouse backup /mnt/backup/stillhouse
-    stillhouse backup /mnt/backup/stillhouse --keep 7
+    stillhouse backup /mnt/backup/stillhouse --keep 7 --verify
     """
     with _bar("backup") as on_progress:
-        made = upkeep.backup(data_dir, dest.absolute(), keep, on_progress)
+        made = upkeep.backup(data_dir, dest.absolute(), keep, on_progress, verify=verify)
     if as_json:
         print_json(made)
     else:

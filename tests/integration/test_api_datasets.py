@@ -3,9 +3,14 @@
 import io
 import json
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
+from core.datasets.reading import read_lines
+from core.settings import get_settings
 from tests.api import SPLITS, Api, jsonl, num_blobs, rows
 
 
@@ -124,6 +129,67 @@ def test_bad_csv_is_refused(api: Api, name: str) -> None:
     answer = api("POST", "/v1/datasets", data={"name": "x"}, files=[("train", ("t.csv", data))])
     assert answer.status_code == 422
     assert any(d["line"] == line and message in d["message"] for d in answer.json()["error"]["details"]), answer.text
+
+
+def as_parquet(table: Any) -> bytes:
+    from pyarrow import parquet
+
+    sink = io.BytesIO()
+    parquet.write_table(table, sink)
+    return sink.getvalue()
+
+
+def test_nested_and_repeated_values_of_parquet_are_those_of_its_own_reader(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pyarrow
+
+    monkeypatch.setattr("core.datasets.reading.MAX_ROWS_BYTES", 100_000)
+
+    rows = [
+        {
+            "text": "same" * 500,
+            "labels": ["a", None, "b"] * (n % 3),
+            "n": n,
+            "at": None,
+            "deep": {"x": ["é"], "y": 1.5},
+        }
+        for n in range(2500)
+    ]
+    table = pyarrow.Table.from_pylist(rows)
+    (tmp_path / "t.parquet").write_bytes(as_parquet(table))
+    assert [line.row for line in read_lines(tmp_path / "t.parquet", "parquet")] == table.to_pylist()
+
+
+def test_parquet_that_unpacks_to_far_more_than_was_sent_is_refused(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pyarrow
+
+    def repeat(value: Any, times: int) -> Any:
+        return pyarrow.DictionaryArray.from_arrays(np.zeros(times, dtype=np.int32), [value])
+
+    def as_table(text: Any, **others: Any) -> bytes:
+        return as_parquet(pyarrow.table({"text": text, "label": repeat("a", len(text)), **others}))
+
+    many = pyarrow.ListArray.from_arrays([0, 50_000_001], pyarrow.array(np.zeros(50_000_001, dtype=np.int8)))
+    bad = {
+        "longer than 16,777,216 bytes": as_table(repeat("x" * 17_000_000, 1024)),
+        "values in a row group": as_table(pyarrow.array(["x"]), many=many),
+        "JSON Lines": as_table(repeat("x" * 10_000, 5000)),
+    }
+    settings = get_settings().model_copy(update={"max_upload_bytes": 1_000_000})
+    monkeypatch.setattr("core.datasets.checking.get_settings", lambda: settings)
+    for why, data in bad.items():
+        assert len(data) < 1_000_000
+        answer = api("POST", "/v1/datasets", data={"name": "x"}, files=[("train", ("t.parquet", data))])
+        assert answer.status_code == 422, answer.text
+        assert why in answer.json()["error"]["message"]
+
+
+def test_a_first_row_without_fields_is_refused(api: Api) -> None:
+    data = b"{}\n" + jsonl(rows(3))
+    answer = api("POST", "/v1/datasets", data={"name": "x"}, files=[("train", ("t.jsonl", data))])
+    assert answer.status_code == 422
+    assert "line 1: the row has no fields" in answer.json()["error"]["message"]
 
 
 def test_broken_parquet_is_refused(api: Api) -> None:

@@ -121,6 +121,7 @@ def test_lists_filter_and_page(api: Api) -> None:
     api("POST", f"/v1/jobs/{ids[0]}/cancel")
     cancelled = api("GET", "/v1/jobs", params={"state": "cancelled"}).json()["data"]
     assert [job["id"] for job in cancelled] == [ids[0]]
+    assert api("GET", "/v1/jobs", params={"metadata": ["n:2", "n:3"]}).json()["data"] == []
     assert api("GET", "/v1/jobs", params={"state": "done"}).status_code == 422
     assert api("GET", "/v1/jobs", params={"metadata": "team"}).status_code == 422
 
@@ -270,6 +271,11 @@ def test_language_models_must_have_the_same_tokens(api: Api) -> None:
         "stages": [{"kind": "distill", "losses": losses}, {"kind": "evaluate"}],
     }
     assert api("POST", "/v1/jobs/validate", json=sorting).status_code == 200
+    parent = api("POST", "/v1/jobs", json=sorting).json()["id"]
+    fork = {"from_stage": 0, "overrides": {"stages": [{"kind": "distill", "losses": [{"kind": "forward_kl"}]}]}}
+    refused = api("POST", f"/v1/jobs/{parent}/fork", json=fork)
+    assert refused.status_code == 422, refused.text
+    assert refused.json()["error"]["details"] == [detail]
     texts = api.spec(student={"kind": "pretrained", "model": "other"}, teacher={"model": "teacher"})
     assert api("POST", "/v1/jobs/validate", json=texts).status_code == 200
 

@@ -120,6 +120,14 @@ def test_bad_models_are_refused_by_content(api: Api, name: str) -> None:
     assert api("GET", "/v1/models").json()["data"] == []
 
 
+def test_a_file_where_others_have_a_folder_is_refused(api: Api) -> None:
+    files = model_files() | {"more.json": b"{}", "more.json/part.json": b"{}"}
+    answer = api.push_model("x", files)
+    assert answer.status_code == 422
+    [detail] = answer.json()["error"]["details"]
+    assert (detail["file"], "a folder of this name" in detail["message"]) == ("more.json", True)
+
+
 def test_a_path_twice_and_stray_fields_are_refused(api: Api) -> None:
     parts = [("files", (path, data)) for path, data in model_files().items()]
     twice = api("POST", "/v1/models", data={"name": "x"}, files=[*parts, parts[0]])

@@ -119,6 +119,18 @@ def test_what_a_lost_stage_logged_is_kept_and_its_end_named(tenant: tuple[str, s
         assert (job.state, job.error["reason"]) == ("failed", "worker_lost")
         assert "5 workers" in job.error["message"]
         assert "exit code 5" in job.error["message"]
+        assert (job.error["stage"], job.error["ordinal"]) == ("finetune", 0)
+
+
+def test_a_dead_owner_is_billed_until_its_lease_ran_out(tenant: tuple[str, str], queue: str) -> None:
+    [job_id] = make_jobs(tenant[0], queue)
+    take(queue)
+    with session_scope() as session:  # the worker died half a day ago, 200 s after its claim
+        claimed, ended = text("now() - interval '12 h'"), text("now() - interval '12 h' + interval '200 s'")
+        session.execute(update(Job).where(Job.id == job_id).values(claimed_at=claimed, lease_until=ended))
+    assert worker.reconciler.tick()
+    with session_scope() as session:
+        assert ownership.used_seconds(session, job_id) == pytest.approx(200)
 
 
 def test_committed_stage_resets_the_count_of_losses(tenant: tuple[str, str], queue: str) -> None:

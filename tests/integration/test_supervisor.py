@@ -1,5 +1,6 @@
 """What a worker makes of a full disk, a database that blinks, and its own faults."""
 
+import queue
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -173,6 +174,41 @@ def test_what_a_stage_reported_is_written_before_it_ends(
         assert watch.Watch(claim, held, folder, threading.Event(), "key").run()["type"] == "result"
     with session_scope() as session:
         assert session.scalar(select(Metric.value).where(Metric.job_id == claim.job_id)) == 0.5
+
+
+class Deaf(Spoken):
+    """A child that hears no order, until it is killed."""
+
+    def __init__(self, *_: object) -> None:
+        self._is_alive = True
+
+    def order(self, _: dict[str, Any]) -> None:
+        pass
+
+    def receive(self, _: float) -> None:
+        if self._is_alive:
+            raise queue.Empty
+
+    def kill(self) -> None:
+        self._is_alive = False
+
+
+def test_a_stage_that_does_not_stop_in_time_is_stopped_and_not_lost(
+    claim: ownership.Claim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch, "Child", Deaf)
+    settings = get_settings().model_copy(update={"stop_grace_s": 0.01})
+    monkeypatch.setattr(watch, "get_settings", lambda: settings)
+    draining = threading.Event()
+    draining.set()
+    with Staging(claim, 0) as folder, lease.Lease(claim) as held:
+        folder.make()
+        ended = watch.Watch(claim, held, folder, draining, "key").run()
+        assert (ended["type"], "STILLHOUSE_STOP_GRACE_S" in ended["why"]) == ("stopped", True)
+        assert not supervisor._settle(claim, folder, ended)
+    with session_scope() as session:
+        job = session.get_one(Job, claim.job_id)
+        assert (job.state, job.lost_attempts) == ("queued", 0)
 
 
 @pytest.mark.parametrize("num_times_away", [0, 1])

@@ -127,6 +127,23 @@ def test_blobs_are_copied_once(store: ArtifactStore, tmp_path: Path, monkeypatch
         find_backup(tmp_path / "dest", "20010101-000000-000000")
 
 
+def test_damaged_bytes_of_a_backup_are_copied_again_where_it_is_verified(store: ArtifactStore, tmp_path: Path) -> None:
+    fill(store)
+    backup(store, tmp_path / "dest")
+    target = ArtifactStore(tmp_path / "dest")
+    sha256 = next(iter(target.list_blobs()))
+    path = target.path_of(sha256)
+    content = path.read_bytes()
+    path.chmod(0o600)
+    path.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+    (target.temp_dir / "left").write_bytes(b"of a backup that was killed")
+    assert backup(store, tmp_path / "dest").lost == []
+    assert not target.verify(sha256)
+    assert not (target.temp_dir / "left").exists()
+    assert backup(store, tmp_path / "dest", verify=True).lost == []
+    assert path.read_bytes() == content
+
+
 def test_what_only_older_backups_had_goes_with_them(
     store: ArtifactStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -208,14 +225,14 @@ def test_bytes_of_rows_that_go_meanwhile_are_still_in_it(
         session.execute(text("update jobs set state = 'cancelled', lease_until = null where id = :id"), {"id": job_id})
     copy = backups.copy_blobs
 
-    def delete_first(*arguments: object) -> list[str]:
+    def delete_first(*arguments: object, verify: bool) -> list[str]:
         with db.session_scope() as session:
             for job in repository.list_jobs(session, tenant_id).items:
                 repository.delete_job(session, tenant_id, job.id)
         age_manifests()
         age_blobs(store)
         assert collect() is None
-        return copy(*arguments)
+        return copy(*arguments, verify=verify)
 
     monkeypatch.setattr(backups, "copy_blobs", delete_first)
     assert backup(store, tmp_path / "dest").lost == []
@@ -373,11 +390,11 @@ def test_a_backup_says_when_its_lock_was_lost(
     fill(store)
     copy = backups.copy_blobs
 
-    def cut(*arguments: object) -> list[str]:
+    def cut(*arguments: object, verify: bool) -> list[str]:
         with db.get_engine().connect() as connection:
             held = "select pid from pg_locks where locktype = 'advisory' and mode = 'ShareLock' and granted"
             connection.execute(text(f"select pg_terminate_backend(pid) from ({held}) as held"))
-        return copy(*arguments)
+        return copy(*arguments, verify=verify)
 
     monkeypatch.setattr(backups, "copy_blobs", cut)
     with pytest.raises(db.DatabaseAway):

@@ -201,3 +201,10 @@ def test_what_is_seldom_meant_is_told(stages: list[str], advised: list[int]) -> 
         {"teacher": {"model": "m"}, "data": "d", "student": {"kind": "teacher_layers", "keep": [0, 1]}, "stages": whole}
     )
     assert [ordinal for ordinal, stage in enumerate(spec.stages) if stage.advise(spec)] == advised
+
+
+def test_a_key_of_metadata_holds_no_colon() -> None:
+    with pytest.raises(SpecInvalid) as caught:
+        load_spec(SHORT | {"metadata": {"team:ml": "x"}})
+    assert caught.value.details[0]["field"] == "metadata"
+    assert "colon" in caught.value.details[0]["message"]
