@@ -45,7 +45,7 @@ def events(
     job = repository.get_job(session, principal.tenant_id, job_id)
     if wants_stream(accept):
         place = Place(principal.tenant_id, job.id, max(after, _seq(last_event_id)))
-        return event_stream(request.state.watcher, place)
+        return event_stream(request.state.watcher, place, principal.key_id)
     found = repository.list_events(session, principal.tenant_id, job.id, after=after, limit=limit)
     views = [EventView.model_validate(event, from_attributes=True) for event in found.items]
     return {"data": views, "next_cursor": found.next_cursor}

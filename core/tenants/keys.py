@@ -94,6 +94,12 @@ def authenticate(session: Session | Connection, text: str) -> Principal:
     return Principal(row.tenant_id, row.name, row.id, frozenset(row.scopes))
 
 
+def is_valid(session: Session, key_id: str) -> bool:
+    """Tells whether a key that was good still is."""
+    is_over = or_(ApiKey.revoked_at.is_not(None), ApiKey.expires_at <= func.now())
+    return session.scalar(select(ApiKey.id).where(ApiKey.id == key_id, is_over.is_not(True))) is not None
+
+
 def _touch(session: Session | Connection, key_id: str) -> None:
     """Notes that a key is in use, unless another request is at it: a thousand at once must not wait in line."""
     free = select(ApiKey.id).where(ApiKey.id == key_id, IS_STALE).with_for_update(skip_locked=True)

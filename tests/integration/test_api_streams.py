@@ -5,6 +5,7 @@ import json
 import random
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def looks() -> Iterator[list[int]]:
 
 async def collect(watcher: Watcher, place: Place) -> str:
     """Returns all that a stream says until its end."""
-    return "".join([part async for part in streaming.event_stream(watcher, place).body_iterator])
+    return "".join([part async for part in streaming.event_stream(watcher, place, "key_0").body_iterator])
 
 
 def ids(text: str) -> list[int]:
@@ -176,6 +177,33 @@ def test_streams_outlive_a_database_that_is_away(api: Api, monkeypatch: pytest.M
     text = asyncio.run(collect(Watcher(), Place(api.tenant_id, job_id, 0)))
     assert ": heartbeat" in text
     assert ids(text) == [1, 2]
+
+
+def test_a_stream_ends_with_its_key(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    from core.db import session_scope
+    from core.tenants.keys import create_key, is_valid, revoke_key
+
+    job_id = api.make_job()
+    monkeypatch.setattr(streaming, "HEARTBEAT_S", 0.01)
+    monkeypatch.setattr(streaming, "KEY_CHECK_S", 0.0)
+    key_id = f"key_{api.key.split('_')[1]}"
+    with session_scope() as session:
+        assert is_valid(session, key_id)
+        _, expired = create_key(session, api.tenant_id, "old", ["read"], datetime(2020, 1, 1, tzinfo=UTC))
+        assert not is_valid(session, f"key_{expired.split('_')[1]}")
+
+    async def scenario() -> str:
+        seen = ""
+        async for part in streaming.event_stream(Watcher(), Place(api.tenant_id, job_id, 0), key_id).body_iterator:
+            seen += str(part)
+            if seen.count("heartbeat") == 2:
+                with session_scope() as session:
+                    revoke_key(session, api.tenant_id, key_id)
+        return seen
+
+    seen = asyncio.run(scenario())
+    assert "event: done" not in seen
+    assert seen.count("heartbeat") >= 2
 
 
 def test_the_watcher_ends_with_the_app(api: Api) -> None:
