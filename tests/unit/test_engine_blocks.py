@@ -63,10 +63,12 @@ def test_a_prompt_is_not_ended(tmp_path: Path) -> None:
 
 def test_a_sample_begins_where_something_is_learned() -> None:
     ids = np.arange(41, dtype=np.int32)
-    head = Blocks(ids, ids >= 25, 10).head(1)
+    head = Blocks(ids, ids >= 25, 10).head(19)
     assert head.ids_S.tolist() == [*range(20, 31)]
     assert int(head.batch(np.array([0]), CPU).is_row.sum()) == 6  # the tokens 25 to 30
-    assert Blocks(ids, ids >= 0, 10).head(2).ids_S.tolist() == [*range(21)]
+    assert Blocks(ids, ids >= 0, 10).head(20).ids_S.tolist() == [*range(21)]
+    short = Blocks(ids, ids >= 25, 40).head(10)
+    assert (short.ids_S.tolist(), short.max_length) == ([*range(20, 31)], 10)
 
 
 TEMPLATE = (

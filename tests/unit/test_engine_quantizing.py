@@ -286,7 +286,7 @@ def test_harm_to_a_language_model_is_of_every_token(walks: Bench, tmp_path: Path
     model, tokenizer = load_language_model(before).eval(), load_tokenizer(before)
     data = tmp_path / "work" / "in" / "data" / "train.jsonl"
     ids, learned = read_stream(data, {"text": "text"}, tokenizer, is_chat=False)
-    batches = [*Blocks(ids, learned, 32).head(1024 // 32).in_order(torch.device("cpu"))]
+    batches = [*Blocks(ids, learned, 32).head(1024).in_order(torch.device("cpu"))]
     wanted = measure_alone(model, lambda: torch.cat([model(**one.inputs).logits[one.is_row] for one in batches]))
     assert summary["harm"] == pytest.approx(wanted, rel=0.02)
 

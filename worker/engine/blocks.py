@@ -75,11 +75,15 @@ class Blocks:
         """Returns how often each token occurs, up to the last one that does, counts_V."""
         return np.bincount(self.ids_S)
 
-    def head(self, num_blocks: int) -> "Blocks":
-        """Returns the first blocks, from the first one on that has a token to predict."""
-        start = int(np.flatnonzero(self.is_learned_S[1:])[0]) // self.max_length * self.max_length
-        some = slice(start, start + num_blocks * self.max_length + 1)
-        return Blocks(self.ids_S[some], self.is_learned_S[some], self.max_length, self.num_cut)
+    def head(self, num_tokens: int) -> "Blocks":
+        """Returns the first blocks of so many tokens, from the first one on that has a token to predict.
+
+        They are shorter than these where one has more tokens than that: logits of all its tokens take memory.
+        """
+        length = min(self.max_length, num_tokens)
+        start = int(np.flatnonzero(self.is_learned_S[1:])[0]) // length * length
+        some = slice(start, start + num_tokens // length * length + 1)
+        return Blocks(self.ids_S[some], self.is_learned_S[some], length, self.num_cut)
 
 
 def read_stream(

@@ -135,7 +135,7 @@ class LanguageModelling:
     def sample(self, path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Blocks:
         """Returns the first blocks of the split that have something to predict."""
         split = self.encode(path, model, tokenizer, 0)
-        return split.head(max(1, SAMPLED_ROWS // split.max_length))
+        return split.head(SAMPLED_ROWS)
 
     def logits(self, answer: Answer, data: Blocks, between: Callable[[], None]) -> Tensor:
         """Returns the logits of every token that is to be predicted, logits_NV."""
