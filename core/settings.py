@@ -90,7 +90,7 @@ class Settings(BaseSettings):
     def _beats_in_time(cls, value: float, info: ValidationInfo) -> float:
         """Refuses a pause in which a lease could run out while its owner lives."""
         if value > info.data.get("lease_s", math.inf) / 2:
-            raise ValueError("be at most half of STILLHOUSE_LEASE_S, or each claim runs out under its owner")
+            raise ValueError("must be at most half of STILLHOUSE_LEASE_S, or each claim runs out under its owner")
         return value
 
     @property

@@ -62,7 +62,8 @@ class Watch:
                     message = {}
                 if message is None:
                     break
-                self.has_filled_memory = self.has_filled_memory or has_filled_memory(child.pid)
+                if get_settings().max_child_memory_bytes and not self.has_filled_memory:
+                    self.has_filled_memory = has_filled_memory(child.pid)
                 if message:
                     heard = time.monotonic()
                     self._take(message, child)

@@ -4,6 +4,7 @@ import csv
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -15,6 +16,7 @@ MAGIC = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"\x28\xb5\x2f\xfd": "zstd",
 MAX_LINE_BYTES = 16 * 1024 * 1024
 MAX_ROW_GROUP_BYTES = 1024**3
 MAX_CHUNK_VALUES = 50_000_000  # of one column in a row group: equal ones take next to nothing until they are read
+LARGEST_NUMBER = 64  # bytes: a decimal
 MAX_ROWS_BYTES = 64 * 1024 * 1024  # of rows that are made Python objects at once
 BOM = b"\xef\xbb\xbf"
 csv.field_size_limit(MAX_LINE_BYTES)
@@ -188,12 +190,14 @@ def _widest(column: Any) -> int:
     if types.is_struct(column.type):
         return sum(_widest(column.field(index)) for index in range(column.type.num_fields))
     if types.is_map(column.type):
-        return len(column.items) * (_widest(column.keys) + _widest(column.items))
+        ends = column.offsets.to_pylist()
+        most = max((end - start for start, end in pairwise(ends)), default=0)
+        return most * max(8, _widest(column.keys) + _widest(column.items))
     if types.is_list(column.type) or types.is_large_list(column.type) or types.is_fixed_size_list(column.type):
         return (compute.max(compute.list_value_length(column)).as_py() or 0) * max(8, _widest(column.flatten()))
-    if types.is_primitive(column.type) or types.is_null(column.type):
-        return 8
-    return compute.max(compute.binary_length(column)).as_py() or 0
+    if types.is_unicode(column.type) or types.is_large_unicode(column.type) or types.is_binary(column.type):
+        return compute.max(compute.binary_length(column)).as_py() or 0
+    return LARGEST_NUMBER
 
 
 READERS: dict[str, Callable[[BinaryIO], Iterator[Line]]] = {

@@ -3,6 +3,7 @@
 import io
 import json
 from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -152,11 +153,13 @@ def test_nested_and_repeated_values_of_parquet_are_those_of_its_own_reader(
             "labels": ["a", None, "b"] * (n % 3),
             "n": n,
             "at": None,
-            "deep": {"x": ["é"], "y": 1.5},
+            "deep": {"x": ["é"], "y": Decimal("1.5")},
         }
         for n in range(2500)
     ]
-    table = pyarrow.Table.from_pylist(rows)
+    kind = pyarrow.map_(pyarrow.string(), pyarrow.string())
+    pairs = pyarrow.array([[("a", "é" * n)] * (n % 4) for n in range(2500)], kind)
+    table = pyarrow.Table.from_pylist(rows).append_column("pairs", pairs)
     (tmp_path / "t.parquet").write_bytes(as_parquet(table))
     assert [line.row for line in read_lines(tmp_path / "t.parquet", "parquet")] == table.to_pylist()
 
