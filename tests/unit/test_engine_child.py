@@ -269,9 +269,9 @@ def test_too_little_memory_is_told(bench: Bench, tmp_path: Path) -> None:
     train = job.inputs / "data" / "train.jsonl"
     rows = [json.loads(line) for line in train.read_text().splitlines()]
     long = [json.dumps(row | {"text": " ".join([row["text"]] * 30)}) for row in rows]
-    train.write_text("\n".join(long * 12))
+    train.write_text("\n".join(long * 16))
     spec = make_spec([{"kind": "finetune", **FAST, "batch_size": 4096}])
-    finished = job.run(spec, name="small", max_memory_bytes=1600 * 2**20)
+    finished = job.run(spec, name="small", max_memory_bytes=1800 * 2**20)
     assert finished.last["reason"] == "out_of_memory", finished.log
     assert "batch_size" in finished.last["suggestion"]
 
