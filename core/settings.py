@@ -5,7 +5,7 @@ from functools import cache
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
@@ -103,6 +103,12 @@ class Settings(BaseSettings):
 def get_settings() -> Settings:
     """Returns the settings of this process, read once."""
     return Settings()
+
+
+def describe_errors(error: ValidationError) -> str:
+    """Returns which variables cannot be used, and why; not what they hold, which may be secret."""
+    found = (f"STILLHOUSE_{str(one['loc'][0]).upper()}: {one['msg']}" for one in error.errors())
+    return f"A setting cannot be used. {'; '.join(found)}."
 
 
 def describe() -> str:

@@ -18,7 +18,7 @@ import httpx
 from stillhouse.connection import find_stack
 from stillhouse.embedded import EmbeddedPostgres, EmbeddedRedis
 from stillhouse.folders import make_folder, take_lock
-from stillhouse.processes import LocalError, claim_port, describe_settings, tail
+from stillhouse.processes import LocalError, claim_port, tail
 from stillhouse.services import Program, Say, Service
 
 __all__ = ["AlreadyRunning", "EmbeddedPostgres", "EmbeddedRedis", "LocalError", "Options", "PortTaken", "Stack"]
@@ -191,12 +191,13 @@ class Stack:
         import migrations
         from core.db import get_engine, session_scope
         from core.errors import Unauthenticated
+        from core.settings import describe_errors
         from core.tenants.keys import SCOPES, authenticate, create_key, ensure_tenant
 
         try:
             migrations.upgrade()
         except ValidationError as error:
-            raise LocalError(describe_settings(error)) from error
+            raise LocalError(describe_errors(error)) from error
         except SQLAlchemyError as error:
             raise LocalError(f"The database cannot be used: {getattr(error, 'orig', None) or error}") from error
         except CommandError as error:

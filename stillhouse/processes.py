@@ -11,16 +11,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 LEASH = Path(__file__).with_name("leash.py")
 SERVICE_USERS = ("stillhouse", "nobody")
-
-
-def describe_settings(error: Any) -> str:
-    """Returns which environment variables pydantic finds wrong, and why; not what they hold, which may be secret."""
-    found = (f"STILLHOUSE_{str(one['loc'][0]).upper()}: {one['msg']}" for one in error.errors())
-    return f"A setting cannot be used. {'; '.join(found)}."
 
 
 class LocalError(Exception):

@@ -10,7 +10,7 @@ from stillhouse.connection import find_stack
 from stillhouse.embedded import EmbeddedPostgres
 from stillhouse.errors import ClientError, InvalidInput
 from stillhouse.folders import default_data_dir, make_folder, take_lock
-from stillhouse.processes import LocalError, describe_settings
+from stillhouse.processes import LocalError
 
 if TYPE_CHECKING:
     from core.upkeep.backup import Backup
@@ -55,6 +55,7 @@ def _opened(data_dir: Path | None, *, make: bool = False) -> Iterator[None]:
         from sqlalchemy.exc import SQLAlchemyError
 
         from core.errors import Conflict, NotFound, StillhouseError
+        from core.settings import describe_errors
     except ModuleNotFoundError as error:
         raise ClientError(f"'{error.name}' is not installed. Run: pip install 'stillhouse[local]'") from error
     try:
@@ -62,7 +63,7 @@ def _opened(data_dir: Path | None, *, make: bool = False) -> Iterator[None]:
             os.environ.update(_settings(data_dir, make, stack))
             yield
     except ValidationError as error:
-        raise InvalidInput(describe_settings(error)) from error
+        raise InvalidInput(describe_errors(error)) from error
     except (Conflict, NotFound) as error:
         raise InvalidInput(error.message) from error
     except StillhouseError as error:

@@ -49,8 +49,10 @@ def draft(principal: Principal, job_id: str, order: forking.Fork) -> Draft:
     inputs = kept | fresh | {"data": kept["data"] | fresh["data"]}
     named = [role for role in spec.models() if f"{role}_facts" in inputs]
     facts = {role: ModelFacts(**inputs[f"{role}_facts"]) for role in named}
-    with read_scope() as session:
-        files = {role: find_files(session, principal.tenant_id, inputs[role]) for role in named}
+    files = {}
+    if spec.compares_tokens():
+        with read_scope() as session:
+            files = {role: find_files(session, principal.tenant_id, inputs[role]) for role in named}
     problems = check_models(spec, facts) + check_vocabularies(spec, files) + check_samples(spec, inputs["data"])
     if problems:
         raise spec_invalid(problems)

@@ -76,9 +76,9 @@ def find_sources(session: Session, principal: Principal, spec: JobSpec) -> Sourc
     for role, source in spec.models().items():
         model = _find_model(session, principal, source, problems)
         if model:
+            if compares_tokens and model.files is None:
+                model = model._replace(files=find_files(session, principal.tenant_id, model.source))
             models[role] = model
-            if compares_tokens:
-                models[role] = model._replace(files=find_files(session, principal.tenant_id, model.source))
     find = cache(partial(find_dataset, session, principal.tenant_id))  # most jobs take all splits of one data set
     splits = {}
     for scope, seen in spec.scopes().items():

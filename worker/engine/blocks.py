@@ -4,7 +4,6 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from core.errors import StageFailed
-from worker.engine.data import Batch, read_rows
+from worker.engine.data import Batch, read_rows, read_text
 
 TOKENIZE_CHUNK = 1024
 NOWHERE = -1
@@ -150,9 +149,9 @@ def _tokenize_with_starts(
     found = []
     for text, ids, offsets in zip(texts, read["input_ids"], read["offset_mapping"], strict=True):
         starts = [_first_letter(text, begin, end) if end > begin else NOWHERE for begin, end in offsets]
-        if not is_last and whole and _is_ended(ids, tokenizer):
-            starts = starts[:-1]
-        if is_last and tokenizer.eos_token_id is not None:
+        if not is_last:
+            starts = starts[:-1] if _is_ended(ids, tokenizer) else starts
+        elif tokenizer.eos_token_id is not None:
             starts = [*(starts[:-1] if ids[-1:] == [tokenizer.eos_token_id] else starts), len(text)]
         starts_T = np.array(starts, dtype=np.int64)
         before_T = np.maximum.accumulate(np.concatenate([[NOWHERE], starts_T[:-1]]))
@@ -211,13 +210,7 @@ def _read_chat(tokenizer: PreTrainedTokenizerBase, prompt: str, text: str) -> tu
 
 
 def _read_columns(path: Path, columns: dict[str, str]) -> tuple[list[str], list[str]]:
-    def read(row: dict[str, Any]) -> dict[str, str]:
-        wrong = next((name for name in columns.values() if not isinstance(row[name], str)), None)
-        if wrong is not None:
-            raise TypeError(f"found {row[wrong]!r:.100} in '{wrong}', not a text")
-        return {role: row[name] for role, name in columns.items()}
-
-    rows = read_rows(path, read)
+    rows = read_rows(path, lambda row: {role: read_text(row, name) for role, name in columns.items()})
     return [row["text"] for row in rows], [row["prompt"] for row in rows if "prompt" in row]
 
 

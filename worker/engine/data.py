@@ -229,15 +229,17 @@ def read_examples(path: Path, columns: dict[str, str], read_label: Callable[[dic
         read_label: Gives what is to be found of a row; may raise ValueError, KeyError or TypeError.
     """
     names = [columns[role] for role in ("text", "pair") if role in columns]
-    rows = read_rows(path, lambda row: ([_read_text(row, name) for name in names], read_label(row)))
+    rows = read_rows(path, lambda row: ([read_text(row, name) for name in names], read_label(row)))
     texts, *pairs = ([found[place] for found, _ in rows] for place in range(len(names)))
     return Examples(texts, [label for _, label in rows], pairs[0] if pairs else None)
 
 
-def _read_text(row: dict[str, Any], name: str) -> str:
-    if not isinstance(row[name], str):
-        raise TypeError(f"found {row[name]!r:.100} in '{name}', not a text")
-    return str(row[name])
+def read_text(row: dict[str, Any], name: str) -> str:
+    """Returns the text in a column of a row. Raises TypeError for anything else."""
+    found = row[name]
+    if not isinstance(found, str):
+        raise TypeError(f"found {found!r:.100} in '{name}', not a text")
+    return found
 
 
 def encode(examples: Examples, tokenizer: PreTrainedTokenizerBase, names: list[str], labels_N: Tensor) -> Encoded:

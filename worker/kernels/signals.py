@@ -58,7 +58,7 @@ class GappedSignal(DenseSignal):
 
     def beside(self, student_NC: Tensor) -> Tensor:
         """Returns the logits that the student's are held against, its own where the teacher says nothing."""
-        teacher_NC = self.logits_NC.detach().to(student_NC.device)
+        teacher_NC = DenseSignal.beside(self, student_NC)
         return torch.where(teacher_NC.any(dim=-1, keepdim=True), teacher_NC, student_NC.detach().to(teacher_NC))
 
 
