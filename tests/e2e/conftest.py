@@ -1,5 +1,6 @@
 """A stack with a pico model and data in it."""
 
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,22 +20,32 @@ def pico_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str
 
 
 @pytest.fixture(scope="session")
-def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
-    """The port of an API that no test disturbs."""
+def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """An API that no test disturbs."""
     stack = Stack(tmp_path_factory.mktemp("api"), "nobody")
     try:
-        stack.start_api()
-        yield stack.port
+        stack.start_api(**SETTINGS)
+        yield stack
+    finally:
+        stack.stop()
+
+
+@pytest.fixture(scope="module")
+def worker(api: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen[bytes]]:
+    """The one worker of all tests of a file: it takes any tenant's jobs, so none of them may start another."""
+    stack = Stack(tmp_path_factory.mktemp("worker"), "nobody", api.port)
+    try:
+        yield stack.start_worker(**SETTINGS)
     finally:
         stack.stop()
 
 
 @pytest.fixture
 def stack(
-    api: int, tmp_path: Path, tenant: tuple[str, str], pico_files: tuple[Path, dict[str, Path]]
+    api: Stack, tmp_path: Path, tenant: tuple[str, str], pico_files: tuple[Path, dict[str, Path]]
 ) -> Iterator[Stack]:
     """A tenant with a model and data, and whatever workers the test starts."""
-    stack = Stack(tmp_path, tenant[1], api)
+    stack = Stack(tmp_path, tenant[1], api.port)
     try:
         stack.push_pico(*pico_files)
         yield stack
@@ -55,17 +66,11 @@ def own_api(tmp_path: Path, tenant: tuple[str, str], pico_files: tuple[Path, dic
 
 
 @pytest.fixture
-def taught(tmp_path: Path, tenant: tuple[str, str], pico_files: tuple[Path, dict[str, Path]]) -> Iterator[Stack]:
-    """A tenant with a small model, data, and the key of the teacher's API as a secret."""
-    stack = Stack(tmp_path, tenant[1])
-    try:
-        stack.start_api(**SETTINGS)
-        stack.push_model(pico.write_model(tmp_path / "small", num_layers=1), "small")
-        stack.push_data(pico_files[1], "toy")
-        assert stack.http.put("/v1/secrets/teacher-key", json={"value": KEY}).status_code == 200
-        yield stack
-    finally:
-        stack.stop()
+def taught(stack: Stack, tmp_path: Path) -> Stack:
+    """The same with a smaller model, and the key of the teacher's API as a secret."""
+    stack.push_model(pico.write_model(tmp_path / "small", num_layers=1), "small")
+    assert stack.http.put("/v1/secrets/teacher-key", json={"value": KEY}).status_code == 200
+    return stack
 
 
 @pytest.fixture

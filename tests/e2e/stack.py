@@ -18,6 +18,7 @@ FAST = {
     "STILLHOUSE_POLL_S": "1",
     "STILLHOUSE_RECONCILE_S": "0.5",
 }
+LONG = [{"kind": "finetune", "epochs": 1000, "batch_size": 4}]
 
 
 def free_port() -> int:
@@ -140,6 +141,16 @@ def children_of(pid: int) -> list[int]:
     """Returns the stage processes of a worker, which the process forks that has the libraries imported."""
     servers = _children(pid)
     return [stage for server in servers for stage in _children(server)]
+
+
+def running_child(stack: Stack, job_id: str, pid: int) -> int:
+    """Waits until the job's stage makes steps, and returns its process."""
+    until(lambda: stack.job(job_id)["stages"][0]["step"] > 0)
+    return children_of(pid)[0]
+
+
+def is_gone(pid: int) -> bool:
+    return not os.path.exists(f"/proc/{pid}/fd")
 
 
 def _children(pid: int) -> list[int]:

@@ -7,6 +7,7 @@ from cryptography.fernet import Fernet
 from tests.e2e.stack import Stack
 
 SETTINGS = {"STILLHOUSE_SECRET_KEY": Fernet.generate_key().decode(), "STILLHOUSE_TEACHER_HOSTS": "127.0.0.1"}
+ROWS = {"train": 180, "validation": 45, "test": 60}  # of the data set `toy`
 DISTILL = {
     "kind": "distill",
     "epochs": 20,

@@ -11,7 +11,7 @@ from sqlalchemy import select
 
 from core.db import session_scope
 from core.jobs import repository
-from core.jobs.models import Artifact, Checkpoint, Job, StageRun
+from core.jobs.models import Artifact, Checkpoint, Job
 from core.models.models import Manifest
 from core.storage import get_store
 from tests.chaos.crashing import MIDST, Crasher, Point
@@ -168,48 +168,3 @@ def test_damaged_and_foreign_bytes_are_found_and_made_again(stack: Stack, crashe
     types = ended_as(stack, job_id, clean)
     assert [types.count(f"checkpoint.{kind}") for kind in ("unfit", "damaged")] == [1, 1]
     assert types.count("stage.redone") == 1
-
-
-def test_the_same_stage_runs_once(stack: Stack) -> None:
-    stack.start_worker()
-    stages = [{"kind": "finetune", "epochs": 1}, {"kind": "export", "formats": [{"kind": "safetensors"}]}]
-    stages.insert(1, {"kind": "distill", "epochs": 1})
-    stages.append({"kind": "evaluate", "latency_samples": 10})
-    first, second = (stack.submit(stages=stages, metadata={"run": run}) for run in ("a", "b"))
-    assert stack.wait(first)["state"] == stack.wait(second)["state"] == "succeeded"
-    job = stack.job(second)
-    assert [(stage["state"], stage["attempt"]) for stage in job["stages"]] == [("cached", 0)] * 4
-    assert stack.hashes(second) == stack.hashes(first)
-    assert content(second) == content(first)
-    series = [stack.http.get(f"/v1/jobs/{job_id}/metrics").json() for job_id in (first, second)]
-    assert series[0] == series[1]
-
-    onnx = {"kind": "export", "formats": [{"kind": "onnx"}]}
-    other = stack.submit(name="other", stages=[*stages[:2], onnx, stages[3]])
-    seed = stack.submit(stages=stages[:1], seed=1)
-    refreshed = stack.submit(stages=stages[:1], cache="refresh")
-    states = {job_id: [s["state"] for s in stack.wait(job_id)["stages"]] for job_id in (other, seed, refreshed)}
-    assert states == {other: ["cached"] * 2 + ["succeeded"] * 2, seed: ["succeeded"], refreshed: ["succeeded"]}
-    with session_scope() as session:
-        keys = {job_id: session.get_one(StageRun, (job_id, 0)).cache_key for job_id in (first, seed, refreshed)}
-    assert keys[first] == keys[refreshed] != keys[seed]
-
-    report = stack.http.get(f"/v1/jobs/{other}/artifacts/report/report.json").json()
-    assert report["measured_by"] == other
-    assert [(stage["kind"], stage["state"]) for stage in report["stages"]] == [
-        ("finetune", "cached"),
-        ("distill", "cached"),
-        ("export", "succeeded"),
-    ]
-    assert report["stages"][0]["reused"] == {"job_id": first, "ordinal": 0}
-    assert report["stages"][2]["seconds"] > 0
-    page = stack.http.get(f"/v1/jobs/{other}/artifacts/report/report.html").text
-    assert f"stage 1 of {first}" in page
-
-
-def test_a_job_over_its_time_ends_with_a_checkpoint(stack: Stack) -> None:
-    stack.start_worker()
-    job_id = stack.submit(stages=[{"kind": "finetune", "epochs": 1000, "batch_size": 4}], max_seconds=4)
-    job = stack.wait(job_id)
-    assert (job["state"], job["error"]["reason"]) == ("failed", "budget_exhausted")
-    assert len(checkpoints_of(job_id, 0)) == 1

@@ -1,30 +1,25 @@
-"""Whole jobs over HTTP, with real workers, and what happens when something is killed."""
+"""Whole jobs over HTTP, by one worker that nothing disturbs."""
 
 import io
 import json
-import os
-import signal
+import subprocess
 import tarfile
 from pathlib import Path
 
+import numpy as np
+import onnxruntime
+import pytest
+
+from core.db import session_scope
+from core.jobs.models import StageRun
 from tests import pico
-from tests.e2e.stack import Stack, children_of, until
+from tests.e2e.stack import LONG, Stack, is_gone, running_child, until
+from tests.e2e.test_continuing import checkpoints_of, content
 
-LONG = [{"kind": "finetune", "epochs": 1000, "batch_size": 4}]
-
-
-def running_child(stack: Stack, job_id: str, pid: int) -> int:
-    """Waits until the job's stage makes steps, and returns its process."""
-    until(lambda: stack.job(job_id)["stages"][0]["step"] > 0)
-    return children_of(pid)[0]
-
-
-def is_gone(pid: int) -> bool:
-    return not os.path.exists(f"/proc/{pid}/fd")
+pytestmark = pytest.mark.usefixtures("worker")
 
 
 def test_job_goes_from_post_to_a_downloaded_smaller_model(stack: Stack) -> None:
-    stack.start_worker()
     job_id = stack.submit(
         stages=[
             {"kind": "finetune", "epochs": 8, "learning_rate": 3e-3},
@@ -54,7 +49,6 @@ def test_job_goes_from_post_to_a_downloaded_smaller_model(stack: Stack) -> None:
 
 
 def test_a_language_model_goes_the_same_way_and_answers_once(stack: Stack, tmp_path: Path) -> None:
-    stack.start_worker()
     stack.push_model(pico.write_language_model(tmp_path / "model"), "pico-lm")
     stack.push_data(pico.write_walks(tmp_path / "data"), "walks")
     distill = {
@@ -81,7 +75,6 @@ def test_a_language_model_goes_the_same_way_and_answers_once(stack: Stack, tmp_p
 
 
 def test_an_intermediate_task_is_learned_once(stack: Stack, tmp_path: Path) -> None:
-    stack.start_worker()
     paths = pico.write_data(tmp_path / "data", seed=1)
     for path in paths.values():
         rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -100,42 +93,13 @@ def test_an_intermediate_task_is_learned_once(stack: Stack, tmp_path: Path) -> N
 
 
 def test_output_of_a_job_is_the_teacher_of_the_next(stack: Stack) -> None:
-    stack.start_worker()
     first = stack.submit()
     assert stack.wait(first)["state"] == "succeeded"
     second = stack.submit(teacher={"model": f"job:{first}/teacher"}, stages=[{"kind": "distill", "epochs": 1}])
     assert stack.wait(second)["state"] == "succeeded"
 
 
-def test_two_workers_run_twenty_jobs_once_each_while_the_api_restarts(own_api: Stack) -> None:
-    jobs = [own_api.submit(name=f"n{number}", seed=number) for number in range(20)]
-    own_api.start_worker()
-    own_api.start_worker()
-    until(lambda: sum(own_api.job(job)["state"] == "succeeded" for job in jobs) >= 4)
-    own_api.processes[0].kill()
-    own_api.processes[0].wait()
-    own_api.start_api()
-    for job_id in jobs:
-        assert own_api.wait(job_id)["state"] == "succeeded"
-        types = [event["type"] for event in own_api.events(job_id)]
-        assert types.count("job.running") == types.count("stage.running") == types.count("job.succeeded") == 1
-    owners = {e["data"]["worker"] for job in jobs for e in own_api.events(job) if e["type"] == "job.running"}
-    assert len(owners) == 2
-
-
-def test_killed_worker_is_replaced_and_leaves_no_process(stack: Stack) -> None:
-    worker = stack.start_worker()
-    job_id = stack.submit(stages=[{"kind": "finetune", "epochs": 15, "batch_size": 8}])
-    child = running_child(stack, job_id, worker.pid)
-    worker.kill()
-    worker.wait()
-    until(lambda: is_gone(child), 10)
-    stack.start_worker()
-    assert stack.wait(job_id)["state"] == "succeeded"
-
-
-def test_cancel_stops_the_process(stack: Stack) -> None:
-    worker = stack.start_worker()
+def test_cancel_stops_the_process(stack: Stack, worker: subprocess.Popen[bytes]) -> None:
     job_id = stack.submit(stages=LONG)
     child = running_child(stack, job_id, worker.pid)
     answer = stack.http.post(f"/v1/jobs/{job_id}/cancel")
@@ -146,24 +110,7 @@ def test_cancel_stops_the_process(stack: Stack) -> None:
     assert stack.http.get(f"/v1/jobs/{job_id}/artifacts").json()["data"] == []
 
 
-def test_terminated_worker_hands_its_job_back(stack: Stack) -> None:
-    worker = stack.start_worker()
-    job_id = stack.submit(stages=LONG)
-    child = running_child(stack, job_id, worker.pid)
-    worker.send_signal(signal.SIGTERM)
-    assert worker.wait(60) == 0
-    assert is_gone(child)
-    assert stack.job(job_id)["state"] == "queued"
-    assert stack.http.post(f"/v1/jobs/{job_id}/cancel").json()["state"] == "cancelled"
-
-
-def test_worker_needs_no_broker(stack: Stack) -> None:
-    stack.start_worker(STILLHOUSE_REDIS_URL="redis://127.0.0.1:1/0")
-    assert stack.wait(stack.submit())["state"] == "succeeded"
-
-
 def test_exploding_loss_fails_with_reason_stage_and_log(stack: Stack) -> None:
-    stack.start_worker()
     beyond_float32 = {"kind": "cross_entropy", "weight": 1e39}
     job_id = stack.submit(stages=[{"kind": "distill", "losses": [beyond_float32]}])
     job = stack.wait(job_id)
@@ -176,17 +123,75 @@ def test_exploding_loss_fails_with_reason_stage_and_log(stack: Stack) -> None:
     assert "The gradient became" in stage_log.text
 
 
-def test_stage_without_memory_fails_as_out_of_memory(stack: Stack) -> None:
-    stack.start_worker(STILLHOUSE_MAX_CHILD_MEMORY_BYTES=str(600 * 1024**2))
-    job = stack.wait(stack.submit())
-    assert job["state"] == "failed"
-    assert job["error"]["reason"] == "out_of_memory"
+def test_the_same_stage_runs_once(stack: Stack) -> None:
+    stages = [{"kind": "finetune", "epochs": 1}, {"kind": "export", "formats": [{"kind": "safetensors"}]}]
+    stages.insert(1, {"kind": "distill", "epochs": 1})
+    stages.append({"kind": "evaluate", "latency_samples": 10})
+    first, second = (stack.submit(stages=stages, metadata={"run": run}) for run in ("a", "b"))
+    assert stack.wait(first)["state"] == stack.wait(second)["state"] == "succeeded"
+    job = stack.job(second)
+    assert [(stage["state"], stage["attempt"]) for stage in job["stages"]] == [("cached", 0)] * 4
+    assert stack.hashes(second) == stack.hashes(first)
+    assert content(second) == content(first)
+    series = [stack.http.get(f"/v1/jobs/{job_id}/metrics").json() for job_id in (first, second)]
+    assert series[0] == series[1]
+
+    onnx = {"kind": "export", "formats": [{"kind": "onnx"}]}
+    other = stack.submit(name="other", stages=[*stages[:2], onnx, stages[3]])
+    seed = stack.submit(stages=stages[:1], seed=1)
+    refreshed = stack.submit(stages=stages[:1], cache="refresh")
+    states = {job_id: [s["state"] for s in stack.wait(job_id)["stages"]] for job_id in (other, seed, refreshed)}
+    assert states == {other: ["cached"] * 2 + ["succeeded"] * 2, seed: ["succeeded"], refreshed: ["succeeded"]}
+    with session_scope() as session:
+        keys = {job_id: session.get_one(StageRun, (job_id, 0)).cache_key for job_id in (first, seed, refreshed)}
+    assert keys[first] == keys[refreshed] != keys[seed]
+
+    report = stack.http.get(f"/v1/jobs/{other}/artifacts/report/report.json").json()
+    assert report["measured_by"] == other
+    assert [(stage["kind"], stage["state"]) for stage in report["stages"]] == [
+        ("finetune", "cached"),
+        ("distill", "cached"),
+        ("export", "succeeded"),
+    ]
+    assert report["stages"][0]["reused"] == {"job_id": first, "ordinal": 0}
+    assert report["stages"][2]["seconds"] > 0
+    page = stack.http.get(f"/v1/jobs/{other}/artifacts/report/report.html").text
+    assert f"stage 1 of {first}" in page
 
 
-def test_full_disk_fails_as_storage_full(stack: Stack, small_disk: Path) -> None:
-    stack.start_worker(STILLHOUSE_STAGING_DIR=str(small_disk))
-    job = stack.wait(stack.submit(retries=0))
-    assert job["state"] == "failed"
-    assert job["error"]["reason"] == "storage_full"
-    assert "free" in job["error"]["suggestion"].lower()
-    assert list(small_disk.glob("job_*")) == []
+def test_a_job_over_its_time_ends_with_a_checkpoint(stack: Stack) -> None:
+    job_id = stack.submit(stages=[{"kind": "finetune", "epochs": 1000, "batch_size": 4}], max_seconds=4)
+    job = stack.wait(job_id)
+    assert (job["state"], job["error"]["reason"]) == ("failed", "budget_exhausted")
+    assert len(checkpoints_of(job_id, 0)) == 1
+
+
+def test_walk_with_curl_alone(stack: Stack, pico_files: tuple[Path, dict[str, Path]], tmp_path: Path) -> None:
+    """From upload to download."""
+    base = f"http://127.0.0.1:{stack.port}/v1"
+    key = stack.http.headers["authorization"]
+
+    def curl(path: str, *options: str) -> bytes:
+        command = ["curl", "-sSf", "--noproxy", "*", "-H", f"Authorization: {key}", *options, base + path]
+        return subprocess.run(command, capture_output=True, check=True).stdout
+
+    model, splits = pico_files
+    files = [part for path in sorted(model.iterdir()) for part in ("-F", f"files=@{path}")]
+    curl("/models", "-F", "name=walker", *files)
+    curl("/datasets", "-F", "name=walk", *[part for name, path in splits.items() for part in ("-F", f"{name}=@{path}")])
+    spec = tmp_path / "spec.yaml"
+    spec.write_text(
+        "teacher: {model: walker}\n"
+        "student: {kind: teacher_layers, keep: [1]}\n"
+        "data: walk\n"
+        "stages: [{kind: distill, epochs: 1}, {kind: export, formats: [{kind: onnx}]}]\n"
+    )
+    job = json.loads(curl("/jobs", "--data-binary", f"@{spec}"))["id"]
+    until(lambda: json.loads(curl(f"/jobs/{job}"))["state"] == "succeeded")
+    (tmp_path / "onnx.tar").write_bytes(curl(f"/jobs/{job}/artifacts/onnx/download"))
+    subprocess.run(["tar", "xf", "onnx.tar"], cwd=tmp_path, check=True)
+
+    session = onnxruntime.InferenceSession(str(tmp_path / "onnx" / "model.onnx"))
+    feeds = {node.name: np.ones((1, 4), dtype=np.int64) for node in session.get_inputs()}
+    [logits_BC] = session.run(None, feeds)
+    assert logits_BC.shape == (1, len(json.loads((tmp_path / "onnx" / "labels.json").read_text())))

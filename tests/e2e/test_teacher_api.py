@@ -1,62 +1,17 @@
-"""Jobs whose teacher is behind an API: it is paid once, its key stays with the supervisor, and its faults are told."""
+"""Jobs whose teacher is behind an API: each answer is paid once, and its faults are told."""
 
 import json
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests import pico
-from tests.e2e.stack import Stack, children_of, until
-from tests.e2e.teaching import DISTILL, SETTINGS, submit
+from tests.e2e.stack import Stack
+from tests.e2e.teaching import ROWS, submit
 from tests.teacher_api import COMPLETION_TOKENS, KEY, PROMPT_TOKENS, TeacherApi
 
-ROWS = {"train": 180, "validation": 45, "test": 60}
-
-
-def test_a_student_learns_from_an_api_that_is_paid_once_though_its_worker_is_killed(taught: Stack) -> None:
-    api, settings = TeacherApi(), SETTINGS
-    stages = [
-        {"kind": "answer", "splits": ["train", "validation", "test"]},
-        DISTILL,
-        {"kind": "evaluate", "latency_samples": 10},
-    ]
-    with api.serving() as url:
-        api.left = 50
-        worker = taught.start_worker(**settings)
-        job_id = submit(taught, url, stages)
-        until(lambda: taught.job(job_id)["stages"][0]["step"] == 50)  # the child hears of an answer once it is stored
-        child = children_of(worker.pid)[0]
-        environment = Path(f"/proc/{child}/environ").read_bytes()
-        worker.send_signal(signal.SIGKILL)
-        worker.wait()
-        until(lambda: not os.path.exists(f"/proc/{child}/fd"))
-        api.release()
-        taught.start_worker(**settings)
-        job = taught.wait(job_id)
-        assert job["state"] == "succeeded", json.dumps(job, indent=1)
-        assert set(api.delivered.values()) == {1}
-        assert len(api.delivered) == sum(ROWS.values())
-        again = submit(taught, url, stages, prompt="Text: {text}\nLabel:")
-        assert taught.wait(again)["state"] == "succeeded"
-        assert len(api.delivered) == 2 * sum(ROWS.values())  # another question is another answer
-    third = submit(taught, url, stages, concurrency=1)  # the API is gone, and not needed
-    assert [stage["state"] for stage in taught.wait(third)["stages"]] == ["cached", "cached", "succeeded"]
-
-    asked = sum(ROWS.values())
-    tokens = {"prompt_tokens": asked * PROMPT_TOKENS, "completion_tokens": asked * COMPLETION_TOKENS}
-    paid = [taught.http.get(f"/v1/jobs/{one}/usage").json()["teacher"] for one in (job_id, third)]
-    assert paid == [{"requests": asked, **tokens}, dict.fromkeys(("requests", *tokens), 0)]
-    rows = {row["name"]: row for row in job["stages"][2]["summary"]["models"]}
-    assert rows["teacher"]["accuracy"] > 0.9
-    assert rows["student"]["accuracy"] > 0.9
-    assert api.keys == {f"Bearer {KEY}"}
-    assert KEY.encode() not in environment
-    log = taught.http.get(f"/v1/jobs/{job_id}/stages/0/log").text
-    shown = json.dumps([job, taught.events(job_id)]) + log + "".join(p.read_text() for p in taught.folder.glob("*.log"))
-    assert KEY not in shown
+pytestmark = pytest.mark.usefixtures("worker")
 
 
 @pytest.mark.parametrize("endpoint", ["chat", "completions"])
@@ -64,7 +19,6 @@ def test_passing_faults_are_waited_out(taught: Stack, endpoint: str) -> None:
     api = TeacherApi()
     api.faults.extend(["429", "500", "half", "nonsense", "empty", "503"])
     with api.serving() as url:
-        taught.start_worker(**SETTINGS)
         job = taught.wait(submit(taught, url, endpoint=endpoint, tries=8))
     assert job["state"] == "succeeded", json.dumps(job, indent=1)
     assert set(api.delivered.values()) == {1}
@@ -74,7 +28,6 @@ def test_passing_faults_are_waited_out(taught: Stack, endpoint: str) -> None:
 def test_votes_are_counted_where_no_probabilities_are_told(taught: Stack) -> None:
     api = TeacherApi(with_logprobs=False)
     with api.serving() as url:
-        taught.start_worker(**SETTINGS)
         job = taught.wait(submit(taught, url, [{"kind": "answer", "splits": ["train"]}], top_logprobs=0, votes=2))
     assert job["state"] == "succeeded", json.dumps(job, indent=1)
     assert len(api.delivered) == 2 * ROWS["train"]
@@ -106,7 +59,6 @@ def test_a_language_model_learns_what_an_api_wrote_and_pays_for_it_once(taught: 
         ],
     }
     with api.serving() as url:
-        taught.start_worker(**SETTINGS)
         teacher = {"kind": "openai", "base_url": url, "model": "big", "secret": "teacher-key"}
         job = taught.wait(taught.submit(**order, teacher=teacher))
     assert job["state"] == "succeeded", json.dumps(job, indent=1)
@@ -132,7 +84,6 @@ def test_a_budget_ends_the_job_and_what_was_paid_is_kept(taught: Stack) -> None:
         {"max_cost": 20 * each / 1e6, "prompt_price": 1.0, "completion_price": 1.0},
     ]
     with api.serving() as url:
-        taught.start_worker(**SETTINGS)
         for number, budget in enumerate(budgets, 1):
             job = taught.wait(submit(taught, url, concurrency=1, **budget))
             assert (job["state"], job["error"]["reason"]) == ("failed", "budget_exhausted")
@@ -151,7 +102,6 @@ def test_an_api_that_refuses_ends_the_job(taught: Stack, fault: str, hint: str, 
     api = TeacherApi()
     api.faults.extend([fault] * 1000)
     with api.serving() as url:
-        taught.start_worker(**SETTINGS)
         changes = {"tries": 1, "concurrency": 2}
         job = taught.wait(
             taught.submit(
