@@ -1,7 +1,8 @@
 """Asks a teacher's API for a stage: the child names what to ask, the key and the network are here.
 
 An answer is stored before the child hears of it, under the sha256 of its request, so that nobody of the tenant pays for
-it again. A request that was sent when this process died is asked again; it carries its sha256 as `Idempotency-Key`.
+it again; a job that wants one that another is waiting for waits, too. A request that was sent when this process died is
+asked again; it carries its sha256 as `Idempotency-Key`.
 """
 
 import hashlib
@@ -18,7 +19,7 @@ from urllib.parse import urlsplit
 from sqlalchemy.orm import Session
 
 from core.errors import StageFailed, StillhouseError
-from core.jobs.answers import Spent, find_answer, keep_answer, sum_spent
+from core.jobs.answers import Spent, find_answer, keep_answer, release_request, sum_spent, take_request
 from core.jobs.ownership import Claim, owned
 from core.jobs.spec import load_spec
 from core.settings import get_settings
@@ -32,6 +33,8 @@ PATHS = {"chat": "/chat/completions", "completions": "/completions"}
 PASSING = frozenset({408, 409, 425, 429}) | frozenset(range(500, 600))
 MAX_ANSWER_BYTES = 4 * 1024 * 1024
 FIRST_PAUSE_S, LAST_PAUSE_S = 0.5, 60.0
+STORING_S = 30.0  # in which an answer that has come is stored, or the next attempt is begun
+POLL_S = 0.5
 SHOWN = 300
 log = logging.getLogger(__name__)
 Send = Callable[[dict[str, Any]], None]
@@ -124,10 +127,40 @@ class Asker:
 
     def _look_up(self, url: str, key: str, body: dict[str, Any]) -> dict[str, Any]:
         """Returns the answer that is stored, or else the API's, which then is."""
-        tenant_id, job_id = self._taken.tenant_id, self._taken.job_id
-        known = transact(lambda session: find_answer(session, tenant_id, key))
+        known = self._await_turn(key)
         if known is not None:
             return known
+        try:
+            return self._pay(url, key, body)
+        except BaseException:
+            transact(lambda session: release_request(session, self._taken.tenant_id, self._taken.job_id, key))
+            raise
+
+    def _await_turn(self, key: str) -> dict[str, Any] | None:
+        """Returns the answer that is stored, if need be once another job of the tenant has it; None if it is ours."""
+        while True:
+            known, is_ours = transact(lambda session: self._take(session, key))
+            if known is not None or is_ours:
+                return known
+            if self._closing.wait(POLL_S):
+                what = "The stage ended while another job waited for the same answer."
+                raise StageFailed("teacher_unavailable", what, retryable=True)
+
+    def _take(self, session: Session, key: str) -> tuple[dict[str, Any] | None, bool]:
+        """Returns the answer that is stored, or None and whether we may now send the request."""
+        tenant_id, job_id = self._taken.tenant_id, self._taken.job_id
+        known = find_answer(session, tenant_id, key)
+        seconds = self._teacher.timeout_s + LAST_PAUSE_S + STORING_S
+        if known is not None or not take_request(session, tenant_id, job_id, key, seconds):
+            return known, False
+        known = find_answer(session, tenant_id, key)  # stored between the two
+        if known is not None:
+            release_request(session, tenant_id, job_id, key)
+        return known, known is None
+
+    def _pay(self, url: str, key: str, body: dict[str, Any]) -> dict[str, Any]:
+        """Returns the API's answer, which is stored."""
+        tenant_id, job_id = self._taken.tenant_id, self._taken.job_id
         self._open_one()
         try:
             found = self._ask_until_answered(url, key, body)
@@ -173,6 +206,7 @@ class Asker:
                     hint = "See whether the API is up, and submit the job again: it asks only for what is left."
                     raise StageFailed("teacher_unavailable", what, suggestion=hint, retryable=True) from error
                 pause_s *= 2
+                transact(lambda session: self._take(session, key))  # for as long as the next attempt takes
         raise AssertionError
 
     def _ask_once(self, url: str, key: str, body: dict[str, Any]) -> Answer:

@@ -202,3 +202,14 @@ class TeacherAnswer(Base):
     prompt_tokens: Mapped[int] = mapped_column(BigInteger)
     completion_tokens: Mapped[int] = mapped_column(BigInteger)
     created_at: Mapped[datetime] = mapped_column(server_default=func.now(), index=True)
+
+
+class TeacherRequest(Base):
+    """A request on its way, which `key` is the sha256 of; until that time no other job of the tenant sends it."""
+
+    __tablename__ = "teacher_requests"
+
+    tenant_id: Mapped[str] = mapped_column(ForeignKey(Tenant.id), primary_key=True)
+    key: Mapped[str] = mapped_column(primary_key=True)
+    job_id: Mapped[str]
+    asked_until: Mapped[datetime] = mapped_column(index=True)

@@ -11,7 +11,7 @@ from sqlalchemy import and_, delete, exists, func, or_, select, text, tuple_
 from sqlalchemy.orm import Session
 
 from core import db
-from core.jobs.models import Checkpoint, Job, TeacherAnswer
+from core.jobs.models import Checkpoint, Job, TeacherAnswer, TeacherRequest
 from core.jobs.state import TERMINAL
 from core.settings import get_settings
 from core.storage import ArtifactStore, get_store
@@ -111,10 +111,11 @@ def drop_checkpoints(session: Session) -> int:
 
 
 def drop_answers(session: Session) -> None:
-    """Forgets what teachers' APIs have answered long ago."""
+    """Forgets what teachers' APIs have answered long ago, and who asked them and died."""
     oldest = func.now() - timedelta(seconds=get_settings().keep_answers_s)
     some = select(TeacherAnswer.tenant_id, TeacherAnswer.key).where(TeacherAnswer.created_at < oldest).limit(MAX_ROWS)
     session.execute(delete(TeacherAnswer).where(tuple_(TeacherAnswer.tenant_id, TeacherAnswer.key).in_(some)))
+    session.execute(delete(TeacherRequest).where(TeacherRequest.asked_until < func.now() - timedelta(days=1)))
 
 
 def drop_manifests(session: Session) -> int:

@@ -5,14 +5,17 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from sqlalchemy import func, select
 
 from core.db import session_scope
 from core.ids import new_id
 from core.jobs import ownership
-from core.jobs.answers import sum_spent
+from core.jobs.answers import sum_spent, take_request
 from core.jobs.creation import create_job
+from core.jobs.models import TeacherRequest
 from core.jobs.spec import load_spec
 from core.settings import get_settings
+from tests.e2e.stack import until
 from tests.teacher_api import COMPLETION_TOKENS, PROMPT_TOKENS, TeacherApi
 from worker import asking
 from worker.asking import Asker
@@ -58,6 +61,52 @@ def test_equal_requests_at_the_same_time_are_paid_for_once(claim: Callable[..., 
     with session_scope() as session:
         spent = sum_spent(session, taken.tenant_id, taken.job_id)
     assert spent == asker._spent == (1, PROMPT_TOKENS, COMPLETION_TOKENS)
+
+
+def test_jobs_that_ask_the_same_at_the_same_time_pay_once(
+    claim: Callable[..., ownership.Claim], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    api, heard, turns = TeacherApi(), [queue.Queue(), queue.Queue()], []
+    api.left = 0
+    monkeypatch.setattr(asking, "take_request", lambda *given: turns.append(take_request(*given)) or turns[-1])
+    with api.serving() as url:
+        taken = [claim(url), claim(url)]
+        askers = [Asker(*one) for one in zip(taken, [one.put for one in heard], strict=True)]
+        askers[0].ask(0, BODY)
+        until(lambda: api.seen)
+        askers[1].ask(0, BODY)
+        until(lambda: turns == [True, False])
+        api.release()
+        told = [one.get(timeout=60) for one in heard]
+        for asker in askers:
+            asker.close()
+    assert told[0]["answer"] == told[1]["answer"]
+    assert len(api.seen) == 1
+    with session_scope() as session:
+        spent = [sum_spent(session, one.tenant_id, one.job_id) for one in taken]
+        assert session.scalar(select(func.count()).select_from(TeacherRequest)) == 0
+    assert [one.requests for one in spent] == [1, 0]
+
+
+def test_a_request_is_another_jobs_once_its_own_gave_it_up(claim: Callable[..., ownership.Claim]) -> None:
+    """Whether it was refused, or its worker died on the way; the job itself need not wait."""
+    api, heard = TeacherApi(), queue.Queue()
+    api.faults.append("401")
+    with api.serving() as url:
+        first, second = claim(url), claim(url)
+        for taken in (first, second):
+            asker = Asker(taken, heard.put)
+            asker.ask(0, BODY)
+            told = heard.get(timeout=60)
+            asker.close()
+    assert told["answer"]["text"]
+    owner = (first.tenant_id, first.job_id, "key")
+    other = (second.tenant_id, second.job_id, "key")
+    with session_scope() as session:
+        assert take_request(session, *owner, 60)
+        assert not take_request(session, *other, 60)
+        assert take_request(session, *owner, -1)
+        assert take_request(session, *other, 60)
 
 
 def test_an_error_of_the_client_does_not_show_the_key(
