@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from core.errors import SpecInvalid
+from core.errors import SpecInvalid, StageFailed
 from core.jobs.spec import load_spec
 from core.pareto import find_front
 from tests import pico
 from tests.engine_bench import FAST, Bench, contents, make_spec
-from worker.engine import checkpoints
+from worker.engine import checkpoints, distillation
+from worker.engine.context import Order, StageContext
+from worker.engine.mailbox import Mailbox
+from worker.engine.reporting import Reporter
 from worker.engine.shapes import HALVING_COSTS, Shape, choose, fit_costs
 
 WHOLE = Shape(6, 1536, 384)
@@ -208,6 +212,60 @@ def test_a_search_that_was_interrupted_finds_the_same(bench: Bench, tmp_path: Pa
     assert f"going on from step {step} of" in on.log
     assert numbers_of(on) == [*range(1, count + 1)]
     check_same(on, whole, count)
+
+
+def test_a_student_that_fails_is_left_out(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = bench.copy(tmp_path / "job")
+    spec = searching(min_retained=0.5, max_trials=2)
+    failure = StageFailed("loss_not_finite", "The loss became nan.", suggestion="Lower learning_rate.")
+    whole, told = run_here(bench.write_order(spec, 0, "whole"), monkeypatch, [failure])
+    assert (whole["chosen"], [point["number"] for point in whole["points"]]) == (2, [2])
+    [failed] = [event for event in told if event["type"] == "trial.failed"]
+    assert (failed["level"], failed["data"]["number"], failed["data"]["reason"]) == ("warning", 1, "loss_not_finite")
+    assert "The loss became nan." in failed["message"]
+    assert failed["data"]["sizes"] != whole["points"][0]["sizes"]
+    [checkpoint] = (tmp_path / "job" / "whole" / "checkpoints").glob("1*.safetensors")  # after the one that failed
+    order = bench.write_order(spec, 0, "on", checkpoint=str(checkpoint))
+    again, told = run_here(order, monkeypatch, [])
+    assert [point["sizes"] for point in again["points"]] == [point["sizes"] for point in whole["points"]]
+    assert again["chosen"] == 2
+    assert not [event for event in told if event["type"] == "trial.failed"]
+
+
+def test_where_every_student_fails_the_last_ones_reason_is_told(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = bench.copy(tmp_path / "job")
+    order = bench.write_order(searching(max_trials=2), 0, "search")
+    first = StageFailed("loss_not_finite", "The loss became nan.")
+    last = StageFailed("export_unsupported", "Nothing writes it.", suggestion="Choose another form.")
+    with pytest.raises(StageFailed) as caught:
+        run_here(order, monkeypatch, [first, last])
+    assert caught.value.report() == last.report()
+
+
+def run_here(
+    order: Path, monkeypatch: pytest.MonkeyPatch, failures: list[StageFailed]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Runs a search in this process, whose first trainings fail so; returns its summary, and what events it told."""
+    make, left = distillation.make_trainer, [*failures]
+
+    def make_or_fail(*arguments: Any) -> Any:
+        if left:
+            raise left.pop(0)
+        return make(*arguments)
+
+    monkeypatch.setattr("worker.engine.searching.make_trainer", make_or_fail)
+    told = order.parent / "told"
+    with told.open("wb") as reports:
+        parsed = Order.parse(json.loads(order.read_text()))
+        ctx = StageContext(parsed, Reporter(reports.fileno()), threading.Event(), Mailbox())
+        try:
+            summary = parsed.stage.build(ctx)()
+        finally:
+            ctx.close()
+    lines = [json.loads(line) for line in told.read_text().splitlines()]
+    return summary, [line["event"] for line in lines if line["type"] == "event"]
 
 
 def numbers_of(finished: Any) -> list[int]:

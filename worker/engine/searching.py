@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from core.compressing import Importance
@@ -20,6 +21,7 @@ from worker.engine import checkpoints
 from worker.engine.context import StageContext
 from worker.engine.distillation import make_trainer
 from worker.engine.exporting import get_reference
+from worker.engine.failures import CheckpointUnfit
 from worker.engine.loading import find_layers, load_tokenizer
 from worker.engine.measuring import count_bytes, time_singles
 from worker.engine.narrowing import narrow
@@ -38,6 +40,7 @@ LATENCY_SAMPLES = 200
 TIME_RESERVE = 1.1
 PROBED = 1e-6  # what a form of an untrained model has to agree
 FILES, HALF = "files/", "half"
+FAILURES = ("loss_not_finite", "export_unsupported")  # of one student, where another may do
 MOST_STEPS = 10**8  # of a training, so that checkpoints of a later student have higher numbers
 log = logging.getLogger(__name__)
 
@@ -53,10 +56,13 @@ def search(ctx: StageContext, settings: "Search") -> dict[str, Any]:
     """Trains students until the smallest that meets the goal is found; returns the stage's summary.
 
     Raises:
-        StageFailed: `goal_missed` where none does; the points are published all the same.
+        StageFailed: `goal_missed` where none does; the points are published all the same. Where all that were tried
+            failed, the reason of the last one.
     """
     hunt = Hunt(ctx, settings)
     hunt.run()
+    if hunt.failed and not hunt.points:
+        raise StageFailed(**[*hunt.failed.values()][-1])
     met = [point for point in hunt.points if point["meets"]]
     (ctx.output(POINTS) / "points.json").write_text(json.dumps(hunt.points, indent=1) + "\n", encoding="utf-8")
     if not met:
@@ -77,6 +83,7 @@ class Hunt:
 
     Attributes:
         points: What was trained and measured, in order.
+        failed: What of it could not be, in order, with the reports of why.
         student_folder: The smallest student so far that meets the goal.
     """
 
@@ -99,6 +106,7 @@ class Hunt:
         self.whole = shape_of(self.teacher)
         self.shapes = {shape: self._count_parameters(shape) for shape in list_shapes(self.teacher)}
         self.refused: set[Shape] = set()  # too large or too slow, and so is what contains them
+        self.failed: dict[Shape, dict[str, Any]] = {}
         self.half: Half | None = None  # of the student that was in training when the search was interrupted
         self._began, self._before = time.monotonic(), 0.0
         self._restore()
@@ -119,11 +127,12 @@ class Hunt:
     def run(self) -> None:
         """Tries shapes until none is left that is worth it, or the budget is used up."""
         settings = self.settings
-        while len(self.points) < settings.max_trials:
+        while self._count() < settings.max_trials:
             if settings.max_search_seconds and self.seconds >= settings.max_search_seconds:
-                log.info("the seconds are used up after %d students", len(self.points))
+                log.info("the seconds are used up after %d students", self._count())
                 return
-            shape = choose(self.whole, self.shapes, self._tried(), self.refused, self._least())
+            left = {shape: size for shape, size in self.shapes.items() if shape not in self.failed}
+            shape = choose(self.whole, left, self._tried(), self.refused, self._least())
             if shape is None:
                 return
             self._try(shape)
@@ -131,21 +140,37 @@ class Hunt:
     def _least(self) -> float:
         return self.settings.min_retained + self.settings.margin
 
+    def _count(self) -> int:
+        return len(self.points) + len(self.failed)
+
     def _tried(self) -> dict[Shape, dict[str, Any]]:
         return {Shape(**point["sizes"]): point for point in self.points}
 
     def _try(self, shape: Shape) -> None:
-        """Measures a shape, and trains it if it is small and fast enough."""
-        began, number = time.monotonic(), len(self.points) + 1
+        """Measures a shape, and trains it if it is small and fast enough; one that fails is left out from then on."""
+        number = self._count() + 1
         torch.manual_seed(self.ctx.seed + number)  # also where the search goes on after an earlier student
         try:
-            student, tokenizer = self._make(shape), self.tokenizer
+            student = self._make(shape)
         except StageFailed as error:  # its architecture is not one that can be made narrower
             if error.reason != "spec_invalid" or shape[1:] == self.whole[1:]:
                 raise
             del self.shapes[shape]
             self._tell("trial.refused", f"{_describe(shape)}: {error}", sizes=shape._asdict())
             return
+        try:
+            self._train(shape, student, number)
+        except StageFailed as error:
+            if error.reason not in FAILURES:
+                raise
+            self.failed[shape] = error.report()
+            told = {"number": number, "sizes": shape._asdict(), "reason": error.reason}
+            self.ctx.warn("trial.failed", f"{_describe(shape)}: {error}", **told)
+            self._checkpoint()
+
+    def _train(self, shape: Shape, student: PreTrainedModel, number: int) -> None:
+        """Makes a point of a student, unless it is too large or too slow."""
+        began, tokenizer = time.monotonic(), self.tokenizer
         half, self.half = self.half, None
         if half is None and self._is_refused(shape, student, number):
             return
@@ -286,17 +311,25 @@ class Hunt:
             if path.is_file()
         }
         refused = [shape._asdict() for shape in sorted(self.refused)]
-        state = {"points": self.points, "refused": refused, "seconds": self.seconds, "half": half and half.state}
-        step = MOST_STEPS * len(self.points) + (half.state["step"] if half else 0)
+        failed = [{"sizes": shape._asdict(), "report": report} for shape, report in self.failed.items()]
+        state = {"points": self.points, "refused": refused, "failed": failed, "seconds": self.seconds}
+        state["half"] = half and half.state
+        step = MOST_STEPS * self._count() + (half.state["step"] if half else 0)
         self.ctx.save_checkpoint(step, tensors | checkpoints.add_prefix(HALF, half.tensors if half else {}), state)
 
     def _restore(self) -> None:
         found = self.ctx.find_checkpoint()
         if found is None:
             return
-        tensors, state = found
+        try:
+            self._go_on_from(*found)
+        except KeyError as error:  # another engine wrote it
+            raise CheckpointUnfit(f"It lacks {error}.") from error
+
+    def _go_on_from(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         self.points, self._before = state["points"], state["seconds"]
         self.refused = {Shape(**sizes) for sizes in state["refused"]}
+        self.failed = {Shape(**one["sizes"]): one["report"] for one in state["failed"]}
         folders = {POINTS: self.ctx.output(POINTS), "student": self.student_folder}
         for key, tensor in tensors.items():
             if key.startswith(FILES):
@@ -306,7 +339,7 @@ class Hunt:
                 target.write_bytes(tensor.numpy().tobytes())
         if state["half"]:
             self.half = Half(checkpoints.select(tensors, HALF), state["half"])
-        log.info("going on after %d students", len(self.points))
+        log.info("going on after %d students", self._count())
 
 
 def _describe(shape: Shape) -> str:
