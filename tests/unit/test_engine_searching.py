@@ -188,11 +188,21 @@ def test_a_teacher_that_cannot_be_made_narrower_gets_students_of_fewer_layers(be
 
 def test_a_goal_that_is_missed_tells_the_nearest(bench: Bench, tmp_path: Path) -> None:
     bench = bench.copy(tmp_path / "job")
-    finished = bench.run(searching(min_retained=1.0, margin=0.5))
+    spoiling = SMALL | {"learning_rate": 1.0, "head_learning_rate": 1.0}
+    finished = bench.run(searching(min_retained=1.0, distill=spoiling))
     assert finished.last["reason"] == "goal_missed"
     assert finished.last["message"].startswith("None of 1 students meets the goal; nearest: 3 layers of 32 states")
     assert {path.name for path in (finished.outputs / "points").iterdir()} == {"1", "points.json"}
     assert finished.series("trial/1/loss/total")
+
+
+def test_no_more_is_asked_than_the_largest_score(bench: Bench, tmp_path: Path) -> None:
+    bench = bench.copy(tmp_path / "job")
+    summary = bench.succeed(searching(min_retained=0.9, margin=0.5)).last["summary"]
+    met = [point["score"] for point in summary["points"] if point["meets"]]
+    assert met
+    assert set(met) == {1.0}
+    assert summary["teacher_validation"]["accuracy"] > 1 / 1.4  # so that 1.4 of it is more than all
 
 
 def test_a_search_that_was_interrupted_finds_the_same(bench: Bench, tmp_path: Path) -> None:

@@ -138,7 +138,9 @@ class Hunt:
             self._try(shape)
 
     def _least(self) -> float:
-        return self.settings.min_retained + self.settings.margin
+        """Returns what a student must keep: with the margin, or with as much of it as a score of 1 leaves room for."""
+        wanted, share = self.settings.min_retained, cast("Classification", self.ctx.task).share
+        return max(wanted, min(wanted + self.settings.margin, 1 / self.teacher_scores[share]))
 
     def _count(self) -> int:
         return len(self.points) + len(self.failed)

@@ -39,7 +39,7 @@ class Search(Target, ModelStage):
         ge=0,
         lt=1,
         description="By how much a point must be above min_retained on the validation split, as the test split may be "
-        "harder.",
+        "harder; less where the teacher's score leaves no room for it.",
     )
     trim: bool = Field(True, description="Leave tokens out that the training and validation splits do not use.")
     form: Annotated[Exporter, OneOf(only="is_graph")] = Field(
