@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 from core.errors import Conflict
 from core.jobs.creation import create_job
 from core.jobs.models import Checkpoint, Job, StageRun
-from core.jobs.repository import get_job, list_stages
+from core.jobs.repository import add_event, get_job, list_measured, list_stages
 from core.jobs.reuse import copy_metrics, take_over
 from core.jobs.spec import JobSpec, load_spec, parse_mapping, spec_invalid, validate
 from core.jobs.state import DONE
@@ -86,7 +86,7 @@ def continue_job(
     for stage, source in zip(stages, sources[:first], strict=False):
         take_over(session, job, stage, source)
     if first < len(sources) and _goes_on_alike(job, spec, parent, first):
-        _copy_checkpoints(session, stages[first], sources[first])
+        _copy_checkpoints(session, job, stages[first], sources[first])
     session.flush()
     session.refresh(job)
     return job
@@ -98,8 +98,8 @@ def _goes_on_alike(job: Job, spec: JobSpec, parent: Job, first: int) -> bool:
     return job.inputs == parent.inputs and spec.seen_by(spec.stages[first]) == before.seen_by(before.stages[first])
 
 
-def _copy_checkpoints(session: Session, stage: StageRun, source: StageRun) -> None:
-    """Copies the places from which a stage can go on, with its metrics up to there, which it will not report again."""
+def _copy_checkpoints(session: Session, job: Job, stage: StageRun, source: StageRun) -> None:
+    """Copies the places from which a stage can go on, with what it will not report again: its metrics and students."""
     columns = [getattr(Checkpoint, name) for name in CHECKPOINT_COLUMNS]
     rows = select(literal(stage.job_id), literal(stage.ordinal), *columns).where(
         Checkpoint.job_id == source.job_id, Checkpoint.ordinal == source.ordinal
@@ -107,6 +107,9 @@ def _copy_checkpoints(session: Session, stage: StageRun, source: StageRun) -> No
     copy = insert(Checkpoint).from_select(["job_id", "ordinal", *CHECKPOINT_COLUMNS], rows).returning(Checkpoint.step)
     if session.scalars(copy).all():
         copy_metrics(session, stage, source)
+        for event in list_measured(session, source.tenant_id, source.job_id):
+            if event.data["ordinal"] == source.ordinal:
+                add_event(session, job, event.type, event.message, event.level, event.data)
 
 
 def find_ordinal(parent: Job, from_stage: int | str) -> int:

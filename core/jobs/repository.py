@@ -175,9 +175,9 @@ def list_events(session: Session, tenant_id: str, job_id: str, *, after: int = 0
     return _page(session, query, limit, lambda event: str(event.seq))
 
 
-def list_measured(session: Session, tenant_id: str, job_id: str) -> list[dict[str, Any]]:
+def list_measured(session: Session, tenant_id: str, job_id: str) -> list[Event]:
     """Returns what searches among the job's stages have told of their students, oldest first."""
-    query = select(Event.data).where(Event.tenant_id == tenant_id, Event.job_id == job_id, Event.type == MEASURED)
+    query = select(Event).where(Event.tenant_id == tenant_id, Event.job_id == job_id, Event.type == MEASURED)
     return list(session.scalars(query.order_by(Event.seq)))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from core.db import session_scope
-from core.jobs import ownership
+from core.jobs import checkpoints, ownership
 from core.storage import ManifestFile, get_store
 from stillhouse import cli
 from tests.api import Api, claim_job, jsonl, model_files
@@ -100,6 +100,21 @@ def test_points_of_a_search_that_ended_are_its_summarys(
     monkeypatch.setattr(sys, "argv", ["stillhouse", "jobs", "pareto", job_id, "--json"])
     assert cli._run() == 0
     assert [one["meets"] for one in json.loads(capsys.readouterr().out)] == [False, True]
+
+
+def test_points_of_a_retried_search_stay(api: Api) -> None:
+    job_id, claimed = start_search(api)
+    with session_scope() as session:
+        checkpoints.record_checkpoint(session, claimed, 0, 3, get_store().put_bytes(b"so far"), "key")
+    with session_scope() as session:
+        ownership.fail_stage(session, claimed, 0, MISSED, None)
+    retried = api("POST", f"/v1/jobs/{job_id}/retry").json()["id"]
+    assert points_of(api, retried) == points_of(api, job_id)
+    with session_scope() as session:
+        found = [{"type": "trial.measured", "message": "m", "data": point(4, 0.97, 800)}]
+        ownership.start_stage(session, again := claim_job(retried), 0)
+        ownership.record_progress(session, again, 0, None, [], found)
+    assert [one["number"] for one in points_of(api, retried)] == [1, 2, 3, 4]
 
 
 TASKS = {"kind": "multi_task", "tasks": {"topic": {}, "stars": {"kind": "text_regression", "value": "stars"}}}
