@@ -278,6 +278,15 @@ def run_here(
     return summary, [line["event"] for line in lines if line["type"] == "event"]
 
 
+@pytest.mark.parametrize(
+    "distill",
+    [{"freeze": {}}, *({"losses": [{"kind": "hidden_mse", "layers": rule}]} for rule in ("uniform", "skip", "last"))],
+)
+def test_what_students_of_any_depth_can_have_is_accepted(distill: dict[str, Any]) -> None:
+    stages = [{"kind": "search", "distill": distill}]
+    load_spec({"teacher": {"model": "pico"}, "data": "toy", "student": {"kind": "searched"}, "stages": stages})
+
+
 def numbers_of(finished: Any) -> list[int]:
     return [event["data"]["number"] for event in events(finished, "trial.measured")]
 
@@ -347,6 +356,27 @@ def test_its_students_hear_the_losses_of_the_task() -> None:
             },
             "stages.0.distill.losses.0",
             "fits no text_classification",
+        ),
+        (
+            {
+                "student": {"kind": "searched"},
+                "stages": [{"kind": "search", "distill": {"freeze": {"layers": 3}}}],
+            },
+            "stages.0.distill.freeze.layers",
+            "use 0",
+        ),
+        (
+            {
+                "student": {"kind": "searched"},
+                "stages": [
+                    {
+                        "kind": "search",
+                        "distill": {"losses": [{"kind": "cross_entropy"}, {"kind": "hidden_mse", "layers": [[5, 11]]}]},
+                    }
+                ],
+            },
+            "stages.0.distill.losses.1.layers",
+            "use 'uniform', 'skip' or 'last'",
         ),
     ],
 )

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from core.changing import ModelStage
+from core.losses import FeatureLoss
 from core.methods import Exporter, OneOf, Problem
 from core.pareto import POINTS
 from core.target import Target
@@ -70,7 +71,19 @@ class Search(Target, ModelStage):
             return [Problem("distill.sparsity", "zeros make no form smaller or faster; leave them out")]
         if self.distill.on_policy:
             return [Problem("distill.on_policy", "a classifier writes no texts; leave it out")]
-        return [Problem(f"distill.{p.field}", p.message) for p in self.distill.check(spec)]
+        return self._check_numbered() or [Problem(f"distill.{p.field}", p.message) for p in self.distill.check(spec)]
+
+    def _check_numbered(self) -> list[Problem]:
+        """Returns what names layers that not every student has, as some have but one."""
+        if self.distill.freeze and self.distill.freeze.layers:
+            why = "students of a search have from one layer on; use 0, which freezes the embeddings alone"
+            return [Problem("distill.freeze.layers", why)]
+        why = "students of a search have from one layer on; use 'uniform', 'skip' or 'last'"
+        return [
+            Problem(f"distill.losses.{index}.layers", why)
+            for index, loss in enumerate(self.distill.losses)
+            if isinstance(loss, FeatureLoss) and not isinstance(loss.layers, str)
+        ]
 
     def reads(self, spec: "JobSpec") -> set[str]:
         """Returns the teacher's role."""
