@@ -26,6 +26,10 @@ class ModelStage(Stage):
         """Returns the role of the model."""
         return {self.role}
 
+    def layered(self) -> list[str]:
+        """Returns the fields of what needs layers that each have weights of their own."""
+        return []
+
     def undivided(self, spec: "JobSpec", start: ModelFacts, group: int) -> int | None:
         """Returns the inputs of a matrix that groups of so many do not divide, as far as it is known how wide it is."""
         if self.role == "student":

@@ -14,6 +14,7 @@ from pydantic import GetCoreSchemaHandler
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from core.datasets.reading import RowProblem as RowProblem
+from core.models.facts import Depths as Depths
 from core.models.facts import ModelFacts as ModelFacts
 from core.models.refs import ModelRef as ModelRef
 from core.models.refs import ModelSource as ModelSource
@@ -174,7 +175,6 @@ class Student(Method):
 
     family: ClassVar[str] = "students"
     made_by: ClassVar[str | None] = None  # the kind of stage that alone can make it
-    reuses_layers: ClassVar[bool] = False  # so that they have the same weights
 
     @property
     def asks_head(self) -> bool:
@@ -188,6 +188,10 @@ class Student(Method):
     def check(self, start: ModelFacts) -> list[Problem]:
         """Returns what makes this student impossible, made of that model: its source, or the teacher."""
         raise NotImplementedError
+
+    def reuses_layers(self, start: ModelFacts | None = None) -> bool:  # noqa: ARG002 - few kinds do
+        """Returns whether layers have the same weights, made of that model; without it whether they may."""
+        return False
 
     def count_layers(self, start: ModelFacts) -> int | None:
         """Returns how many layers it will have, made of that model; None if unknown."""
@@ -225,13 +229,6 @@ class Loss(Method):
         `signal` is a `worker.kernels.signals.Signal`: what the teacher says of the same rows.
         """
         raise NotImplementedError
-
-
-class Depths(NamedTuple):
-    """How many layers student and teacher have."""
-
-    student: int
-    teacher: int
 
 
 class Exporter(Method):

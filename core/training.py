@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from core.changing import ModelStage
-from core.compressing import Adaptee, Adapter, Zeros
+from core.compressing import Adaptee, Adapter, MatrixAdapter, Zeros
 from core.methods import ModelFacts, OneOf, Problem, Stage
 from core.strict import StrictModel
 
@@ -186,6 +186,17 @@ class Training(ModelStage):
         if self.freeze and self.freeze.layers > count:
             return [Problem("freeze.layers", f"the {self.role} has {count} layers; choose at most as many")]
         return []
+
+    def layered(self) -> list[str]:
+        """Returns what freezes layers, gives them rates of their own, takes their matrices, or computes one again."""
+        found = {
+            "freeze": self.freeze,
+            "layer_decay": self.layer_decay < 1,
+            "adapter": isinstance(self.adapter, MatrixAdapter),
+            "sparsity": self.sparsity,
+            "gradient_checkpointing": self.gradient_checkpointing,
+        }
+        return [field for field, needed in found.items() if needed]
 
     def _check_adapter(self, spec: "JobSpec", start: ModelFacts, count: int | None) -> list[Problem]:
         """Returns what is wrong with the adapter for a model of so many layers."""

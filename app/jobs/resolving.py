@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 from sqlalchemy.orm import Session
 
 from app.jobs.splits import Problems, add, check_samples, field_of, find_labels, find_split, warn_of_data
+from core.changing import ModelStage
 from core.datasets.repository import find_dataset
 from core.errors import Gone, ModelInvalid, NotFound
 from core.jobs.repository import find_artifact, get_job
@@ -197,6 +198,7 @@ def check_models(spec: JobSpec, facts: dict[str, ModelFacts]) -> Problems:
     start = facts.get(spec.starts_from)
     unfit = _check_student(spec, start) if start else []
     problems = unfit or (_check_depths(spec, facts) if "teacher" in facts and spec.teacher.is_model else [])
+    problems += _check_layered(spec, start) if start and not unfit else []
     starts = {index: facts.get(_start_of(spec, stage)) for index, stage in enumerate(spec.stages)}
     return problems + _of_stages([(i, spec.stages[i].check_model(spec, f)) for i, f in starts.items() if f])
 
@@ -231,6 +233,16 @@ def _check_sharing(spec: JobSpec, start: ModelFacts) -> Problems:
         return []
     why = f"the student has {count} layers, and with all of them shared none is a task's own; choose fewer, or 'all'"
     return [{"field": "task.shared", "message": why}]
+
+
+def _check_layered(spec: JobSpec, start: ModelFacts) -> Problems:
+    """Returns what stages cannot do with a student that starts from that model and stores some of its layers once."""
+    if not spec.student.reuses_layers(start):
+        return []
+    stages = [(n, s) for n, s in enumerate(spec.stages) if isinstance(s, ModelStage) and s.role == "student"]
+    why = f"it needs each layer alone, and those of a '{spec.student.kind}' student have the same weights; leave it out"
+    why += ", or choose another kind of student"
+    return _of_stages([(n, [Problem(field, why) for field in stage.layered()]) for n, stage in stages])
 
 
 def _check_depths(spec: JobSpec, facts: dict[str, ModelFacts]) -> Problems:

@@ -249,7 +249,7 @@ class JobSpec(StrictModel):
         """Returns why tasks that are to have layers of their own get none."""
         if self.task.shared_layers is None:
             return []
-        if self.student.reuses_layers:
+        if self.student.reuses_layers():
             why = f"layers of a '{self.student.kind}' student are the same, so none is a task's own; use 'all'"
             return [Problem("task.shared", why)]
         if any(stage.keeps_apart(self) for stage in self.stages):

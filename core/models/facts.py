@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -18,6 +18,13 @@ POSITION_KEYS = ("max_position_embeddings", "n_positions")
 COUNT_FROM_PADDING = ("roberta", "xlm-roberta")
 MAX_LAYERS = 10_000  # far more than any model has; checks list them
 WIDTH_KEYS = ("hidden_size", "n_embd", "dim", "d_model")
+
+
+class Depths(NamedTuple):
+    """How many layers student and teacher have."""
+
+    student: int
+    teacher: int
 
 
 class ModelFacts(BaseModel):

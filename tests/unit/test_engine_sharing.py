@@ -18,6 +18,8 @@ from transformers import (
     RobertaConfig,
 )
 
+from app.jobs.resolving import check_models
+from core.jobs.spec import load_spec
 from core.models.facts import ModelFacts, read_facts
 from core.models.safetensors_header import read_tensors
 from tests.engine_bench import FAST, Bench, make_spec
@@ -176,6 +178,61 @@ def test_what_cannot_be_shared_is_said_at_submit(teacher: ModelFacts, field: str
     problem = SharedLayers(num_groups=4, embedding_size=33).check(teacher)[0]
     assert problem.field == field
     assert words in problem.message
+
+
+SHARED = {"kind": "shared_layers", "num_groups": 3}
+LAYERED: list[tuple[dict[str, Any], str]] = [
+    ({"kind": "quantize"}, "kind"),
+    ({"kind": "sparsify"}, "kind"),
+    ({"kind": "prune", "num_layers": 3}, "kind"),
+    ({"kind": "prune", "to": {"flops": 0.5}}, "kind"),
+    ({"kind": "finetune", "of": "student", "adapter": {"kind": "lora"}}, "adapter"),
+    ({"kind": "finetune", "of": "student", "adapter": {"kind": "ia3"}}, "adapter"),
+    ({"kind": "distill", "sparsity": {}}, "sparsity"),
+    ({"kind": "distill", "freeze": {}}, "freeze"),
+    ({"kind": "distill", "layer_decay": 0.9}, "layer_decay"),
+    ({"kind": "distill", "gradient_checkpointing": True}, "gradient_checkpointing"),
+    ({"kind": "distill", "losses": [{"kind": "cross_entropy"}, {"kind": "hidden_mse"}]}, "losses.1"),
+    ({"kind": "distill", "losses": [{"kind": "cross_entropy"}, {"kind": "value_relation"}]}, "losses.1"),
+]
+
+
+@pytest.mark.parametrize(("stage", "field"), LAYERED)
+def test_what_needs_each_layer_alone_is_refused_at_submit(stage: dict[str, Any], field: str) -> None:
+    spec = load_spec(make_spec([{"kind": "distill"}, stage], student=SHARED))
+    [problem] = check_models(spec, {"teacher": ModelFacts(model_type="bert", num_layers=6)})
+    assert problem["field"] == f"stages.1.{field}"
+    assert "choose another kind of student" in problem["message"]
+
+
+WORKING = [stage for stage, field in LAYERED if stage["kind"] != "prune" and field != "gradient_checkpointing"]
+
+
+@pytest.mark.parametrize("stage", WORKING)
+def test_with_a_group_for_each_layer_it_works(stage: dict[str, Any], tmp_path: Path) -> None:
+    short = {"epochs": 1, "batch_size": 64} if stage["kind"] in {"finetune", "distill"} else {"group": None}
+    short = {} if stage["kind"] == "sparsify" else short
+    bench = Bench(tmp_path).lay()
+    spec = make_spec([stage | short], student=SHARED)
+    assert check_models(load_spec(spec), {"teacher": ModelFacts(model_type="bert", num_layers=3)}) == []
+    bench.succeed(spec)
+    finished = bench.run(make_spec([stage | short], student=SHARED | {"num_groups": 1}), 0, "shared")
+    assert finished.last["reason"] == "spec_invalid"
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [
+        {"kind": "finetune", "of": "teacher", "layer_decay": 0.9, "freeze": {"layers": 1}},
+        {"kind": "distill", "dropout": 0.1, "average": 0.9, "micro_batch_size": 8},
+        {"kind": "finetune", "of": "student", "adapter": {"kind": "prompt"}},
+        {"kind": "trim_vocabulary"},
+    ],
+)
+def test_what_takes_layers_together_is_accepted(stage: dict[str, Any], tmp_path: Path) -> None:
+    spec = make_spec([stage], student=SHARED | {"num_groups": 1})
+    assert check_models(load_spec(spec), {"teacher": ModelFacts(model_type="bert", num_layers=6)}) == []
+    Bench(tmp_path).lay().succeed(spec)
 
 
 def test_a_job_distils_back_what_sharing_costs(tmp_path: Path) -> None:

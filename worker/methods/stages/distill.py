@@ -160,6 +160,10 @@ class Distill(Training):
             if not any(fits(type(loss), part) and not isinstance(loss, FeatureLoss) for loss in self.losses)
         ][:1] * bool(task.parts())
 
+    def layered(self) -> list[str]:
+        """Returns the losses on layers, too."""
+        return super().layered() + [f"losses.{index}" for index, _ in self._numbered()]
+
     def check_depths(self, spec: "JobSpec", depths: Depths) -> list[Problem]:
         """Returns which losses compare layers that are not there, or that an earlier stage did not keep."""
         wrong = [(index, loss.find_wrong(depths)) for index, loss in self._numbered()]

@@ -144,6 +144,10 @@ class Prune(ModelStage):
         """Whether widths change."""
         return bool(self.hidden_size or self.intermediate_size)
 
+    def layered(self) -> list[str]:
+        """Returns that all of it changes the layers one by one."""
+        return ["kind"]
+
     def check(self, spec: "JobSpec") -> list[Problem]:
         """Returns a problem when nothing is to go, or sizes are given beside a goal."""
         sizes = [name for name in SIZES if getattr(self, name)]

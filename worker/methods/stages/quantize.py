@@ -53,6 +53,10 @@ class Quantize(ModelStage):
         """Returns that weights are to stay on grids."""
         return True
 
+    def layered(self) -> list[str]:
+        """Returns that all of it changes the layers one by one."""
+        return ["kind"]
+
     def check(self, spec: "JobSpec") -> list[Problem]:
         """Returns which later stages would take the weights off their grids, and what is asked for in vain.
 

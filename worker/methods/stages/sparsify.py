@@ -38,6 +38,10 @@ class Sparsify(Zeros, ModelStage):
         """Returns that zeros are to stay."""
         return True
 
+    def layered(self) -> list[str]:
+        """Returns that all of it changes the layers one by one."""
+        return ["kind"]
+
     def check(self, spec: "JobSpec") -> list[Problem]:
         """Returns what is wrong with the scope."""
         if self.numbers and self.scope:

@@ -1,6 +1,6 @@
 """A student whose layers share their weights."""
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
@@ -27,8 +27,6 @@ class SharedLayers(Student):
     Paper: Lan et al. 2020, "ALBERT: A Lite BERT for Self-supervised Learning of Language Representations", section 3.1
     (cross-layer parameter sharing, factorized embedding parameterization).
     """
-
-    reuses_layers: ClassVar[bool] = True
 
     kind: Literal["shared_layers"] = "shared_layers"
     num_groups: int = Field(1, ge=1, le=512, description="Layers that are stored; each is used for as many in a row.")
@@ -57,6 +55,10 @@ class SharedLayers(Student):
             why = f"the teacher has {start.hidden_size} states, and wider tables hold no more; choose at most as many"
             return [Problem("embedding_size", why)]
         return []
+
+    def reuses_layers(self, start: ModelFacts | None = None) -> bool:
+        """Returns whether there are fewer groups than layers."""
+        return start is None or start.num_layers != self.num_groups
 
     def count_parameters(self, start: ModelFacts) -> int | None:
         """Returns those of the teacher, with one layer a group, its own embeddings, and the map that comes after."""
