@@ -5,16 +5,20 @@ import os
 import shutil
 import signal
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from core.jobs.spec import load_spec
 from tests import pico
 from worker.child import ForkServer, Stage
+
+if TYPE_CHECKING:
+    from worker.engine.context import StageContext
 
 LABELS = sorted(pico.WORDS)
 FAST = {"epochs": 10, "learning_rate": 4e-3, "head_learning_rate": 2e-2, "batch_size": 32}
@@ -110,6 +114,22 @@ class Bench:
         path = self.root / name / "order.json"
         path.write_text(json.dumps(order | changes), encoding="utf-8")
         return path
+
+    @contextmanager
+    def surround(
+        self, spec: dict[str, Any], ordinal: int = 0, name: str = "", **changes: Any
+    ) -> "Iterator[StageContext]":
+        """Yields what a stage knows and holds, in this process."""
+        from worker.engine.context import Order, StageContext  # with torch, which most that run stages do without
+        from worker.engine.mailbox import Mailbox
+        from worker.engine.reporting import Reporter
+
+        order = self.write_order(spec, ordinal, name or f"stage-{ordinal}", **changes)
+        with open(os.devnull, "wb") as nowhere:
+            parsed = Order.parse(json.loads(order.read_text()))
+            ctx = StageContext(parsed, Reporter(nowhere.fileno()), threading.Event(), Mailbox())
+            yield ctx
+            ctx.close()
 
     @contextmanager
     def start(self, order: Path) -> Iterator[Stage]:

@@ -26,6 +26,7 @@ from worker.engine.data import Examples, encode
 from worker.engine.loading import load_tokenizer
 from worker.engine.multitask import NOTES
 from worker.engine.regression import _pearson, _sums_of
+from worker.engine.students import choose_layers
 from worker.engine.task_splits import TaskSplits
 from worker.engine.task_views import PartContext
 
@@ -37,6 +38,7 @@ TEXTS = {
     "size": {"kind": "text_regression", "value": "words"},
     "topics": {"kind": "multi_label_classification"},
 }
+NUMBERS = dict.fromkeys(("intent", "size"), TEXTS["size"])
 WORDS = {"intent": {"kind": "text_classification"}, "entities": {"kind": "token_classification"}}
 LABELS = {
     "entities": ["B-delivery", "B-login", "B-refund", "O"],
@@ -337,6 +339,30 @@ def test_words_and_texts_do_not_share_a_decoder(tmp_path: Path) -> None:
     finished = bench.run(of_tasks(WORDS, [{"kind": "finetune", **FAST}]), labels=labels_of(WORDS))
     assert finished.last["reason"] == "spec_invalid", finished.log
     assert "first token of a text" in finished.last["message"]
+
+
+def test_regressions_alone_tell_which_layer_they_miss_least(tmp_path: Path) -> None:
+    """The numbers to learn are those that the model gives without its second layer."""
+    bench = lay(tmp_path, NUMBERS)
+    folder = bench.inputs / "teacher"
+    kinds = AutoModelForSequenceClassification, AutoTokenizer
+    torch.manual_seed(0)
+    model, tokenizer = (kind.from_pretrained(folder) for kind in kinds)
+    model.config.id2label = dict(enumerate(f"{name}/words" for name in NUMBERS))
+    torch.nn.init.normal_(model.classifier.weight)
+    model.save_pretrained(folder)
+    del model.bert.encoder.layer[1]
+    path = bench.inputs / "data" / "validation"
+    for column, name in enumerate(NUMBERS):
+        rows = [json.loads(line) for line in (path / f"{name}.jsonl").read_text().splitlines()]
+        with torch.no_grad():
+            for row in rows:
+                row["words"] = model.eval()(**tokenizer(row["text"], return_tensors="pt")).logits[0, column].item()
+        (path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    spec = of_tasks(NUMBERS, [{"kind": "prune", "num_layers": 2}])
+    with bench.surround(spec, labels=list(model.config.id2label.values())) as ctx:
+        found = choose_layers(ctx, ctx.load_model("teacher"), ctx.load_tokenizer("teacher"), 2, "importance")
+    assert found == [0, 2]
 
 
 def test_what_is_remembered_is_of_one_task() -> None:

@@ -113,11 +113,10 @@ class MultiTask:
         )
 
     def join(self, found: Mapping[str, Scores]) -> Scores:
-        """Returns scores of the tasks under `<task>/<score>`, and the means of what all have."""
-        losses = [scores["loss"] for scores in found.values() if "loss" in scores]
+        """Returns scores of the tasks under `<task>/<score>`, and the means of their shares and of their losses."""
         return {
             "mean": self._mean({name: found[name][part.share] for name, part in self.parts.items()}),
-            **({"loss": sum(losses) / len(losses)} if losses else {}),
+            "loss": self._mean({name: scores["loss"] for name, scores in found.items()}),
             **{f"{name}/{key}": value for name, scores in found.items() for key, value in scores.items()},
         }
 
@@ -154,7 +153,7 @@ class MultiTask:
 
     def rank(self, scores: Scores) -> tuple[float, ...]:
         """Returns the mean score, and among equals the smaller loss."""
-        return scores["mean"], -scores.get("loss", 0.0)
+        return scores["mean"], -scores["loss"]
 
     def teach(self, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: "Distill") -> Teaching:
         """Returns the answers that an earlier stage kept, or else those of the teacher's head for each task.

@@ -51,7 +51,8 @@ class Regression(Classification):
         return torch.tensor(examples.labels, dtype=torch.float32)
 
     def _score(self, logits_NC: Tensor, labels_N: Tensor) -> Scores:
-        return _rate(labels_N.numpy(), logits_NC[:, 0].numpy())
+        rates = _rate(labels_N.numpy(), logits_NC[:, 0].numpy())
+        return rates | {"loss": rates["rmse"] ** 2}  # on which it trains
 
     def agreement(self, logits_NC: Tensor, others_NC: Tensor) -> float:
         """Returns the correlation of the numbers."""

@@ -113,7 +113,7 @@ class TaskRun(Protocol):
         """Returns the largest difference of a logit, and how far the answers agree, 1 if all are the same."""
 
     def rank(self, scores: Scores) -> tuple[float, ...]:
-        """Returns scores as what is larger for a better model."""
+        """Returns scores as what is larger for a better model; the last number rises as the loss falls."""
 
     def teach(self, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: "Distill") -> "Teaching":
         """Returns the source of the teacher's answers to the training split, for a student with its tokenizer.
