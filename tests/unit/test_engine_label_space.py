@@ -138,6 +138,15 @@ def test_a_text_that_says_nothing_gets_no_label_more_than_another(bench: Bench) 
     assert logits[1:].softmax(dim=-1).max(dim=-1).values.mean() > 0.6
 
 
+def test_words_whose_probability_is_no_float_are_weighed_by_its_logarithm(bench: Bench) -> None:
+    teacher = TEACHER | {"content_free": ["please now"], "words": WORDS | {"login": " password late" * 20}}
+    stages = [{"kind": "answer"}, {"kind": "distill"}]
+    spec = make_spec(stages, teacher=teacher, student={"kind": "pretrained", "model": "small"})
+    with bench.surround(spec, 0, "unlikely") as ctx:
+        found = ctx.spec.teacher.build(ctx)(Examples(["please now"], []), 64)
+    torch.testing.assert_close(found.softmax(dim=-1), torch.full((1, 3), 1 / 3))
+
+
 def test_words_for_a_label_that_is_not_there_are_told(bench: Bench) -> None:
     teacher = TEACHER | {"words": {"refunds": " refund"}}
     spec = make_spec(

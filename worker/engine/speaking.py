@@ -1,5 +1,6 @@
 """Teachers that answer texts with a score for each label."""
 
+import math
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -109,7 +110,8 @@ def speak_by_scoring(ctx: StageContext, settings: "LabelSpace") -> Speak:
     @cache
     def bias(max_length: int) -> Tensor:
         free = Examples(settings.content_free, [], settings.content_free)
-        return score(free, max_length).softmax(dim=-1).mean(dim=0).log()
+        log_p_NC = score(free, max_length).log_softmax(dim=-1)
+        return log_p_NC.logsumexp(dim=0) - math.log(len(log_p_NC))
 
     def speak(examples: Examples, max_length: int) -> Tensor:
         scores_NC = score(examples, max_length)
