@@ -12,7 +12,9 @@ WORDS = {
 FILLER = "please my the i it was is now still help with for not and".split()
 
 
-def write_model(folder: Path, num_layers: int = 3, *, width: int = 32, is_reversed: bool = False) -> Path:
+def write_model(
+    folder: Path, num_layers: int = 3, *, width: int = 32, num_positions: int = 64, is_reversed: bool = False
+) -> Path:
     """Writes a BERT folder (safetensors, config, tokenizer) and returns it; reversed, words have other ids."""
     import torch
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -46,7 +48,7 @@ def write_model(folder: Path, num_layers: int = 3, *, width: int = 32, is_revers
         num_hidden_layers=num_layers,
         num_attention_heads=2,
         intermediate_size=48,
-        max_position_embeddings=64,
+        max_position_embeddings=num_positions,
     )
     folder.mkdir(parents=True, exist_ok=True)
     BertModel(config).save_pretrained(folder)

@@ -77,6 +77,18 @@ def test_layers_of_models_with_other_tokens_are_not_compared(classifiers: Bench)
     assert "Leave the losses on layers out" in finished.last["suggestion"]
 
 
+@pytest.mark.parametrize("losses", [["forward_kl"], ["forward_kl", "relations"]], ids=["ahead", "online"])
+def test_a_student_reads_no_further_than_its_teacher(losses: list[str], tmp_path: Path) -> None:
+    """Which has places for 8 tokens: all is as if no text were to have more."""
+    bench = Bench(tmp_path).lay()
+    pico.write_model(bench.inputs / "teacher", num_positions=8)
+    pico.write_model(bench.inputs / "base", num_layers=1)
+    assert max(len(json.loads(line)["text"].split()) for line in (bench.inputs / "data" / "train.jsonl").open()) > 8
+    stage = {"kind": "distill", "epochs": 2, "losses": [{"kind": kind} for kind in losses]}
+    cut, expected = (bench.succeed(spec_of([stage | {"max_length": n}]), 0, str(n)) for n in (64, 8))
+    assert contents(cut.outputs) == contents(expected.outputs)
+
+
 @pytest.mark.parametrize("num_padding", [0, 7])
 @pytest.mark.parametrize("is_kept", [False, True])
 def test_a_language_model_with_more_logits_than_tokens_learns(tmp_path: Path, num_padding: int, is_kept: bool) -> None:

@@ -158,7 +158,7 @@ class Classification:
         if settings.feature_losses:
             return answer_online(ctx, student, tokenizer, settings)
         teacher, own_tokenizer = ctx.load_teacher(), ctx.load_tokenizer("teacher")
-        is_alike = read_alike((teacher, own_tokenizer), (student, tokenizer))
+        is_alike = read_alike((teacher, own_tokenizer), (student, tokenizer), settings.max_length)
         own = None if is_alike else self._read_as(teacher, own_tokenizer, settings.max_length)
         return AnswersAhead(ctx, teacher, make_deletion(ctx, settings), own)
 
@@ -266,10 +266,18 @@ class Classification:
 
 
 def read_alike(
-    first: tuple[PreTrainedModel, PreTrainedTokenizerBase], second: tuple[PreTrainedModel, PreTrainedTokenizerBase]
+    teacher: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+    student: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+    max_length: int,
 ) -> bool:
-    """Returns whether two models read every text as the same tokens and inputs."""
-    return is_same_tokenizer(first[1], second[1]) and input_names(*first) == input_names(*second)
+    """Returns whether two models read every text as the same tokens and inputs; the student then reads no further.
+
+    What it reads is what the teacher is given, which may have fewer places.
+    """
+    is_alike = is_same_tokenizer(teacher[1], student[1]) and input_names(*teacher) == input_names(*student)
+    if is_alike:
+        limit_length(teacher[0], student[1], max_length)
+    return is_alike
 
 
 def answer_online(
@@ -281,7 +289,7 @@ def answer_online(
         StageFailed: `vocab_incompatible` where the two read texts as other tokens.
     """
     teacher = ctx.load_teacher()
-    if not read_alike((teacher, ctx.load_tokenizer("teacher")), (student, tokenizer)):
+    if not read_alike((teacher, ctx.load_tokenizer("teacher")), (student, tokenizer), settings.max_length):
         message = "The layers of two models that read texts as other tokens cannot be compared."
         raise StageFailed("vocab_incompatible", message, suggestion="Leave the losses on layers out.")
     return AnswersOnline(ctx, teacher, make_deletion(ctx, settings))
