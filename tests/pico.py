@@ -56,6 +56,22 @@ def write_model(
     return folder
 
 
+def write_bytewise_model(folder: Path, num_layers: int = 2) -> Path:
+    """Writes a RoBERTa folder whose tokens are single bytes, and returns it."""
+    import torch
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import RobertaConfig, RobertaModel, RobertaTokenizer
+
+    marks = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    vocab = {token: i for i, token in enumerate([*marks, *sorted(ByteLevel.alphabet())])}
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": num_layers, "num_attention_heads": 2, "intermediate_size": 48}
+    config = RobertaConfig(vocab_size=len(vocab), max_position_embeddings=130, type_vocab_size=1, **sizes)
+    RobertaModel(config).save_pretrained(folder)
+    RobertaTokenizer(vocab=vocab, merges=[]).save_pretrained(folder)
+    return folder
+
+
 def write_language_model(folder: Path, num_layers: int = 3, *, num_padding: int = 0, is_reversed: bool = False) -> Path:
     """Writes a GPT-2 folder over the words of the data set and returns it.
 

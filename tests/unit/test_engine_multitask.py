@@ -332,6 +332,19 @@ def test_words_and_texts_share_a_trunk(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("losses", [["forward_kl"], ["forward_kl", "relations"]], ids=["ahead", "online"])
+def test_a_student_begins_words_as_its_teacher_learned_to(losses: list[str], tmp_path: Path) -> None:
+    bench = lay(tmp_path, WORDS)
+    shutil.rmtree(bench.inputs / "teacher")
+    for role in ("teacher", "base"):
+        pico.write_bytewise_model(bench.inputs / role)
+    few = FAST | {"epochs": 2}
+    distill = {"kind": "distill", **few, "deletion_probability": 0.3, "losses": [{"kind": kind} for kind in losses]}
+    spec = of_tasks(WORDS, [{"kind": "finetune", **few}, distill], student={"kind": "pretrained", "model": "small"})
+    done = run_all(bench, spec)
+    assert done[1].log.count("the teacher answered") == (4 if len(losses) == 1 else 0)  # two tasks, two drawings
+
+
 def test_words_and_texts_do_not_share_a_decoder(tmp_path: Path) -> None:
     bench = lay(tmp_path, WORDS)
     shutil.rmtree(bench.inputs / "teacher")

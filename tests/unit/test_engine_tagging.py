@@ -1,5 +1,6 @@
 """Named entities: words and their rows, scores against seqeval, and a whole job on WNUT-17 through the real child."""
 
+import shutil
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,22 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     bench = Bench(tmp_path_factory.mktemp("bench")).lay()
     pico.write_entities(bench.inputs / "data")
     return bench
+
+
+@pytest.mark.parametrize("losses", [["forward_kl"], ["forward_kl", "relations"]], ids=["ahead", "online"])
+def test_a_student_begins_words_as_its_teacher_learned_to(bench: Bench, losses: list[str], tmp_path: Path) -> None:
+    """Both come from one folder, whose bytes begin words otherwise until a tagger has read with them."""
+    bench = bench.copy(tmp_path / "job")
+    for role in ("teacher", "base"):
+        shutil.rmtree(bench.inputs / role, ignore_errors=True)
+        pico.write_bytewise_model(bench.inputs / role)
+    few = FAST | {"epochs": 3}
+    distill = {"kind": "distill", **few, "deletion_probability": 0.3, "losses": [{"kind": kind} for kind in losses]}
+    spec = make_spec(
+        [{"kind": "finetune", **few}, distill], task=TASK, student={"kind": "pretrained", "model": "small"}
+    )
+    done = bench.succeed_all(spec, labels=LABELS)
+    assert done[1].log.count("the teacher answered") == (3 if len(losses) == 1 else 0)
 
 
 @pytest.mark.parametrize("answers", [[], [{"kind": "answer"}]], ids=["ahead", "kept"])

@@ -35,6 +35,7 @@ from worker.engine.teaching import AnswersAhead, AnswersKept, AnswersOnline, Del
 
 if TYPE_CHECKING:
     from worker.engine.context import StageContext
+    from worker.engine.multitask import MultiTask
     from worker.methods.stages.answer import Answer as AnswerStage
     from worker.methods.stages.distill import Distill
     from worker.methods.stages.evaluate import Evaluate
@@ -88,6 +89,9 @@ class Classification:
     def digest(self, examples: Any) -> str:
         """Returns what only the same texts in the same order have."""
         return digest(examples)
+
+    def settle_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Has a tokenizer read words as the task does, if that is in a way of its own."""
 
     def tokenise(self, examples: Any, tokenizer: PreTrainedTokenizerBase, names: list[str]) -> Encoded:
         """Returns examples as a model reads them that takes inputs of these names."""
@@ -156,9 +160,9 @@ class Classification:
             folder = ctx.input("answers")
             return AnswersKept(folder, KeptLayers(folder, ctx.device) if settings.feature_losses else None)
         if settings.feature_losses:
-            return answer_online(ctx, student, tokenizer, settings)
+            return answer_online(self, student, tokenizer, settings)
         teacher, own_tokenizer = ctx.load_teacher(), ctx.load_tokenizer("teacher")
-        is_alike = read_alike((teacher, own_tokenizer), (student, tokenizer), settings.max_length)
+        is_alike = read_alike(self, (teacher, own_tokenizer), (student, tokenizer), settings.max_length)
         own = None if is_alike else self._read_as(teacher, own_tokenizer, settings.max_length)
         return AnswersAhead(ctx, teacher, make_deletion(ctx, settings), own)
 
@@ -266,6 +270,7 @@ class Classification:
 
 
 def read_alike(
+    task: "Classification | MultiTask",
     teacher: tuple[PreTrainedModel, PreTrainedTokenizerBase],
     student: tuple[PreTrainedModel, PreTrainedTokenizerBase],
     max_length: int,
@@ -274,6 +279,8 @@ def read_alike(
 
     What it reads is what the teacher is given, which may have fewer places.
     """
+    for _, tokenizer in (teacher, student):
+        task.settle_tokenizer(tokenizer)
     is_alike = is_same_tokenizer(teacher[1], student[1]) and input_names(*teacher) == input_names(*student)
     if is_alike:
         limit_length(teacher[0], student[1], max_length)
@@ -281,15 +288,19 @@ def read_alike(
 
 
 def answer_online(
-    ctx: "StageContext", student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: "Distill"
+    task: "Classification | MultiTask",
+    student: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: "Distill",
 ) -> AnswersOnline:
     """Returns a teacher that answers each batch, so that its layers can be compared with the student's.
 
     Raises:
         StageFailed: `vocab_incompatible` where the two read texts as other tokens.
     """
+    ctx = task.ctx
     teacher = ctx.load_teacher()
-    if not read_alike((teacher, ctx.load_tokenizer("teacher")), (student, tokenizer), settings.max_length):
+    if not read_alike(task, (teacher, ctx.load_tokenizer("teacher")), (student, tokenizer), settings.max_length):
         message = "The layers of two models that read texts as other tokens cannot be compared."
         raise StageFailed("vocab_incompatible", message, suggestion="Leave the losses on layers out.")
     return AnswersOnline(ctx, teacher, make_deletion(ctx, settings))

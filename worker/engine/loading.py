@@ -34,6 +34,7 @@ BASE, ADAPTERS = "base", "adapters"  # folders of a model that is stored as it w
 BRANCHES = "branches"  # folder of what each task has of its own; what they share is then in the first one
 PROMPT = "prompt_encoder"  # as `peft` calls it
 CUTTING = ("truncation", "padding")
+OFFSETS = ("trim_offsets", "add_prefix_space")  # of a post-processor, which has its tokens by then
 TRANSIENT_SETTINGS = ("local_files_only", "is_local", "max_length", "stride", "truncation_strategy")
 transformers_logging.disable_progress_bar()
 transformers_logging.set_verbosity_error()  # its report of a missing head is ours to give
@@ -224,9 +225,16 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 def is_same_tokenizer(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> bool:
     """Returns whether two tokenizers make the same tokens of every text, but for where they cut it."""
-    contents = [json.loads(tokenizer.backend_tokenizer.to_str()) for tokenizer in (first, second)]
-    kept = [{name: part for name, part in found.items() if name not in CUTTING} for found in contents]
-    return bool(kept[0] == kept[1])
+    return _what_makes_tokens(first) == _what_makes_tokens(second)
+
+
+def _what_makes_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    found = json.loads(tokenizer.backend_tokenizer.to_str())
+    last = found["post_processor"] or {}
+    for part in (last, *last.get("processors", ())):
+        for name in OFFSETS:
+            part.pop(name, None)
+    return {name: part for name, part in found.items() if name not in CUTTING}
 
 
 def save_classifier(

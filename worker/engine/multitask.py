@@ -90,13 +90,19 @@ class MultiTask:
         self, path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int
     ) -> TaskSplits:
         """Returns the split of every task, tokenised."""
-        return self._read(lambda name, part: part.encode(path / f"{name}.jsonl", model, tokenizer, max_length))
+        return self._read(
+            tokenizer, lambda name, part: part.encode(path / f"{name}.jsonl", model, tokenizer, max_length)
+        )
 
-    def _read(self, encode: Callable[[str, Classification], Any]) -> TaskSplits:
-        """Has taggers read first: how they have words begin holds for the whole model."""
-        order = sorted(self.parts, key=lambda name: not isinstance(self.parts[name], Tagging))
-        found = {name: encode(name, self.parts[name]) for name in order}
-        return TaskSplits({name: found[name] for name in self.parts}, self._values, self._temperature)
+    def settle_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Has a tokenizer read words as all tasks do: how taggers have them begin holds for the whole model."""
+        for part in self.parts.values():
+            part.settle_tokenizer(tokenizer)
+
+    def _read(self, tokenizer: PreTrainedTokenizerBase, encode: Callable[[str, Classification], Any]) -> TaskSplits:
+        self.settle_tokenizer(tokenizer)
+        found = {name: encode(name, part) for name, part in self.parts.items()}
+        return TaskSplits(found, self._values, self._temperature)
 
     def is_head(self, model: PreTrainedModel, name: str) -> bool:
         """Returns whether a parameter is outside the trunk."""
@@ -126,7 +132,7 @@ class MultiTask:
 
     def sample(self, path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> TaskSplits:
         """Returns the first texts of the split of every task."""
-        return self._read(lambda name, part: part.sample(path / f"{name}.jsonl", model, tokenizer))
+        return self._read(tokenizer, lambda name, part: part.sample(path / f"{name}.jsonl", model, tokenizer))
 
     def logits(self, answer: Answer, data: TaskSplits, between: Callable[[], None]) -> dict[str, Tensor]:
         """Returns the logits of every row of each task."""
@@ -164,7 +170,8 @@ class MultiTask:
         if ctx.has_input("answers"):
             return AnswersKept(ctx.input("answers"))
         if settings.feature_losses:
-            return answer_online(ctx, student, tokenizer, settings)
+            return answer_online(self, student, tokenizer, settings)
+        self.settle_tokenizer(tokenizer)
         return TaughtTasks(
             self, {n: part.teach(self.see(student, n), tokenizer, settings) for n, part in self.parts.items()}
         )
@@ -238,7 +245,7 @@ class MultiTask:
     def _measure_one(self, settings: "Evaluate", name: str, tests: dict[str, Any]) -> "Candidate":
         ctx, folder, tokenizer = self.ctx, self.ctx.input(name), self.ctx.load_tokenizer(name)
         model = open_model(folder, self.load_model, tokenizer, ctx.num_threads)
-        data = self._read(lambda task, part: part.tokenise(tests[task], tokenizer, model.input_names))
+        data = self._read(tokenizer, lambda task, part: part.tokenise(tests[task], tokenizer, model.input_names))
         answers, seconds = {}, 0.0
         for task in self.parts:
             found = answer_all(self._forward_of(task, model), data.parts[task], ctx.check_stop)

@@ -44,9 +44,13 @@ class Tagging(Classification):
         """Returns what only the same words in the same order have."""
         return digest_of(examples)
 
+    def settle_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Has each word begin as after a space."""
+        read_after_space(tokenizer)
+
     def tokenise(self, examples: Sentences, tokenizer: PreTrainedTokenizerBase, names: list[str]) -> Words:
         """Returns sentences as a model reads them that takes inputs of these names."""
-        read_after_space(tokenizer)
+        self.settle_tokenizer(tokenizer)
         return encode_words(examples, tokenizer, names)
 
     def score(self, model: PreTrainedModel, data: Any, between: Callable[[], None]) -> Scores:
