@@ -3,15 +3,25 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DistilBertConfig,
+    DistilBertModel,
+)
 
 from tests import pico
 from tests.engine_bench import FAST, LABELS, Bench, contents, make_spec
+from worker.engine.classification import read_alike
+from worker.engine.loading import load_tokenizer
 
 STUDENT = {"kind": "pretrained", "model": "other"}
 LONG = FAST | {"epochs": 20}  # what is learned is learned from nothing
@@ -87,6 +97,41 @@ def test_a_student_reads_no_further_than_its_teacher(losses: list[str], tmp_path
     stage = {"kind": "distill", "epochs": 2, "losses": [{"kind": kind} for kind in losses]}
     cut, expected = (bench.succeed(spec_of([stage | {"max_length": n}]), 0, str(n)) for n in (64, 8))
     assert contents(cut.outputs) == contents(expected.outputs)
+
+
+def write_alike(folder: Path, *, has_types: bool) -> Path:
+    """Writes a BERT whose tokenizer tells types of tokens, or a DistilBERT, which takes none; returns its folder."""
+    path = pico.write_model(folder) / "tokenizer_config.json"
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_input_names": names}))
+    if not has_types:
+        sizes = {"dim": 32, "n_layers": 3, "n_heads": 2, "hidden_dim": 48, "max_position_embeddings": 64}
+        DistilBertModel(DistilBertConfig(vocab_size=len(load_tokenizer(folder)), **sizes)).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("how", ["ahead", "online", "kept"])
+@pytest.mark.parametrize("typed", ["teacher", "base"])
+def test_a_model_without_types_of_tokens_reads_single_texts_as_one_with_them(
+    typed: str, how: str, tmp_path: Path
+) -> None:
+    bench = Bench(tmp_path).lay()
+    for role in ("teacher", "base"):
+        write_alike(bench.inputs / role, has_types=role == typed)
+    losses = [{"kind": "forward_kl"}, *([] if how == "ahead" else [{"kind": "hidden_mse", "layers": [[2, 2]]}])]
+    distill = {"kind": "distill", "epochs": 3, "deletion_probability": 0.3, "losses": losses}
+    answer = [{"kind": "answer", "layers": {"hidden": [2]}}] if how == "kept" else []
+    done = bench.succeed_all(spec_of([*answer, distill]))
+    assert done[-1].log.count("the teacher answered") == (3 if how == "ahead" else 0)
+
+
+@pytest.mark.parametrize("role", [0, 1])
+def test_types_tell_two_texts_apart(role: int, tmp_path: Path) -> None:
+    folders = [write_alike(tmp_path / str(has_types), has_types=has_types) for has_types in (True, False)]
+    readers = [(AutoModel.from_pretrained(folder), load_tokenizer(folder)) for folder in folders]
+    for reads_pairs in (True, False):
+        task: Any = SimpleNamespace(reads_pairs=reads_pairs, settle_tokenizer=lambda _: None)
+        assert read_alike(task, readers[role], readers[1 - role], 64) is not reads_pairs
 
 
 @pytest.mark.parametrize("num_padding", [0, 7])

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from worker.methods.stages.distill import Distill
     from worker.methods.stages.evaluate import Evaluate
 
+TYPES = "token_type_ids"
 SAMPLED_TEXTS = 1000
 SAMPLE_BATCH = 32
 log = logging.getLogger(__name__)
@@ -89,6 +90,11 @@ class Classification:
     def digest(self, examples: Any) -> str:
         """Returns what only the same texts in the same order have."""
         return digest(examples)
+
+    @property
+    def reads_pairs(self) -> bool:
+        """Whether an example has two texts."""
+        return "pair" in self.columns
 
     def settle_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Has a tokenizer read words as the task does, if that is in a way of its own."""
@@ -277,14 +283,29 @@ def read_alike(
 ) -> bool:
     """Returns whether two models read every text as the same tokens and inputs; the student then reads no further.
 
-    What it reads is what the teacher is given, which may have fewer places.
+    What it reads is what the teacher is given, which may have fewer places, or take no types where all of them are 0.
     """
     for _, tokenizer in (teacher, student):
         task.settle_tokenizer(tokenizer)
-    is_alike = is_same_tokenizer(teacher[1], student[1]) and input_names(*teacher) == input_names(*student)
-    if is_alike:
-        limit_length(teacher[0], student[1], max_length)
-    return is_alike
+    if not is_same_tokenizer(teacher[1], student[1]):
+        return False
+    names, own_names = (set(input_names(*reader)) for reader in (student, teacher))
+    if names ^ own_names and not (names ^ own_names == {TYPES} and _has_one_type(student[1], pairs=task.reads_pairs)):
+        return False
+    if names > own_names:
+        teacher[0].register_forward_pre_hook(_without_types, with_kwargs=True)
+    limit_length(teacher[0], student[1], max_length)
+    return True
+
+
+def _has_one_type(tokenizer: PreTrainedTokenizerBase, *, pairs: bool) -> bool:
+    """Returns whether all tokens of an example have type 0, which is what a model takes them for without types."""
+    texts = ["a", "a"] if pairs else ["a"]
+    return not any(tokenizer(*texts, return_token_type_ids=True)[TYPES])
+
+
+def _without_types(_: Any, args: tuple[Any, ...], inputs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return args, {name: ids for name, ids in inputs.items() if name != TYPES}
 
 
 def answer_online(

@@ -41,10 +41,15 @@ Inputs = Mapping[str, Tensor]
 
 
 def read_keys(inputs: Inputs) -> list[bytes]:
-    """Returns what only a text with the same tokens has, for each text of a batch, whatever its padding."""
+    """Returns what only a text with the same tokens has, for each text of a batch, whatever its padding.
+
+    Types of its tokens count where one is not 0: without them a model takes all for 0.
+    """
     lengths_B = mask_of(inputs).sum(dim=1).tolist()
-    read = [inputs[name].cpu().numpy() for name in INPUT_NAMES if name in inputs and name != "attention_mask"]
-    texts = (b"".join(ids_BT[row, :length].tobytes() for ids_BT in read) for row, length in enumerate(lengths_B))
+    ids_BT = inputs["input_ids"].cpu().numpy()
+    types_BT = inputs["token_type_ids"].cpu().numpy() if "token_type_ids" in inputs else np.zeros_like(ids_BT)
+    rows = [(ids_BT[row, :length], types_BT[row, :length]) for row, length in enumerate(lengths_B)]
+    texts = (ids_T.tobytes() + (types_T.tobytes() if types_T.any() else b"") for ids_T, types_T in rows)
     return [hashlib.blake2b(text, digest_size=KEY_BYTES).digest() for text in texts]
 
 

@@ -94,6 +94,11 @@ class MultiTask:
             tokenizer, lambda name, part: part.encode(path / f"{name}.jsonl", model, tokenizer, max_length)
         )
 
+    @property
+    def reads_pairs(self) -> bool:
+        """Whether an example of some task has two texts."""
+        return any(part.reads_pairs for part in self.parts.values())
+
     def settle_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Has a tokenizer read words as all tasks do: how taggers have them begin holds for the whole model."""
         for part in self.parts.values():
