@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from core.errors import StageFailed
 from tests import pico
-from worker.engine.blocks import Blocks, read_prompts, read_starts, read_stream
+from worker.engine.blocks import NOWHERE, Blocks, read_prompts, read_starts, read_stream
 from worker.engine.loading import load_tokenizer
 
 CPU = torch.device("cpu")
@@ -46,12 +46,18 @@ def test_prompts_are_read_and_not_learned(tmp_path: Path, tokenizer: PreTrainedT
     assert pairs == [("is", "late"), ("late", "<end>"), ("refund", "paid"), ("paid", "back"), ("back", "<end>")]
 
 
-def test_a_prompt_is_not_ended(tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(pico.write_language_model(tmp_path / "model"))
-    end = tokenizer.eos_token_id
+def load_closing_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Returns a tokenizer that puts tokens of its own around a text, its end token among them."""
+    tokenizer = load_tokenizer(pico.write_language_model(folder))
+    around = [("<unk>", tokenizer.unk_token_id), ("<end>", tokenizer.eos_token_id)]
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<unk> $A <end>", special_tokens=[("<unk>", tokenizer.unk_token_id), ("<end>", end)]
+        single="<unk> $A <end>", special_tokens=around
     )
+    return tokenizer
+
+
+def test_a_prompt_is_not_ended(tmp_path: Path) -> None:
+    tokenizer = load_closing_tokenizer(tmp_path / "model")
     path = write(tmp_path / "train.jsonl", [{"q": "my parcel is", "a": "late"}, {"q": "refund", "a": "paid"}])
     columns = {"text": "a", "prompt": "q"}
     ids, is_learned = read_stream(path, columns, tokenizer)
@@ -59,6 +65,14 @@ def test_a_prompt_is_not_ended(tmp_path: Path) -> None:
     assert words == ["<unk>", "my", "parcel", "is", "late", "<end>", "<unk>", "refund", "paid", "<end>"]
     assert len(read_starts(path, columns, tokenizer)) == len(ids) == len(is_learned)
     assert tokenizer.convert_ids_to_tokens(read_prompts(path, columns, tokenizer, 9)[0]) == words[:4]
+
+
+def test_a_text_that_ends_in_the_end_token_is_closed_once_by_a_tokenizer_that_closes_texts(tmp_path: Path) -> None:
+    tokenizer = load_closing_tokenizer(tmp_path / "model")
+    path = write(tmp_path / "train.jsonl", [{"text": "late <end>"}, {"text": "refund"}])
+    ids, _ = read_stream(path, {"text": "text"}, tokenizer)
+    assert tokenizer.convert_ids_to_tokens(ids) == ["<unk>", "late", "<end>", "<unk>", "refund", "<end>"]
+    assert read_starts(path, {"text": "text"}, tokenizer).tolist() == [NOWHERE, 0, 10, NOWHERE, 11, 17]
 
 
 def test_a_sample_begins_where_something_is_learned() -> None:

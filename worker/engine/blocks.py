@@ -149,9 +149,9 @@ def _tokenize_with_starts(
     found = []
     for text, ids, offsets in zip(texts, read["input_ids"], read["offset_mapping"], strict=True):
         starts = [_first_letter(text, begin, end) if end > begin else NOWHERE for begin, end in offsets]
-        if not is_last:
-            starts = starts[:-1] if _is_ended(ids, tokenizer) else starts
-        elif tokenizer.eos_token_id is not None:
+        if whole and _is_ended(ids, tokenizer):
+            starts, ids = starts[:-1], ids[:-1]
+        if is_last and tokenizer.eos_token_id is not None:
             starts = [*(starts[:-1] if ids[-1:] == [tokenizer.eos_token_id] else starts), len(text)]
         starts_T = np.array(starts, dtype=np.int64)
         before_T = np.maximum.accumulate(np.concatenate([[NOWHERE], starts_T[:-1]]))
