@@ -66,7 +66,7 @@ class TeacherApi:
         is_chat = path.endswith("/chat/completions")
         prompt = body["messages"][-1]["content"] if is_chat else body["prompt"]
         if "Text: " not in prompt:
-            return self.write(prompt, is_chat)
+            return self.write(prompt, is_chat, body["max_tokens"])
         text = prompt.partition("Text: ")[2].partition("\n")[0].split()
         counts = {label: sum(word in words.split() for word in text) for label, words in WORDS.items()}
         total = sum(2.0**count for count in counts.values())
@@ -82,11 +82,12 @@ class TeacherApi:
             choice["logprobs"] = {"tokens": [f" {label[:3]}"], "top_logprobs": [top]}
         return self.wrap(choice, is_chat)
 
-    def write(self, prompt: str, is_chat: bool) -> dict[str, Any]:
+    def write(self, prompt: str, is_chat: bool, max_tokens: int) -> dict[str, Any]:
         """Returns a text in answer to a prompt: its words the other way round, and nothing to one that says so."""
-        text = "" if prompt == "nothing" else " ".join(reversed(prompt.split()))
+        words = [] if prompt == "nothing" else prompt.split()[::-1]
+        text, reason = " ".join(words[:max_tokens]), "length" if len(words) > max_tokens else "stop"
         choice = {"message": {"role": "assistant", "content": f" {text}\n"}} if is_chat else {"text": f" {text}\n"}
-        return self.wrap({"index": 0, "finish_reason": "stop"} | choice, is_chat)
+        return self.wrap({"index": 0, "finish_reason": reason} | choice, is_chat)
 
     def wrap(self, choice: dict[str, Any], is_chat: bool) -> dict[str, Any]:
         """Returns what is answered, with what it costs."""

@@ -41,10 +41,15 @@ Send = Callable[[dict[str, Any]], None]
 
 
 class Answer(NamedTuple):
-    """What is kept of an answer: its text, the likeliest first tokens if they were told, and what it cost."""
+    """What is kept of an answer: its text, the likeliest first tokens if they were told, and what it cost.
+
+    Attributes:
+        is_cut: Whether it reached the most tokens that it may have, and not its end.
+    """
 
     text: str
     top: dict[str, float] | None
+    is_cut: bool
     prompt_tokens: int
     completion_tokens: int
 
@@ -164,7 +169,7 @@ class Asker:
         self._open_one()
         try:
             found = self._ask_until_answered(url, key, body)
-            kept = {"text": found.text, "top": found.top}
+            kept = {"text": found.text, "top": found.top, "is_cut": found.is_cut}
             cost = Spent(1, found.prompt_tokens, found.completion_tokens)
             transact(lambda session: keep_answer(session, tenant_id, job_id, key, kept, cost))
         except BaseException:
@@ -263,8 +268,9 @@ def read_answer(endpoint: str, data: dict[str, Any]) -> Answer:
         tokens = told.get("tokens") or []
         tops = [list(place.items()) for place in told.get("top_logprobs") or []]
     first = next((_by_text(top) for token, top in zip(tokens, tops, strict=False) if token.strip() and top), None)
-    usage = data.get("usage") or {}
-    return Answer(_sound(text), first, int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0))
+    is_cut, usage = choice.get("finish_reason") == "length", data.get("usage") or {}
+    prompt_tokens, completion_tokens = (int(usage.get(f"{kind}_tokens") or 0) for kind in ("prompt", "completion"))
+    return Answer(_sound(text), first, is_cut, prompt_tokens, completion_tokens)
 
 
 def _by_text(top: list[tuple[str, float]]) -> dict[str, float]:

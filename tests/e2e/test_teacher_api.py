@@ -65,7 +65,7 @@ def test_a_language_model_learns_what_an_api_wrote_and_pays_for_it_once(taught: 
     assert len(api.delivered) == len(pairs) + 1
     assert set(api.delivered.values()) == {1}
     assert all("logprobs" not in body and body["max_tokens"] == 8 for body in api.seen)
-    assert job["stages"][0]["summary"] == {"num_texts": len(pairs), "num_left_out": 1}
+    assert job["stages"][0]["summary"] == {"num_texts": len(pairs), "num_left_out": 1, "num_cut": 0}
     assert "answers_empty" in {event["type"] for event in taught.events(job["id"])}
     [student] = job["stages"][2]["summary"]["models"]
     assert student["name"] == "student"

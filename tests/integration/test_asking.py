@@ -109,6 +109,21 @@ def test_a_request_is_another_jobs_once_its_own_gave_it_up(claim: Callable[..., 
         assert take_request(session, *other, 60)
 
 
+def test_that_an_answer_was_cut_is_kept_with_it(claim: Callable[..., ownership.Claim]) -> None:
+    heard: queue.Queue[dict[str, Any]] = queue.Queue()
+    body = {"messages": [{"role": "user", "content": "late is parcel my"}], "max_tokens": 2}
+    with TeacherApi().serving() as url:
+        asker = Asker(claim(url), heard.put)
+        asker.ask(0, body)
+        told = heard.get(timeout=60)
+        asker.close()
+    assert told["answer"] == {"text": " my parcel\n", "top": None, "is_cut": True}
+    asker = Asker(claim(url), heard.put)  # the API is gone
+    asker.ask(0, body)
+    assert heard.get(timeout=60) == told
+    asker.close()
+
+
 def test_an_error_of_the_client_does_not_show_the_key(
     claim: Callable[..., ownership.Claim], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

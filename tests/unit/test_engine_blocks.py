@@ -75,6 +75,28 @@ def test_a_text_that_ends_in_the_end_token_is_closed_once_by_a_tokenizer_that_cl
     assert read_starts(path, {"text": "text"}, tokenizer).tolist() == [NOWHERE, 0, 10, NOWHERE, 11, 17]
 
 
+def test_a_cut_text_has_no_end_and_nothing_is_learned_as_if_it_went_on(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    rows = [{"text": "refund my", "is_cut": True}, {"text": "late parcel", "is_cut": False}, {"text": "please <end>"}]
+    path = write(tmp_path / "train.jsonl", [*rows, {"text": "money <end>", "is_cut": True}])
+    ids, is_learned = read_stream(path, {"text": "text"}, tokenizer)
+    tokens = np.array(tokenizer.convert_ids_to_tokens(ids))
+    assert " ".join(tokens) == "refund my late parcel <end> please <end> money"
+    assert " ".join(tokens[~is_learned]) == "late"
+    assert read_starts(path, {"text": "text"}, tokenizer).tolist() == [0, 7, 10, 15, 21, 22, 34, 35]
+
+
+def test_a_cut_text_is_learned_after_its_prompt(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = [{"q": "my", "a": "late parcel", "is_cut": True}, {"q": "", "a": "paid back"}, {"q": "is", "a": "late"}]
+    path, columns = write(tmp_path / "train.jsonl", rows), {"text": "a", "prompt": "q"}
+    ids, is_learned = read_stream(path, columns, tokenizer)
+    tokens = np.array(tokenizer.convert_ids_to_tokens(ids))
+    assert " ".join(tokens) == "my late parcel paid back <end> is late <end>"
+    assert " ".join(tokens[~is_learned]) == "my paid is"
+    assert len(read_starts(path, columns, tokenizer)) == len(ids)
+
+
 def test_a_sample_begins_where_something_is_learned() -> None:
     ids = np.arange(41, dtype=np.int32)
     head = Blocks(ids, ids >= 25, 10).head(19)
@@ -100,6 +122,17 @@ def test_a_chat_is_read_by_the_template_and_the_answer_learned_to_its_end(tmp_pa
     tokens = np.array(tokenizer.convert_ids_to_tokens(ids))
     assert " ".join(tokens) == "please refund and the paid back <end> please my parcel and the late <end>"
     assert " ".join(tokens[is_learned]) == "paid back <end> late <end>"
+
+
+def test_a_cut_answer_of_a_chat_has_no_end(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(pico.write_language_model(tmp_path / "model"))
+    tokenizer.chat_template = TEMPLATE
+    rows = [{"q": "refund", "a": "paid back", "is_cut": True}, {"q": "my parcel", "a": "late"}]
+    path = write(tmp_path / "train.jsonl", rows)
+    ids, is_learned = read_stream(path, {"text": "a", "prompt": "q"}, tokenizer, is_chat=True)
+    tokens = np.array(tokenizer.convert_ids_to_tokens(ids))
+    assert " ".join(tokens) == "please refund and the paid back please my parcel and the late <end>"
+    assert " ".join(tokens[is_learned]) == "paid back late <end>"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,8 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from core.errors import SpecInvalid
+from core.jobs.spec import load_spec
 from tests import pico
 from tests.engine_bench import Bench, make_spec
+from worker.engine.generating import ask_for_texts
 from worker.engine.loading import load_tokenizer
 
 TASK = {"kind": "causal_lm", "block_tokens": 32}
@@ -33,14 +36,21 @@ def read(path: Path) -> list[dict[str, Any]]:
 def test_each_text_goes_on_as_the_teacher_alone_would(bench: Bench) -> None:
     finished = bench.succeed(make_spec([WRITE], task=TASK), 0, "write", labels=[])
     given, written = read(bench.inputs / "data" / "train.jsonl"), read(finished.outputs / "texts" / "train.jsonl")
-    assert finished.last["summary"] == {"num_texts": len(given), "num_left_out": 0}
     folder = bench.inputs / "teacher"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), load_tokenizer(folder)
-    for row, found in list(zip(given, written, strict=True))[:40]:
+    num_cut = 0
+    for row, found in zip(given, written, strict=True):
         ids = tokenizer(row["text"])["input_ids"]
         prompt = torch.tensor([ids[: min(4, (len(ids) + 1) // 2)]])
         alone = model.generate(prompt, do_sample=False, max_new_tokens=6, pad_token_id=0, eos_token_id=0)[0]
         assert found["text"] == tokenizer.decode(alone, skip_special_tokens=True)
+        assert found["is_cut"] is (0 not in alone.tolist())
+        num_cut += found["is_cut"]
+    assert 0 < num_cut < len(given)
+    assert finished.last["summary"] == {"num_texts": len(given), "num_left_out": 0, "num_cut": num_cut}
+    [warning] = [report["event"] for report in finished.of("event") if report["event"]["type"] == "answers_cut"]
+    assert warning["data"] == {"num_cut": num_cut, "num_texts": len(given)}
+    assert "raise new_tokens" in warning["message"]
 
 
 def test_how_a_model_writes_by_itself_is_left_aside(bench: Bench, tmp_path: Path) -> None:
@@ -61,10 +71,37 @@ def test_rows_keep_their_prompts_and_rows_without_one_are_left_out(bench: Bench,
     (bench.inputs / "data" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     spec = make_spec([WRITE | {"temperature": 1.0}], task=TASK | {"prompt": "q", "text": "a"})
     finished = bench.succeed(spec, 0, "asked", labels=[])
-    assert finished.last["summary"] == {"num_texts": 2, "num_left_out": 1}
     written = read(finished.outputs / "texts" / "train.jsonl")
+    num_cut = sum(row["is_cut"] for row in written)
+    assert finished.last["summary"] == {"num_texts": 2, "num_left_out": 1, "num_cut": num_cut}
     assert [(row["id"], row["q"]) for row in written] == [(0, "the parcel"), (2, "my refund is")]
     assert all(not row["a"].startswith(row["q"]) for row in written)
+
+
+def test_an_answer_of_an_api_that_reached_its_longest_is_cut(tmp_path: Path) -> None:
+    rows = [{"q": word, "a": "?", "is_cut": True} for word in ("late", "refund", "money")]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task, teacher = {"kind": "causal_lm", "prompt": "q", "text": "a"}, {"kind": "openai", "model": "m"}
+    spec = load_spec({"task": task, "teacher": teacher, "student": OTHER, "data": "d"})
+    answers = [{"text": " a b", "is_cut": True}, {"text": "c", "is_cut": False}, {"text": "", "is_cut": True}]
+    warned: dict[str, Any] = {}
+    ctx: Any = SimpleNamespace(
+        spec=spec,
+        seed=0,
+        get_split=lambda split: tmp_path / f"{split}.jsonl",
+        ask=lambda bodies: [answer for answer, _ in zip(answers, bodies, strict=True)],
+        output=lambda _: tmp_path / "out",
+        warn=lambda code, message, **counts: warned.update({code: counts}),
+    )
+    (tmp_path / "out").mkdir()
+    summary = ask_for_texts(ctx, spec.stages[0])
+    assert summary == {"num_texts": 2, "num_left_out": 1, "num_cut": 1}
+    written = read(tmp_path / "out" / "train.jsonl")
+    assert written == [{"q": "late", "a": "a b", "is_cut": True}, {"q": "refund", "a": "c", "is_cut": False}]
+    assert warned == {
+        "answers_empty": {"num_empty": 1, "num_prompts": 3},
+        "answers_cut": {"num_cut": 1, "num_texts": 2},
+    }
 
 
 def test_an_interrupted_stage_writes_the_same_texts(bench: Bench, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from core.errors import StageFailed
+from worker.engine.blocks import Written
 from worker.engine.context import StageContext
 from worker.engine.data import Examples, fill
 
@@ -64,14 +65,15 @@ def tell_unread(ctx: StageContext, settings: "OpenAI", unread: list[str], num_te
     ctx.warn("answers_unreadable", what, num_unread=len(unread), num_texts=num_texts)
 
 
-def write_by_asking(ctx: StageContext, settings: "OpenAI", prompts: Sequence[str], how: "Generate") -> list[str]:
+def write_by_asking(ctx: StageContext, settings: "OpenAI", prompts: Sequence[str], how: "Generate") -> list[Written]:
     """Returns what the API writes after each prompt."""
     asked = [fill(settings.prompt or "{text}", {"text": prompt}) for prompt in prompts]
     drawing = {"temperature": how.temperature, "max_tokens": how.new_tokens} | (
         {"seed": ctx.seed} if how.temperature else {}
     )
     answers = ctx.ask([make_request(settings, prompt, **drawing) for prompt in asked])
-    return [answer["text"].strip() for answer in answers]
+    # an answer that was kept before its end was told counts as whole
+    return [Written(answer["text"].strip(), answer.get("is_cut", False)) for answer in answers]
 
 
 def make_label_request(settings: "OpenAI", prompt: str, vote: int) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +17,15 @@ from worker.engine.data import Batch, read_rows, read_text
 
 TOKENIZE_CHUNK = 1024
 NOWHERE = -1
+IS_CUT = "is_cut"  # column that is true of a text that was cut off: no end token comes after it
 CPU = torch.device("cpu")
+
+
+class Written(NamedTuple):
+    """A text that a model wrote, and whether it was cut off before the model came to an end."""
+
+    text: str
+    is_cut: bool
 
 
 @dataclass(frozen=True)
@@ -88,18 +97,20 @@ class Blocks:
 def read_stream(
     path: Path, columns: dict[str, str], tokenizer: PreTrainedTokenizerBase, *, is_chat: bool = False
 ) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-    """Returns the tokens of a split's texts, each with its prompt before it and the end token after it.
+    """Returns the tokens of a split's texts, each with its prompt before it and, unless it is cut, the end token after.
 
-    The second array says which of them are learned: all but the prompts. In a chat, prompt and text are what a user
-    says and an assistant answers, in the form of the tokenizer's chat template.
+    The second array says which of them are learned: all but the prompts, and what would come right after a cut text
+    as if it went on there. In a chat, prompt and text are what a user says and an assistant answers, in the form of
+    the tokenizer's chat template.
 
     Raises:
         StageFailed: `dataset_invalid` with the line that does not fit, `spec_invalid` without such a template.
     """
-    texts, prompts = _read_columns(path, columns)
+    texts, prompts, are_cut = _read_columns(path, columns)
     ids: list[NDArray[np.int32]] = []
     is_learned: list[NDArray[np.bool_]] = []
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    follows_cut = False
     for start in range(0, len(texts), TOKENIZE_CHUNK):
         some = slice(start, start + TOKENIZE_CHUNK)
         if is_chat:
@@ -107,10 +118,12 @@ def read_stream(
         else:
             read = _tokenize(tokenizer, prompts[some], whole=True) if prompts else [[]] * len(texts[some])
             pairs = list(zip(read, _tokenize(tokenizer, texts[some], whole=not prompts), strict=True))
-        for prompt, text in pairs:
-            closed = text if text[-1:] == end else text + end
-            ids.append(np.array(prompt + closed, dtype=np.int32))
-            is_learned.append(np.arange(len(prompt) + len(closed)) >= len(prompt))
+        for (prompt, text), is_cut in zip(pairs, are_cut[some], strict=True):
+            body = text[:-1] if text[-1:] == end else text
+            row = prompt + body if is_cut else prompt + body + end
+            ids.append(np.array(row, dtype=np.int32))
+            is_learned.append(np.arange(len(row)) >= max(len(prompt), int(follows_cut)))
+            follows_cut = is_cut
     return np.concatenate(ids), np.concatenate(is_learned)
 
 
@@ -126,13 +139,13 @@ def read_starts(path: Path, columns: dict[str, str], tokenizer: PreTrainedTokeni
     if not tokenizer.is_fast:
         hint = "Choose models whose folders have a tokenizer.json."
         raise StageFailed("spec_invalid", "A tokenizer does not tell which letters a token has.", suggestion=hint)
-    texts, prompts = _read_columns(path, columns)
+    texts, prompts, are_cut = _read_columns(path, columns)
     found: list[NDArray[np.int64]] = []
     letter = 0
     for start in range(0, len(texts), TOKENIZE_CHUNK):
         some = slice(start, start + TOKENIZE_CHUNK)
-        pieces = [(prompts[some], True, False)] if prompts else []
-        pieces.append((texts[some], not prompts, True))
+        pieces: list[tuple[list[str], bool, list[bool] | None]] = [(prompts[some], True, None)] if prompts else []
+        pieces.append((texts[some], not prompts, are_cut[some]))
         read = [_tokenize_with_starts(tokenizer, *piece) for piece in pieces]
         for row in range(len(texts[some])):
             for (piece, _, _), starts in zip(pieces, read, strict=True):
@@ -142,17 +155,22 @@ def read_starts(path: Path, columns: dict[str, str], tokenizer: PreTrainedTokeni
 
 
 def _tokenize_with_starts(
-    tokenizer: PreTrainedTokenizerBase, texts: list[str], whole: bool, is_last: bool
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], whole: bool, are_cut: list[bool] | None
 ) -> list[NDArray[np.int64]]:
-    """Returns where each token begins in its own text; the end token after the last piece of a row at its end."""
+    """Returns where each token begins in its own text; the end token after one that is not cut at its end.
+
+    `are_cut` is None of prompts, after which none comes.
+    """
     read = tokenizer(texts, add_special_tokens=whole, truncation=False, return_offsets_mapping=True, verbose=False)
     found = []
-    for text, ids, offsets in zip(texts, read["input_ids"], read["offset_mapping"], strict=True):
+    rows = zip(texts, read["input_ids"], read["offset_mapping"], are_cut or [True] * len(texts), strict=True)
+    for text, ids, offsets, is_cut in rows:
         starts = [_first_letter(text, begin, end) if end > begin else NOWHERE for begin, end in offsets]
         if whole and _is_ended(ids, tokenizer):
             starts, ids = starts[:-1], ids[:-1]
-        if is_last and tokenizer.eos_token_id is not None:
-            starts = [*(starts[:-1] if ids[-1:] == [tokenizer.eos_token_id] else starts), len(text)]
+        if are_cut is not None and tokenizer.eos_token_id is not None:
+            body = starts[:-1] if ids[-1:] == [tokenizer.eos_token_id] else starts
+            starts = body if is_cut else [*body, len(text)]
         starts_T = np.array(starts, dtype=np.int64)
         before_T = np.maximum.accumulate(np.concatenate([[NOWHERE], starts_T[:-1]]))
         found.append(np.where(starts_T > before_T, starts_T, NOWHERE))
@@ -178,7 +196,7 @@ def read_prompts(
     Raises:
         StageFailed: As `read_stream` does.
     """
-    texts, prompts = _read_columns(path, columns)
+    texts, prompts, _ = _read_columns(path, columns)
     found = []
     for start in range(0, len(texts), TOKENIZE_CHUNK):
         some = slice(start, start + TOKENIZE_CHUNK)
@@ -209,9 +227,13 @@ def _read_chat(tokenizer: PreTrainedTokenizerBase, prompt: str, text: str) -> tu
     return read, learned[: ends[-1] + 1] if ends else learned
 
 
-def _read_columns(path: Path, columns: dict[str, str]) -> tuple[list[str], list[str]]:
-    rows = read_rows(path, lambda row: {role: read_text(row, name) for role, name in columns.items()})
-    return [row["text"] for row in rows], [row["prompt"] for row in rows if "prompt" in row]
+def _read_columns(path: Path, columns: dict[str, str]) -> tuple[list[str], list[str], list[bool]]:
+    """Returns the texts, the prompts if there is a column of them, and which texts are cut."""
+    rows = read_rows(
+        path, lambda row: ({role: read_text(row, name) for role, name in columns.items()}, row.get(IS_CUT) is True)
+    )
+    prompts = [row["prompt"] for row, _ in rows if "prompt" in row]
+    return [row["text"] for row, _ in rows], prompts, [is_cut for _, is_cut in rows]
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, whole: bool) -> list[list[int]]:

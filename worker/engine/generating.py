@@ -11,6 +11,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from core.errors import StageFailed
 from worker.engine.asking import write_by_asking
+from worker.engine.blocks import IS_CUT, Written
 from worker.engine.context import StageContext
 from worker.engine.data import read_rows
 from worker.engine.devices import autocast
@@ -106,7 +107,7 @@ def ask_for_texts(ctx: StageContext, settings: "Generate") -> dict[str, Any]:
         raise StageFailed("dataset_invalid", f"No row of {path.name} has a prompt to go on after.")
     prompts = [str(rows[row][columns["prompt"]]) for row in asked]
     written = write_by_asking(ctx, cast("OpenAI", ctx.spec.teacher), prompts, settings)
-    texts = {row: text for row, text in zip(asked, written, strict=True) if text}
+    texts = {row: one for row, one in zip(asked, written, strict=True) if one.text}
     if len(texts) < len(asked):
         num_empty = len(asked) - len(texts)
         message = f"{num_empty} of {len(asked)} prompts got an empty answer; their rows are left out."
@@ -117,33 +118,38 @@ def ask_for_texts(ctx: StageContext, settings: "Generate") -> dict[str, Any]:
     return _write(ctx, rows, columns["text"], texts)
 
 
-def _write(ctx: StageContext, rows: list[dict[str, Any]], column: str, texts: dict[int, str]) -> dict[str, Any]:
+def _write(ctx: StageContext, rows: list[dict[str, Any]], column: str, texts: dict[int, Written]) -> dict[str, Any]:
     """Writes the rows that have a text with it in that column; returns the stage's summary."""
     with (ctx.output("texts") / TEXTS_FILE).open("w", encoding="utf-8") as file:
-        for row in sorted(texts):
-            file.write(json.dumps(rows[row] | {column: texts[row]}, ensure_ascii=False) + "\n")
+        for row, (text, is_cut) in sorted(texts.items()):
+            file.write(json.dumps(rows[row] | {IS_CUT: is_cut, column: text}, ensure_ascii=False) + "\n")
     log.info("the teacher wrote %d texts", len(texts))
-    return {"num_texts": len(texts), "num_left_out": len(rows) - len(texts)}
+    num_cut = sum(text.is_cut for text in texts.values())
+    if num_cut:
+        message = f"{num_cut} of {len(texts)} texts were cut off, so no end is learned of them; raise new_tokens."
+        ctx.warn("answers_cut", message, num_cut=num_cut, num_texts=len(texts))
+    return {"num_texts": len(texts), "num_left_out": len(rows) - len(texts), "num_cut": num_cut}
 
 
-def _decode(task: "LanguageModelling", tokenizer: PreTrainedTokenizerBase, prompt: Ids, written: Ids) -> str:
+def _decode(task: "LanguageModelling", tokenizer: PreTrainedTokenizerBase, prompt: Ids, written: Ids) -> Written:
     """Returns what was written as a text; without a prompt column it begins with what it went on after."""
     whole = written if task.task.prompt else np.concatenate([prompt, written])
-    return str(tokenizer.decode(whole, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    text = str(tokenizer.decode(whole, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    return Written(text, is_cut=written[-1:].tolist() != [tokenizer.eos_token_id])
 
 
-def _save(ctx: StageContext, texts: dict[int, str], done: int) -> None:
+def _save(ctx: StageContext, texts: dict[int, Written], done: int) -> None:
     raw = json.dumps(list(texts.items())).encode()
-    ctx.save_checkpoint(done, {"texts": torch.frombuffer(bytearray(raw), dtype=torch.uint8)}, {})
+    ctx.save_checkpoint(done, {"written": torch.frombuffer(bytearray(raw), dtype=torch.uint8)}, {})
 
 
-def _restore(ctx: StageContext) -> tuple[dict[int, str], int]:
+def _restore(ctx: StageContext) -> tuple[dict[int, Written], int]:
     found = ctx.find_checkpoint()
     if found is None:
         return {}, 0
     tensors, state = found
     try:
-        texts = dict(json.loads(tensors["texts"].numpy().tobytes()))
+        texts = {row: Written(*one) for row, one in json.loads(tensors["written"].numpy().tobytes())}
     except (KeyError, ValueError) as error:
         raise CheckpointUnfit(f"{type(error).__name__}: {error}") from error
     log.info("going on from text %d", state["step"])

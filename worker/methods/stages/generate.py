@@ -17,7 +17,8 @@ class Generate(Stage):
 
     The teacher may be a model, or behind an API, which is asked once for each prompt. With a stage that trains the
     student on these texts this is sequence-level distillation. It needs no common tokens: `{kind: finetune, of:
-    student}` learns them with any tokenizer.
+    student}` learns them with any tokenizer. A text that was cut off, as `new_tokens` were too few, has a true
+    `is_cut` in its row: what a student learns of it has no end token after it.
 
     Paper: Kim, Rush 2016, "Sequence-Level Knowledge Distillation", section 3.2.
     """

@@ -18,7 +18,7 @@ class CausalLM(Task):
 
     The texts of a split, each with the tokenizer's end token after it, make one stream, which is cut into blocks of
     `block_tokens`; every token but the first is predicted once. With a prompt column only the text after the prompt is
-    learned and measured.
+    learned and measured. A row whose column `is_cut` is true has no end token after it.
     """
 
     forms: ClassVar[tuple[str, ...]] = (
