@@ -248,6 +248,18 @@ def test_a_student_can_be_another_model(api: Api) -> None:
     assert job_id in refused.json()["error"]["message"]
 
 
+@pytest.mark.parametrize(("prompt", "found"), [(None, "None"), (7, "7"), (["late"], "['late']")])
+def test_a_prompt_that_is_no_text_is_told(api: Api, prompt: object, found: str) -> None:
+    api.make_job()
+    sound = [{"q": "", "a": "late"}, {"q": "is it late?", "a": "no"}]
+    splits = {"train": jsonl([*sound, {"q": prompt, "a": "yes"}]), "validation": jsonl(sound), "test": jsonl(sound)}
+    assert api.push_dataset("asked", splits).status_code == 201
+    spec = api.spec(task={"kind": "causal_lm", "prompt": "q", "text": "a"}, data="asked")
+    [detail] = api("POST", "/v1/jobs/validate", json=spec).json()["error"]["details"]
+    assert detail["field"] == "data.train"
+    assert f"'asked/train', row 3, q: found {found}; write the prompt as a string" in detail["message"]
+
+
 def test_language_models_must_have_the_same_tokens(api: Api) -> None:
     api.make_job()
     vocab = {"[UNK]": 0, "a": 1}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from core.errors import SpecInvalid
+from core.errors import SpecInvalid, StageFailed
 from core.jobs.spec import load_spec
 from tests import pico
 from tests.engine_bench import Bench, make_spec
@@ -19,6 +19,7 @@ from worker.engine.loading import load_tokenizer
 TASK = {"kind": "causal_lm", "block_tokens": 32}
 LEARN = {"kind": "finetune", "epochs": 15, "learning_rate": 5e-3, "batch_size": 4}
 WRITE = {"kind": "generate", "new_tokens": 6, "prompt_tokens": 4, "batch_size": 16}
+API = {"kind": "openai", "model": "m"}
 OTHER = {"kind": "pretrained", "model": "small"}
 
 
@@ -81,8 +82,7 @@ def test_rows_keep_their_prompts_and_rows_without_one_are_left_out(bench: Bench,
 def test_an_answer_of_an_api_that_reached_its_longest_is_cut(tmp_path: Path) -> None:
     rows = [{"q": word, "a": "?", "is_cut": True} for word in ("late", "refund", "money")]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    task, teacher = {"kind": "causal_lm", "prompt": "q", "text": "a"}, {"kind": "openai", "model": "m"}
-    spec = load_spec({"task": task, "teacher": teacher, "student": OTHER, "data": "d"})
+    spec = load_spec({"task": TASK | {"prompt": "q", "text": "a"}, "teacher": API, "student": OTHER, "data": "d"})
     answers = [{"text": " a b", "is_cut": True}, {"text": "c", "is_cut": False}, {"text": "", "is_cut": True}]
     warned: dict[str, Any] = {}
     ctx: Any = SimpleNamespace(
@@ -102,6 +102,15 @@ def test_an_answer_of_an_api_that_reached_its_longest_is_cut(tmp_path: Path) -> 
         "answers_empty": {"num_empty": 1, "num_prompts": 3},
         "answers_cut": {"num_cut": 1, "num_texts": 2},
     }
+
+
+def test_a_prompt_that_is_no_text_is_told_before_any_is_asked(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text('{"q": "late", "a": "?"}\n{"q": 7, "a": "?"}\n')
+    spec = load_spec({"task": TASK | {"prompt": "q", "text": "a"}, "teacher": API, "student": OTHER, "data": "d"})
+    ctx: Any = SimpleNamespace(spec=spec, get_split=lambda split: tmp_path / f"{split}.jsonl")
+    with pytest.raises(StageFailed, match=r"train.jsonl, line 2: .*found 7 in 'q', not a text") as caught:
+        ask_for_texts(ctx, spec.stages[0])
+    assert caught.value.reason == "dataset_invalid"
 
 
 def test_an_interrupted_stage_writes_the_same_texts(bench: Bench, tmp_path: Path) -> None:

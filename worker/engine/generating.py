@@ -13,7 +13,7 @@ from core.errors import StageFailed
 from worker.engine.asking import write_by_asking
 from worker.engine.blocks import IS_CUT, Written
 from worker.engine.context import StageContext
-from worker.engine.data import read_rows
+from worker.engine.data import read_rows, read_text
 from worker.engine.devices import autocast
 from worker.engine.failures import CheckpointUnfit, StopRequested
 
@@ -98,15 +98,15 @@ def ask_for_texts(ctx: StageContext, settings: "Generate") -> dict[str, Any]:
     """Writes the training split as `generate` does, of what the teacher's API answers to each prompt.
 
     Raises:
-        StageFailed: `dataset_invalid` if no row has a prompt, or whatever ended the asking.
+        StageFailed: `dataset_invalid` if no row has a prompt or one is no text, or whatever ended the asking.
     """
     columns, path = ctx.spec.task.columns(), ctx.get_split("train")
     rows: list[dict[str, Any]] = read_rows(path, dict)
-    asked = [row for row, cells in enumerate(rows) if str(cells.get(columns["prompt"], "")).strip()]
+    prompts = read_rows(path, lambda row: read_text(row, columns["prompt"]))
+    asked = [row for row, prompt in enumerate(prompts) if prompt.strip()]
     if not asked:
         raise StageFailed("dataset_invalid", f"No row of {path.name} has a prompt to go on after.")
-    prompts = [str(rows[row][columns["prompt"]]) for row in asked]
-    written = write_by_asking(ctx, cast("OpenAI", ctx.spec.teacher), prompts, settings)
+    written = write_by_asking(ctx, cast("OpenAI", ctx.spec.teacher), [prompts[row] for row in asked], settings)
     texts = {row: one for row, one in zip(asked, written, strict=True) if one.text}
     if len(texts) < len(asked):
         num_empty = len(asked) - len(texts)

@@ -80,8 +80,12 @@ class CausalLM(Task):
         return ["safetensors"]
 
     def read_labels(self, row: dict[str, Any]) -> tuple[list[RowProblem], list[str]]:
-        """Returns what is wrong with the text; it has no labels."""
-        return check_row(row, self.text, None), []
+        """Returns what is wrong with the text and the prompt; they have no labels."""
+        wrong = check_row(row, self.text, None)
+        if self.prompt and not isinstance(row.get(self.prompt), str):
+            found = f"found {row.get(self.prompt)!r:.60}; write the prompt as a string, an empty one where none is"
+            wrong.append(RowProblem(found, self.prompt))
+        return wrong, []
 
     def build(self, ctx: "StageContext") -> "LanguageModelling":
         """Returns the language modelling run."""
