@@ -24,11 +24,12 @@ class TeacherApi:
     Attributes:
         faults: What the next requests get instead of an answer.
         with_logprobs: Whether it tells the likeliest tokens.
+        with_usage: Whether it tells what an answer costs.
         left: How many more answers it gives before it holds the requests until `release()`.
     """
 
-    def __init__(self, *, with_logprobs: bool = True) -> None:
-        self.with_logprobs = with_logprobs
+    def __init__(self, *, with_logprobs: bool = True, with_usage: bool = True) -> None:
+        self.with_logprobs, self.with_usage = with_logprobs, with_usage
         self.faults: deque[str] = deque()
         self.delivered: Counter[str] = Counter()
         self.seen: list[dict[str, Any]] = []
@@ -92,7 +93,8 @@ class TeacherApi:
     def wrap(self, choice: dict[str, Any], is_chat: bool) -> dict[str, Any]:
         """Returns what is answered, with what it costs."""
         usage = {"prompt_tokens": PROMPT_TOKENS, "completion_tokens": COMPLETION_TOKENS}
-        return {"object": "chat.completion" if is_chat else "text_completion", "choices": [choice], "usage": usage}
+        told = {"usage": usage} if self.with_usage else {}
+        return {"object": "chat.completion" if is_chat else "text_completion", "choices": [choice], **told}
 
 
 class Forwarder(TeacherApi):

@@ -45,13 +45,13 @@ class Answer(NamedTuple):
 
     Attributes:
         is_cut: Whether it reached the most tokens that it may have, and not its end.
+        usage: Tokens of its prompt and of itself; None where the API does not tell.
     """
 
     text: str
     top: dict[str, float] | None
     is_cut: bool
-    prompt_tokens: int
-    completion_tokens: int
+    usage: tuple[int, int] | None
 
 
 class NoAnswer(Exception):
@@ -170,12 +170,17 @@ class Asker:
         try:
             found = self._ask_until_answered(url, key, body)
             kept = {"text": found.text, "top": found.top, "is_cut": found.is_cut}
-            cost = Spent(1, found.prompt_tokens, found.completion_tokens)
+            cost = Spent(1, *(found.usage or (0, 0)))
             transact(lambda session: keep_answer(session, tenant_id, job_id, key, kept, cost))
         except BaseException:
             self._close_one(Spent(0, 0, 0))
             raise
         self._close_one(cost)
+        blind = next((name for name in ("max_tokens", "max_cost") if getattr(self._teacher, name) is not None), None)
+        if blind and found.usage is None:
+            what = f"The teacher's API does not tell how many tokens an answer takes, and teacher.{blind} needs that."
+            hint = f"Set teacher.max_requests in place of teacher.{blind}; what was answered is kept."
+            raise StageFailed("teacher_unavailable", what, suggestion=hint)
         return kept
 
     def _open_one(self) -> None:
@@ -268,9 +273,9 @@ def read_answer(endpoint: str, data: dict[str, Any]) -> Answer:
         tokens = told.get("tokens") or []
         tops = [list(place.items()) for place in told.get("top_logprobs") or []]
     first = next((_by_text(top) for token, top in zip(tokens, tops, strict=False) if token.strip() and top), None)
-    is_cut, usage = choice.get("finish_reason") == "length", data.get("usage") or {}
-    prompt_tokens, completion_tokens = (int(usage.get(f"{kind}_tokens") or 0) for kind in ("prompt", "completion"))
-    return Answer(_sound(text), first, is_cut, prompt_tokens, completion_tokens)
+    is_cut, told_usage = choice.get("finish_reason") == "length", data.get("usage") or {}
+    usage = int(told_usage.get("prompt_tokens") or 0), int(told_usage.get("completion_tokens") or 0)
+    return Answer(_sound(text), first, is_cut, usage if any(usage) else None)
 
 
 def _by_text(top: list[tuple[str, float]]) -> dict[str, float]:

@@ -124,6 +124,33 @@ def test_that_an_answer_was_cut_is_kept_with_it(claim: Callable[..., ownership.C
     asker.close()
 
 
+@pytest.mark.parametrize("budget", [{"max_tokens": 10**6}, {"max_cost": 1.0, "prompt_price": 1.0}])
+def test_a_budget_that_cannot_be_kept_to_ends_the_asking_and_what_was_paid_is_kept(
+    claim: Callable[..., ownership.Claim], budget: dict[str, Any]
+) -> None:
+    api, heard = TeacherApi(with_usage=False), queue.Queue()
+    bodies = [{"messages": [{"role": "user", "content": f"Text: {word}\n"}]} for word in ("late", "refund", "money")]
+    with api.serving() as url:
+        taken = claim(url, concurrency=1, **budget)
+        asker = Asker(taken, heard.put)
+        for number, body in enumerate(bodies):
+            asker.ask(number, body)
+        told = [heard.get(timeout=60) for _ in bodies]
+        asker.close()
+        assert [one["error"]["reason"] for one in told] == ["teacher_unavailable"] * 3
+        assert next(iter(budget)) in told[0]["error"]["message"]
+        assert "max_requests" in told[0]["error"]["suggestion"]
+        assert len(api.seen) == 1
+        with session_scope() as session:
+            assert sum_spent(session, taken.tenant_id, taken.job_id) == (1, 0, 0)
+        asker = Asker(claim(url, max_requests=2), heard.put)
+        for number, body in enumerate(bodies):
+            asker.ask(number, body)
+        assert all("answer" in heard.get(timeout=60) for _ in bodies)
+        asker.close()
+    assert list(api.delivered.values()) == [1, 1, 1]
+
+
 def test_an_error_of_the_client_does_not_show_the_key(
     claim: Callable[..., ownership.Claim], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -105,17 +105,16 @@ def test_answers_are_read_in_both_shapes() -> None:
     ]
     choice = {"message": {"content": "\npos\x00itive"}, "logprobs": {"content": places}, "finish_reason": "length"}
     found = read_answer("chat", {"choices": [choice], "usage": {"prompt_tokens": 7, "completion_tokens": 2}})
-    assert found == ("\npositive", {"pos": -0.2, "neg": -2.0}, True, 7, 2)
+    assert found == ("\npositive", {"pos": -0.2, "neg": -2.0}, True, (7, 2))
     told = {"tokens": [" pos"], "top_logprobs": [{" pos": -0.2}]}
     assert read_answer("completions", {"choices": [{"text": " pos", "logprobs": told}]}) == (
         " pos",
         {" pos": -0.2},
         False,
-        0,
-        0,
+        None,
     )
     alike = {"choices": [{"text": "\npos", "logprobs": {"content": places}}]}  # completions of llama.cpp
-    assert read_answer("completions", alike) == ("\npos", {"pos": -0.2, "neg": -2.0}, False, 0, 0)
+    assert read_answer("completions", alike) == ("\npos", {"pos": -0.2, "neg": -2.0}, False, None)
     assert read_answer("completions", {"choices": [{"text": "a", "logprobs": {"content": None}}]}).top is None
     assert read_answer("chat", {"choices": [{"message": {"content": None}}]}).text == ""
     for bad in ({}, {"choices": []}, {"choices": [{"message": {"content": 5}}]}, {"choices": [{"text": "a"}]}, []):
