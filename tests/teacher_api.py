@@ -4,9 +4,10 @@ import json
 import math
 import socket
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -137,6 +138,8 @@ def _handler(api: TeacherApi) -> type[BaseHTTPRequestHandler]:
                 self.end_headers()
                 self.wfile.write(b'{"choices": [')
                 self.close_connection = True
+            elif fault == "trickle":
+                self._trickle()
             elif fault == "nonsense":
                 self._send(200, b"<html>busy</html>")
             elif fault == "empty":
@@ -144,6 +147,17 @@ def _handler(api: TeacherApi) -> type[BaseHTTPRequestHandler]:
             else:
                 error = {"error": {"message": f"no, {self.headers.get('Authorization')}"}}
                 self._send(int(fault), json.dumps(error).encode(), {"Retry-After": "0"})
+
+        def _trickle(self) -> None:
+            """Sends a byte now and then, for a minute at most or until nobody listens."""
+            self.send_response(200)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            self.close_connection = True
+            with suppress(OSError):
+                for _ in range(600):
+                    self.wfile.write(b" ")
+                    time.sleep(0.1)
 
         def _is_gone(self) -> bool:
             try:

@@ -11,6 +11,7 @@ import logging
 import math
 import random
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -222,9 +223,10 @@ class Asker:
     def _ask_once(self, url: str, key: str, body: dict[str, Any]) -> Answer:
         import httpx
 
+        deadline = time.monotonic() + self._teacher.timeout_s
         try:
             with self._client.stream("POST", url, json=body, headers={"Idempotency-Key": key}) as response:
-                content = _read(response)
+                content = _read(response, deadline)
         except httpx.LocalProtocolError as error:  # it shows the header that it refuses, which may be the key
             raise NoAnswer("the request cannot be sent; is the key as the API gave it?") from error
         except (httpx.HTTPError, httpx.InvalidURL) as error:
@@ -312,12 +314,15 @@ def _check_host(base_url: str) -> None:
         )
 
 
-def _read(response: "httpx.Response") -> bytes:
+def _read(response: "httpx.Response", deadline: float) -> bytes:
+    """Returns the whole body. Raises NoAnswer past the deadline: the client's own limit is on each part of it alone."""
     content = b""
     for chunk in response.iter_bytes():
         content += chunk
         if len(content) > MAX_ANSWER_BYTES:
             raise NoAnswer(f"an answer of more than {MAX_ANSWER_BYTES:,} bytes")
+        if time.monotonic() > deadline:
+            raise NoAnswer("the answer was still coming at the end of timeout_s")
     return content
 
 

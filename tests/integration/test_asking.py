@@ -151,6 +151,18 @@ def test_a_budget_that_cannot_be_kept_to_ends_the_asking_and_what_was_paid_is_ke
     assert list(api.delivered.values()) == [1, 1, 1]
 
 
+def test_an_answer_that_trickles_in_has_an_end(claim: Callable[..., ownership.Claim]) -> None:
+    api, heard = TeacherApi(), queue.Queue()
+    api.faults.append("trickle")
+    with api.serving() as url:
+        asker = Asker(claim(url, timeout_s=2.0, tries=2), heard.put)
+        asker.ask(0, BODY)
+        told = heard.get(timeout=20)  # at the second attempt
+        asker.close()
+    assert "answer" in told
+    assert len(api.seen) == 2
+
+
 def test_an_error_of_the_client_does_not_show_the_key(
     claim: Callable[..., ownership.Claim], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
