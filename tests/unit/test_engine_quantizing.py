@@ -26,7 +26,7 @@ from worker.engine.blocks import Blocks, read_stream
 from worker.engine.loading import is_head, load_language_model, load_tokenizer
 from worker.engine.matrices import find_matrices
 from worker.engine.optimization import make_optimizer
-from worker.engine.quantizing import Wanted, find_tables, put_on_grids, read_grids, settle
+from worker.engine.quantizing import OnGrids, Wanted, find_tables, put_on_grids, read_grids, read_wanted, settle
 from worker.engine.runtimes import count_onnx_parameters, open_session, run_session
 from worker.engine.sensitivity import choose_sensitive
 from worker.kernels.grids import decode, encode
@@ -128,12 +128,19 @@ def test_every_model_has_its_matrices_found(config: Any) -> None:
     )
 
 
+def begin(model: Any, wanted: dict[str, Wanted]) -> OnGrids:
+    """Returns grids fitted to some tensors of a model."""
+    rows = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    rows |= {matrix.name: matrix.weight_OI for layer in find_matrices(model) for matrix in layer}
+    return OnGrids(wanted, {name: one.grid(rows[name]) for name, one in wanted.items()})
+
+
 @pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[-1]], ids=lambda config: config.model_type)
 @pytest.mark.parametrize("wanted", [Wanted(4, 16, symmetric=False), Wanted(8, None, symmetric=True)], ids=str)
 def test_in_training_a_model_is_the_rounded_one(config: Any, wanted: Wanted) -> None:
     """Values are those that stay; the derivative by a weight is that by its rounded one."""
     model, ids = make(config).eval(), torch.arange(3, 23).reshape(2, 10)
-    put_on_grids(model, {matrix.name: wanted for layer in find_matrices(model) for matrix in layer})
+    put_on_grids(model, begin(model, {matrix.name: wanted for layer in find_matrices(model) for matrix in layer}))
     model(input_ids=ids).logits.square().sum().backward()
     trained = model(input_ids=ids).logits.detach()
     slopes = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if "original" in name}
@@ -151,6 +158,34 @@ def test_in_training_a_model_is_the_rounded_one(config: Any, wanted: Wanted) -> 
         torch.testing.assert_close(decode(encode(weight_OI, grid), grid), weight_OI)
 
 
+@pytest.mark.parametrize("method", [GPTQ, {"kind": "awq"}], ids=lambda method: method["kind"])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_training_starts_with_what_rounding_made(
+    walks: Bench, bits: int, symmetric: bool, method: dict[str, Any], tmp_path: Path
+) -> None:
+    """The model says the same, and training at a rate of nearly nothing ends with the same codes."""
+    bench = walks.copy(tmp_path)
+    settings = {"bits": bits, "group": 16, "symmetric": symmetric, "embedding_bits": 4, "method": method}
+    rest = {"kind": "finetune", "of": "student", "epochs": 1, "learning_rate": 1e-9, "head_learning_rate": 1e-9}
+    stages = [{"kind": "quantize", **settings}, {**rest, "weight_decay": 0.0, "dropout": 0.0}]
+    done = bench.succeed_all(make_spec(stages, task=TASK, student=STUDENT), labels=[])
+    rounded, trained = (one.outputs / "student" for one in done)
+    found, wanted = (load_file(folder / "grids.safetensors") for folder in (trained, rounded))
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    before, after = (AutoModelForCausalLM.from_pretrained(folder) for folder in (rounded, trained))
+    for name in read_grids(rounded):
+        old, new = (model.get_parameter(name).detach() for model in (before, after))
+        values = (old / new)[old != 0]
+        torch.testing.assert_close(values, torch.ones_like(values), rtol=1e-5, atol=0)
+        assert torch.equal(old == 0, new == 0)
+    put_on_grids(before, OnGrids(read_wanted(rounded), read_grids(rounded)))
+    ids = torch.arange(3, 23).reshape(2, 10)
+    whole = AutoModelForCausalLM.from_pretrained(rounded).eval()
+    assert torch.equal(before.eval()(input_ids=ids).logits, whole(input_ids=ids).logits)
+
+
 def test_a_model_that_hears_what_it_was_before_regains_what_rounding_cost() -> None:
     model, ids = make(CONFIGS[0]).eval(), torch.randint(3, 60, (32, 8), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -158,7 +193,7 @@ def test_a_model_that_hears_what_it_was_before_regains_what_rounding_cost() -> N
             weight_OI *= 5  # else little of the answers hangs on the layers
         wanted = model(input_ids=ids).logits
     wanted_of = dict.fromkeys((f"{name}.weight" for name in matrices(model)), Wanted(3, 16, symmetric=False))
-    put_on_grids(model, wanted_of)
+    put_on_grids(model, begin(model, wanted_of))
     optimizer, losses = torch.optim.Adam(model.parameters(), lr=1e-3), []
     for _ in range(50):
         loss = (model(input_ids=ids).logits - wanted).square().mean()
@@ -222,10 +257,11 @@ def test_in_training_a_tied_table_has_the_derivative_of_both_its_uses() -> None:
     config = GPT2Config(vocab_size=60, n_embd=32, n_layer=1, n_head=2)
     torch.manual_seed(0)
     model, ids = AutoModelForCausalLM.from_config(config).eval(), torch.arange(3, 23).reshape(2, 10)
-    rounded = copy.deepcopy(model)
-    put_on_grids(model, {"transformer.wte.weight": Wanted(4, 16, symmetric=False)})
+    rounded, on_grids = copy.deepcopy(model), begin(model, {"transformer.wte.weight": Wanted(4, 16, symmetric=False)})
     with torch.no_grad():
         rounded.lm_head.weight.copy_(fake(rounded.lm_head.weight, 16, 4))
+        model.lm_head.weight.copy_(0.99 * rounded.lm_head.weight)  # between the values, and not beyond the ends
+    put_on_grids(model, on_grids)
     logits, wanted = (one(input_ids=ids).logits for one in (model, rounded))
     torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-5)
     logits.square().sum().backward()
@@ -451,7 +487,7 @@ def test_weights_on_grids_learn_at_the_rates_that_they_had(config: Any) -> None:
 
     model, rates = make(config), find_rates(make(config))
     names = [name for name, parameter in model.named_parameters() if parameter.ndim == 2 and "score" not in name]
-    put_on_grids(model, dict.fromkeys(names, Wanted(4, 16, symmetric=False)))
+    put_on_grids(model, begin(model, dict.fromkeys(names, Wanted(4, 16, symmetric=False))))
     assert find_rates(model) == rates
 
 

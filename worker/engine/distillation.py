@@ -9,7 +9,7 @@ from core.losses import FeatureLoss
 from worker.engine.context import StageContext
 from worker.engine.features import Features
 from worker.engine.objective import Objective, make_term, name_losses
-from worker.engine.quantizing import find_wanted
+from worker.engine.quantizing import find_grids
 from worker.engine.rollouts import Rollouts
 from worker.engine.students import load_student, load_student_tokenizer
 from worker.engine.teaching import Teaching
@@ -55,7 +55,7 @@ def make_trainer(
         teaching,
         Features(ctx, compared, Watched(student), teaching.layers) if compared and teaching.layers else None,
         make_rollouts(ctx, student, tokenizer, settings),
-        find_wanted(ctx),
+        find_grids(ctx),
     )
 
 

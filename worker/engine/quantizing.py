@@ -22,7 +22,7 @@ from worker.engine.folding import move_scales
 from worker.engine.matrices import Matrix, change_layers, check_groups, find_matrices
 from worker.engine.sensitivity import FINE_BITS, choose_sensitive, measure_harm
 from worker.engine.students import load_student, load_student_tokenizer
-from worker.kernels.grids import Grid, fit, nearest, round_through
+from worker.kernels.grids import Ends, Grid, find_ends, fit, move, nearest, round_through
 
 if TYPE_CHECKING:
     from worker.methods.stages.quantize import Quantize
@@ -51,6 +51,13 @@ class Wanted(NamedTuple):
         return nearest(weight_OI, self.grid(weight_OI))
 
 
+class OnGrids(NamedTuple):
+    """The tensors of a model that are on grids, by their names: what was asked of each grid, and what it is."""
+
+    wanted: dict[str, Wanted]
+    grids: dict[str, Grid]
+
+
 def quantize(ctx: StageContext, settings: "Quantize") -> dict[str, Any]:
     """Puts weights of the student on grids; returns the stage's summary."""
     model, tokenizer = load_student(ctx), load_student_tokenizer(ctx)
@@ -74,7 +81,7 @@ def quantize(ctx: StageContext, settings: "Quantize") -> dict[str, Any]:
     grids |= _round_layers(ctx, settings, model, layers, data, wanted)
     folder = ctx.output("student")
     ctx.task.save_model(model.cpu(), tokenizer, folder)
-    write_grids(folder, grids, wanted)
+    write_grids(folder, OnGrids(wanted, grids))
     stored_bytes = sum(path.stat().st_size for path in folder.glob("model*.safetensors"))
     return {
         **compare(ctx, Reader(before, tokenizer), Reader(model, tokenizer)),
@@ -137,13 +144,13 @@ def count_packed_bytes(model: PreTrainedModel, grids: dict[str, Grid]) -> int:
     return on_grids + sum(4 * size for name, size in sizes.items() if name not in grids)
 
 
-def write_grids(folder: Path, grids: dict[str, Grid], wanted: dict[str, Wanted]) -> None:
+def write_grids(folder: Path, found: OnGrids) -> None:
     """Writes the grid of each tensor beside the model whose weights are on them, and what was asked of it."""
     tensors = {}
-    for name, grid in grids.items():
+    for name, grid in found.grids.items():
         tensors[f"{name}.scale"] = grid.scale_OG.cpu().contiguous()
         tensors[f"{name}.zero"] = grid.zero_OG.to("cpu", torch.uint8).contiguous()
-    asked = {name: one._asdict() for name, one in wanted.items()}
+    asked = {name: one._asdict() for name, one in found.wanted.items()}
     save_file(tensors, folder / FILE, metadata={"wanted": json.dumps(asked)})
 
 
@@ -155,11 +162,6 @@ def read_wanted(folder: Path) -> dict[str, Wanted]:
         return {name: Wanted(**asked) for name, asked in json.loads(file.metadata()["wanted"]).items()}
 
 
-def find_wanted(ctx: StageContext) -> dict[str, Wanted]:
-    """Returns what an earlier stage asked of the grids of the student; nothing if it is on none."""
-    return read_wanted(ctx.input("student")) if ctx.has_input("student") else {}
-
-
 def read_grids(folder: Path) -> dict[str, Grid]:
     """Returns the grid of each tensor of a model by its name; none of a model that was not quantised."""
     wanted = read_wanted(folder)
@@ -169,43 +171,71 @@ def read_grids(folder: Path) -> dict[str, Grid]:
     }
 
 
+def find_grids(ctx: StageContext) -> OnGrids:
+    """Returns on which grids an earlier stage put the student; nothing if it is on none."""
+    if not ctx.has_input("student"):
+        return OnGrids({}, {})
+    folder = ctx.input("student")
+    return OnGrids(read_wanted(folder), read_grids(folder))
+
+
 class OnGrid(Module):
-    """A weight on a grid that is fitted to it anew whenever it is used; what is trained are weights between its values.
+    """A weight on the grid that rounding chose for it; what is trained are weights between its values.
 
     Paper: Jacob et al. 2018, section 3 (training with simulated quantization).
     """
 
-    def __init__(self, wanted: Wanted, *, is_turned: bool) -> None:
+    # A grid fitted anew to rounded weights is another one: GPTQ, which makes up for errors, leaves few weights at the
+    # ends, and all would be rounded a second time. One that never changed would hold weights at its ends, while their
+    # gradient, which passes straight through, moved them on. So its ends move with the outermost weights.
+
+    scale_OG: Tensor
+    zero_OG: Tensor
+    low_OG: Tensor
+    high_OG: Tensor
+
+    def __init__(self, weight: Tensor, grid: Grid, *, symmetric: bool, is_turned: bool) -> None:
         super().__init__()
-        self._wanted, self._is_turned = wanted, is_turned
+        self._bits, self._symmetric, self._is_turned = grid.bits, symmetric, is_turned
+        low_OG, high_OG = self._find_ends(weight, grid.scale_OG.shape[1])
+        is_used_OG = (low_OG != 0) | (high_OG != 0)  # else the scale tells of no weights
+        scale_OG, zero_OG = grid.scale_OG.to(weight.device) * is_used_OG, grid.zero_OG.to(weight.device)
+        for name, tensor in {"scale_OG": scale_OG, "zero_OG": zero_OG, "low_OG": low_OG, "high_OG": high_OG}.items():
+            self.register_buffer(name, tensor, persistent=False)
+
+    def _by_input(self, weight: Tensor) -> Tensor:
+        return weight.T if self._is_turned else weight
+
+    def _find_ends(self, weight: Tensor, num_groups: int) -> Ends:
+        return find_ends(self._by_input(weight).detach(), num_groups)
 
     def grid(self, weight: Tensor) -> Grid:
         """Returns the grid of a weight as the module has it."""
-        return self._wanted.grid((weight.T if self._is_turned else weight).detach())
+        begun, now = Grid(self.scale_OG, self.zero_OG, self._bits), self._find_ends(weight, self.scale_OG.shape[1])
+        return move(begun, Ends(self.low_OG, self.high_OG), now, symmetric=self._symmetric)
 
     def forward(self, weight: Tensor) -> Tensor:
         """Returns the weight on its grid."""
-        if self._is_turned:
-            return round_through(weight.T, self.grid(weight)).T
-        return round_through(weight, self.grid(weight))
+        return self._by_input(round_through(self._by_input(weight), self.grid(weight)))
 
 
-def put_on_grids(model: PreTrainedModel, wanted: dict[str, Wanted]) -> None:
-    """Lets a model compute with weights on grids while it is trained, wherever it has them.
+def put_on_grids(model: PreTrainedModel, found: OnGrids) -> None:
+    """Lets a model compute with weights on their grids while it is trained, wherever it has them.
 
     Raises:
         StageFailed: `spec_invalid` where layers are split among processes.
     """
     named = dict(model.named_parameters())
-    asked = {id(named[name]): one for name, one in wanted.items()}
-    if any(isinstance(named[name], DTensor) for name in wanted):
+    known = {id(named[name]): (found.grids[name], one.symmetric) for name, one in found.wanted.items()}
+    if any(isinstance(named[name], DTensor) for name in found.wanted):
         message = "A quantised student is not trained with its layers split among processes."
         remedy = "Unset STILLHOUSE_SHARD_LAYERS, or quantise after the training."
         raise StageFailed("spec_invalid", message, suggestion=remedy)
     for module in [*model.modules()]:
-        one = asked.get(id(getattr(module, "weight", None)))
-        if one:
-            parametrize.register_parametrization(module, "weight", OnGrid(one, is_turned=isinstance(module, Conv1D)))
+        grid, symmetric = known.get(id(getattr(module, "weight", None)), (None, False))
+        if grid:
+            on_grid = OnGrid(module.weight, grid, symmetric=symmetric, is_turned=isinstance(module, Conv1D))
+            parametrize.register_parametrization(module, "weight", on_grid)
 
 
 def settle(model: PreTrainedModel) -> dict[str, Grid]:

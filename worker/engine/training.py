@@ -26,13 +26,12 @@ from worker.engine.features import Features
 from worker.engine.freezing import Frozen
 from worker.engine.objective import Objective, ShareWatch, warn_of_share
 from worker.engine.optimization import Average, make_optimizer, make_schedule, set_dropout
-from worker.engine.quantizing import Wanted, put_on_grids, settle, write_grids
+from worker.engine.quantizing import OnGrids, put_on_grids, settle, write_grids
 from worker.engine.rollouts import Rollouts
 from worker.engine.sharding import clip_gradients, join_layers, parts_like, whole_on_first
 from worker.engine.tasks import Split
 from worker.engine.teaching import Teaching
 from worker.engine.zeros import Growth, Zeros, find_zeros, keep_zeros
-from worker.kernels.grids import Grid
 from worker.kernels.heads import add_numbers, backward
 
 if TYPE_CHECKING:
@@ -54,13 +53,12 @@ class Trainer:
     teaching: Teaching | None = None
     features: Features | None = None
     rollouts: Rollouts | None = None
-    wanted: dict[str, Wanted] = field(default_factory=dict)
+    on_grids: OnGrids = field(default_factory=lambda: OnGrids({}, {}))
     train_data: Split = field(init=False)
     validation_data: Split | None = field(init=False)
     watch: ShareWatch = field(init=False)
     beside: torch.nn.ModuleDict = field(init=False)
     zeros: Zeros = field(init=False)
-    grids: dict[str, Grid] = field(init=False)
     _window: list[dict[str, float]] = field(default_factory=list)
     _best: dict[str, Any] = field(default_factory=dict)
     _best_state: dict[str, Tensor] | None = None
@@ -77,8 +75,8 @@ class Trainer:
         self.ctx.place(self.model)
         if self.settings.dropout is not None:
             set_dropout(self.model, self.settings.dropout)
-        self.zeros, self.grids = find_zeros(self.model), {}
-        put_on_grids(self.model, self.wanted)
+        self.zeros = find_zeros(self.model)
+        put_on_grids(self.model, self.on_grids)
         adapter = self.settings.adapter
         if self.rollouts is None and (adapter is None or adapter.is_merged):  # any token may be written, or in a prompt
             used = np.flatnonzero(self.train_data.count_ids())
@@ -137,7 +135,8 @@ class Trainer:
             self.adapted.save(self.ctx.output("adapter"))
             self.adapted.settle()
         zeros = {"zeros": self.growth.settle()} if self.growth else {}
-        self.grids = settle(self.model) if self.wanted else {}
+        if self.on_grids.wanted:
+            self.on_grids = self.on_grids._replace(grids=settle(self.model))
         if self.settings.gradient_checkpointing:
             self.model.gradient_checkpointing_disable()
         self.model.eval()
@@ -241,8 +240,8 @@ class Trainer:
         if ranks.number():
             return
         self.task.save_model(self.model, self.tokenizer, self.ctx.output(role))
-        if self.wanted:
-            write_grids(self.ctx.output(role), self.grids, self.wanted)
+        if self.on_grids.wanted:
+            write_grids(self.ctx.output(role), self.on_grids)
 
     def _encode(self, path: Path) -> Split:
         split: Split = self.task.encode(path, self.model, self.tokenizer, self.settings.max_length)

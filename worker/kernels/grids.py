@@ -41,7 +41,42 @@ def fit(weight_OI: Tensor, group: int | None, *, bits: int, symmetric: bool) -> 
     if symmetric:
         scale_OG = _half(groups_OGN.abs().amax(-1) / (2 ** (bits - 1) - 1))
         return Grid(scale_OG, torch.full_like(scale_OG, 2 ** (bits - 1)), bits)
-    low_OG, high_OG = groups_OGN.amin(-1).clamp(max=0), groups_OGN.amax(-1).clamp(min=0)
+    return _between(groups_OGN.amin(-1).clamp(max=0), groups_OGN.amax(-1).clamp(min=0), bits)
+
+
+class Ends(NamedTuple):
+    """The least and the greatest weight of each group."""
+
+    low_OG: Tensor
+    high_OG: Tensor
+
+
+def find_ends(weight_OI: Tensor, num_groups: int) -> Ends:
+    """Returns the outermost weights of each of so many groups of a row."""
+    groups_OGN = weight_OI.float().unflatten(1, (num_groups, -1))
+    return Ends(groups_OGN.amin(-1), groups_OGN.amax(-1))
+
+
+def move(grid: Grid, before: Ends, after: Ends, *, symmetric: bool) -> Grid:
+    """Returns the grid with ends that have moved as far as the outermost weights of its groups.
+
+    Args:
+        grid: The one before; a scale may be 0, where a group has no weights but zeros.
+        before: Those of the weights then.
+        after: Those of the weights now.
+        symmetric: Keep the codes of the weight 0.
+    """
+    most_OG = 2**grid.bits - 1 - grid.zero_OG  # steps above 0
+    if symmetric:
+        least_OG, now_OG = ((high / most_OG).maximum(-low / grid.zero_OG) for low, high in (before, after))
+        return Grid(_half(grid.scale_OG + (now_OG - least_OG)), grid.zero_OG, grid.bits)
+    low_OG = (after.low_OG - before.low_OG) - grid.zero_OG * grid.scale_OG
+    high_OG = (after.high_OG - before.high_OG) + most_OG * grid.scale_OG
+    return _between(low_OG.clamp(max=0), high_OG.clamp(min=0), grid.bits)
+
+
+def _between(low_OG: Tensor, high_OG: Tensor, bits: int) -> Grid:
+    """Returns the grid with these ends."""
     scale_OG = _half((high_OG - low_OG) / (2**bits - 1))
     zero_OG = (-low_OG / scale_OG).round().clamp(max=2**bits - 1)  # beyond where half precision made the scale smaller
     return Grid(scale_OG, zero_OG, bits)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from worker.kernels.grids import Grid, decode, encode, fit, join
+from worker.kernels.grids import Grid, decode, encode, find_ends, fit, join, move
 from worker.kernels.obs import round_in_order
 
 
@@ -124,3 +124,18 @@ def test_zero_has_a_code_where_weights_are_tiny(bits: int) -> None:
     grid = fit(weight_OI, None, bits=bits, symmetric=False)
     assert grid.zero_OG.max() <= 2**bits - 1
     assert not decode(encode(torch.zeros(64, 16), grid), grid).any()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_grid_moves_as_its_outermost_weights_do(symmetric: bool) -> None:
+    """By hand: of 2 bits, with room beyond the weights, which stays as it was."""
+    zero = 2.0 if symmetric else 1.0
+    grid, before = Grid(torch.tensor([[0.5]]), torch.tensor([[zero]]), 2), torch.tensor([[-0.5, 0.0, 0.0, 0.5]])
+    assert move(grid, find_ends(before, 1), find_ends(before, 1), symmetric=symmetric) == grid
+    inside = torch.tensor([[-0.5, 0.25, -0.25, 0.5]])
+    assert move(grid, find_ends(before, 1), find_ends(inside, 1), symmetric=symmetric) == grid
+    beyond = torch.tensor([[-0.5, 0.0, 0.0, 0.8]])
+    moved = move(grid, find_ends(before, 1), find_ends(beyond, 1), symmetric=symmetric)
+    step = 0.5 + 0.3 if symmetric else (0.5 + 1.0 + 0.3) / 3  # one step above 0, or from -0.5 to 1 and 0.3 more
+    torch.testing.assert_close(moved.scale_OG, torch.tensor([[step]]), rtol=1e-3, atol=0)
+    assert moved.zero_OG.item() == zero
