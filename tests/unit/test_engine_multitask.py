@@ -268,6 +268,17 @@ def test_a_step_of_one_task_leaves_the_other_heads_alone(tmp_path: Path) -> None
     assert bias_C[5].item() == pytest.approx(size)  # a regression's begins with the mean
 
 
+def test_regressions_of_a_student_that_starts_at_random_begin_at_their_means(tmp_path: Path) -> None:
+    bench = lay(tmp_path, TEXTS)
+    rows = [{"text": "my box", "words": 1.5}, {"text": "my code", "words": -0.25}]
+    path = bench.inputs / "data" / "train" / "size.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    spec = of_tasks(TEXTS, [{"kind": "distill"}], student={"kind": "fresh", "num_layers": 1})
+    with bench.surround(spec, labels=labels_of(TEXTS)) as ctx:
+        bias_C = ctx.spec.student.build(ctx).classifier.bias.tolist()
+    assert bias_C == [*[0.0] * 5, 0.625, 0.0, 0.0]
+
+
 def test_two_processes_learn_the_tasks_that_one_does(tmp_path: Path) -> None:
     bench = lay(tmp_path, TEXTS)
     gently = {"epochs": 2, "learning_rate": 1e-4, "head_learning_rate": 1e-3, "batch_size": 16, "dropout": 0.0}

@@ -49,6 +49,14 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     return bench
 
 
+def test_a_student_that_starts_at_random_begins_at_the_mean(bench: Bench) -> None:
+    rows = [json.loads(line) for line in (bench.inputs / "data" / "train.jsonl").read_text().splitlines()]
+    spec = make_spec([{"kind": "distill"}], task=TASK, student={"kind": "fresh", "num_layers": 1})
+    with bench.surround(spec, labels=LABELS) as ctx:
+        student = ctx.spec.student.build(ctx)
+    assert student.classifier.bias.item() == pytest.approx(np.mean([row["score"] for row in rows]))
+
+
 @pytest.mark.parametrize("answers", [[], [{"kind": "answer"}]], ids=["ahead", "kept"])
 def test_a_job_goes_from_teacher_to_report(bench: Bench, tmp_path: Path, answers: list[dict[str, Any]]) -> None:
     bench = bench.copy(tmp_path / "job")

@@ -65,8 +65,12 @@ class Classification:
             model.config.problem_type = self.problem_type
         if model.has_new_head:
             log.info("%s has no head for these %d classes and gets a new one", folder.name, len(self.labels))
-            self.start_head(head_bias(model))
+            self.start(model)
         return model
+
+    def start(self, model: PreTrainedModel) -> None:
+        """Gives the new head of a model what it begins with."""
+        self.start_head(head_bias(model))
 
     def start_head(self, bias_C: Tensor | None) -> None:
         """Gives the bias of a new head what it begins with, if the task has better than what it has."""

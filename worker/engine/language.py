@@ -25,7 +25,7 @@ from worker.engine.evaluation import Card, Column, Measured, Quality, Row, open_
 from worker.engine.inference import Answer
 from worker.engine.keeping import KeptLayers, Recorder
 from worker.engine.loading import count_positions, load_language_model, save_language_model, some_tokens
-from worker.engine.measuring import as_forward, count_bytes, measure_speed, time_singles
+from worker.engine.measuring import CPU, as_forward, count_bytes, measure_speed, time_singles
 from worker.engine.members import Members, check_tokens, count_tokens, load_members
 from worker.engine.rendering import if_known, percent
 from worker.engine.scores import bootstrap_sums, largest_difference, same_first
@@ -47,7 +47,6 @@ if TYPE_CHECKING:
 SAMPLED_ROWS = 1024
 MAX_LOSS = 700.0  # whose exponential is still a number
 SAME_TOKENS = "Choose a student with the teacher's tokenizer; other tokens cannot be compared one by one."
-CPU = torch.device("cpu")
 log = logging.getLogger(__name__)
 
 
@@ -65,6 +64,9 @@ class LanguageModelling:
     def load_model(self, folder: Path, **options: Any) -> PreTrainedModel:
         """Returns the folder's language model."""
         return load_language_model(folder, **options)
+
+    def start(self, model: PreTrainedModel) -> None:
+        """Leaves a model as it is: its last layer has no better start than chance."""
 
     def save_model(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
         """Writes the model and its tokenizer."""
@@ -134,8 +136,7 @@ class LanguageModelling:
 
     def sample(self, path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Blocks:
         """Returns the first blocks of the split that have something to predict."""
-        split = self.encode(path, model, tokenizer, 0)
-        return split.head(SAMPLED_ROWS)
+        return self.encode(path, model, tokenizer, 0).head(SAMPLED_ROWS)
 
     def logits(self, answer: Answer, data: Blocks, between: Callable[[], None]) -> Tensor:
         """Returns the logits of every token that is to be predicted, logits_NV."""

@@ -76,11 +76,16 @@ class MultiTask:
             raise StageFailed("spec_invalid", message, suggestion=remedy)
         model.config.problem_type = None
         model.config.tasks = {name: part.problem_type or "token_classification" for name, part in self.parts.items()}
-        bias_C = head_bias(model) if model.has_new_head else None
+        if model.has_new_head:
+            self.start(model)
+        return model
+
+    def start(self, model: PreTrainedModel) -> None:
+        """Gives the new head of each task what it begins with."""
+        bias_C = head_bias(model)
         if bias_C is not None:
             for name, part in self.parts.items():
                 part.start_head(bias_C[self.heads[name].columns])
-        return model
 
     def save_model(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
         """Writes the model, its tokenizer and its labels, each after its task's name."""

@@ -84,6 +84,9 @@ class TaskRun(Protocol):
     def load_model(self, folder: Path, **options: Any) -> PreTrainedModel:
         """Returns the folder's model for this task, in float32; `has_new_head` says whether its head is untrained."""
 
+    def start(self, model: PreTrainedModel) -> None:
+        """Gives the new head of a model what it begins with, if that is not chance alone."""
+
     def save_model(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
         """Writes what `load_model` and stock `transformers` read; the same model gives the same bytes."""
 

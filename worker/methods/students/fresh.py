@@ -57,4 +57,6 @@ class Fresh(Student):
         """Returns a new model."""
         from worker.engine.students import make_fresh
 
-        return make_fresh(ctx.load_model("teacher"), self)
+        student = make_fresh(ctx.load_model("teacher"), self)
+        ctx.task.start(student)
+        return student
