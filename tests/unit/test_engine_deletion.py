@@ -8,7 +8,7 @@ import torch
 
 from tests.engine_bench import FAST, Bench, make_spec
 from worker.engine.data import Encoded
-from worker.engine.teaching import Deletion
+from worker.engine.teaching import AnswersOnline, Deletion
 from worker.engine.words import Words
 
 CPU = torch.device("cpu")
@@ -63,3 +63,23 @@ def test_a_teacher_answers_once_for_each_drawing(tmp_path: Path, deletion_epochs
     stage = {"kind": "distill", **FAST, "epochs": 5, "deletion_probability": 0.3, "deletion_epochs": deletion_epochs}
     finished = Bench(tmp_path).lay().succeed(make_spec([stage]))
     assert finished.log.count("the teacher answered") == answers
+
+
+def test_a_classifier_that_no_loss_hears_is_not_asked(tmp_path: Path) -> None:
+    stage = {"kind": "distill", **FAST, "epochs": 3, "deletion_probability": 0.3, "losses": [{"kind": "cross_entropy"}]}
+    finished = Bench(tmp_path).lay().succeed(make_spec([stage]))
+    assert finished.log.count("the teacher answered") == 0
+    assert finished.last["summary"]["teacher_validation"]["accuracy"] > 0  # which it is compared by
+
+
+@pytest.mark.parametrize(("kinds", "is_heard"), [(["cross_entropy"], False), (["cross_entropy", "forward_kl"], True)])
+def test_a_language_model_runs_only_for_a_loss_that_hears_it(
+    kinds: list[str], is_heard: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, times = AnswersOnline.answer, []
+    monkeypatch.setattr(AnswersOnline, "answer", lambda *given: (times.append(1), run(*given))[1])
+    stage = {"kind": "distill", "epochs": 1, "batch_size": 8, "losses": [{"kind": kind} for kind in kinds]}
+    spec = make_spec([stage], task={"kind": "causal_lm", "block_tokens": 32})
+    with Bench(tmp_path).lay_language().surround(spec, labels=[]) as ctx:
+        summary = ctx.order.stage.build(ctx)()
+    assert len(times) == (summary["num_steps"] if is_heard else 0)

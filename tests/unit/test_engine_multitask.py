@@ -356,6 +356,12 @@ def test_a_student_begins_words_as_its_teacher_learned_to(losses: list[str], tmp
     assert done[1].log.count("the teacher answered") == (4 if len(losses) == 1 else 0)  # two tasks, two drawings
 
 
+def test_a_teacher_is_asked_for_the_tasks_whose_losses_hear_it(tmp_path: Path) -> None:
+    distill = {"kind": "distill", **FAST, "epochs": 1, "losses": [{"kind": "forward_kl"}, {"kind": "squared_error"}]}
+    spec = of_tasks(TWO, [distill])
+    assert lay(tmp_path, TWO).succeed(spec, labels=labels_of(TWO)).log.count("the teacher answered") == 1
+
+
 def test_words_and_texts_do_not_share_a_decoder(tmp_path: Path) -> None:
     bench = lay(tmp_path, WORDS)
     shutil.rmtree(bench.inputs / "teacher")

@@ -97,6 +97,10 @@ class Objective:
         """Returns the names of the terms that have nothing to say of a batch."""
         return {term.name for term in self.terms if term.rests(batch, is_own=is_own)}
 
+    def hears_teacher(self, resting: Container[str]) -> bool:
+        """Returns whether a term hears the teacher that does not rest."""
+        return any(not term.is_of_labels and term.name not in resting for term in self.terms)
+
     def scale(self, batch: Batch) -> float:
         """Returns the weight of a batch's task."""
         return self.uncertainty.weight(batch.task) if self.uncertainty else 1.0

@@ -78,7 +78,7 @@ class Deletion(NamedTuple):
 
 
 class AnswersAhead:
-    """A classifier that answers the whole split at once, so that no step runs it.
+    """A classifier that answers the whole split at once where it is asked first, so that few steps run it.
 
     Attributes:
         own: Training and validation split as the teacher reads them, where the student reads them otherwise; no
@@ -98,18 +98,26 @@ class AnswersAhead:
         self._deletion = Deletion() if own else deletion
         self._logits_NC: Tensor | None = None
         self._drawing = -1
+        self._read: tuple[int, Encoded] | None = None  # a drawing and what is left of the split
 
     def prepare(self, epoch: int, data: Encoded) -> Encoded:
-        """Leaves tokens out, and has the teacher answer the split where it has not."""
-        thinned, number = self._deletion.apply(data, epoch), self._deletion.drawing(epoch)
+        """Leaves tokens out."""
+        thinned = self._deletion.apply(data, epoch)
+        self._read = self._deletion.drawing(epoch), thinned
+        return thinned
+
+    def answer(self, batch: Batch) -> Signal:
+        """Returns the rows' logits; has the teacher answer the split where it has not."""
+        assert self._read is not None  # noqa: S101
+        number, data = self._read
         if self._logits_NC is None or self._drawing != number:
             if self._ctx.hears_again:
                 key = f"answers {data.digest()} {self._ctx.labels} {number}"
-                self._logits_NC = self._ctx.remember(key, lambda: self._ask(thinned))
+                self._logits_NC = self._ctx.remember(key, lambda: self._ask(data))
             else:
-                self._logits_NC = self._ask(thinned)
+                self._logits_NC = self._ask(data)
             self._drawing = number
-        return thinned
+        return _say(self._logits_NC[batch.row_numbers])
 
     def _ask(self, data: Encoded) -> Tensor:
         with autocast(self._ctx.device):  # a hint to train by, not an answer to a user
@@ -117,18 +125,13 @@ class AnswersAhead:
         log.info("the teacher answered %d texts", len(data))
         return found
 
-    def answer(self, batch: Batch) -> Signal:
-        """Returns the rows' logits."""
-        assert self._logits_NC is not None  # noqa: S101
-        return _say(self._logits_NC[batch.row_numbers])
-
     def score(self, validation: Encoded | None) -> "Scores | None":
         """Returns the scores of its answers to the split."""
         read = self.own[1] if self.own else validation
         return None if read is None else self._ctx.task.score(self._model, read, self._ctx.check_stop)
 
     def save(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Returns the answers to what this epoch reads."""
+        """Returns the newest answers."""
         return {} if self._logits_NC is None else {"logits": self._logits_NC}, {"drawing": self._drawing}
 
     def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:

@@ -266,13 +266,14 @@ class Trainer:
         scale = self.objective.scale(batch)
         resting = self.objective.resting(batch, is_own=is_own)
         objective = partial(self.objective, resting=resting, scale=scale)
+        teaching = self.teaching if self.features or self.objective.hears_teacher(resting) else None
         ranks.seed_step(self.ctx.seed, self._step)
         num_rows = int(batch.is_row.sum())
         self.ctx.share_done, self.ctx.is_own_text = self._step / max(1, self.num_steps - 1), is_own
         numbers = dict.fromkeys(self._names, 0.0)
         self.optimizer.zero_grad(set_to_none=True)
         for part in batch.parts(self.settings.micro_batch_size or len(batch.rows), ranks.number(), ranks.count()):
-            signal = self.teaching.answer(part) if self.teaching else None
+            signal = teaching.answer(part) if teaching else None
             with attending(self.ctx.device, part.inputs["input_ids"].shape[1]):
                 with autocast(self.ctx.device):
                     answer = self.task.answer(self.model, part)
