@@ -202,6 +202,24 @@ def test_where_attention_is_a_models_own_its_projections_are_compared() -> None:
         Watched(fused).ask({"query": [0]})
 
 
+def test_projections_are_compared_with_the_adapter_that_the_model_is_given_then() -> None:
+    """Against the model into whose weights the adapter is merged."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(DebertaV2Config(**SIZES, **BERT)).eval()
+    watched = Watched(model)
+    watched.ask({"query": [0], "value": [0]})
+    adapter = LoraConfig(r=2, target_modules=["query_proj", "value_proj"], init_lora_weights=False)
+    wrapped = get_peft_model(model, adapter)
+    ids = torch.arange(12).view(2, 6)
+    hidden_BTD = model(input_ids=ids, output_hidden_states=True).hidden_states[0]
+    found = watched.take(0)
+    merged = wrapped.merge_and_unload().deberta.encoder.layer[0].attention.self
+    torch.testing.assert_close(found.query_BTD, merged.query_proj(hidden_BTD))
+    torch.testing.assert_close(found.value_BTD, merged.value_proj(hidden_BTD))
+
+
 @pytest.mark.parametrize(
     ("layers", "pairs"),
     [

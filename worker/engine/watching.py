@@ -64,12 +64,20 @@ class Watched:
         module.register_forward_hook(note)
 
     def _note_compared(self, index: int, wanted: set[LayerPart]) -> None:
+        layer = self._layers[index]
         if not watch_attention(self._model):
-            query, key, value = find_three(self._layers[index])
-            self.groups = _width(query) // _width(key)
-            for part, module in zip(PROJECTED, (query, key, value), strict=True):
-                if part in wanted:
-                    self._note_output(index, module, part)
+            three = find_three(layer)
+            self.groups = _width(three[0]) // _width(three[1])
+            name_of = {module: name for name, module in layer.named_modules()}
+            names = {part: name_of[module] for part, module in zip(PROJECTED, three, strict=True) if part in wanted}
+
+            def begin(*_: Any) -> None:
+                for part, name in names.items():
+                    self._note_output(index, layer.get_submodule(name), part)
+                first_pass.remove()
+
+            # not yet, as an adapter that the model is given puts itself in a projection's place
+            first_pass = layer.register_forward_pre_hook(begin)
             return
 
         def note(*compared_BHTd: torch.Tensor) -> None:
@@ -78,7 +86,7 @@ class Watched:
                 if part in wanted:
                     self._noted[index][part] = x_BHTd.transpose(1, 2).flatten(2)
 
-        for module in self._layers[index].modules():
+        for module in layer.modules():
             vars(module).setdefault(NOTES, []).append(note)
 
 
