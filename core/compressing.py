@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 from pydantic import Field, field_validator
 from pydantic_core import PydanticCustomError
 
-from core.methods import Method, ModelFacts, Problem
+from core.methods import Method, ModelFacts, Problem, Widths
 from core.strict import StrictModel
 
 
@@ -21,6 +21,39 @@ class Importance(Method):
         `site` is a `worker.engine.importance.Site`: what a sample of the data showed of them.
         """
         raise NotImplementedError
+
+
+class Narrowed(NamedTuple):
+    """A model that is to have fewer states or neurons, as far as it is known: what it is called, and its sizes."""
+
+    role: str
+    states: int | None
+    num_heads: int | None
+    widths: Widths | None
+
+    def check(self, hidden_size: int | None, intermediate_size: int | None) -> list[Problem]:
+        """Returns the first width that it cannot have; fields are those."""
+        states, num_heads, widths = self.states, self.num_heads, self.widths
+        if hidden_size and states and hidden_size > states:
+            why = f"the {self.role} has {states} states, and what is left of it cannot be wider; choose at most as many"
+            return [Problem("hidden_size", why)]
+        if hidden_size and states and num_heads and (hidden_size * num_heads) % states:
+            why = f"heads of the {self.role} are {states // num_heads} wide; choose a multiple of that"
+            return [Problem("hidden_size", why)]
+        if widths is None or not (hidden_size or intermediate_size):
+            return []
+        if intermediate_size and intermediate_size > widths.inner:
+            why = f"a layer of the {self.role} has {widths.inner} neurons; choose at most as many"
+            return [Problem("intermediate_size", why)]
+        if not widths.are_distinct:
+            why = f"in a layer of {widths.states} states and {widths.inner} neurons they cannot be told apart"
+            return [Problem("hidden_size" if hidden_size else "intermediate_size", f"{why}; leave it out")]
+        if widths.narrowed(hidden_size, None) is None:
+            why = (
+                f"heads share keys in groups of {widths.states // widths.num_groups} states; choose a multiple of that"
+            )
+            return [Problem("hidden_size", why)]
+        return []
 
 
 class Sparsity(Method):

@@ -13,11 +13,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForSequenceClassification as Classifier
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedConfig
 
+from app.jobs.resolving import check_models
+from core.compressing import Narrowed
 from core.errors import SpecInvalid, StageFailed
 from core.jobs.spec import load_spec
 from core.methods import list_methods
-from core.models.facts import read_facts
+from core.models.facts import ModelFacts, read_facts
 from core.models.safetensors_header import read_tensors
+from core.models.widths import Widths
 from tests import pico
 from tests.engine_bench import FAST, Bench, contents, make_spec
 from tests.unit.test_engine_models import CONFIGS, make
@@ -429,3 +432,59 @@ def test_more_stages_than_a_spec_may_have_are_refused() -> None:
     spec = in_steps(to={"parameters": 0.5}, steps=15)
     with pytest.raises(SpecInvalid, match="choose fewer steps"):
         load_spec(spec | {"stages": spec["stages"] * 2})
+
+
+def problems_of(start: ModelFacts, *stages: dict[str, Any], **changes: Any) -> list[tuple[str, str]]:
+    """Returns what is found at submit of stages that prune a student of the model's three layers."""
+    student = {"kind": "teacher_layers", "keep": [0, 1, 2]} | changes
+    kinds = [{"kind": "prune", **stage} for stage in stages]
+    spec = load_spec({"teacher": {"model": "m"}, "student": student, "data": "d", "stages": kinds})
+    return [(problem["field"], problem["message"]) for problem in check_models(spec, {"teacher": start})]
+
+
+@pytest.mark.parametrize(
+    ("settings", "field", "words"),
+    [
+        ({"hidden_size": 64}, "hidden_size", "has 32 states"),
+        ({"hidden_size": 20}, "hidden_size", "16 wide; choose a multiple"),
+        ({"intermediate_size": 9999}, "intermediate_size", "has 48 neurons; choose at most as many"),
+        ({"num_layers": 4}, "num_layers", "has 3 layers; choose fewer"),
+        ({"num_layers": 3}, "num_layers", "has 3 layers; choose fewer"),
+        ({"num_layers": 4, "intermediate_size": 24}, "num_layers", "has 3 layers; choose at most as many"),
+    ],
+)
+def test_sizes_that_the_student_cannot_have_are_refused_at_submit(
+    tmp_path: Path, settings: dict[str, Any], field: str, words: str
+) -> None:
+    folder = pico.write_model(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    facts = read_facts(config, tensors=read_tensors(folder / "model.safetensors"))
+    [(found, message)] = problems_of(facts, settings)
+    assert (found, words in message) == (f"stages.0.{field}", True), message
+    assert problems_of(facts, {"hidden_size": 16, "intermediate_size": 24, "num_layers": 3}) == []
+    assert problems_of(facts, {"num_layers": 2}, {"num_layers": 1}) == []
+    assert problems_of(facts, {"num_layers": 2}, {"num_layers": 2})[0][0] == "stages.1.num_layers"
+    assert problems_of(facts, {"intermediate_size": 30}, intermediate_size=24)[0][0] == "stages.0.intermediate_size"
+    assert problems_of(facts, {"intermediate_size": 24}, {"intermediate_size": 9999}) == []  # it is told by the stage
+
+
+def test_heads_that_share_keys_go_together() -> None:
+    widths = Widths(states=64, inner=96, head=16, num_heads=4, num_groups=2)
+    [problem] = Narrowed("student", 64, 4, widths).check(16, None)
+    assert (problem.field, "groups of 32 states" in problem.message) == ("hidden_size", True)
+    assert Narrowed("student", 64, 4, widths).check(32, None) == []
+
+
+def test_widths_that_cannot_be_told_apart_are_refused_at_submit(tmp_path: Path) -> None:
+    folder = pico.write_model(tmp_path / "model", width=48)  # of 48 neurons
+    config = json.loads((folder / "config.json").read_text())
+    facts = read_facts(config, tensors=read_tensors(folder / "model.safetensors"))
+    [(field, message)] = problems_of(facts, {"intermediate_size": 24})
+    assert field == "stages.0.intermediate_size"
+    assert "cannot be told apart" in message
+
+
+def test_as_many_layers_as_there_are_is_warned_of(learned: Bench, tmp_path: Path) -> None:
+    done, _ = pruned(learned, tmp_path / "job", num_layers=7)
+    [event] = [report["event"] for report in done.of("event")]
+    assert (event["type"], event["level"]) == ("no_layer_pruned", "warning")

@@ -12,6 +12,7 @@ from core.errors import StageFailed
 from worker.engine.changes import Reader, compare
 from worker.engine.context import StageContext
 from worker.engine.goals import Cost, make_cost
+from worker.engine.loading import find_layers
 from worker.engine.narrowing import narrow
 from worker.engine.shapes import Shape, shape_of
 from worker.engine.students import (
@@ -41,6 +42,8 @@ def prune(ctx: StageContext, settings: "Prune") -> dict[str, Any]:
         pruned, found = _prune_to(ctx, whole, settings, settings.to)
     else:
         count = settings.num_layers
+        if count and count >= find_layers(whole.model)[1]:
+            ctx.warn("no_layer_pruned", f"No layer goes: the student has no more than {count}.")
         keep = choose_layers(ctx, whole.model, whole.tokenizer, count, "importance") if count else None
         pruned, found = _leave_out(ctx, whole, settings, keep), {}
     ctx.task.save_model(pruned, whole.tokenizer, ctx.output("student"))

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from core.changing import ModelStage
-from core.compressing import Importance
+from core.compressing import Importance, Narrowed
 from core.methods import Depths, ModelFacts, OneOf, Problem, Stage
 from core.strict import StrictModel
 from worker.methods.stages.distill import Distill
@@ -158,20 +158,31 @@ class Prune(ModelStage):
         return [Problem("kind", "nothing is to go; set num_layers, intermediate_size or hidden_size, or a goal in to")]
 
     def check_model(self, spec: "JobSpec", start: ModelFacts) -> list[Problem]:
-        """Returns whether the student meets the goal as it is, as far as it is known how large that is."""
-        if self.to is None or spec.student.check(start) or any(stage.resizes for stage in self.earlier(spec)):
+        """Returns which size it cannot have, or whether it meets the goal as it is, as far as its sizes are known."""
+        if spec.student.check(start) or any(stage.resizes for stage in self.earlier(spec)):
             return []
-        count, measure = spec.student.count_parameters(start), self.to.measure
+        widths = spec.student.widths(start)
+        if self.to is None and widths:
+            narrowed = Narrowed("student", widths.states, widths.num_heads, widths)
+            return narrowed.check(self.hidden_size, self.intermediate_size)
+        return self._check_goal(self.to, spec.student.count_parameters(start)) if self.to else []
+
+    def _check_goal(self, goal: Goal, count: int | None) -> list[Problem]:
+        """Returns whether a student of so many parameters meets the goal as it is."""
+        measure = goal.measure
         whole = (count or 0) * {"parameters": 1, "bytes": PARAMETER_BYTES}.get(measure, 0)
-        if not whole or self.to.limit(whole) < whole:
+        if not whole or goal.limit(whole) < whole:
             return []
         return [Problem(f"to.{measure}", f"the student has {whole:,} {measure}; choose fewer, or a share below 1")]
 
     def check_depths(self, spec: "JobSpec", depths: Depths) -> list[Problem]:
-        """Returns a problem when there are fewer layers than are to stay."""
-        if self.num_layers is None or self.num_layers <= depths.student:
+        """Returns a problem when there are fewer layers than are to stay, or no more and nothing else is to go."""
+        counts = [stage.num_layers for stage in self.earlier(spec) if isinstance(stage, Prune) and stage.num_layers]
+        left = min(depths.student, *counts) if counts else depths.student
+        if self.num_layers is None or self.num_layers < left or (self.num_layers == left and self.is_narrower):
             return []
-        return [Problem("num_layers", f"the student has {depths.student} layers; choose at most as many")]
+        most = "choose at most as many" if self.is_narrower else "choose fewer"
+        return [Problem("num_layers", f"the student has {left} layers; {most}")]
 
     def measures(self) -> set[str]:
         """Returns the student's role where its sizes depend on how long it takes."""

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from core.compressing import Importance
+from core.compressing import Importance, Narrowed
 from core.methods import ModelFacts, ModelRef, OneOf, Problem, Student, Widths
 from core.strict import StrictModel, one_message
 
@@ -82,17 +82,11 @@ class TeacherLayers(Student):
 
     def check(self, start: ModelFacts) -> list[Problem]:
         """Returns a problem for layers that the model lacks or that are not in order, or for an impossible width."""
-        width, heads, what = start.hidden_size, start.num_heads, "model" if self.model else "teacher"
-        if self.hidden_size and width and self.hidden_size > width:
-            why = f"the {what} has {width} states; a student cannot be wider than its {what}"
-            return [Problem("hidden_size", why)]
-        if self.hidden_size and width and heads and (self.hidden_size * heads) % width:
-            why = f"heads of the {what} are {width // heads} wide; choose a multiple of that"
-            return [Problem("hidden_size", why)]
-        if self.is_narrower and start.composition and not start.composition.widths.are_distinct:
-            made = start.composition.widths
-            why = f"in a layer of {made.states} states and {made.inner} neurons they cannot be told apart; leave it out"
-            return [Problem("hidden_size" if self.hidden_size else "intermediate_size", why)]
+        what, widths = "model" if self.model else "teacher", start.composition.widths if start.composition else None
+        narrowed = Narrowed(what, start.hidden_size, start.num_heads, widths)
+        unfit = narrowed.check(self.hidden_size, self.intermediate_size)
+        if unfit:
+            return unfit
         if start.num_layers is None:
             return [Problem("keep", f"a '{start.model_type}' config names no number of layers")]
         if isinstance(self.keep, Choice):
