@@ -111,7 +111,7 @@ class Widths(BaseModel):
     def resized(self, states: int | None, num_heads: int | None, inner: int | None) -> "Widths":
         """Returns those of a new model, in these proportions where nothing is asked for."""
         width = states or self.states
-        heads = num_heads or max(1, width * self.num_heads // self.states)
+        heads = num_heads or scale_heads(self.num_heads, self.states, width)
         return Widths(
             states=width,
             inner=inner or round(self.inner * width / self.states),
@@ -128,6 +128,11 @@ class Widths(BaseModel):
     def undivided(self, group: int) -> int | None:
         """Returns the inputs of a layer's matrix that groups of so many do not divide; None if they divide all."""
         return next((size for letter, size in self.sizes().items() if letter in "hia" and size % group), None)
+
+
+def scale_heads(num_heads: int, states: int, width: int) -> int:
+    """Returns how many heads a model of so wide states has whose heads are as wide as those of another one."""
+    return max(1, width * num_heads // states)
 
 
 class Composition(BaseModel):

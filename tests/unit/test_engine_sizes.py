@@ -22,6 +22,7 @@ from transformers import (
     XLMRobertaConfig,
 )
 
+from core.errors import StageFailed
 from core.models.facts import ModelFacts, read_facts
 from core.models.safetensors_header import Tensor, read_tensors
 from core.models.widths import KNOWN
@@ -161,3 +162,18 @@ def test_wider_and_deeper_is_larger(tmp_path: Path) -> None:
     facts = facts_of(pico.write_model(tmp_path / "three", 3))
     told = [Fresh(num_layers=n, hidden_size=16 * n).count_parameters(facts) for n in (1, 2, 3)]
     assert all(less is not None and more is not None and less < more for less, more in pairwise(told))
+
+
+def test_heads_that_do_not_divide_a_new_width_are_refused_at_submit() -> None:
+    """Twelve heads of 32 states become three of 33 and a third in 100 states, which no BERT can have."""
+    facts = ModelFacts(model_type="bert", num_layers=6, hidden_size=384, num_heads=12)
+    [problem] = Fresh(hidden_size=100).check(facts)
+    assert problem.field == "hidden_size"
+    assert "3 heads" in problem.message
+    teacher = BertModel(BertConfig(hidden_size=384, num_hidden_layers=1, vocab_size=9, intermediate_size=96))
+    with pytest.raises(StageFailed):
+        make_fresh(teacher, Fresh(hidden_size=100))
+    for fine in (Fresh(hidden_size=96), Fresh(hidden_size=100, num_heads=4), Fresh(hidden_size=16), Fresh()):
+        assert fine.check(facts) == []
+        teacher.has_new_head = True
+        make_fresh(teacher, fine)

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from core.methods import ModelFacts, Problem, Student, Widths
+from core.models.widths import scale_heads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,7 +38,13 @@ class Fresh(Student):
         width = self.hidden_size or start.hidden_size
         if self.num_heads and width and width % self.num_heads:
             return [Problem("num_heads", f"{self.num_heads} heads cannot share a width of {width}; choose a divisor")]
-        return []
+        if self.num_heads or not (self.hidden_size and start.hidden_size and start.num_heads):
+            return []
+        num_heads = scale_heads(start.num_heads, start.hidden_size, self.hidden_size)
+        if self.hidden_size % num_heads == 0:
+            return []
+        why = f"{num_heads} heads, about as wide as the teacher's, cannot share a width of {self.hidden_size}"
+        return [Problem("hidden_size", f"{why}; choose a multiple of {num_heads}, or set num_heads")]
 
     def count_parameters(self, start: ModelFacts) -> int | None:
         """Returns those of the teacher's architecture in these sizes."""
