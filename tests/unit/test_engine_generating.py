@@ -9,8 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from app.jobs.resolving import check_models
 from core.errors import SpecInvalid, StageFailed
 from core.jobs.spec import load_spec
+from core.models.facts import ModelFacts
 from tests import pico
 from tests.engine_bench import Bench, make_spec
 from worker.engine.generating import ask_for_texts
@@ -149,3 +151,23 @@ def test_specs_that_cannot_be() -> None:
         make_spec([{"kind": "generate"}])
     with pytest.raises(SpecInvalid, match="a later stage changes the teacher"):
         make_spec([WRITE, LEARN], task=TASK)
+
+
+@pytest.mark.parametrize(
+    ("stage", "field", "role"),
+    [
+        ({"kind": "generate", "prompt_tokens": 4, "new_tokens": 61}, "new_tokens", "teacher"),
+        ({"kind": "distill", "on_policy": {"prompt_tokens": 4, "new_tokens": 61}}, "on_policy.new_tokens", "student"),
+    ],
+)
+def test_texts_that_are_too_long_are_refused_at_submit(stage: dict[str, Any], field: str, role: str) -> None:
+    spec = load_spec(make_spec([stage], task=TASK, student=OTHER))
+    long, short = (ModelFacts(model_type="gpt2", num_layers=3, num_positions=places) for places in (65, 64))
+    assert check_models(spec, {"teacher": long, "base": long}) == []
+    roles = {"teacher": "base", "student": "teacher"}  # of the other one, which writes nothing
+    assert check_models(spec, {"teacher": short, "base": short} | {roles[role]: long}) == check_models(
+        spec, {"teacher": short, "base": short}
+    )
+    [problem] = check_models(spec, {"teacher": short, "base": short})
+    assert problem["field"] == f"stages.0.{field}"
+    assert f"65 with prompt_tokens, and the {role} has places for 64 tokens" in problem["message"]

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from core.losses import FeatureLoss
-from core.methods import Depths, Loss, Method, OneOf, Problem, Task, list_methods
+from core.methods import Depths, Loss, Method, ModelFacts, OneOf, Problem, Task, list_methods
+from core.prompts import check_places
 from core.strict import StrictModel, one_message
 from core.training import Training
 from worker.methods.stages.answer import Answer
@@ -145,6 +146,14 @@ class Distill(Training):
         if lacking or any(loss.weight != "auto" and loss.weight > 0 for loss in self.losses):
             return lacking
         return [Problem("losses", "no term has a weight above 0; give at least one a number, as 'weight: 1.0'")]
+
+    def check_model(self, spec: "JobSpec", start: ModelFacts) -> list[Problem]:
+        """Returns whether a text of its own is longer than the student can read, too."""
+        unfit = super().check_model(spec, start)
+        if unfit or self.on_policy is None:
+            return unfit
+        found = check_places(start, self.on_policy.prompt_tokens, self.on_policy.new_tokens, "student")
+        return [Problem(f"on_policy.{p.field}", p.message) for p in found]
 
     def _find_unfit(self, task: Task) -> list[Problem]:
         """Returns the losses that compare nothing which models of the task give, and the parts without a loss."""

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from core.methods import Problem, Stage
+from core.methods import ModelFacts, Problem, Stage
+from core.prompts import check_places
 
 if TYPE_CHECKING:
     from core.jobs.spec import JobSpec
@@ -49,6 +50,15 @@ class Generate(Stage):
         if any("teacher" in stage.writes() for stage in later):
             return [Problem("kind", "a later stage changes the teacher; put 'generate' after it")]
         return []
+
+    def check_model(self, spec: "JobSpec", start: ModelFacts) -> list[Problem]:
+        """Returns whether a prompt and what is written after it are longer than the teacher can read."""
+        return check_places(start, self.prompt_tokens, self.new_tokens, "teacher") if spec.teacher.is_model else []
+
+    @property
+    def role(self) -> str:
+        """The role of the model that writes."""
+        return "teacher"
 
     def reads(self, spec: "JobSpec") -> set[str]:
         """Returns the teacher's role, if it is a model."""
