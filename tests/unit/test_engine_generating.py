@@ -153,6 +153,16 @@ def test_specs_that_cannot_be() -> None:
         make_spec([WRITE, LEARN], task=TASK)
 
 
+def test_answers_to_other_texts_are_refused() -> None:
+    wrong = [{"kind": "answer"}, WRITE, {"kind": "distill"}]
+    with pytest.raises(SpecInvalid, match="put 'answer' after it") as caught:
+        make_spec(wrong, task=TASK)
+    assert [detail["field"] for detail in caught.value.details] == ["stages.1.kind"]
+    make_spec([WRITE, {"kind": "answer"}, {"kind": "distill"}], task=TASK)
+    make_spec([{"kind": "answer"}, {"kind": "distill"}, WRITE, {**LEARN, "of": "student"}], task=TASK)
+    make_spec([{"kind": "answer"}, {"kind": "distill"}, WRITE, {"kind": "answer"}, {"kind": "distill"}], task=TASK)
+
+
 @pytest.mark.parametrize(
     ("stage", "field", "role"),
     [

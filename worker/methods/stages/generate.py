@@ -49,6 +49,9 @@ class Generate(Stage):
         later = spec.stages[spec.stages.index(self) + 1 :]
         if any("teacher" in stage.writes() for stage in later):
             return [Problem("kind", "a later stage changes the teacher; put 'generate' after it")]
+        if any("answers" in stage.writes() for stage in self.earlier(spec)) and _hears_kept(later):
+            why = "'answer' before it keeps answers to other texts than these; put 'answer' after it, or leave it out"
+            return [Problem("kind", why)]
         return []
 
     def check_model(self, spec: "JobSpec", start: ModelFacts) -> list[Problem]:
@@ -73,3 +76,13 @@ class Generate(Stage):
         from worker.engine.generating import generate
 
         return lambda: generate(ctx, self)
+
+
+def _hears_kept(stages: list[Stage]) -> bool:
+    """Returns whether one of the stages hears answers that were kept before them."""
+    for stage in stages:
+        if "answers" in stage.writes():
+            return False
+        if not getattr(stage, "on_policy", None) and not all(x.is_of_labels for x in getattr(stage, "losses", ())):
+            return True
+    return False
