@@ -128,6 +128,16 @@ def test_a_student_learns_from_its_own_texts_alone(bench: Bench) -> None:
     assert not finished.series("loss/cross_entropy")
 
 
+def test_a_student_writes_no_token_that_its_teacher_lacks(bench: Bench, tmp_path: Path) -> None:
+    """At random weights nearly every token that it would draw is one of those that fill up its logits."""
+    bench = bench.copy(tmp_path / "bench")
+    pico.write_language_model(bench.inputs / "base", num_layers=1, num_padding=1000)
+    stage = DISTILL | {"on_policy": POLICY | {"share": 1.0}, "epochs": 1}
+    spec = make_spec([stage], task=TASK, student={"kind": "pretrained", "model": "base"})
+    finished = bench.succeed(spec, 0, "wide", labels=[])
+    assert finished.series("loss/reverse_kl")
+
+
 def test_a_stopped_stage_ends_with_the_same_bytes(bench: Bench, tmp_path: Path) -> None:
     bench = bench.copy(tmp_path / "bench")
     spec = make_spec([DISTILL | {"on_policy": POLICY}], task=TASK, student=STUDENT)

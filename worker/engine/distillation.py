@@ -70,7 +70,7 @@ def make_rollouts(
     prompts = [ids for ids in found if len(ids)]
     if not prompts:
         raise StageFailed("dataset_invalid", "No row of the training split has a prompt to go on after.")
-    return Rollouts(ctx, prompts, tokenizer, settings.on_policy, settings.batch_size)
+    return Rollouts(ctx, prompts, tokenizer, settings.on_policy, settings.batch_size, task.num_common)
 
 
 def compare(ctx: StageContext, teacher: dict[str, float], student: dict[str, float]) -> None:

@@ -28,11 +28,17 @@ log = logging.getLogger(__name__)
 
 
 def go_on(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[Ids], new_tokens: int, temperature: float
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[Ids],
+    new_tokens: int,
+    temperature: float,
+    num_tokens: int | None = None,
 ) -> list[Ids]:
     """Returns what the model writes after each prompt, with the end token if it came to one.
 
-    At temperature 0 it takes the likeliest token each time, else it draws from all of them, by torch's generator.
+    At temperature 0 it takes the likeliest token each time, else it draws from all of them, by torch's generator; of
+    the first `num_tokens` alone, where that is given.
     """
     width, pad = max(len(prompt) for prompt in prompts), tokenizer.pad_token_id or 0
     ids_BT = torch.full((len(prompts), width), pad)
@@ -42,7 +48,11 @@ def go_on(
         mask_BT[row, width - len(prompt) :] = 1
     drawing = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": pad}
-    config = GenerationConfig(max_new_tokens=new_tokens, use_cache=True, do_sample=temperature > 0, **ends, **drawing)
+    beyond = [] if num_tokens is None else [*range(num_tokens, model.config.vocab_size)]
+    only = {"suppress_tokens": beyond} if beyond else {}
+    config = GenerationConfig(
+        max_new_tokens=new_tokens, use_cache=True, do_sample=temperature > 0, **ends, **drawing, **only
+    )
     its_own = model.generation_config
     model.generation_config = GenerationConfig()  # what a chat model brings would fill in what is not said here
     try:

@@ -58,7 +58,7 @@ class LanguageModelling:
 
     def __init__(self, ctx: "StageContext", task: "CausalLM") -> None:
         self.ctx, self.task = ctx, task
-        self._num_common: int | None = None  # tokens that teacher and student share, where one has more than the other
+        self.num_common: int | None = None  # tokens that teacher and student share, where one has more than the other
         self._num_positions: int | None = None  # of a teacher that reads the student's blocks
 
     def load_model(self, folder: Path, **options: Any) -> PreTrainedModel:
@@ -82,8 +82,8 @@ class LanguageModelling:
         """Returns the split in blocks of the task's length; no text is cut."""
         lengths = (self.task.block_tokens, count_positions(model), self._num_positions)
         ids, is_learned = read_stream(path, self.task.columns(), tokenizer, is_chat=self.task.chat)
-        if self._num_common is not None:
-            check_tokens(ids, self._num_common, tokenizer, path.stem, "teacher or the student")
+        if self.num_common is not None:
+            check_tokens(ids, self.num_common, tokenizer, path.stem, "teacher or the student")
         split = Blocks(ids, is_learned, min(filter(None, lengths)))
         if not split.is_learned_S[1:].any():
             raise StageFailed("dataset_invalid", f"{path.name} has no token to predict.")
@@ -95,7 +95,7 @@ class LanguageModelling:
 
     def answer(self, model: PreTrainedModel, batch: Batch) -> Head | Tensor:
         """Returns what makes the logits of the tokens that are to be predicted."""
-        return predict_next(model, batch.inputs, batch.is_row, self._num_common)
+        return predict_next(model, batch.inputs, batch.is_row, self.num_common)
 
     def _hear(self, model: PreTrainedModel | Members, batch: Batch) -> Head | Mixture | Tensor:
         """Returns what makes the logits of one model, or of several together."""
@@ -228,7 +228,7 @@ class LanguageModelling:
         except VocabularyDiffers as error:
             raise StageFailed("vocab_incompatible", f"{error}.", suggestion=SAME_TOKENS) from error
         if len(set(widths)) > 1:
-            self._num_common = min(common, *widths)
+            self.num_common = min(common, *widths)
 
     def keep(self, settings: "AnswerStage") -> Kept:
         """Has the teacher answer every place of the training split, and keeps its likeliest tokens.
@@ -240,9 +240,9 @@ class LanguageModelling:
         read = {split: self.encode(path, model, tokenizer, 0) for split, path in paths.items() if path}
         if isinstance(model, Members):
             model.check(read, tokenizer)
-        self._num_common, train, wanted = count_tokens(model, tokenizer), read["train"], settings.layers.wanted
+        self.num_common, train, wanted = count_tokens(model, tokenizer), read["train"], settings.layers.wanted
         recorder = Recorder(ctx, model, train, wanted) if wanted else None
-        asked = Asked(model, partial(self._hear, model), train, self._num_common, recorder)
+        asked = Asked(model, partial(self._hear, model), train, self.num_common, recorder)
         tensors, kept_probability = keep_likeliest(ctx, asked, settings)
         scores = self.score(model, read["validation"], ctx.check_stop) if "validation" in read else None
         if "test" in read:

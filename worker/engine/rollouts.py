@@ -24,7 +24,7 @@ class Rollouts:
     """A store of texts by the student, filled for several steps at once.
 
     Which steps use it, after which prompts is written, and what is drawn, are pure functions of the seed and of the
-    weights at the time of writing.
+    weights at the time of writing. Only the first `num_tokens` are written, where the teacher knows no others.
     """
 
     def __init__(
@@ -34,9 +34,10 @@ class Rollouts:
         tokenizer: PreTrainedTokenizerBase,
         settings: "OnPolicy",
         batch_size: int,
+        num_tokens: int | None = None,
     ) -> None:
         self._ctx, self._prompts, self._settings, self._batch_size = ctx, prompts, settings, batch_size
-        self._tokenizer = tokenizer
+        self._tokenizer, self._num_tokens = tokenizer, num_tokens
         self._texts: list[Text] = []
         self._round = 0
         self.share = settings.share if isinstance(settings.share, float) else settings.share.start
@@ -70,7 +71,8 @@ class Rollouts:
             some = [self._prompts[index] for index in order[start : min(start + WRITTEN_AT_ONCE, num_texts)]]
             with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
                 torch.manual_seed(int(dice.integers(2**31)))  # a stop in between leaves nothing drawn
-                written = go_on(model, self._tokenizer, some, self._settings.new_tokens, self._settings.temperature)
+                how = self._settings.new_tokens, self._settings.temperature, self._num_tokens
+                written = go_on(model, self._tokenizer, some, *how)
             texts += [(np.concatenate(pair), len(pair[0])) for pair in zip(some, written, strict=True)]
             self._ctx.check_stop()
         model.train(was_training)
