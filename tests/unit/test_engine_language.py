@@ -118,6 +118,26 @@ def test_kept_answers_teach_as_the_teacher_itself_does(
         assert value == pytest.approx(kept[step], rel=0.02, abs=1e-3)
 
 
+def test_kept_answers_teach_a_student_whose_tokenizer_lacks_some_of_their_tokens(
+    run_through: tuple[Bench, list[Finished]], tmp_path: Path
+) -> None:
+    """The teacher has two tokens that no text has; the student's logits have rows for these and more."""
+    bench = without(run_through[0].copy(tmp_path / "bench"), "answers", "student")
+    pico.write_language_model(bench.inputs / "base", num_layers=1, num_padding=5)
+    teacher = bench.inputs / "teacher"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(teacher), AutoTokenizer.from_pretrained(teacher)
+    tokenizer.add_tokens(["parcels", "refunds"])
+    model.resize_token_embeddings(len(tokenizer))
+    shutil.rmtree(teacher)
+    for part in (model, tokenizer):
+        part.save_pretrained(teacher)
+    stages = [{"kind": "answer", "top_k": 100}, {"kind": "distill", **FAST, "losses": KL}]
+    spec = make_spec(stages, task=TASK, student={"kind": "pretrained", "model": "base"})
+    _, distill = bench.succeed_all(spec, labels=[])
+    losses = [value for _, value in distill.series("loss/forward_kl")]
+    assert losses[-1] < 0.5 * losses[0]
+
+
 def test_parts_of_a_step_add_up_to_the_whole(run_through: tuple[Bench, list[Finished]], tmp_path: Path) -> None:
     bench = without(run_through[0].copy(tmp_path / "parts"), "student")
     stages = [*STAGES[:2], STAGES[2] | {"micro_batch_size": 3}]

@@ -167,7 +167,8 @@ class LanguageModelling:
                 message = f"The kept answers are over {kept.num_classes} tokens, and the student has fewer."
                 hint = "Choose a student with all of these; with one model as the teacher, 'answer' can be left out."
                 raise StageFailed("vocab_incompatible", message, suggestion=hint)
-            self._agree(tokenizer, kept.num_classes, student.config.vocab_size)
+            self._agree(tokenizer)
+            self.num_common = kept.num_classes  # also those that the student's tokenizer lacks, and its logits do not
             return kept
         teacher = self.ctx.load_teacher()
         if not settings.compares_tokens() and not self._reads_alike(tokenizer):
