@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,7 @@ from core.losses import FeatureLoss
 from core.methods import Depths, list_methods
 from tests import pico
 from tests.engine_bench import FAST, Bench, make_spec
+from worker.engine.blocks import Blocks
 from worker.engine.data import Batch
 from worker.engine.features import Features
 from worker.engine.students import keep_layers
@@ -140,6 +142,19 @@ def test_it_is_what_the_models_own_outputs_give(kind: str, config: PreTrainedCon
     size = len(batch.rows) if LOSSES[kind].denominator == "examples" else tokens
     expected = ORACLES[kind](states(student, batch), states(teacher, batch), batch) / size
     assert compare(kind, student, teacher, batch) == pytest.approx(expected, rel=1e-4)
+
+
+@every_loss
+def test_what_fills_up_the_last_block_of_a_stream_does_not_count(kind: str) -> None:
+    """The last block of eight has three places; the same three stand alone in a batch without filler."""
+    student, teacher, _ = make(CONFIGS[2])
+    ids = np.arange(10, 22, dtype=np.int32)
+    filled = Blocks(ids, ids > 0, 8).batch(np.array([1]), torch.device("cpu"))
+    assert filled.inputs["input_ids"].shape == (1, 8)
+    assert filled.inputs.keys() == {"input_ids"}
+    alone = Batch({"input_ids": torch.arange(18, 21)[None]}, torch.zeros(1, 3), torch.arange(3)[None])
+    expected = compare(kind, student, teacher, alone)
+    assert compare(kind, student, teacher, filled) == pytest.approx(expected, rel=1e-4)
 
 
 def test_relations_fit_models_whose_heads_divide_nothing() -> None:

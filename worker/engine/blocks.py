@@ -48,7 +48,8 @@ class Blocks:
     def batch(self, blocks: NDArray[np.int64], device: torch.device) -> Batch:
         """Returns these blocks; the label of a token is the next one, and its row is its place in the stream.
 
-        The last block of the stream is filled up on the right, where causal attention does not look.
+        The last block of the stream is filled up on the right, where causal attention does not look; so there is no
+        attention mask, with which models would take slower kernels.
         """
         places_BT = blocks[:, None] * self.max_length + np.arange(self.max_length)
         is_there_BT = places_BT < self.num_places
@@ -57,7 +58,8 @@ class Blocks:
         seen = (self.ids_S[places].astype(np.int64) for places in (places_BT, places_BT + 1))
         ids_BT, labels_BT = (torch.from_numpy(ids) for ids in seen)
         rows_BT = torch.from_numpy(np.where(is_row_BT, places_BT, -1))
-        return Batch({"input_ids": ids_BT.to(device)}, labels_BT.to(device), rows_BT)
+        is_there = torch.from_numpy(is_there_BT).to(device)
+        return Batch({"input_ids": ids_BT.to(device)}, labels_BT.to(device), rows_BT, is_there=is_there)
 
     def single(self, row: int) -> dict[str, Tensor]:
         """Returns the inputs of one block, a batch of one."""

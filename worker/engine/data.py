@@ -58,6 +58,7 @@ class Batch(NamedTuple):
     `labels` is labels_B, labels_BT or labels_BC. `rows`, of the same shape and on the processor, is the number that
     each row has in the whole split, and -1 where there is none. One that does not count is there because another
     process has one at that moment; it has no rows. Of several tasks it is about one, whose models give numbers or not.
+    `is_there`, is_there_BT, says where a token is if the inputs have no attention mask that does.
     """
 
     inputs: dict[str, Tensor]
@@ -66,6 +67,7 @@ class Batch(NamedTuple):
     counts: bool = True
     task: str = ""
     gives_values: bool | None = None
+    is_there: Tensor | None = None
 
     @property
     def is_row(self) -> Tensor:
@@ -93,7 +95,8 @@ class Batch(NamedTuple):
 
     def _take(self, some: slice) -> "Batch":
         inputs = {name: ids_BT[some] for name, ids_BT in self.inputs.items()}
-        return self._replace(inputs=inputs, labels=self.labels[some], rows=self.rows[some])
+        is_there = None if self.is_there is None else self.is_there[some]
+        return self._replace(inputs=inputs, labels=self.labels[some], rows=self.rows[some], is_there=is_there)
 
     def without_rows(self) -> "Batch":
         """Returns the same inputs, of which nothing counts."""
