@@ -132,7 +132,7 @@ def begin(model: Any, wanted: dict[str, Wanted]) -> OnGrids:
     """Returns grids fitted to some tensors of a model."""
     rows = {name: parameter.detach() for name, parameter in model.named_parameters()}
     rows |= {matrix.name: matrix.weight_OI for layer in find_matrices(model) for matrix in layer}
-    return OnGrids(wanted, {name: one.grid(rows[name]) for name, one in wanted.items()})
+    return OnGrids(wanted, {name: one.grid(rows[name]) for name, one in wanted.items()}, {})
 
 
 @pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[-1]], ids=lambda config: config.model_type)
@@ -180,7 +180,7 @@ def test_training_starts_with_what_rounding_made(
         values = (old / new)[old != 0]
         torch.testing.assert_close(values, torch.ones_like(values), rtol=1e-5, atol=0)
         assert torch.equal(old == 0, new == 0)
-    put_on_grids(before, OnGrids(read_wanted(rounded), read_grids(rounded)))
+    put_on_grids(before, OnGrids(read_wanted(rounded), read_grids(rounded), {}))
     ids = torch.arange(3, 23).reshape(2, 10)
     whole = AutoModelForCausalLM.from_pretrained(rounded).eval()
     assert torch.equal(before.eval()(input_ids=ids).logits, whole(input_ids=ids).logits)

@@ -124,6 +124,26 @@ def test_training_leaves_the_zeros(tmp_path: Path) -> None:
     assert regained < lost
 
 
+def test_weights_that_were_rounded_to_zero_are_trained(tmp_path: Path) -> None:
+    """And the zeros that were chosen before stay, also in the training after that."""
+    bench, num_back = Bench(tmp_path).lay(), 0
+    stages = [
+        {"kind": "finetune", **FAST},
+        {"kind": "sparsify", "share": 0.2, "method": {"kind": "magnitude"}},
+        {"kind": "quantize", "bits": 2, "group": 16, "method": {"kind": "rtn"}},
+        {"kind": "distill", **FAST},
+        {"kind": "finetune", "of": "student", **FAST, "epochs": 2},
+    ]
+    done = bench.succeed_all(make_spec(stages))
+    sparse, rounded, *trained = (load_file(one.outputs / "student" / "model.safetensors") for one in done[1:])
+    for name in (f"{name}.weight" for name in matrices(Classifier.from_pretrained(done[1].outputs / "student"))):
+        chosen, is_rounded = sparse[name] == 0, rounded[name] == 0
+        assert is_rounded[~chosen].any()
+        assert all((weights[name][chosen] == 0).all() for weights in trained)
+        num_back += int((trained[-1][name][is_rounded & ~chosen] != 0).sum())
+    assert num_back > 0
+
+
 @pytest.mark.parametrize(
     ("settings", "field", "words"),
     [

@@ -7,7 +7,7 @@ from worker.engine.context import StageContext
 from worker.engine.loading import save_trunk
 from worker.engine.objective import label_objective
 from worker.engine.optimization import open_pooler
-from worker.engine.quantizing import OnGrids, find_grids
+from worker.engine.quantizing import NO_GRIDS, find_grids
 from worker.engine.students import load_either
 from worker.engine.training import Trainer
 
@@ -38,5 +38,5 @@ def make_trainer(ctx: StageContext, settings: "Finetune") -> Trainer:
     model, tokenizer = load_either(ctx, settings.of)
     if settings.open_pooler and model.has_new_head:
         open_pooler(model)
-    on_grids = find_grids(ctx) if settings.of == "student" else OnGrids({}, {})
+    on_grids = find_grids(ctx) if settings.of == "student" else NO_GRIDS
     return Trainer(ctx, model, tokenizer, settings, label_objective(ctx), on_grids=on_grids)

@@ -22,12 +22,13 @@ from worker.engine.folding import move_scales
 from worker.engine.matrices import Matrix, change_layers, check_groups, find_matrices
 from worker.engine.sensitivity import FINE_BITS, choose_sensitive, measure_harm
 from worker.engine.students import load_student, load_student_tokenizer
+from worker.engine.zeros import pack_zeros
 from worker.kernels.grids import Ends, Grid, find_ends, fit, move, nearest, round_through
 
 if TYPE_CHECKING:
     from worker.methods.stages.quantize import Quantize
 
-FILE = "grids.safetensors"
+FILE, ZEROS = "grids.safetensors", ".zeros"
 SCALE_BYTES, ZERO_BYTES = 4, 1  # of a group, as forms store them
 
 
@@ -52,10 +53,21 @@ class Wanted(NamedTuple):
 
 
 class OnGrids(NamedTuple):
-    """The tensors of a model that are on grids, by their names: what was asked of each grid, and what it is."""
+    """The tensors of a model that are on grids, by their names.
+
+    Attributes:
+        wanted: What was asked of each grid.
+        grids: What it is.
+        zeros: Which weights are to stay zero, as `pack_zeros` says, of a model that has such: others are zero as well,
+            as the value that is nearest to them.
+    """
 
     wanted: dict[str, Wanted]
     grids: dict[str, Grid]
+    zeros: dict[str, Tensor]
+
+
+NO_GRIDS = OnGrids({}, {}, {})
 
 
 def quantize(ctx: StageContext, settings: "Quantize") -> dict[str, Any]:
@@ -63,7 +75,7 @@ def quantize(ctx: StageContext, settings: "Quantize") -> dict[str, Any]:
     model, tokenizer = load_student(ctx), load_student_tokenizer(ctx)
     before = copy.deepcopy(model)
     data = ctx.task.sample(ctx.get_split("train"), model, tokenizer) if settings.calibrates() else None
-    layers = find_matrices(model.to(ctx.device).eval())
+    layers, zeros = find_matrices(model.to(ctx.device).eval()), pack_zeros(model, find_grids(ctx).zeros)
     check_groups(layers, settings.group or 1, "Choose a smaller group, or null for one scale a row.")
     sizes = {matrix.name: matrix.weight_OI.numel() for matrices in layers for matrix in matrices}
     usual = Wanted(settings.bits, settings.group, settings.symmetric)
@@ -81,7 +93,7 @@ def quantize(ctx: StageContext, settings: "Quantize") -> dict[str, Any]:
     grids |= _round_layers(ctx, settings, model, layers, data, wanted)
     folder = ctx.output("student")
     ctx.task.save_model(model.cpu(), tokenizer, folder)
-    write_grids(folder, OnGrids(wanted, grids))
+    write_grids(folder, OnGrids(wanted, grids, zeros))
     stored_bytes = sum(path.stat().st_size for path in folder.glob("model*.safetensors"))
     return {
         **compare(ctx, Reader(before, tokenizer), Reader(model, tokenizer)),
@@ -145,8 +157,8 @@ def count_packed_bytes(model: PreTrainedModel, grids: dict[str, Grid]) -> int:
 
 
 def write_grids(folder: Path, found: OnGrids) -> None:
-    """Writes the grid of each tensor beside the model whose weights are on them, and what was asked of it."""
-    tensors = {}
+    """Writes the grid of each tensor beside the model whose weights are on them, what was asked of it, and zeros."""
+    tensors = {f"{name}{ZEROS}": packed for name, packed in found.zeros.items()}
     for name, grid in found.grids.items():
         tensors[f"{name}.scale"] = grid.scale_OG.cpu().contiguous()
         tensors[f"{name}.zero"] = grid.zero_OG.to("cpu", torch.uint8).contiguous()
@@ -164,19 +176,25 @@ def read_wanted(folder: Path) -> dict[str, Wanted]:
 
 def read_grids(folder: Path) -> dict[str, Grid]:
     """Returns the grid of each tensor of a model by its name; none of a model that was not quantised."""
-    wanted = read_wanted(folder)
-    tensors = load_file(folder / FILE) if wanted else {}
+    tensors = _read_tensors(folder)
     return {
-        name: Grid(tensors[f"{name}.scale"], tensors[f"{name}.zero"].float(), one.bits) for name, one in wanted.items()
+        name: Grid(tensors[f"{name}.scale"], tensors[f"{name}.zero"].float(), one.bits)
+        for name, one in read_wanted(folder).items()
     }
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / FILE) if (folder / FILE).is_file() else {}
 
 
 def find_grids(ctx: StageContext) -> OnGrids:
     """Returns on which grids an earlier stage put the student; nothing if it is on none."""
     if not ctx.has_input("student"):
-        return OnGrids({}, {})
+        return NO_GRIDS
     folder = ctx.input("student")
-    return OnGrids(read_wanted(folder), read_grids(folder))
+    wanted, tensors = read_wanted(folder), _read_tensors(folder)
+    zeros = {name.removesuffix(ZEROS): packed for name, packed in tensors.items() if name.endswith(ZEROS)}
+    return OnGrids(wanted, read_grids(folder), zeros)
 
 
 class OnGrid(Module):

@@ -26,7 +26,7 @@ from worker.engine.features import Features
 from worker.engine.freezing import Frozen
 from worker.engine.objective import Objective, ShareWatch, warn_of_share
 from worker.engine.optimization import Average, make_optimizer, make_schedule, set_dropout
-from worker.engine.quantizing import OnGrids, put_on_grids, settle, write_grids
+from worker.engine.quantizing import NO_GRIDS, OnGrids, put_on_grids, settle, write_grids
 from worker.engine.rollouts import Rollouts
 from worker.engine.sharding import clip_gradients, join_layers, parts_like, whole_on_first
 from worker.engine.tasks import Split
@@ -53,7 +53,7 @@ class Trainer:
     teaching: Teaching | None = None
     features: Features | None = None
     rollouts: Rollouts | None = None
-    on_grids: OnGrids = field(default_factory=lambda: OnGrids({}, {}))
+    on_grids: OnGrids = NO_GRIDS
     train_data: Split = field(init=False)
     validation_data: Split | None = field(init=False)
     watch: ShareWatch = field(init=False)
@@ -75,7 +75,7 @@ class Trainer:
         self.ctx.place(self.model)
         if self.settings.dropout is not None:
             set_dropout(self.model, self.settings.dropout)
-        self.zeros = find_zeros(self.model)
+        self.zeros = find_zeros(self.model, self.on_grids.zeros)
         put_on_grids(self.model, self.on_grids)
         adapter = self.settings.adapter
         if self.rollouts is None and (adapter is None or adapter.is_merged):  # any token may be written, or in a prompt

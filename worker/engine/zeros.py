@@ -1,8 +1,9 @@
 """Zeros that stay zeros while a model is trained, or that become more and more."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -20,14 +21,33 @@ from worker.kernels.masks import keep_largest, keep_n_of_m
 Zeros = list[tuple[Tensor, Tensor]]
 
 
-def find_zeros(model: PreTrainedModel) -> Zeros:
-    """Returns the matrices of layers whose zeros are to stay, each with what is 0 there and 1 elsewhere."""
+def find_zeros(model: PreTrainedModel, kept: Mapping[str, Tensor]) -> Zeros:
+    """Returns the matrices of layers whose zeros are to stay, each with what is 0 there and 1 elsewhere.
+
+    What is 0 in a matrix is, if it was rounded since, what `pack_zeros` kept of it under its name.
+    """
     if not getattr(model.config, "keeps_zeros", False):
         return []
     layers = {id(part) for stack in model.modules() if isinstance(stack, ModuleList) for part in stack.modules()}
     maps = [module for module in model.modules() if isinstance(module, Linear | Conv1D) and id(module) in layers]
     weights = [weight for module in maps for weight in _weights_of(module)]
-    return [(weight, (weight.detach() != 0).to(weight.dtype)) for weight in weights]
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [(weight, _find_mask(weight.detach(), kept.get(names[id(weight)])).to(weight.dtype)) for weight in weights]
+
+
+def _find_mask(weight: Tensor, packed: Tensor | None) -> Tensor:
+    """Returns where a weight is not 0, or was not when this was packed."""
+    if packed is None:
+        return weight != 0
+    bits = np.unpackbits(packed.numpy(), axis=-1, count=weight.shape[-1])
+    return torch.from_numpy(bits).to(weight.device)
+
+
+def pack_zeros(model: PreTrainedModel, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns of each matrix whose zeros are to stay, by its name, a bit for each weight: 0 where it is one of them."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    masks = {names[id(weight)]: mask.bool().cpu().numpy() for weight, mask in find_zeros(model, kept)}
+    return {name: torch.from_numpy(np.packbits(mask, axis=-1)) for name, mask in masks.items()}
 
 
 def _weights_of(module: Map) -> list[Tensor]:
@@ -95,7 +115,7 @@ class Growth:
         self._model, self._settings, self._num_steps = model, settings, num_steps
         layers = find_matrices(model)
         check_groups(layers, settings.group, "Choose another pattern, or a share.")
-        if find_zeros(model):
+        if find_zeros(model, {}):
             message = "The model has zeros already, which are to stay."
             raise StageFailed("spec_invalid", message, suggestion="Leave sparsity out: training keeps them.")
         self._growing = [self._mask(matrix.module) for matrices in layers for matrix in matrices]
