@@ -22,6 +22,7 @@ TOKENIZER_FILES = {
     "sentencepiece.bpe.model",
 }
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+GRIDS = "grids.safetensors"  # beside weights that the stage `quantize` rounded
 MAX_JSON_BYTES = 64 * 1024 * 1024
 MAX_TEXT_BYTES = 64 * 1024 * 1024
 MAX_DETAILS = 20
@@ -238,7 +239,9 @@ def _check_index(
 
 def _weights(tensors: dict[str, list[Tensor]]) -> list[list[Tensor]]:
     whole = tensors.get(WEIGHTS)
-    return [whole] if whole is not None else [shard for path, shard in tensors.items() if "/" not in path]
+    if whole is not None:
+        return [whole]
+    return [shard for path, shard in tensors.items() if "/" not in path and path != GRIDS]
 
 
 def _first_line(error: Exception) -> str:

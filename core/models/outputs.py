@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable
 
 from core.errors import ModelInvalid
+from core.models.checking import GRIDS
 from core.models.facts import ModelFacts, read_facts
 from core.models.safetensors_header import read_tensors
 from core.storage import ManifestFile, get_store
@@ -12,7 +13,7 @@ from core.storage import ManifestFile, get_store
 def read_output(files: Iterable[ManifestFile]) -> ModelFacts:
     """Returns the facts of the model that an artifact holds. Raises ModelInvalid where it holds none as a whole."""
     by_path = {file.path: get_store().get_path(file.sha256) for file in files}
-    weights = [path for name, path in by_path.items() if name.endswith(".safetensors")]
+    weights = [path for name, path in by_path.items() if name.endswith(".safetensors") and name != GRIDS]
     if "config.json" not in by_path or not weights:
         raise ModelInvalid(_say_lacking(set(by_path)))
     try:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from core.errors import StageFailed
+from core.models.checking import GRIDS
 from worker.engine.changes import Reader, compare
 from worker.engine.context import StageContext
 from worker.engine.folding import move_scales
@@ -28,7 +29,7 @@ from worker.kernels.grids import Ends, Grid, find_ends, fit, move, nearest, roun
 if TYPE_CHECKING:
     from worker.methods.stages.quantize import Quantize
 
-FILE, ZEROS = "grids.safetensors", ".zeros"
+ZEROS = ".zeros"
 SCALE_BYTES, ZERO_BYTES = 4, 1  # of a group, as forms store them
 
 
@@ -163,14 +164,14 @@ def write_grids(folder: Path, found: OnGrids) -> None:
         tensors[f"{name}.scale"] = grid.scale_OG.cpu().contiguous()
         tensors[f"{name}.zero"] = grid.zero_OG.to("cpu", torch.uint8).contiguous()
     asked = {name: one._asdict() for name, one in found.wanted.items()}
-    save_file(tensors, folder / FILE, metadata={"wanted": json.dumps(asked)})
+    save_file(tensors, folder / GRIDS, metadata={"wanted": json.dumps(asked)})
 
 
 def read_wanted(folder: Path) -> dict[str, Wanted]:
     """Returns what was asked of the grid of each tensor of a model; nothing of a model that was not quantised."""
-    if not (folder / FILE).is_file():
+    if not (folder / GRIDS).is_file():
         return {}
-    with safe_open(folder / FILE, framework="pt") as file:
+    with safe_open(folder / GRIDS, framework="pt") as file:
         return {name: Wanted(**asked) for name, asked in json.loads(file.metadata()["wanted"]).items()}
 
 
@@ -184,7 +185,7 @@ def read_grids(folder: Path) -> dict[str, Grid]:
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    return load_file(folder / FILE) if (folder / FILE).is_file() else {}
+    return load_file(folder / GRIDS) if (folder / GRIDS).is_file() else {}
 
 
 def find_grids(ctx: StageContext) -> OnGrids:
