@@ -181,6 +181,7 @@ class Training(ModelStage):
         if any(stage.resizes for stage in spec.stages):
             count = None
         unfit = self._check_adapter(spec, start, count)
+        unfit = unfit or self._check_start(spec, start)
         if unfit or count is None:
             return unfit
         if self.freeze and self.freeze.layers > count:
@@ -197,6 +198,18 @@ class Training(ModelStage):
             "gradient_checkpointing": self.gradient_checkpointing,
         }
         return [field for field, needed in found.items() if needed]
+
+    def changes_all(self) -> str | None:
+        """Returns the setting by which all weights of the layers change, not one by one; None if there is none."""
+        return "adapter" if self.adapter else "sparsity" if self.sparsity else None
+
+    def _check_start(self, spec: "JobSpec", start: ModelFacts) -> list[Problem]:
+        """Returns whether it would change all weights of a student that starts from a model with fixed ones."""
+        field, is_made = self.changes_all(), any(self.role in stage.writes() for stage in self.earlier(spec))
+        if not field or not start.has_fixed_weights or self.role != "student" or is_made or not spec.student.source():
+            return []
+        why = "weights of the model are to stay zero, or on grids, and this changes all of them; leave it out, or name "
+        return [Problem(field, f"{why}a model that was neither quantised nor sparsified")]
 
     def _check_adapter(self, spec: "JobSpec", start: ModelFacts, count: int | None) -> list[Problem]:
         """Returns what is wrong with the adapter for a model of so many layers."""

@@ -81,7 +81,8 @@ def check_model(files: Mapping[str, Path]) -> ModelFacts:
     details += _check_whole(files, details, tensors)
     raise_details(details)
     try:
-        return read_facts(config, tensors=[tensor for shard in _weights(tensors) for tensor in shard])
+        weights = [tensor for shard in _weights(tensors) for tensor in shard]
+        return read_facts(config, tensors=weights, is_on_grids=GRIDS in files)
     except (ValueError, TypeError) as error:
         raise _invalid([{"file": "config.json", "message": _first_line(error)}]) from error
 

@@ -44,10 +44,15 @@ class ModelFacts(BaseModel):
     layer_parameters: list[int] | None = Field(None, description="How many of the parameters each layer has.")
     composition: Composition | None = Field(None, description="How its parameters follow from its widths, if known.")
     labels: list[str] | None = None
+    has_fixed_weights: bool = Field(False, description="Whether weights are to stay zero, or on grids of few values.")
 
 
 def read_facts(
-    config: dict[str, Any], num_parameters: int | None = None, tensors: Iterable[Tensor] | None = None
+    config: dict[str, Any],
+    num_parameters: int | None = None,
+    tensors: Iterable[Tensor] | None = None,
+    *,
+    is_on_grids: bool = False,
 ) -> ModelFacts:
     """Returns the facts in a parsed config.json, and in its weights where they are at hand.
 
@@ -82,6 +87,7 @@ def read_facts(
         layer_parameters=_count_layers(weights, num_layers),
         composition=find_composition(config, weights, states, num_heads),
         labels=[labels[key] for key in sorted(labels, key=int)] if isinstance(labels, dict) and labels else None,
+        has_fixed_weights=is_on_grids or bool(config.get("keeps_zeros")),
     )
 
 

@@ -18,7 +18,9 @@ def read_output(files: Iterable[ManifestFile]) -> ModelFacts:
         raise ModelInvalid(_say_lacking(set(by_path)))
     try:
         tensors = [tensor for path in weights for tensor in read_tensors(path)]
-        return read_facts(json.loads(by_path["config.json"].read_bytes()), tensors=tensors)
+        return read_facts(
+            json.loads(by_path["config.json"].read_bytes()), tensors=tensors, is_on_grids=GRIDS in by_path
+        )
     except ValueError as error:
         raise ModelInvalid(f"this artifact cannot be used as a model: {error}") from error
 

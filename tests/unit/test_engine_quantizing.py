@@ -17,6 +17,7 @@ from transformers import AutoModelForSequenceClassification as Classifier
 
 from core.errors import SpecInvalid
 from core.jobs.spec import load_spec
+from core.models.checking import check_model
 from core.models.facts import read_facts
 from core.models.safetensors_header import read_tensors
 from tests.engine_bench import FAST, LABELS, Bench, contents, make_spec
@@ -459,6 +460,35 @@ def test_training_goes_on_with_weights_on_grids(bench: Bench, tmp_path: Path) ->
         torch.testing.assert_close(decode(encode(weight_OI, grid), grid), weight_OI)
     work.adopt(trained, 2, "distill")
     assert work.succeed(spec, 3, "exported").last["summary"]["formats"]["onnx_int4"]["max_logit_difference"] < 1e-4
+
+
+def test_a_quantised_or_sparse_student_of_another_job_stays_what_it_is(bench: Bench, tmp_path: Path) -> None:
+    """Trained as a whole; what would change all of its weights is refused, at submit where it is known what it is."""
+    stages = [
+        {"kind": "sparsify", "share": 0.2, "method": {"kind": "magnitude"}},
+        {"kind": "quantize", "bits": 2, "group": 16, "method": RTN},
+    ]
+    base = {"kind": "pretrained", "model": "quantised"}
+    learn = {"kind": "finetune", "of": "student", **FAST, "epochs": 1}
+    for number, stage in enumerate(stages):
+        work = bench.copy(tmp_path / stage["kind"])
+        (go_on(bench, tmp_path / str(number), *stages[: number + 1]) / "student").rename(work.inputs / "base")
+        (work.inputs / "student").rename(tmp_path / f"other-{number}")
+        trained = work.succeed(make_spec([learn], student=base), 0, "trained").outputs / "student"
+        old, new = (load_file(folder / "model.safetensors") for folder in (work.inputs / "base", trained))
+        grids, begun = read_grids(trained), read_grids(work.inputs / "base")
+        assert (grids.keys(), bool(grids)) == (begun.keys(), bool(number))
+        assert any(not torch.equal(new[name], old[name]) for name in new)
+        for name, grid in grids.items():
+            torch.testing.assert_close(decode(encode(new[name], grid), grid), new[name])
+        adapted = make_spec([learn | {"adapter": {"kind": "lora"}}], student=base)
+        last = work.run(adapted, 0, "adapted").last
+        assert (last["type"], last["reason"], "'adapter'" in last["message"]) == ("error", "spec_invalid", True)
+        facts = check_model({path.name: path for path in (work.inputs / "base").iterdir()})
+        spec = load_spec(adapted)
+        [problem] = spec.stages[0].check_model(spec, facts)
+        assert (problem.field, "neither quantised nor sparsified" in problem.message) == ("adapter", True)
+        assert spec.stages[0].check_model(spec, facts.model_copy(update={"has_fixed_weights": False})) == []
 
 
 def test_a_table_of_which_the_data_use_few_rows_ends_on_its_grid(bench: Bench, tmp_path: Path) -> None:

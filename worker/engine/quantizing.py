@@ -189,10 +189,11 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def find_grids(ctx: StageContext) -> OnGrids:
-    """Returns on which grids an earlier stage put the student; nothing if it is on none."""
-    if not ctx.has_input("student"):
+    """Returns on which grids the student is, from an earlier stage or from another job; nothing if it is on none."""
+    role = next((role for role in ("student", "base") if ctx.has_input(role)), None)
+    if role is None:
         return NO_GRIDS
-    folder = ctx.input("student")
+    folder = ctx.input(role)
     wanted, tensors = read_wanted(folder), _read_tensors(folder)
     zeros = {name.removesuffix(ZEROS): packed for name, packed in tensors.items() if name.endswith(ZEROS)}
     return OnGrids(wanted, read_grids(folder), zeros)
@@ -242,9 +243,12 @@ def put_on_grids(model: PreTrainedModel, found: OnGrids) -> None:
     """Lets a model compute with weights on their grids while it is trained, wherever it has them.
 
     Raises:
-        StageFailed: `spec_invalid` where layers are split among processes.
+        StageFailed: `spec_invalid` where layers are split among processes, or tasks have weights of their own.
     """
     named = dict(model.named_parameters())
+    if not named.keys() >= found.wanted.keys():
+        message = "A quantised student cannot have layers that each task trains alone."
+        raise StageFailed("spec_invalid", message, suggestion="Set task.shared to 'all', or start from another model.")
     known = {id(named[name]): (found.grids[name], one.symmetric) for name, one in found.wanted.items()}
     if any(isinstance(named[name], DTensor) for name in found.wanted):
         message = "A quantised student is not trained with its layers split among processes."

@@ -76,6 +76,7 @@ class Trainer:
         if self.settings.dropout is not None:
             set_dropout(self.model, self.settings.dropout)
         self.zeros = find_zeros(self.model, self.on_grids.zeros)
+        self._check_fixed()
         put_on_grids(self.model, self.on_grids)
         adapter = self.settings.adapter
         if self.rollouts is None and (adapter is None or adapter.is_merged):  # any token may be written, or in a prompt
@@ -103,6 +104,16 @@ class Trainer:
         self.watch = ShareWatch(self.num_steps // self.log_every)
         self.frozen = Frozen(self.model, self.settings.freeze, self.steps_per_epoch) if self.settings.freeze else None
         self._restore()
+
+    def _check_fixed(self) -> None:
+        """Raises StageFailed where weights are to stay zero, or on grids, and the settings would not leave them so."""
+        settings, is_on_grids = self.settings, bool(self.on_grids.wanted)
+        what = settings.changes_all() or (settings.kind if is_on_grids and settings.own() else None)
+        if what and (is_on_grids or (self.zeros and settings.adapter)):  # growing zeros look for others themselves
+            kept = "on grids of few values" if is_on_grids else "zero"
+            message = f"Weights of the {settings.role} are to stay {kept}, and '{what}' would not leave them so."
+            remedy = "Leave it out, or name a model that was neither quantised nor sparsified."
+            raise StageFailed("spec_invalid", message, suggestion=remedy)
 
     def _adapt(self) -> "Adapted":
         from worker.engine.adapters import adapt  # a library that most trainings do without
