@@ -557,6 +557,19 @@ def test_codes_that_a_form_would_not_keep_are_told_of(settings: dict[str, Any], 
     assert [problem.field for problem in spec.stages[0].advise(spec)] == ["symmetric"] * is_advised
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("group", [16, 32, None])
+def test_codes_that_a_file_of_llama_cpp_has_no_form_for_are_told_of(bits: int, group: int | None) -> None:
+    """Its forms of 4 and 8 bits have a scale for each 32 weights."""
+    stages = [
+        {"kind": "quantize", "bits": bits, "group": group},
+        {"kind": "export", "formats": [{"kind": "gguf"}]},
+    ]
+    spec = load_spec(SPEC | {"task": {"kind": "causal_lm"}, "stages": stages})
+    told = ["bits"] * (bits != 4) + ["group"] * (group == 16)
+    assert [problem.field for problem in spec.stages[0].advise(spec)] == told
+
+
 def test_groups_that_do_not_divide_are_refused(tmp_path: Path) -> None:
     """At submit where the widths are known, and else when the stage starts."""
     bench = Bench(tmp_path).lay()

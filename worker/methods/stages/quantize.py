@@ -79,11 +79,19 @@ class Quantize(ModelStage):
         return problems
 
     def advise(self, spec: "JobSpec") -> list[Problem]:
-        """Returns whether codes of 8 bits would not be kept."""
-        kept = self.symmetric or not (self.sensitive_share or 8 in (self.bits, self.embedding_bits))
+        """Returns which codes a form would not keep."""
         forms = [form.kind for stage in self.later(spec).values() for form in stage.forms()]
-        why = "'gguf' keeps codes of 8 bits of symmetric grids alone, and rounds others again; set it to true"
-        return super().advise(spec) + ([Problem("symmetric", why)] if "gguf" in forms and not kept else [])
+        if "gguf" not in forms:
+            return super().advise(spec)
+        lost = {
+            "bits": ("codes of 4 or 8 bits", "choose one of these") if self.bits not in (4, 8) else None,
+            "group": ("groups of 32 or a multiple", "choose such, or null") if (self.group or 32) % 32 else None,
+            "symmetric": ("codes of 8 bits of symmetric grids", "set it to true")
+            if not self.symmetric and (self.sensitive_share or 8 in (self.bits, self.embedding_bits))
+            else None,
+        }
+        why = "'gguf' keeps {} alone, and rounds others again; {}"
+        return super().advise(spec) + [Problem(field, why.format(*what)) for field, what in lost.items() if what]
 
     def check_model(self, spec: "JobSpec", start: ModelFacts) -> list[Problem]:
         """Returns whether groups do not divide a matrix, as far as it is known how wide it will be."""
