@@ -7,8 +7,9 @@ import torch
 
 from core.errors import StageFailed
 from tests import pico
-from worker.engine.data import Encoded, Examples, encode, read_examples
+from worker.engine.data import Encoded, Examples, encode, read_examples, spread_rows
 from worker.engine.loading import load_tokenizer
+from worker.engine.words import Sentences
 
 CPU = torch.device("cpu")
 COLUMNS = {"text": "text", "label": "label"}
@@ -21,6 +22,21 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Encoded:
     texts = [" ".join(["late"] * int(rng.integers(1, 90))) for _ in range(101)]
     names = ["input_ids", "attention_mask"]
     return encode(Examples(texts, []), tokenizer, names, torch.arange(101) % 3)
+
+
+@pytest.mark.parametrize(
+    "labels", [["a"] * 900 + ["b"] * 60 + ["c"] * 2040, ["a", "b"] * 1500], ids=["sorted", "turns"]
+)
+def test_a_sample_has_the_labels_of_the_split_however_its_rows_lie(labels: list[str]) -> None:
+    rows = spread_rows(len(labels), 1000)
+    assert len({*rows}) == 1000
+    assert rows == sorted(rows) == spread_rows(len(labels), 1000)
+    found = Examples([str(number) for number in range(len(labels))], labels, None).take(rows)
+    assert found.texts == [str(row) for row in rows]
+    assert Sentences([[label] for label in labels], [[0]] * len(labels)).take(rows).words == [[x] for x in found.labels]
+    for label in {*labels}:
+        assert found.labels.count(label) / 1000 == pytest.approx(labels.count(label) / 3000, abs=0.05)
+    assert spread_rows(7, 1000) == [*range(7)]
 
 
 def test_long_texts_are_cut_and_counted(data: Encoded) -> None:

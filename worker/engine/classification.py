@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 
 from core.errors import StageFailed
 from worker.engine.answering import answer_texts
-from worker.engine.data import Batch, Encoded, digest, encode, read_examples
+from worker.engine.data import Batch, Encoded, digest, encode, read_examples, spread_rows
 from worker.engine.evaluation import Card, Column, Measured, Quality, Row, list_candidates, row_of_answers
 from worker.engine.inference import Answer, answer_rows, predict_logits
 from worker.engine.keeping import KeptLayers, Recorder
@@ -140,8 +140,10 @@ class Classification:
         }
 
     def sample(self, path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Encoded:
-        """Returns the first texts of the split."""
-        return self.tokenise(self.read(path).part(0, SAMPLED_TEXTS), tokenizer, input_names(model, tokenizer))
+        """Returns texts from all over the split."""
+        examples = self.read(path)
+        some = examples.take(spread_rows(examples.num_texts, SAMPLED_TEXTS))
+        return self.tokenise(some, tokenizer, input_names(model, tokenizer))
 
     def logits(self, answer: Answer, data: Encoded, between: Callable[[], None]) -> Tensor:
         """Returns the logits of every row, logits_NC in the order of the split."""

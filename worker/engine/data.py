@@ -38,6 +38,11 @@ class Examples(NamedTuple):
         """Returns some of the examples."""
         return Examples(self.texts[start:end], self.labels[start:end], self.pairs and self.pairs[start:end])
 
+    def take(self, rows: Sequence[int]) -> "Examples":
+        """Returns the examples of these numbers."""
+        pairs = self.pairs and [self.pairs[row] for row in rows]
+        return Examples([self.texts[row] for row in rows], [self.labels[row] for row in rows], pairs)
+
     def prompts(self, prompt: str, **values: str) -> list[str]:
         """Returns a prompt for each example, with its texts for `{text}` and `{pair}`, and the values for their names.
 
@@ -45,6 +50,18 @@ class Examples(NamedTuple):
         """
         rows = zip(self.texts, self.pairs or [""] * len(self.texts), strict=True)
         return [fill(prompt, {**values, "text": text, "pair": pair}) for text, pair in rows]
+
+
+def spread_rows(total: int, count: int) -> list[int]:
+    """Returns the numbers of so many rows, or of all if they are fewer, the same ones each time.
+
+    It is one from each of so many stretches of one length, anywhere in it: rows may be sorted, or come in turns.
+    """
+    if total <= count:
+        return [*range(total)]
+    places = np.random.default_rng(0).random(count)
+    rows: list[int] = ((np.arange(count) + places) * (total / count)).astype(np.int64).tolist()
+    return rows
 
 
 def fill(prompt: str, values: dict[str, str]) -> str:

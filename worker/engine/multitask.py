@@ -141,7 +141,7 @@ class MultiTask:
         return sum(values.values()) / len(values)
 
     def sample(self, path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> TaskSplits:
-        """Returns the first texts of the split of every task."""
+        """Returns texts from all over the split of every task."""
         return self._read(tokenizer, lambda name, part: part.sample(path / f"{name}.jsonl", model, tokenizer))
 
     def logits(self, answer: Answer, data: TaskSplits, between: Callable[[], None]) -> dict[str, Tensor]:

@@ -31,6 +31,10 @@ class Sentences(NamedTuple):
         """Returns some of the texts."""
         return Sentences(self.words[start:end], self.tags[start:end])
 
+    def take(self, rows: Sequence[int]) -> "Sentences":
+        """Returns the texts of these numbers."""
+        return Sentences([self.words[row] for row in rows], [self.tags[row] for row in rows])
+
 
 @dataclass(frozen=True)
 class Words(Encoded):
