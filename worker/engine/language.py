@@ -167,8 +167,8 @@ class LanguageModelling:
                 message = f"The kept answers are over {kept.num_classes} tokens, and the student has fewer."
                 hint = "Choose a student with all of these; with one model as the teacher, 'answer' can be left out."
                 raise StageFailed("vocab_incompatible", message, suggestion=hint)
-            self._agree(tokenizer)
-            self.num_common = kept.num_classes  # also those that the student's tokenizer lacks, and its logits do not
+            self._agree(tokenizer)  # the answers may be over tokens, too, that the student's tokenizer lacks
+            self.num_common = kept.num_classes if kept.num_classes < student.config.vocab_size else None
             return kept
         teacher = self.ctx.load_teacher()
         if not settings.compares_tokens() and not self._reads_alike(tokenizer):
@@ -214,8 +214,7 @@ class LanguageModelling:
             for reader in (own, tokenizer)
         )
         teaching = AnswersAcross(teacher, own_stream, stream, predict_next)
-        share = (teaching.asked_P != NOWHERE).mean()
-        log.info("the teacher is heard at %.1f %% of the student's tokens", 100 * share)
+        log.info("the teacher is heard at %.1f %% of the student's tokens", 100 * (teaching.asked_P != NOWHERE).mean())
         return teaching
 
     def _agree(self, tokenizer: PreTrainedTokenizerBase, *widths: int) -> None:

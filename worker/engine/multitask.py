@@ -95,9 +95,7 @@ class MultiTask:
         self, path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int
     ) -> TaskSplits:
         """Returns the split of every task, tokenised."""
-        return self._read(
-            tokenizer, lambda name, part: part.encode(path / f"{name}.jsonl", model, tokenizer, max_length)
-        )
+        return self._read(tokenizer, lambda n, part: part.encode(path / f"{n}.jsonl", model, tokenizer, max_length))
 
     @property
     def reads_pairs(self) -> bool:
