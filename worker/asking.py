@@ -316,13 +316,14 @@ def _check_host(base_url: str) -> None:
 
 def _read(response: "httpx.Response", deadline: float) -> bytes:
     """Returns the whole body. Raises NoAnswer past the deadline: the client's own limit is on each part of it alone."""
-    content = b""
+    content, is_late = b"", False
     for chunk in response.iter_bytes():
+        if is_late:
+            raise NoAnswer("the answer was still coming at the end of timeout_s")
         content += chunk
         if len(content) > MAX_ANSWER_BYTES:
             raise NoAnswer(f"an answer of more than {MAX_ANSWER_BYTES:,} bytes")
-        if time.monotonic() > deadline:
-            raise NoAnswer("the answer was still coming at the end of timeout_s")
+        is_late = time.monotonic() > deadline  # one that is whole by then is paid for, and not asked for again
     return content
 
 
