@@ -85,12 +85,6 @@ class SparseSignal:
         log_p_NK, classes_NK = log_p_NC.topk(min(num_kept, logits_NC.shape[-1]), dim=-1)
         return cls(classes_NK, log_p_NK, _log_rest(log_p_NC, classes_NK), temperature)
 
-    @classmethod
-    def from_log_probabilities(cls, classes_NK: Tensor, log_p_NK: Tensor) -> Self:
-        """Returns the signal of what a server tells of the likeliest classes; the others have what is left of 1."""
-        left_N = 1 - widen(log_p_NK).exp().sum(dim=-1)
-        return cls(classes_NK, widen(log_p_NK), left_N.clamp_min(torch.finfo(left_N.dtype).eps).log())
-
     def take(self, rows: Rows) -> Self:
         """Returns what it says of some of the rows."""
         return type(self)(self.classes_NK[rows], self.log_p_NK[rows], self.log_rest_N[rows], self.temperature)
