@@ -183,6 +183,7 @@ def test_a_student_of_letters_learns_from_a_teacher_of_words(taught: Bench, tmp_
     ("stage", "task", "named"),
     [
         ({"losses": [{"kind": "uld"}], "on_policy": {"new_tokens": 4, "prompt_tokens": 4}}, TASK, "on_policy"),
+        ({"losses": [{"kind": "uld"}]}, TASK | {"prompt": "prompt", "chat": True}, "task.chat"),
         ({"losses": [{"kind": "uld"}, {"kind": "reverse_kl"}]}, TASK, "teacher's tokenizer"),
     ],
 )
