@@ -19,6 +19,8 @@ from worker.kernels.precision import has_fast_bf16
 CLOSE = (
     2e-2 if has_fast_bf16("cpu") else 1e-4
 )  # half precision rounds the sum of a step's gradient once, and of each share
+# a bias of keys adds the same to all scores of a query, so that nothing but rounding moves it
+WITHOUT_GRADIENT = ("key.bias", "c_attn.bias")
 LANGUAGE = {"kind": "causal_lm", "block_tokens": 32}
 STUDENT = {"kind": "teacher_layers", "keep": [0, 2]}
 SOFT = [{"kind": "cross_entropy"}, {"kind": "forward_kl"}, {"kind": "hidden_mse", "weight": 0.1}]
@@ -60,7 +62,8 @@ def test_two_processes_learn_what_one_does(case: str, shard_layers: bool, tmp_pa
     labels = {"labels": []} if "task" in changes else {}
     one, two = (bench.succeed(spec, 0, str(n), num_processes=n, shard_layers=shard_layers, **labels) for n in (1, 2))
     assert [point[:2] for point in one.points()] == [point[:2] for point in two.points()]
-    for name in ("loss/total", "validation/loss", "learning_rate"):
+    assert two.series("learning_rate") == one.series("learning_rate")
+    for name in ("loss/total", "validation/loss"):
         for (_, found), (_, expected) in zip(two.series(name), one.series(name), strict=True):
             assert found == pytest.approx(expected, rel=CLOSE, abs=CLOSE), name
     assert two.series("loss/total")[0][1] == pytest.approx(one.series("loss/total")[0][1], rel=1e-3)
@@ -68,8 +71,10 @@ def test_two_processes_learn_what_one_does(case: str, shard_layers: bool, tmp_pa
     assert made[0] == made[1]
     weights = next(name for name in made[0] if name.endswith("model.safetensors") and not name.startswith("adapter"))
     models = [load_file(finished.outputs / weights) for finished in (one, two)]
-    moved = [(models[1][name] - tensor).norm() / (1e-6 + tensor.norm()) for name, tensor in models[0].items()]
-    assert torch.stack(moved).median() < 2 * CLOSE
+    moved = {n: (models[1][n] - tensor).norm() / (1e-6 + tensor.norm()) for n, tensor in models[0].items()}
+    assert torch.stack([*moved.values()]).median() < 2 * CLOSE
+    if not has_fast_bf16("cpu"):  # half precision may turn a step of the optimiser by a tiny gradient
+        assert max(far for name, far in moved.items() if not name.endswith(WITHOUT_GRADIENT)) < 2 * CLOSE
     held = re.findall(r"each of 2 processes holds (\d+) of (\d+) parameters", two.log)
     assert len(held) == shard_layers * (2 if stage["kind"] == "distill" else 1)  # the student, and its teacher
     assert all(int(here) < int(total) for here, total in held)
