@@ -18,6 +18,7 @@ from torchao.quantization import quantize_
 from torchao.quantization.granularity import PerAxis, PerGroup
 from torchao.quantization.quant_api import Int8DynamicActivationIntxWeightConfig, IntxWeightOnlyConfig
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from core.errors import StageFailed
 from worker.engine.context import StageContext
@@ -48,9 +49,13 @@ def write_executorch(ctx: StageContext, settings: "Executorch", folder: Path) ->
 def _quantize(student: PreTrainedModel, precision: str) -> PreTrainedModel:
     """Returns a copy whose layers and tables hold codes, as XNNPACK and ExecuTorch's operators read them."""
     model = copy.deepcopy(student)
-    for table in model.modules():
-        if isinstance(table, Embedding):
-            table.padding_idx = None  # of gradients alone, and look-ups that name it are not found to be of codes
+    for name, part in [*model.named_modules()]:
+        if isinstance(part, Embedding):
+            part.padding_idx = None  # of gradients alone, and look-ups that name it are not found to be of codes
+        elif isinstance(part, Conv1D):  # of GPT-2, whose matrices lie the other way round
+            linear = Linear(part.nx, part.nf)
+            linear.load_state_dict({"weight": part.weight.detach().T, "bias": part.bias.detach()})
+            model.set_submodule(name, linear)
     grouped = {
         layer
         for layer in model.base_model.modules()  # the head is small, and answers hang on it

@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 
 from core.errors import StageFailed
 from worker.engine.context import StageContext
@@ -229,7 +230,7 @@ def _export_graph(ctx: StageContext, reference: Reference, folder: Path) -> Path
     except (RuntimeError, TypeError, ValueError) as error:
         message = f"A '{reference.model.config.model_type}' cannot be exported to ONNX: {str(error).splitlines()[0]}"
         raise StageFailed("export_unsupported", message, suggestion="Leave the ONNX forms out.") from error
-    if reference.model.can_generate():
+    if reference.model.can_generate() or any(isinstance(module, Conv1D) for module in reference.model.modules()):
         from onnxruntime.quantization.onnx_model import ONNXModel
 
         proto = ONNXModel(onnx.load(path))
