@@ -16,6 +16,7 @@ LAYER_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 HEAD_KEYS = ("num_attention_heads", "n_head", "n_heads")
 POSITION_KEYS = ("max_position_embeddings", "n_positions")
 COUNT_FROM_PADDING = ("roberta", "xlm-roberta")
+POST_NORM = ("albert", "bert", "distilbert", "electra", "roberta", "xlm-roberta")  # norms come after the sum
 MAX_LAYERS = 10_000  # far more than any model has; checks list them
 WIDTH_KEYS = ("hidden_size", "n_embd", "dim", "d_model")
 

@@ -8,11 +8,14 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers import AlbertConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from core.errors import SpecInvalid
+from core.jobs.spec import load_spec
+from core.models.facts import ModelFacts
 from tests.engine_bench import Bench, make_spec
 from tests.unit.test_engine_awq import ENDS, GPT2, IDS, LLAMA, make_loud, show
+from tests.unit.test_engine_models import CONFIGS, SIZES, make
 from worker.engine.folding import move_scales
 from worker.engine.matrices import find_matrices
 from worker.kernels.smoothquant import smooth
@@ -122,6 +125,21 @@ def test_other_grids_are_refused_at_submit() -> None:
         "stages.0.bits": "with 'smoothquant' it can only be 8; set it to that",
         "stages.0.group": "with 'smoothquant' it can only be null; set it to that",
     }
+
+
+ALBERT = AlbertConfig(**SIZES, embedding_size=32, num_hidden_groups=4)
+
+
+@pytest.mark.parametrize("config", [*CONFIGS, LLAMA, ALBERT], ids=lambda config: config.model_type)
+def test_models_none_of_whose_norms_takes_scales_are_refused_at_submit(config: Any) -> None:
+    """Those are known by trial: the model must say the same."""
+    model = make(config)
+    with torch.no_grad():
+        layers = find_matrices(model)
+        taken = sum(move_scales(model, one, lambda some: torch.full_like(some[0].size_I, 2.0)) for one in layers)
+    spec = load_spec(make_spec([SMOOTHED]))
+    problems = spec.stages[0].check_model(spec, ModelFacts(model_type=config.model_type))
+    assert [problem.field for problem in problems] == ([] if taken else ["method"])
 
 
 def test_a_model_whose_norms_feed_more_is_refused(tmp_path: Path) -> None:

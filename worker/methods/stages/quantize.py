@@ -9,6 +9,7 @@ from pydantic import Field
 from core.changing import ModelStage
 from core.compressing import Rounding
 from core.methods import ModelFacts, OneOf, Problem
+from core.models.facts import POST_NORM
 
 if TYPE_CHECKING:
     from core.jobs.spec import JobSpec
@@ -94,7 +95,12 @@ class Quantize(ModelStage):
         return super().advise(spec) + [Problem(field, why.format(*what)) for field, what in lost.items() if what]
 
     def check_model(self, spec: "JobSpec", start: ModelFacts) -> list[Problem]:
-        """Returns whether groups do not divide a matrix, as far as it is known how wide it will be."""
+        """Returns whether no norm takes scales, or groups do not divide a matrix, as far as widths are known."""
+        if self.method.needs_norms and start.model_type in POST_NORM:
+            why = (
+                f"in a '{start.model_type}' every norm feeds more than matrices, and none takes their scales; use 'rtn'"
+            )
+            return [Problem("method", f"{why}, or 'gptq'")]
         group = self.group or 1
         odd = self.undivided(spec, start, group)
         why = f"groups of {group} do not divide the {odd} inputs of a matrix; choose fewer, or null"
