@@ -34,7 +34,7 @@ from tests.unit.test_engine_trimming import trained
 from worker.engine.context import Order, StageContext
 from worker.engine.loading import load_tokenizer, name_labels
 from worker.engine.mailbox import Mailbox
-from worker.engine.quantizing import Wanted, read_grids, write_grids
+from worker.engine.quantizing import OnGrids, Wanted, read_grids, write_grids
 from worker.engine.reporting import Reporter
 from worker.kernels.grids import decode, encode
 from worker.methods.exporters.compressed_tensors import CompressedTensors
@@ -96,7 +96,7 @@ def lay_student(ctx: StageContext, model_type: str, grids: list[Wanted], **confi
         found[f"{name}.weight"] = one.grid(matrix.weight.detach())
         matrix.weight.data = one.round(matrix.weight.data)
     ctx.task.save_model(model, tokenizer, folder)
-    write_grids(folder, found, wanted)
+    write_grids(folder, OnGrids(wanted, found, {}))
     return folder
 
 
