@@ -108,7 +108,7 @@ def test_llama_cpp_is_read_as_the_same_model_in_transformers(llama: str) -> None
     torch.testing.assert_close(found_V, stories.tell_next(body["prompt"]), atol=1e-4, rtol=0)
     read = read_answer("completions", answer)
     assert read.text == answer["choices"][0]["text"]
-    assert (read.prompt_tokens, read.completion_tokens) == (ids.shape[1], 100)
+    assert read.usage == (ids.shape[1], 100)
     assert sum(math.exp(log_p) for log_p in read.top.values()) == pytest.approx(1.0, abs=1e-5)
 
 
