@@ -117,12 +117,13 @@ def write_some(texts: list[str], path: Path, num_tokens: int) -> None:
 
 
 def write_prompts(blocks: Any, tokenizer: Any, path: Path) -> None:
-    """Writes prompts of the same number of tokens, as many as all steps on own texts need."""
+    """Writes prompts of the same number of tokens, none of which is an end, as many as steps on own texts need."""
     with path.open("w", encoding="utf-8") as file:
         num_written = 0
         for start in range(0, len(blocks.ids_S) - PROMPT, PROMPT):
             text = tokenizer.decode(blocks.ids_S[start : start + PROMPT])
-            if num_written < OWN_STEPS * BATCH and len(tokenizer(text)["input_ids"]) == PROMPT:
+            ids = tokenizer(text)["input_ids"]
+            if num_written < OWN_STEPS * BATCH and len(ids) == PROMPT and tokenizer.eos_token_id not in ids:
                 file.write(json.dumps({"prompt": text, "text": "."}) + "\n")
                 num_written += 1
 
