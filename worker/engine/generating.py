@@ -111,8 +111,8 @@ def ask_for_texts(ctx: StageContext, settings: "Generate") -> dict[str, Any]:
         StageFailed: `dataset_invalid` if no row has a prompt or one is no text, or whatever ended the asking.
     """
     columns, path = ctx.spec.task.columns(), ctx.get_split("train")
-    rows: list[dict[str, Any]] = read_rows(path, dict)
-    prompts = read_rows(path, lambda row: read_text(row, columns["prompt"]))
+    read = read_rows(path, lambda row: (row, read_text(row, columns["prompt"])))
+    rows, prompts = [row for row, _ in read], [prompt for _, prompt in read]
     asked = [row for row, prompt in enumerate(prompts) if prompt.strip()]
     if not asked:
         raise StageFailed("dataset_invalid", f"No row of {path.name} has a prompt to go on after.")

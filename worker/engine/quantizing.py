@@ -177,26 +177,25 @@ def read_wanted(folder: Path) -> dict[str, Wanted]:
 
 def read_grids(folder: Path) -> dict[str, Grid]:
     """Returns the grid of each tensor of a model by its name; none of a model that was not quantised."""
-    tensors = _read_tensors(folder)
-    return {
-        name: Grid(tensors[f"{name}.scale"], tensors[f"{name}.zero"].float(), one.bits)
-        for name, one in read_wanted(folder).items()
+    return read_on_grids(folder).grids
+
+
+def read_on_grids(folder: Path) -> OnGrids:
+    """Returns all that is kept beside a model of its grids; nothing of a model that was not quantised."""
+    if not (folder / GRIDS).is_file():
+        return NO_GRIDS
+    wanted, tensors = read_wanted(folder), load_file(folder / GRIDS)
+    grids = {
+        name: Grid(tensors[f"{name}.scale"], tensors[f"{name}.zero"].float(), one.bits) for name, one in wanted.items()
     }
-
-
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    return load_file(folder / GRIDS) if (folder / GRIDS).is_file() else {}
+    zeros = {name.removesuffix(ZEROS): packed for name, packed in tensors.items() if name.endswith(ZEROS)}
+    return OnGrids(wanted, grids, zeros)
 
 
 def find_grids(ctx: StageContext) -> OnGrids:
     """Returns on which grids the student is, from an earlier stage or from another job; nothing if it is on none."""
     role = next((role for role in ("student", "base") if ctx.has_input(role)), None)
-    if role is None:
-        return NO_GRIDS
-    folder = ctx.input(role)
-    wanted, tensors = read_wanted(folder), _read_tensors(folder)
-    zeros = {name.removesuffix(ZEROS): packed for name, packed in tensors.items() if name.endswith(ZEROS)}
-    return OnGrids(wanted, read_grids(folder), zeros)
+    return read_on_grids(ctx.input(role)) if role else NO_GRIDS
 
 
 class OnGrid(Module):
