@@ -17,8 +17,8 @@ from tests.engine_bench import Bench, make_spec
 from worker.engine import devices
 from worker.engine.aligning import AnswersAcross, Stream
 from worker.engine.blocks import NOWHERE, Blocks, read_starts, read_stream
-from worker.engine.language import predict_next
 from worker.engine.loading import load_tokenizer
+from worker.engine.next_tokens import predict_next
 from worker.kernels.divergences import sorted_distance
 from worker.kernels.heads import HeadSignal
 

@@ -107,6 +107,20 @@ def test_a_sample_begins_where_something_is_learned() -> None:
     assert (short.ids_S.tolist(), short.max_length) == ([*range(20, 31)], 10)
 
 
+def test_blocks_to_calibrate_with_are_of_all_the_stream() -> None:
+    ids = np.arange(1000, dtype=np.int32)
+    some = Blocks(ids, ids >= 0, 20).spread(100, 10)
+    batches = [*some.in_order(CPU)]
+    assert len(batches) == 10
+    starts = [int(batch.inputs["input_ids"][0, 0]) for batch in batches]
+    assert [start // 99 for start in starts] == [*range(10)]  # one from each tenth of the 99 whole blocks
+    for batch, start in zip(batches, starts, strict=True):
+        assert batch.inputs["input_ids"].tolist() == [[*range(start, start + 10)]]
+        assert batch.row_labels.tolist() == [*range(start + 1, start + 10 + (start == starts[-1]))]
+    whole = Blocks(ids, ids >= 25, 20).spread(999, 10)
+    assert (whole.ids_S.tolist(), whole.max_length) == (ids.tolist(), 10)
+
+
 TEMPLATE = (
     "{% for m in messages %}{{ 'please ' if m.role == 'user' else 'the ' }}{{ m.content }}"
     "{{ ' and ' if m.role == 'user' else ' <end> now ' }}{% endfor %}"

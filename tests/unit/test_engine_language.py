@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from core.errors import SpecInvalid
 from tests import pico
 from tests.engine_bench import Bench, Finished, contents, make_spec
-from worker.engine.language import has_plain_head
+from worker.engine.next_tokens import has_plain_head
 
 TASK = {"kind": "causal_lm", "block_tokens": 32}
 FAST = {"epochs": 8, "learning_rate": 5e-3, "batch_size": 8}

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from core.errors import StageFailed
-from worker.engine.data import Batch, read_rows, read_text
+from worker.engine.data import Batch, read_rows, read_text, spread_rows
 
 TOKENIZE_CHUNK = 1024
 NOWHERE = -1
@@ -94,6 +94,23 @@ class Blocks:
         start = int(np.flatnonzero(self.is_learned_S[1:])[0]) // length * length
         some = slice(start, start + num_tokens // length * length + 1)
         return Blocks(self.ids_S[some], self.is_learned_S[some], length, self.num_cut)
+
+    def spread(self, num_tokens: int, max_length: int) -> "Blocks":
+        """Returns blocks from all over the stream, of at most so many tokens together, and none longer than that."""
+        length = min(self.max_length, max_length)
+        if self.num_places <= num_tokens:
+            return Blocks(self.ids_S, self.is_learned_S, length, self.num_cut)
+        chosen_N = np.array(spread_rows(self.num_places // length, max(1, num_tokens // length)))
+        places_NT = chosen_N[:, None] * length + np.arange(length)
+        is_learned_NT = self.is_learned_S[places_NT]
+        is_learned_NT[:, 0] = False  # what comes before it is another block's end
+        last = places_NT[-1, -1] + 1
+        return Blocks(
+            np.append(self.ids_S[places_NT], self.ids_S[last]),
+            np.append(is_learned_NT, self.is_learned_S[last]),
+            length,
+            self.num_cut,
+        )
 
 
 def read_stream(

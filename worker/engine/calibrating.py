@@ -53,7 +53,7 @@ def write_onnx_int8_static(ctx: StageContext, settings: "OnnxInt8Static", folder
         StageFailed: `goal_missed` when too few labels agree.
     """
     reference = get_reference(ctx)
-    data = ctx.task.sample(ctx.get_split("train"), reference.model, reference.tokenizer)
+    data = ctx.task.calibrate(ctx.get_split("train"), reference.model, reference.tokenizer)
     coded = ctx.scratch_dir / "int8_static.onnx"
     quantize_static(
         make_onnx(ctx),

@@ -145,6 +145,10 @@ class Classification:
         some = examples.take(spread_rows(examples.num_texts, SAMPLED_TEXTS))
         return self.tokenise(some, tokenizer, input_names(model, tokenizer))
 
+    def calibrate(self, path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Encoded:
+        """Returns the same as a sample."""
+        return self.sample(path, model, tokenizer)
+
     def logits(self, answer: Answer, data: Encoded, between: Callable[[], None]) -> Tensor:
         """Returns the logits of every row, logits_NC in the order of the split."""
         return answer_rows(data, data.by_length(SAMPLE_BATCH, CPU), answer, between)

@@ -24,9 +24,10 @@ from worker.engine.data import Batch
 from worker.engine.evaluation import Card, Column, Measured, Quality, Row, open_candidates, row_of_answers
 from worker.engine.inference import Answer
 from worker.engine.keeping import KeptLayers, Recorder
-from worker.engine.loading import count_positions, load_language_model, save_language_model, some_tokens
+from worker.engine.loading import count_positions, load_language_model, save_language_model
 from worker.engine.measuring import CPU, as_forward, count_bytes, measure_speed, time_singles
 from worker.engine.members import Members, check_tokens, count_tokens, load_members
+from worker.engine.next_tokens import predict_next
 from worker.engine.rendering import if_known, percent
 from worker.engine.scores import bootstrap_sums, largest_difference, same_first
 from worker.engine.sharding import is_sharded
@@ -44,7 +45,8 @@ if TYPE_CHECKING:
     from worker.methods.stages.generate import Generate
     from worker.methods.tasks.causal_lm import CausalLM
 
-SAMPLED_ROWS = 1024
+SAMPLED_TOKENS = 1024  # all of whose logits are in memory at once
+CALIBRATION_TOKENS = 32_768  # ten times as many as a matrix of a small model has inputs
 MAX_LOSS = 700.0  # whose exponential is still a number
 SAME_TOKENS = "Choose a student with the teacher's tokenizer; other tokens cannot be compared one by one."
 log = logging.getLogger(__name__)
@@ -136,7 +138,11 @@ class LanguageModelling:
 
     def sample(self, path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Blocks:
         """Returns the first blocks of the split that have something to predict."""
-        return self.encode(path, model, tokenizer, 0).head(SAMPLED_ROWS)
+        return self.encode(path, model, tokenizer, 0).head(SAMPLED_TOKENS)
+
+    def calibrate(self, path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Blocks:
+        """Returns blocks from all over the split, as short as those of a sample."""
+        return self.encode(path, model, tokenizer, 0).spread(CALIBRATION_TOKENS, SAMPLED_TOKENS)
 
     def logits(self, answer: Answer, data: Blocks, between: Callable[[], None]) -> Tensor:
         """Returns the logits of every token that is to be predicted, logits_NV."""
@@ -345,40 +351,6 @@ NOTES = (
     "Latency: one block read at once, the models in turn. Throughput: batches of 8 blocks. A warm-up comes first.",
     "Agreement: share of tokens for which the model puts the same one first as the teacher.",
 )
-
-
-def predict_next(
-    model: PreTrainedModel, inputs: dict[str, Tensor], is_row_BT: Tensor, num_tokens: int | None = None
-) -> Head | Tensor:
-    """Returns the logits of the tokens that follow some places, or what makes them; only of the first `num_tokens`."""
-    if not hasattr(model, "has_plain_head"):
-        model.has_plain_head = has_plain_head(model)
-    if not model.has_plain_head:
-        logits_NC: Tensor = model(**inputs, use_cache=False).logits[is_row_BT]
-        return logits_NC[:, :num_tokens]
-    hidden_BTD = model.base_model(**inputs, use_cache=False).last_hidden_state
-    layer = model.get_output_embeddings()
-    bias = None if layer.bias is None else layer.bias[:num_tokens]
-    return Head(hidden_BTD[is_row_BT], layer.weight[:num_tokens], bias)
-
-
-def has_plain_head(model: PreTrainedModel) -> bool:
-    """Returns whether the logits are the last layer's product with the last hidden states and nothing else.
-
-    Some models scale or cap their logits; theirs are then asked for, all of them at once.
-    """
-    layer, was_training = model.get_output_embeddings(), model.training
-    if not isinstance(layer, torch.nn.Linear):
-        return False
-    ids_BT = some_tokens(model)
-    model.eval()
-    with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
-        hidden_BTD = model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state
-        logits_BTV = model(input_ids=ids_BT, use_cache=False).logits
-        fits = hidden_BTD.shape[-1] == layer.in_features
-        is_plain = fits and torch.allclose(layer(hidden_BTD), logits_BTV, rtol=1e-4, atol=1e-4)
-    model.train(was_training)
-    return is_plain
 
 
 def summarise(sums_J: NDArray[np.float64]) -> Row:

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
@@ -129,18 +130,18 @@ class MultiTask:
     def join(self, found: Mapping[str, Scores]) -> Scores:
         """Returns scores of the tasks under `<task>/<score>`, and the means of their shares and of their losses."""
         return {
-            "mean": self._mean({name: found[name][part.share] for name, part in self.parts.items()}),
-            "loss": self._mean({name: scores["loss"] for name, scores in found.items()}),
+            "mean": fmean(found[name][part.share] for name, part in self.parts.items()),
+            "loss": fmean(scores["loss"] for scores in found.values()),
             **{f"{name}/{key}": value for name, scores in found.items() for key, value in scores.items()},
         }
-
-    @staticmethod
-    def _mean(values: Mapping[str, float]) -> float:
-        return sum(values.values()) / len(values)
 
     def sample(self, path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> TaskSplits:
         """Returns texts from all over the split of every task."""
         return self._read(tokenizer, lambda name, part: part.sample(path / f"{name}.jsonl", model, tokenizer))
+
+    def calibrate(self, path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> TaskSplits:
+        """Returns the same as a sample."""
+        return self.sample(path, model, tokenizer)
 
     def logits(self, answer: Answer, data: TaskSplits, between: Callable[[], None]) -> dict[str, Tensor]:
         """Returns the logits of every row of each task."""
@@ -272,7 +273,7 @@ class MultiTask:
     def _assess(self, settings: "Evaluate", tests: dict[str, Any], answers: dict[str, Tensor]) -> Row:
         """Returns how good answers to the test splits are: of each task, and the mean with its interval."""
         rows = {n: part.assess(settings, tests[n], part.choose(answers[n])) for n, part in self.parts.items()}
-        mean = self._mean({name: rows[name][part.share] for name, part in self.parts.items()})
+        mean = fmean(rows[name][part.share] for name, part in self.parts.items())
         spreads = [np.ptp(rows[name][f"{part.share}_ci"]) / 2 for name, part in self.parts.items()]
         half = math.sqrt(sum(spread**2 for spread in spreads)) / len(spreads)
         return {"mean": mean, "mean_ci": [mean - half, mean + half], "tasks": rows}

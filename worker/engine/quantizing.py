@@ -75,14 +75,15 @@ def quantize(ctx: StageContext, settings: "Quantize") -> dict[str, Any]:
     """Puts weights of the student on grids; returns the stage's summary."""
     model, tokenizer = load_student(ctx), load_student_tokenizer(ctx)
     before = copy.deepcopy(model)
-    data = ctx.task.sample(ctx.get_split("train"), model, tokenizer) if settings.calibrates() else None
+    data = ctx.task.calibrate(ctx.get_split("train"), model, tokenizer) if settings.method.needs_data else None
     layers, zeros = find_matrices(model.to(ctx.device).eval()), pack_zeros(model, find_grids(ctx).zeros)
     check_groups(layers, settings.group or 1, "Choose a smaller group, or null for one scale a row.")
     sizes = {matrix.name: matrix.weight_OI.numel() for matrices in layers for matrix in matrices}
     usual = Wanted(settings.bits, settings.group, settings.symmetric)
     wanted, tables, harm = dict.fromkeys(sizes, usual), {}, {}
     if settings.sensitive_share:
-        harm = measure_harm(ctx, model, layers, data, usual.round)
+        few = ctx.task.sample(ctx.get_split("train"), model, tokenizer)  # the model answers them once a matrix
+        harm = measure_harm(ctx, model, layers, few, usual.round)
         finer = choose_sensitive(harm, sizes, settings.sensitive_share)
         wanted |= dict.fromkeys(finer, usual._replace(bits=FINE_BITS))
     if settings.embedding_bits:

@@ -29,7 +29,7 @@ def sparsify(ctx: StageContext, settings: "Sparsify") -> dict[str, Any]:
     """Makes weights of the student's layers zero; returns the stage's summary."""
     model, tokenizer = load_student(ctx), load_student_tokenizer(ctx)
     before, prune = copy.deepcopy(model), settings.method.build(ctx)
-    data = ctx.task.sample(ctx.get_split("train"), model, tokenizer) if settings.method.needs_data else None
+    data = ctx.task.calibrate(ctx.get_split("train"), model, tokenizer) if settings.method.needs_data else None
     found = find_matrices(model.to(ctx.device).eval())
     check_groups(found, settings.group, "Choose another pattern, or a share.")
     choose = _chooser(settings, [matrix.weight_OI for matrices in found for matrix in matrices])

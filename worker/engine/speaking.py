@@ -18,8 +18,8 @@ from worker.engine.context import StageContext
 from worker.engine.data import Examples
 from worker.engine.devices import autocast
 from worker.engine.inference import predict_logits
-from worker.engine.language import predict_next
 from worker.engine.loading import count_positions, input_names, limit_length, load_language_model
+from worker.engine.next_tokens import predict_next
 from worker.engine.sharding import is_sharded
 from worker.kernels.heads import Head
 from worker.kernels.mixtures import Mixture

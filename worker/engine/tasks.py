@@ -109,6 +109,9 @@ class TaskRun(Protocol):
     def sample(self, path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Any:
         """Returns some examples of a stored split, on which two forms of one model can be compared."""
 
+    def calibrate(self, path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Any:
+        """Returns as many examples as it takes to tell what the matrices of a model get."""
+
     def logits(self, answer: Answer, data: Any, between: Callable[[], None]) -> Any:
         """Returns what a model says of every row of a sample, in float32 on the processor, for `compare`."""
 
