@@ -30,15 +30,20 @@ class ModelStage(Stage):
         """Returns the fields of what needs layers that each have weights of their own."""
         return []
 
-    def undivided(self, spec: "JobSpec", start: ModelFacts, group: int) -> int | None:
-        """Returns the inputs of a matrix that groups of so many do not divide, as far as it is known how wide it is."""
+    @property
+    def group_size(self) -> int:
+        """How many weights in a row it takes together, which must divide the row's length."""
+        return 1
+
+    def undivided(self, spec: "JobSpec", start: ModelFacts) -> int | None:
+        """Returns the inputs of a matrix that its groups do not divide, as far as it is known how wide it is."""
         if self.role == "student":
             widths = spec.student.widths(start)
         else:
             widths = start.composition.widths if start.composition else None
         if widths is None or any(stage.resizes for stage in spec.stages):
             return None
-        return widths.undivided(group)
+        return widths.undivided(self.group_size)
 
     def advise(self, spec: "JobSpec") -> list[Problem]:
         """Returns whether nothing brings back what is forgotten."""

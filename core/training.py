@@ -172,9 +172,14 @@ class Training(ModelStage):
         why = "stage {}, '{}', needs the student whole, and each task has layers of its own; put it before this one"
         return fixed or [Problem("kind", why.format(number, kind)) for number, kind in self._cuts(spec)]
 
+    @property
+    def group_size(self) -> int:
+        """How many weights of a row the pattern of its zeros compares."""
+        return self.sparsity.group if self.sparsity else 1
+
     def check_model(self, spec: "JobSpec", start: ModelFacts) -> list[Problem]:
         """Returns whether layers are frozen, or get an adapter, that are not there, or have no groups for zeros."""
-        odd = self.undivided(spec, start, self.sparsity.group) if self.sparsity else None
+        odd = self.undivided(spec, start)
         if self.sparsity and odd:
             return [Problem("sparsity.pattern", self.sparsity.say_undivided(odd))]
         count = spec.student.count_layers(start) if self.role == "student" else start.num_layers

@@ -284,7 +284,8 @@ def test_operations_of_every_shape_are_those_of_torch(config: PreTrainedConfig) 
             assert cost(shape) == pytest.approx(counter.get_total_flops() / 3, rel=1e-12)
 
 
-def test_of_a_deep_model_a_few_numbers_of_layers_are_tried() -> None:
+@pytest.mark.parametrize("multiple_of", [32, 128])
+def test_of_a_deep_model_a_few_numbers_of_layers_are_tried(multiple_of: int) -> None:
     whole, asked = Shape(48, 4096, 1024), []
 
     def cost(shape: Shape) -> float:
@@ -293,7 +294,8 @@ def test_of_a_deep_model_a_few_numbers_of_layers_are_tried() -> None:
 
     limit = 0.4 * cost(whole)
     orders = ([*range(count)] for count in range(48, 0, -1))
-    found = [shape for shape, keep in _list_fitting(whole, cost, limit, orders) if len(keep) == shape.num_layers]
+    fitting = _list_fitting(whole, cost, limit, multiple_of, orders)
+    found = [shape for shape, keep in fitting if len(keep) == shape.num_layers]
     assert len(found) <= 8
     assert len({shape.num_layers for shape in asked}) <= 8
     assert len(asked) < 80
@@ -301,7 +303,8 @@ def test_of_a_deep_model_a_few_numbers_of_layers_are_tried() -> None:
     for shape in found:
         assert cost(shape) <= limit
         if shape.intermediate_size < 4096:
-            assert cost(shape._replace(intermediate_size=shape.intermediate_size + 32)) > limit
+            assert shape.intermediate_size % multiple_of == 0
+            assert cost(shape._replace(intermediate_size=shape.intermediate_size + multiple_of)) > limit
 
 
 def test_a_goal_that_nothing_meets_is_told_with_the_least(learned: Bench, tmp_path: Path) -> None:
@@ -330,6 +333,7 @@ def test_a_student_that_is_fast_enough_is_left_as_it_is(learned: Bench, tmp_path
         ({"to": {"bytes": 1.0}}, "to", "1 is all that there is"),
         ({"to": {"flops": 0}}, "to.flops", "greater than 0"),
         ({"to": {"paramters": 0.5}}, "to.paramters", "did you mean 'parameters'"),
+        ({"num_layers": 1, "multiple_of": 64}, "multiple_of", "it is of a goal; set 'to'"),
     ],
     ids=str,
 )
@@ -339,6 +343,25 @@ def test_goals_that_make_no_sense_are_refused_at_submit(settings: dict[str, Any]
         load_spec(spec | {"stages": [{"kind": "prune", **settings}]})
     [detail] = caught.value.details
     assert (detail["field"], words in detail["message"]) == (f"stages.0.{field}", True)
+
+
+@pytest.mark.parametrize(
+    "grouped",
+    [
+        {"kind": "quantize", "group": 128},
+        {"kind": "sparsify", "pattern": "64:128"},
+        {"kind": "distill", "sparsity": {"pattern": "64:128"}},
+    ],
+    ids=lambda stage: stage["kind"],
+)
+def test_neurons_that_a_goal_finds_fit_the_groups_that_come_later(grouped: dict[str, Any]) -> None:
+    spec: dict[str, Any] = {"teacher": {"model": "m"}, "student": {"kind": "teacher_layers", "keep": [0]}, "data": "d"}
+    prune = {"kind": "prune", "to": {"parameters": 0.5}}
+    with pytest.raises(SpecInvalid) as caught:
+        load_spec(spec | {"stages": [prune, {"kind": "distill"}, grouped]})
+    [detail] = caught.value.details
+    assert (detail["field"], "in groups of" in detail["message"]) == ("stages.0.multiple_of", True)
+    load_spec(spec | {"stages": [prune | {"multiple_of": 128}, {"kind": "distill"}, grouped]})
 
 
 def test_a_goal_that_the_student_meets_is_refused_where_its_size_is_known(tmp_path: Path) -> None:

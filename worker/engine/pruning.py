@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from worker.methods.stages.prune import Goal, Prune
 
 MOST_DEPTHS = 8
-WIDTH_STEP = 32
 
 
 def prune(ctx: StageContext, settings: "Prune") -> dict[str, Any]:
@@ -67,7 +66,7 @@ def _prune_to(
         ctx.warn("goal_met_before", f"The student as it is meets the goal: its {goal.measure} is {cost(shape):,.10g}.")
     best, most = whole.model, -math.inf
     candidates: list[dict[str, Any]] = []
-    for fitting, keep in _list_fitting(shape, cost, limit, drop_layers(ctx, *whole)):
+    for fitting, keep in _list_fitting(shape, cost, limit, settings.width_step, drop_layers(ctx, *whole)):
         ctx.progress(len(candidates), MOST_DEPTHS)
         inner = fitting.intermediate_size
         narrower = {"intermediate_size": inner if inner < shape.intermediate_size else None}
@@ -82,7 +81,7 @@ def _prune_to(
 
 
 def _list_fitting(
-    whole: Shape, cost: Cost, limit: float, orders: Iterator[list[int]]
+    whole: Shape, cost: Cost, limit: float, multiple_of: int, orders: Iterator[list[int]]
 ) -> Iterator[tuple[Shape, list[int]]]:
     """Yields for each number of layers the shape with most neurons that meets a limit, and which layers it keeps.
 
@@ -91,7 +90,7 @@ def _list_fitting(
     Raises:
         StageFailed: `goal_missed` where no shape meets it.
     """
-    step = math.gcd(whole.intermediate_size, WIDTH_STEP)
+    step = math.gcd(whole.intermediate_size, multiple_of)
     widths = range(step, whole.intermediate_size + 1, step)
     counts = np.linspace(whole.num_layers, 1, min(whole.num_layers, MOST_DEPTHS)).round().astype(int).tolist()
     is_met = False

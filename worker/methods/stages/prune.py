@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 SIZES = ("num_layers", "intermediate_size", "hidden_size")
 PARAMETER_BYTES = 4
+WIDTH_STEP = 64  # in which the usual groups of a `quantize` fit
 LARGEST_SHARE = 0.999999
 
 
@@ -95,6 +96,13 @@ class Prune(ModelStage):
         description="A goal in place of sizes: the numbers of layers and of neurons are those that meet it best.",
         examples=[{"parameters": 0.5}, {"latency_ms": 2.0}],
     )
+    multiple_of: int | None = Field(
+        None,
+        ge=1,
+        le=512,
+        description="With a goal: what the number of neurons is a multiple of, where the model's own is one; null for "
+        f"{WIDTH_STEP}. A later `quantize` needs its `group` in it.",
+    )
     importance: Annotated[Importance, OneOf()] = Field(
         default={"kind": "activation"}, validate_default=True, description="Which neurons and heads go first."
     )
@@ -140,6 +148,11 @@ class Prune(ModelStage):
         return [stage for step in steps for stage in (step, self.recover.model_copy())]
 
     @property
+    def width_step(self) -> int:
+        """What the number of neurons that a goal finds is a multiple of."""
+        return self.multiple_of or WIDTH_STEP
+
+    @property
     def is_narrower(self) -> bool:
         """Whether widths change."""
         return bool(self.hidden_size or self.intermediate_size)
@@ -153,9 +166,19 @@ class Prune(ModelStage):
         sizes = [name for name in SIZES if getattr(self, name)]
         if self.to and sizes:
             return [Problem(sizes[0], "'to' has the sizes found; leave one of the two out")]
+        if self.to is None and self.multiple_of:
+            return [Problem("multiple_of", "it is of a goal; set 'to', or leave it out")]
         if self.to or sizes:
-            return []
+            return self._check_multiple(spec) if self.to else []
         return [Problem("kind", "nothing is to go; set num_layers, intermediate_size or hidden_size, or a goal in to")]
+
+    def _check_multiple(self, spec: "JobSpec") -> list[Problem]:
+        """Returns whether a later stage takes weights in groups that may not divide the neurons that it finds."""
+        changes = [stage for stage in self.later(spec).values() if isinstance(stage, ModelStage)]
+        groups = [stage.group_size for stage in changes if stage.role == self.role]
+        odd = next((group for group in groups if self.width_step % group), None)
+        why = f"a later stage takes weights in groups of {odd}, which may not divide the neurons; choose a multiple"
+        return [Problem("multiple_of", why)] if odd else []
 
     def check_model(self, spec: "JobSpec", start: ModelFacts) -> list[Problem]:
         """Returns which size it cannot have, or whether it meets the goal as it is, as far as its sizes are known."""

@@ -94,6 +94,11 @@ class Quantize(ModelStage):
         why = "'gguf' keeps {} alone, and rounds others again; {}"
         return super().advise(spec) + [Problem(field, why.format(*what)) for field, what in lost.items() if what]
 
+    @property
+    def group_size(self) -> int:
+        """How many weights share a scale, where it is not all of a row."""
+        return self.group or 1
+
     def check_model(self, spec: "JobSpec", start: ModelFacts) -> list[Problem]:
         """Returns whether no norm takes scales, or groups do not divide a matrix, as far as widths are known."""
         if self.method.needs_norms and start.model_type in POST_NORM:
@@ -101,9 +106,8 @@ class Quantize(ModelStage):
                 f"in a '{start.model_type}' every norm feeds more than matrices, and none takes their scales; use 'rtn'"
             )
             return [Problem("method", f"{why}, or 'gptq'")]
-        group = self.group or 1
-        odd = self.undivided(spec, start, group)
-        why = f"groups of {group} do not divide the {odd} inputs of a matrix; choose fewer, or null"
+        odd = self.undivided(spec, start)
+        why = f"groups of {self.group} do not divide the {odd} inputs of a matrix; choose fewer, or null"
         return [Problem("group", why)] if odd else []
 
     def calibrates(self) -> list[str]:

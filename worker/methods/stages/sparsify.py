@@ -53,9 +53,14 @@ class Sparsify(Zeros, ModelStage):
             return [Problem("scope", f"'{self.method.kind}' compares weights of one matrix; use 'row' or 'tensor'")]
         return []
 
+    @property
+    def group_size(self) -> int:
+        """How many weights of a row the pattern compares."""
+        return self.group
+
     def check_model(self, spec: "JobSpec", start: ModelFacts) -> list[Problem]:
         """Returns whether groups do not divide a matrix, as far as it is known how wide it will be."""
-        odd = self.undivided(spec, start, self.group)
+        odd = self.undivided(spec, start)
         return [Problem("pattern", self.say_undivided(odd))] if odd else []
 
     def calibrates(self) -> list[str]:
