@@ -113,7 +113,7 @@ def test_blocks_to_calibrate_with_are_of_all_the_stream() -> None:
     batches = [*some.in_order(CPU)]
     assert len(batches) == 10
     starts = [int(batch.inputs["input_ids"][0, 0]) for batch in batches]
-    assert [start // 99 for start in starts] == [*range(10)]  # one from each tenth of the 99 whole blocks
+    assert max(np.diff([-100, *starts, 1090])) <= 200  # one from each tenth of the stream
     for batch, start in zip(batches, starts, strict=True):
         assert batch.inputs["input_ids"].tolist() == [[*range(start, start + 10)]]
         assert batch.row_labels.tolist() == [*range(start + 1, start + 10 + (start == starts[-1]))]
