@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,21 +34,40 @@ KILLS = [
 known: list[str] = []  # no tenant, name or time is in it, so one clean run serves all the tests
 
 
-@pytest.fixture
-def crasher(tmp_path: Path) -> Crasher:
-    return Crasher(tmp_path / "crash")
+class Line(Stack):
+    """Workers, one after the other, that take any tenant's jobs, store a checkpoint a step, and can be crashed."""
+
+    def __init__(self, folder: Path, port: int) -> None:
+        super().__init__(folder, "nobody", port)
+        self.crasher = Crasher(folder / "crash")
+
+    @property
+    def worker(self) -> "subprocess.Popen[bytes]":
+        """The one that lives; who ends it starts the next."""
+        return self.processes[-1]
+
+    def start_next(self) -> None:
+        self.start_worker(**EAGER, PYTHONPATH=f"{self.crasher.folder}:{os.environ.get('PYTHONPATH', '')}")
+
+
+@pytest.fixture(scope="module")
+def line(api: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Line]:
+    line = Line(tmp_path_factory.mktemp("line"), api.port)
+    try:
+        line.start_next()
+        yield line
+    finally:
+        line.stop()
 
 
 @pytest.fixture
-def settings(crasher: Crasher) -> dict[str, str]:
-    """Those of a worker that stores a checkpoint a step, and can be stopped by the crasher."""
-    return EAGER | {"PYTHONPATH": f"{crasher.folder}:{os.environ.get('PYTHONPATH', '')}"}
+def crasher(line: Line) -> Crasher:
+    return line.crasher
 
 
 @pytest.fixture
-def clean(stack: Stack, settings: dict[str, str]) -> str:
+def clean(stack: Stack, line: Line) -> str:
     """The content hash of a job that nothing disturbed."""
-    stack.worker = stack.start_worker(**settings)  # type: ignore[attr-defined]
     if not known:
         job_id = stack.submit(stages=STAGES, cache="off")
         assert stack.wait(job_id)["state"] == "succeeded"
@@ -116,39 +137,39 @@ def ended_as(stack: Stack, job_id: str, clean: str) -> list[str]:
     return types
 
 
-def test_a_paused_job_frees_its_process_and_goes_on(stack: Stack, crasher: Crasher, clean: str) -> None:
+def test_a_paused_job_frees_its_process_and_goes_on(stack: Stack, crasher: Crasher, clean: str, line: Line) -> None:
     job_id = stack.submit(stages=STAGES, cache="off")
     for ordinal in range(2):
         pause_in(stack, crasher, job_id, ordinal)
-        assert children_of(stack.worker.pid) == []
+        assert children_of(line.worker.pid) == []
         order(stack, job_id, "resume")
     assert ended_as(stack, job_id, clean).count("stage.succeeded") == 2
     for ordinal in range(2):
         assert "going on from step" in stack.http.get(f"/v1/jobs/{job_id}/stages/{ordinal}/log").text
 
 
-def test_a_terminated_worker_leaves_a_checkpoint_to_the_next(stack: Stack, crasher: Crasher, clean: str) -> None:
+def test_a_terminated_worker_leaves_a_checkpoint_to_the_next(
+    stack: Stack, crasher: Crasher, clean: str, line: Line
+) -> None:
     job_id = stack.submit(stages=STAGES, cache="off")
     hold_in(stack, crasher, job_id, 0)
-    stack.worker.send_signal(signal.SIGTERM)
-    assert stack.worker.wait(60) == 0
+    line.worker.send_signal(signal.SIGTERM)
+    assert line.worker.wait(60) == 0
     assert stack.job(job_id)["state"] == "queued"
-    stack.start_worker(**EAGER)
+    line.start_next()
     assert ended_as(stack, job_id, clean).count("stage.succeeded") == 2
     assert "going on from step" in stack.http.get(f"/v1/jobs/{job_id}/stages/0/log").text
 
 
-def test_kills_at_durable_steps_change_nothing(
-    stack: Stack, crasher: Crasher, settings: dict[str, str], clean: str
-) -> None:
-    worker, job_id = stack.worker, ""
+def test_kills_at_durable_steps_change_nothing(stack: Stack, crasher: Crasher, clean: str, line: Line) -> None:
+    job_id = ""
     for point, is_child in KILLS:
         crasher.arm(point)
         job_id = job_id or stack.submit(stages=STAGES, cache="off")
         until(crasher.has_struck)
         if not is_child:
-            assert worker.wait(30) == -signal.SIGKILL
-            worker = stack.start_worker(**settings)
+            assert line.worker.wait(30) == -signal.SIGKILL
+            line.start_next()
     assert ended_as(stack, job_id, clean).count("stage.succeeded") == 2
 
 

@@ -25,19 +25,17 @@ def test_two_workers_run_twenty_jobs_once_each_while_the_api_restarts(own_api: S
     assert len(owners) == 2
 
 
-def test_killed_worker_is_replaced_and_leaves_no_process(stack: Stack) -> None:
-    worker = stack.start_worker()
+def test_workers_that_end_leave_no_process_and_hand_their_jobs_on(stack: Stack) -> None:
+    """A killed one to another, which needs no broker; a terminated one to the queue."""
+    killed = stack.start_worker()
     job_id = stack.submit(stages=[{"kind": "finetune", "epochs": 15, "batch_size": 8}])
-    child = running_child(stack, job_id, worker.pid)
-    worker.kill()
-    worker.wait()
+    child = running_child(stack, job_id, killed.pid)
+    killed.kill()
+    killed.wait()
     until(lambda: is_gone(child), 10)
-    stack.start_worker()
+    worker = stack.start_worker(STILLHOUSE_REDIS_URL="redis://127.0.0.1:1/0")
     assert stack.wait(job_id)["state"] == "succeeded"
 
-
-def test_terminated_worker_hands_its_job_back(stack: Stack) -> None:
-    worker = stack.start_worker()
     job_id = stack.submit(stages=LONG)
     child = running_child(stack, job_id, worker.pid)
     worker.send_signal(signal.SIGTERM)
@@ -89,11 +87,6 @@ def test_a_student_learns_from_an_api_that_is_paid_once_though_its_worker_is_kil
     logs = "".join(path.read_text() for folder in (taught.folder, api.folder) for path in folder.glob("*.log"))
     shown = json.dumps([job, taught.events(job_id)]) + log + logs
     assert KEY not in shown
-
-
-def test_worker_needs_no_broker(stack: Stack) -> None:
-    stack.start_worker(STILLHOUSE_REDIS_URL="redis://127.0.0.1:1/0")
-    assert stack.wait(stack.submit())["state"] == "succeeded"
 
 
 def test_stage_without_memory_fails_as_out_of_memory(stack: Stack) -> None:
