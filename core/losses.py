@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from core.methods import Depths, Loss
+from core.methods import Depths, Loss, Stage
 from core.strict import one_message
 from core.weights import Course, PerExample, Temperature
 
@@ -99,3 +99,13 @@ class FeatureLoss(Loss):
         The layers are `worker.engine.features.Layer`, and `seen` says where tokens are.
         """
         raise NotImplementedError
+
+
+def hears_kept(stages: list[Stage]) -> bool:
+    """Returns whether one of the stages hears answers that were kept before them."""
+    for stage in stages:
+        if "answers" in stage.writes():
+            return False
+        if not getattr(stage, "on_policy", None) and not all(x.is_of_labels for x in getattr(stage, "losses", ())):
+            return True
+    return False

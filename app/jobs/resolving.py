@@ -17,6 +17,7 @@ from core.datasets.repository import find_dataset
 from core.errors import Gone, ModelInvalid, NotFound
 from core.jobs.repository import find_artifact, get_job
 from core.jobs.spec import JobSpec, spec_invalid
+from core.losses import hears_kept
 from core.methods import Api, Depths, ModelSource, Problem, Stage
 from core.models.facts import ModelFacts
 from core.models.hub import resolve as resolve_hub
@@ -199,6 +200,7 @@ def check_models(spec: JobSpec, facts: dict[str, ModelFacts]) -> Problems:
     unfit = _check_student(spec, start) if start else []
     problems = unfit or (_check_depths(spec, facts) if "teacher" in facts and spec.teacher.is_model else [])
     problems += _check_layered(spec, start) if start and not unfit else []
+    problems += _check_blocks(spec, facts)
     starts = {index: facts.get(_start_of(spec, stage)) for index, stage in enumerate(spec.stages)}
     return problems + _of_stages([(i, spec.stages[i].check_model(spec, f)) for i, f in starts.items() if f])
 
@@ -253,6 +255,21 @@ def _check_depths(spec: JobSpec, facts: dict[str, ModelFacts]) -> Problems:
         return []
     depths = Depths(student, teacher)
     return _of_stages([(index, stage.check_depths(spec, depths)) for index, stage in enumerate(spec.stages)])
+
+
+def _check_blocks(spec: JobSpec, facts: dict[str, ModelFacts]) -> Problems:
+    """Returns whether answers are kept to longer or shorter blocks than those in which the student hears them."""
+    longest: int | None = getattr(spec.task, "block_tokens", None)
+    later = [spec.stages[n + 1 :] for n, stage in enumerate(spec.stages) if "answers" in stage.writes()]
+    if longest is None or "base" not in facts or not any(map(hears_kept, later)):
+        return []
+    readers = ["base"], spec.teacher.sources()
+    places = [[facts[role].num_positions for role in roles if role in facts] for roles in readers]
+    student, teacher = (min([longest, *filter(None, some)]) for some in places)
+    if student == teacher:
+        return []
+    why = f"the student reads blocks of {student} tokens, and answers would be kept to blocks of {teacher}; "
+    return [{"field": "task.block_tokens", "message": f"{why}set it to {min(student, teacher)}"}]
 
 
 def _of_stages(found: list[tuple[int, list[Problem]]]) -> Problems:

@@ -9,7 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from app.jobs.resolving import check_models
 from core.errors import SpecInvalid
+from core.jobs.spec import load_spec
+from core.models.facts import ModelFacts
 from tests import pico
 from tests.engine_bench import Bench, Finished, contents, make_spec
 from worker.engine.next_tokens import has_plain_head
@@ -237,6 +240,44 @@ def test_blocks_fit_the_model_with_fewer_positions(run_through: tuple[Bench, lis
     assert finished.last["type"] == "result", finished.log
 
 
+def find_in_blocks(places: dict[str, int | None], stages: list[dict[str, Any]], **changes: Any) -> list[str]:
+    """Returns what is wrong with the blocks of models with so many places, by role."""
+    given = {"teacher": {"model": "m"}, "student": {"kind": "pretrained", "model": "s"}, "data": "d", "task": TASK}
+    facts = {role: ModelFacts(model_type="gpt2", num_positions=count) for role, count in places.items()}
+    problems = check_models(load_spec(given | changes | {"stages": stages}), facts)
+    return [problem["message"] for problem in problems if problem["field"] == "task.block_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student", "found"),
+    [
+        (64, 16, "blocks of 16 tokens, and answers would be kept to blocks of 32; set it to 16"),
+        (16, 64, "blocks of 32 tokens, and answers would be kept to blocks of 16; set it to 16"),
+        (None, 20, "blocks of 20 tokens, and answers would be kept to blocks of 32; set it to 20"),
+    ],
+)
+def test_answers_to_other_blocks_than_the_student_reads_are_refused_at_submit(
+    teacher: int | None, student: int, found: str
+) -> None:
+    places = {"teacher": teacher, "base": student}
+    kept, distil = {"kind": "answer"}, {"kind": "distill", "losses": KL}
+    [message] = find_in_blocks(places, [kept, distil])
+    assert found in message
+    assert find_in_blocks(places, [kept, distil], task=TASK | {"block_tokens": int(message.split()[-1])}) == []
+    for unheard in ([distil], [distil, kept], [kept, {"kind": "finetune", "of": "student"}]):
+        assert find_in_blocks(places, unheard) == []
+    assert find_in_blocks(places, [kept, distil | {"on_policy": {}}]) == []
+
+
+def test_blocks_of_several_teachers_are_those_of_the_shortest() -> None:
+    stages = [{"kind": "answer"}, {"kind": "distill", "losses": KL}]
+    ensemble = {"kind": "ensemble", "members": [{"model": "a"}, {"model": "b"}]}
+    places = {"teacher_1": 64, "teacher_2": 24}
+    assert find_in_blocks(places | {"base": 24}, stages, teacher=ensemble) == []
+    [message] = find_in_blocks(places | {"base": 64}, stages, teacher=ensemble)
+    assert "set it to 24" in message
+
+
 def test_a_token_that_one_of_two_lacks_is_named(run_through: tuple[Bench, list[Finished]], tmp_path: Path) -> None:
     bench = without(run_through[0].copy(tmp_path / "bench"), "answers")
     student = bench.inputs / "student"
@@ -255,8 +296,6 @@ def test_a_token_that_one_of_two_lacks_is_named(run_through: tuple[Bench, list[F
 
 
 def test_default_stages_fit_the_task() -> None:
-    from core.jobs.spec import load_spec
-
     spec = load_spec(
         {"task": TASK, "teacher": {"model": "a"}, "student": {"kind": "teacher_layers", "keep": [0]}, "data": "toy"}
     )

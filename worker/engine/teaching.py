@@ -190,7 +190,8 @@ class AnswersKept(Stateless):
             raise StageFailed(
                 "dataset_invalid",
                 "The kept answers are to another text, or to other blocks of it.",
-                suggestion="Run the answer stage of this job with the student's tokenizer.",
+                suggestion="Run the answer stage of this job with the student's tokenizer, and set task.block_tokens "
+                "to what both models have places for.",
             )
         if self.layers:
             self.layers.find(data)

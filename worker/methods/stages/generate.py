@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from core.losses import hears_kept
 from core.methods import ModelFacts, Problem, Stage
 from core.prompts import check_places
 
@@ -49,7 +50,7 @@ class Generate(Stage):
         later = spec.stages[spec.stages.index(self) + 1 :]
         if any("teacher" in stage.writes() for stage in later):
             return [Problem("kind", "a later stage changes the teacher; put 'generate' after it")]
-        if any("answers" in stage.writes() for stage in self.earlier(spec)) and _hears_kept(later):
+        if any("answers" in stage.writes() for stage in self.earlier(spec)) and hears_kept(later):
             why = "'answer' before it keeps answers to other texts than these; put 'answer' after it, or leave it out"
             return [Problem("kind", why)]
         return []
@@ -76,13 +77,3 @@ class Generate(Stage):
         from worker.engine.generating import generate
 
         return lambda: generate(ctx, self)
-
-
-def _hears_kept(stages: list[Stage]) -> bool:
-    """Returns whether one of the stages hears answers that were kept before them."""
-    for stage in stages:
-        if "answers" in stage.writes():
-            return False
-        if not getattr(stage, "on_policy", None) and not all(x.is_of_labels for x in getattr(stage, "losses", ())):
-            return True
-    return False

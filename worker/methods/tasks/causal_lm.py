@@ -51,7 +51,11 @@ class CausalLM(Task):
         description="Read prompt and text as a user's words and an assistant's answer, in the tokenizer's chat form.",
     )
     block_tokens: int = Field(
-        512, ge=8, le=131_072, description="Tokens of one example; at most what the model has positions for."
+        512,
+        ge=8,
+        le=131_072,
+        description="Tokens of one example; at most what the model has positions for. A student hears kept answers if "
+        "this is no more than both models have.",
     )
 
     @model_validator(mode="after")
