@@ -1,10 +1,13 @@
 """What an API's answers say of labels, and what is asked."""
 
+import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from core.errors import SpecInvalid, StageFailed
 from core.jobs.spec import load_spec
@@ -17,6 +20,9 @@ from worker.engine.asking import (
     read_probabilities,
     speak_by_asking,
 )
+from worker.engine.data import Examples
+from worker.engine.teaching import ANSWERS_FILE, AnswersKept
+from worker.kernels.divergences import forward_kl
 
 WORDS = ["negative", "neutral", "positive"]
 SPEC = {"teacher": {"kind": "openai", "model": "m"}, "student": {"kind": "pretrained", "model": "s"}, "data": "d"}
@@ -76,6 +82,54 @@ def test_votes_are_smoothed_counts() -> None:
     found = read_labels(answers, WORDS, 0.5)
     torch.testing.assert_close(found.exp(), torch.tensor([0.5, 1.5, 2.5]) / 4.5)
     assert read_labels([{"text": "well", "top": None}], WORDS, 0.5) is None
+
+
+def ask(answers: list[str], **settings) -> tuple[torch.Tensor, list[tuple]]:
+    """Returns log p of the labels of so many texts with these answers, and what is warned of."""
+    warned: list[tuple] = []
+    ctx = SimpleNamespace(
+        labels=WORDS,
+        ask=lambda bodies: [{"text": text, "top": None} for text, _ in zip(answers, bodies, strict=True)],
+        warn=lambda *told, **data: warned.append((*told, data)),
+    )
+    texts = [""] * (len(answers) // settings.get("votes", 1))
+    return speak_by_asking(ctx, teacher(**settings))(Examples(texts, []), 64), warned
+
+
+def test_texts_whose_answers_name_no_label_are_told() -> None:
+    assert ask(["positive"] * 3)[1] == []
+    _, [(type, message, data)] = ask(["I cannot say.", "positive", "neutral", "Sorry"])
+    assert (type, data) == ("answers_unreadable", {"num_unread": 2, "num_texts": 4})
+    assert "2 of 4 texts" in message
+    assert "'I cannot say.'" in message
+    votes = ["well", "well", "positive", "well"]
+    assert ask(votes, top_logprobs=0, votes=2)[1][0][2] == {"num_unread": 1, "num_texts": 2}
+
+
+@pytest.mark.parametrize(("most", "fails"), [(0.25, True), (0.5, False)])
+def test_too_many_texts_without_a_label_end_the_stage(most: float, fails: bool) -> None:
+    answers = ["well", "well", "positive", "neutral"]
+    if not fails:
+        ask(answers, max_unreadable=most)
+        return
+    with pytest.raises(StageFailed, match="2 of 4 texts") as caught:
+        ask(answers, max_unreadable=most)
+    assert caught.value.reason == "teacher_unavailable"
+    assert "label alone" in caught.value.suggestion
+
+
+def test_a_text_that_was_given_no_label_teaches_nothing(tmp_path: Path) -> None:
+    logits_NC, _ = ask(["positive", "well", "neutral"])
+    about = {"split": "", "temperature": 1.0, "scores": None, "rest": "together"}
+    save_file({"logits": logits_NC}, tmp_path / ANSWERS_FILE, {"about": json.dumps(about)})
+    signal = AnswersKept(tmp_path).answer(SimpleNamespace(row_numbers=torch.arange(3), task=""))
+    student_NC = torch.tensor([[2.0, -1.0, 0.5]]).repeat(3, 1).requires_grad_()
+    distance_N = forward_kl(*signal.compare(student_NC, 1.0))
+    distance_N.sum().backward()
+    assert distance_N[1] == 0
+    assert (distance_N[[0, 2]] > 0.1).all()
+    torch.testing.assert_close(student_NC.grad[1], torch.zeros(3))
+    assert (student_NC.grad[[0, 2]].abs().amax(dim=-1) > 0.1).all()
 
 
 def test_requests_are_what_the_api_expects() -> None:

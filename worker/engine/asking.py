@@ -21,7 +21,7 @@ SHOWN = 80
 
 
 def speak_by_asking(ctx: StageContext, settings: "OpenAI") -> Callable[[Examples, int], Tensor]:
-    """Returns what asks for the label of each text, and gives log p of all labels.
+    """Returns what asks for the label of each text, and gives log p of all labels, zeros where no answer names one.
 
     Raises:
         StageFailed: `teacher_unavailable` when too many answers name no label, or whatever ended the asking.
@@ -38,8 +38,8 @@ def speak_by_asking(ctx: StageContext, settings: "OpenAI") -> Callable[[Examples
         unread = [group[0]["text"] for group, one in zip(grouped, found, strict=True) if one is None]
         if unread:
             tell_unread(ctx, settings, unread, len(prompts))
-        even = torch.full((len(words),), 1 / len(words)).log()
-        return torch.stack([even if one is None else one for one in found])
+        nothing = torch.zeros(len(words))
+        return torch.stack([nothing if one is None else one for one in found])
 
     return speak
 
@@ -57,7 +57,7 @@ def _check_words(given: dict[str, str], words: list[str], labels: list[str]) -> 
 
 
 def tell_unread(ctx: StageContext, settings: "OpenAI", unread: list[str], num_texts: int) -> None:
-    """Warns of texts whose answers name no label, which say that all are as likely; fails if there are too many."""
+    """Warns of texts whose answers name no label, of which the student hears nothing; fails if there are too many."""
     what = f"{len(unread)} of {num_texts} texts got an answer without a label, the first: '{unread[0][:SHOWN]}'."
     if len(unread) > settings.max_unreadable * num_texts:
         hint = "Tell the model in prompt to answer with a label alone, or set words to what it answers."

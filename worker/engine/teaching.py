@@ -140,7 +140,7 @@ class AnswersAhead:
 
 
 def _say(logits_NC: Tensor) -> DenseSignal:
-    """Returns what was answered; a word of which the teacher did not read has zeros."""
+    """Returns what was answered; a word that the teacher did not read, or a text it gave no label, has zeros."""
     return DenseSignal(logits_NC) if logits_NC.any(dim=-1).all() else GappedSignal(logits_NC)
 
 

@@ -54,7 +54,10 @@ class DenseSignal:
 
 @dataclass(frozen=True, slots=True)
 class GappedSignal(DenseSignal):
-    """Logits of which a row of zeros says nothing, as of a word that was cut off; there it agrees with the student."""
+    """Logits of which a row of zeros says nothing, as of a word that was cut off or a text that was given no label.
+
+    There it agrees with the student: the row teaches nothing, and counts in the mean.
+    """
 
     def beside(self, student_NC: Tensor) -> Tensor:
         """Returns the logits that the student's are held against, its own where the teacher says nothing."""
