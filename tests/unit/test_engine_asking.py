@@ -195,6 +195,7 @@ BAD = [
     ({"base_url": "http://a/v1\r\nX: y"}, "teacher.base_url"),
     ({"prompt": "which?"}, "teacher.prompt"),
     ({"max_cost": 1.0}, "teacher.max_cost"),
+    ({"votes": 8}, "teacher.votes"),
     ({"top_logprobs": 21}, "teacher.top_logprobs"),
     ({"system": "Be brief.", "endpoint": "completions"}, "teacher.system"),
 ]

@@ -30,8 +30,7 @@ def speak_by_asking(ctx: StageContext, settings: "OpenAI") -> Callable[[Examples
     _check_words(settings.words, words, ctx.labels)
 
     def speak(examples: Examples, max_length: int) -> Tensor:  # noqa: ARG001 - the API has a tokenizer of its own
-        votes = 1 if settings.top_logprobs else settings.votes
-        prompts = examples.prompts(settings.label_prompt, labels=", ".join(words))
+        votes, prompts = settings.votes, examples.prompts(settings.label_prompt, labels=", ".join(words))
         answers = ctx.ask([make_label_request(settings, prompt, vote) for prompt in prompts for vote in range(votes)])
         grouped = [answers[start : start + votes] for start in range(0, len(answers), votes)]
         found = [read_labels(group, words, settings.smoothing) for group in grouped]
@@ -83,8 +82,7 @@ def make_label_request(settings: "OpenAI", prompt: str, vote: int) -> dict[str, 
         told |= {"logprobs": settings.top_logprobs}
     elif settings.top_logprobs:
         told |= {"logprobs": True, "top_logprobs": settings.top_logprobs}
-    several = settings.votes > 1 and not settings.top_logprobs
-    told |= {"temperature": 1.0, "seed": vote} if several else {"temperature": 0.0}
+    told |= {"temperature": 1.0, "seed": vote} if settings.votes > 1 else {"temperature": 0.0}
     return make_request(settings, prompt, **told)
 
 

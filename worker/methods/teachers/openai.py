@@ -27,10 +27,10 @@ class OpenAI(Teacher):
 
     A language model's teacher writes what follows each prompt (stage `generate`), whatever its tokens are. Of labels,
     where the API tells the likeliest tokens of an answer, each has the probability of those that begin its word; where
-    it does not, the labels of `votes` answers are counted. Of a text whose answers name none the student hears nothing,
-    and learns its own label at most; in the mean of a step it counts as one on which both agree. Each answer is paid
-    for once: it is kept for the tenant by the content of its request, so that neither a crash nor a second job asks
-    again.
+    it does not, the label that the answer names is taken, or with `top_logprobs: 0` those of `votes` answers are
+    counted. Of a text whose answers name none the student hears nothing, and learns its own label at most; in the mean
+    of a step it counts as one on which both agree. Each answer is paid for once: it is kept for the tenant by the
+    content of its request, so that neither a crash nor a second job asks again.
 
     Paper: Gilardi, Alizadeh, Kubli 2023, "ChatGPT outperforms crowd workers for text-annotation tasks" (labels by an
     API); Hinton, Vinyals, Dean 2015, "Distilling the Knowledge in a Neural Network" (their probabilities as targets).
@@ -62,7 +62,7 @@ class OpenAI(Teacher):
     top_logprobs: int = Field(
         20, ge=0, le=20, description="Tokens whose probability is asked for; 0 counts answers instead."
     )
-    votes: int = Field(1, ge=1, le=64, description="Answers for each text where no probabilities are asked for.")
+    votes: int = Field(1, ge=1, le=64, description="Answers for each text; more than one need `top_logprobs: 0`.")
     smoothing: float = Field(
         0.1, gt=0, le=10, description="Added to each label's count of votes, so that none is impossible."
     )
@@ -91,6 +91,9 @@ class OpenAI(Teacher):
             problems.append(Problem("kind", f"'openai' gives labels or texts, and a {spec.task.kind} needs neither"))
         if not is_address(self.base_url):
             problems.append(Problem("base_url", "this is no http(s) address such as 'https://api.openai.com/v1'"))
+        if self.votes > 1 and self.top_logprobs:
+            why = "votes are counted where no probabilities are asked for; set top_logprobs to 0, or leave votes out"
+            problems.append(Problem("votes", why))
         if self.system is not None and self.endpoint != "chat":
             problems.append(Problem("system", "a completion has none; write it into the prompt, or use 'chat'"))
         asked = self.prompt if spec.task.kind == "causal_lm" else self.label_prompt
