@@ -143,7 +143,7 @@ def _handler(api: TeacherApi) -> type[BaseHTTPRequestHandler]:
             elif fault == "nonsense":
                 self._send(200, b"<html>busy</html>")
             elif fault == "empty":
-                self._send(200, json.dumps({"choices": []}).encode())
+                self._send(200, json.dumps(api.wrap({}, is_chat=True) | {"choices": []}).encode())
             else:
                 error = {"error": {"message": f"no, {self.headers.get('Authorization')}"}}
                 self._send(int(fault), json.dumps(error).encode(), {"Retry-After": "0"})

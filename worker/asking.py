@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 from sqlalchemy.orm import Session
 
 from core.errors import StageFailed, StillhouseError
+from core.ids import new_id
 from core.jobs.answers import Spent, find_answer, keep_answer, release_request, sum_spent, take_request
 from core.jobs.ownership import Claim, owned
 from core.jobs.spec import load_spec
@@ -37,6 +38,7 @@ FIRST_PAUSE_S, LAST_PAUSE_S = 0.5, 60.0
 STORING_S = 30.0  # in which an answer that has come is stored, or the next attempt is begun
 POLL_S = 0.5
 SHOWN = 300
+NOTHING = Spent(0, 0, 0)
 log = logging.getLogger(__name__)
 Send = Callable[[dict[str, Any]], None]
 
@@ -54,13 +56,21 @@ class Answer(NamedTuple):
     is_cut: bool
     usage: tuple[int, int] | None
 
+    @property
+    def cost(self) -> Spent:
+        """What it is paid for, as far as the API tells."""
+        return Spent(1, *(self.usage or (0, 0)))
+
 
 class NoAnswer(Exception):
-    """This attempt got none, but another one may; `pause_s` is how long the server asks to wait."""
+    """This attempt got none, but another one may; `pause_s` is how long the server asks to wait.
 
-    def __init__(self, message: str, pause_s: float = 0.0) -> None:
+    `cost` is what it is paid for all the same.
+    """
+
+    def __init__(self, message: str, pause_s: float = 0.0, cost: Spent = NOTHING) -> None:
         super().__init__(message)
-        self.pause_s = pause_s
+        self.pause_s, self.cost = pause_s, cost
 
 
 class Asker:
@@ -166,23 +176,19 @@ class Asker:
 
     def _pay(self, url: str, key: str, body: dict[str, Any]) -> dict[str, Any]:
         """Returns the API's answer, which is stored."""
-        tenant_id, job_id = self._taken.tenant_id, self._taken.job_id
-        self._open_one()
-        try:
-            found = self._ask_until_answered(url, key, body)
-            kept = {"text": found.text, "top": found.top, "is_cut": found.is_cut}
-            cost = Spent(1, *(found.usage or (0, 0)))
-            transact(lambda session: keep_answer(session, tenant_id, job_id, key, kept, cost))
-        except BaseException:
-            self._close_one(Spent(0, 0, 0))
-            raise
-        self._close_one(cost)
+        found = self._ask_until_answered(url, key, body)
+        kept = {"text": found.text, "top": found.top, "is_cut": found.is_cut}
+        self._keep(key, kept, found.cost)
         blind = next((name for name in ("max_tokens", "max_cost") if getattr(self._teacher, name) is not None), None)
         if blind and found.usage is None:
             what = f"The teacher's API does not tell how many tokens an answer takes, and teacher.{blind} needs that."
             hint = f"Set teacher.max_requests in place of teacher.{blind}; what was answered is kept."
             raise StageFailed("teacher_unavailable", what, suggestion=hint)
         return kept
+
+    def _keep(self, key: str, answer: dict[str, Any], cost: Spent) -> None:
+        tenant_id, job_id = self._taken.tenant_id, self._taken.job_id
+        transact(lambda session: keep_answer(session, tenant_id, job_id, key, answer, cost))
 
     def _open_one(self) -> None:
         """Counts an open request. Raises StageFailed when the budget has no room, or the asking has ended."""
@@ -194,7 +200,8 @@ class Asker:
                 raise StageFailed(
                     "budget_exhausted",
                     f"The teacher's {over} is reached: {self._spent.requests} answers, {self._spent.prompt_tokens} "
-                    f"tokens of prompts and {self._spent.completion_tokens} of answers are paid for, and kept.",
+                    f"tokens of prompts and {self._spent.completion_tokens} of answers are paid for; all that could be "
+                    "read are kept.",
                     suggestion=f"Raise teacher.{over} and submit the job again: it asks only for what is left.",
                 )
             self._num_open += 1
@@ -208,8 +215,10 @@ class Asker:
         pause_s = FIRST_PAUSE_S
         for attempt in range(1, self._teacher.tries + 1):
             try:
-                return self._ask_once(url, key, body)
+                return self._ask_within_budget(url, key, body)
             except NoAnswer as error:
+                if error.cost.requests:  # under a key that no request has, so that a later run counts it, too
+                    self._keep(new_id("unread"), {}, error.cost)
                 log.warning("attempt %d of %d at an answer: %s", attempt, self._teacher.tries, error)
                 wait_s = max(error.pause_s, pause_s * random.uniform(0.5, 1.5))  # noqa: S311 - so that not all come at once
                 if attempt == self._teacher.tries or self._closing.wait(min(wait_s, LAST_PAUSE_S)):
@@ -219,6 +228,20 @@ class Asker:
                 pause_s *= 2
                 transact(lambda session: self._take(session, key))  # for as long as the next attempt takes
         raise AssertionError
+
+    def _ask_within_budget(self, url: str, key: str, body: dict[str, Any]) -> Answer:
+        """Returns the API's answer. Raises StageFailed as `_open_one`, and NoAnswer."""
+        self._open_one()
+        cost = NOTHING
+        try:
+            found = self._ask_once(url, key, body)
+            cost = found.cost
+        except NoAnswer as error:
+            cost = error.cost
+            raise
+        finally:
+            self._close_one(cost)
+        return found
 
     def _ask_once(self, url: str, key: str, body: dict[str, Any]) -> Answer:
         import httpx
@@ -243,7 +266,8 @@ class Asker:
         try:
             return read_answer(self._teacher.endpoint, json.loads(content))
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-            raise NoAnswer(f"not an answer of this API: {type(error).__name__} in {shown}") from error
+            message = f"not an answer of this API: {type(error).__name__} in {shown}"
+            raise NoAnswer(message, cost=read_cost(content)) from error
 
     def _show(self, text: str) -> str:
         """Returns the beginning of what is told others, without the key."""
@@ -275,9 +299,21 @@ def read_answer(endpoint: str, data: dict[str, Any]) -> Answer:
         tokens = told.get("tokens") or []
         tops = [list(place.items()) for place in told.get("top_logprobs") or []]
     first = next((_by_text(top) for token, top in zip(tokens, tops, strict=False) if token.strip() and top), None)
-    is_cut, told_usage = choice.get("finish_reason") == "length", data.get("usage") or {}
-    usage = int(told_usage.get("prompt_tokens") or 0), int(told_usage.get("completion_tokens") or 0)
-    return Answer(_sound(text), first, is_cut, usage if any(usage) else None)
+    return Answer(_sound(text), first, choice.get("finish_reason") == "length", _read_usage(data))
+
+
+def read_cost(content: bytes) -> Spent:
+    """Returns what is paid for an answer that cannot be read: a request, and the tokens if these can."""
+    try:
+        return Spent(1, *(_read_usage(json.loads(content)) or (0, 0)))
+    except (ValueError, TypeError, AttributeError):
+        return Spent(1, 0, 0)
+
+
+def _read_usage(data: dict[str, Any]) -> tuple[int, int] | None:
+    told = data.get("usage") or {}
+    usage = int(told.get("prompt_tokens") or 0), int(told.get("completion_tokens") or 0)
+    return usage if any(usage) else None
 
 
 def _by_text(top: list[tuple[str, float]]) -> dict[str, float]:

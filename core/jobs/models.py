@@ -191,7 +191,10 @@ class IdempotencyKey(Base):
 
 
 class TeacherAnswer(Base):
-    """The answer to one request, which `key` is the sha256 of; `job_id` is the job that paid for it."""
+    """The answer to one request, which `key` is the sha256 of; `job_id` is the job that paid for it.
+
+    One that could not be read has a key that no request has, so that it is never found and still counts as paid for.
+    """
 
     __tablename__ = "teacher_answers"
 

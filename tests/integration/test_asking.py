@@ -151,6 +151,41 @@ def test_a_budget_that_cannot_be_kept_to_ends_the_asking_and_what_was_paid_is_ke
     assert list(api.delivered.values()) == [1, 1, 1]
 
 
+def test_answers_that_cannot_be_read_are_paid_for(
+    claim: Callable[..., ownership.Claim], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(asking, "FIRST_PAUSE_S", 0.0)
+    api, heard = TeacherApi(), queue.Queue()
+    api.faults.extend(["empty", "nonsense", "503"])
+    with api.serving() as url:
+        taken = claim(url, tries=4)
+        asker = Asker(taken, heard.put)
+        asker.ask(0, BODY)
+        assert "answer" in heard.get(timeout=60)
+        asker.close()
+    with session_scope() as session:
+        spent = sum_spent(session, taken.tenant_id, taken.job_id)
+    assert spent == asker._spent == (3, 2 * PROMPT_TOKENS, 2 * COMPLETION_TOKENS)  # nonsense tells none
+
+
+def test_a_budget_ends_the_asking_of_an_api_that_cannot_be_read(
+    claim: Callable[..., ownership.Claim], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in the next attempt at the stage, which asks for the same."""
+    monkeypatch.setattr(asking, "FIRST_PAUSE_S", 0.0)
+    api, heard = TeacherApi(), queue.Queue()
+    api.faults.extend(["empty"] * 9)
+    with api.serving() as url:
+        taken = claim(url, tries=6, max_tokens=3 * (PROMPT_TOKENS + COMPLETION_TOKENS))
+        for _ in range(2):
+            asker = Asker(taken, heard.put)
+            asker.ask(0, BODY)
+            error = heard.get(timeout=60)["error"]
+            asker.close()
+            assert (error["reason"], "3 answers" in error["message"]) == ("budget_exhausted", True)
+    assert len(api.seen) == 3
+
+
 def test_an_answer_that_trickles_in_has_an_end(claim: Callable[..., ownership.Claim]) -> None:
     api, heard = TeacherApi(), queue.Queue()
     api.faults.append("trickle")

@@ -78,7 +78,9 @@ class OpenAI(Teacher):
     tries: int = Field(
         6, ge=1, le=20, description="Attempts at one answer: after 429, a server's error or half an answer, it waits."
     )
-    max_requests: int | None = Field(None, ge=1, description="The job pays for so many answers, then fails.")
+    max_requests: int | None = Field(
+        None, ge=1, description="The job pays for so many answers, whether they can be read or not, then fails."
+    )
     max_tokens: int | None = Field(None, ge=1, description="The same for tokens, of prompts and answers together.")
     max_cost: float | None = Field(None, gt=0, description="The same for money, by the two prices.")
     prompt_price: float = Field(0.0, ge=0, description="Price of a million tokens of prompts.")
