@@ -9,14 +9,18 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
+from safetensors.torch import load
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from core.db import session_scope
 from core.jobs.models import StageRun
 from tests import pico
 from tests.e2e.stack import LONG, Stack, is_gone, running_child, until
 from tests.e2e.test_continuing import checkpoints_of, content
+from tests.unit.test_engine_label_space import expected
 
 pytestmark = pytest.mark.usefixtures("worker")
+SST2 = Path(__file__).parents[3] / "shared" / "data" / "sst2"
 
 
 def test_job_goes_from_post_to_a_downloaded_smaller_model(stack: Stack) -> None:
@@ -72,6 +76,45 @@ def test_a_language_model_goes_the_same_way_and_answers_once(stack: Stack, tmp_p
 
     second = stack.submit(**spec | {"stages": [spec["stages"][0], distill | {"epochs": 1}]})
     assert [stage["state"] for stage in stack.wait(second)["stages"]] == ["cached", "succeeded"]
+
+
+@pytest.mark.skipif(not SST2.is_dir(), reason=f"SST-2 is not at {SST2}")
+def test_a_language_model_teaches_another_one_the_classes_of_texts(stack: Stack, tmp_path: Path) -> None:
+    """It has learned nothing, and finds one word likelier than two: all texts are positive then."""
+    folder, words = pico.write_language_model(tmp_path / "teacher"), {"positive": " please", "negative": " late parcel"}
+    stack.push_model(folder, "teller")
+    stack.push_model(pico.write_language_model(tmp_path / "small", num_layers=1), "gpt2")
+    rows = {}
+    for split, count in (("train", 64), ("validation", 16), ("test", 16)):
+        lines = (SST2 / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()[:count]
+        rows[split] = [json.loads(line) for line in lines]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    stack.push_data({split: tmp_path / f"{split}.jsonl" for split in rows}, "reviews")
+    distill = {"kind": "distill", "epochs": 5, "head_learning_rate": 2e-2, "batch_size": 16}
+    job_id = stack.submit(
+        teacher={"kind": "label_space", "model": "teller", "prompt": "please {text} it was", "words": words},
+        student={"kind": "pretrained", "model": "gpt2"},
+        data="reviews",
+        stages=[
+            {"kind": "answer", "splits": [*rows], "max_length": 32},
+            distill | {"losses": [{"kind": "forward_kl", "temperature": 1.0}]},
+            {"kind": "evaluate", "latency_samples": 10},
+        ],
+    )
+    job = stack.wait(job_id)
+    assert job["state"] == "succeeded", json.dumps(job, indent=1)
+    assert job["stages"][0]["summary"]["num_rows"] == {split: len(found) for split, found in rows.items()}
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    kept = load(stack.http.get(f"/v1/jobs/{job_id}/artifacts/answers/answers.safetensors").content)
+    prompt = f"please {rows['train'][0]['text']} it was"
+    wanted = [expected(model, tokenizer, prompt, words[label]) for label in ("negative", "positive")]
+    assert kept["logits"][0].tolist() == pytest.approx(wanted, abs=2e-2)  # answered in half precision, where it is fast
+    measured = {row["name"]: row for row in job["stages"][2]["summary"]["models"]}
+    share = sum(row["label"] == "positive" for row in rows["test"]) / len(rows["test"])
+    assert measured["teacher"]["accuracy"] == measured["student"]["accuracy"] == share
+    assert measured["student"]["agreement"] == 1
+    config = stack.http.get(f"/v1/jobs/{job_id}/artifacts/student/config.json").json()
+    assert (config["model_type"], config["id2label"]) == ("gpt2", {"0": "negative", "1": "positive"})
 
 
 def test_an_intermediate_task_is_learned_once(stack: Stack, tmp_path: Path) -> None:
