@@ -12,7 +12,7 @@ Weight = Annotated[
     one_message("weight", "a weight is a number of at least 0, or 'auto'"),
     Field(
         description="Weight of this term in the sum. `auto` gives it as large a gradient as the terms with a number "
-        "have on average, from the second step on."
+        "have on average, from the second step on; it is 1 until one of these has had a gradient."
     ),
 ]
 

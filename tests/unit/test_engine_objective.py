@@ -139,6 +139,19 @@ def test_a_term_without_any_gradient_leaves_the_others_alone() -> None:
     torch.testing.assert_close(gradient_NC, expected_NC)
 
 
+def test_terms_that_have_only_rested_do_not_count_in_a_balance() -> None:
+    """As labels do in steps that the student wrote itself, and losses of tasks that were not drawn."""
+    weights = {"cross_entropy": 0.5, "squared_error": 1.0, "reverse_kl": None}
+    objective = Objective([Term(kind, weight, LOSSES[kind]().build(None)) for kind, weight in weights.items()])
+    found = []
+    for resting in (["cross_entropy", "squared_error"], ["cross_entropy", "squared_error"], ["squared_error"]):
+        _, numbers = objective(draw(0), DenseSignal(draw(1)), torch.arange(N) % C, N, resting=resting)
+        objective.learn(numbers)
+        found.append(objective.weights()["reverse_kl"])
+    assert found[:2] == [1.0, 1.0]
+    assert found[2] == pytest.approx((numbers["gradient/cross_entropy"] / numbers["gradient/reverse_kl"]) ** 0.5)
+
+
 def test_a_part_without_rows_adds_nothing() -> None:
     gradient, numbers = make()(draw(0)[:0], DenseSignal(draw(1)[:0]), torch.empty(0, dtype=torch.int64), 0)
     assert gradient.shape == (0, C)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Annotated, Literal
 
 import torch
@@ -65,7 +66,8 @@ class Objective:
     M is the number of rows of the whole step, whatever the parts in which they are computed, or 1 for the plain sum.
 
     A term without a weight gets one with which the norm of its gradient by the logits is the mean of those of the
-    weighted terms, both averaged over the steps so far. The weights of a step depend on the steps before it alone.
+    weighted terms, both averaged over the steps so far. Terms that have had no gradient yet, as those that rest, do not
+    count; without any that does it is 1. The weights of a step depend on the steps before it alone.
 
     Attributes:
         uncertainty: What is learned of several tasks: a step's gradient is multiplied with the weight of its task.
@@ -84,14 +86,15 @@ class Objective:
     def weights(self) -> dict[str, float]:
         """Returns each term's weight in the next step."""
         fixed = {term.name: term.weight for term in self.terms if term.weight}
-        wanted = sum(weight * self.norms.get(name, 0.0) for name, weight in fixed.items()) / max(1, len(fixed))
-        return {term.name: self._weight(term, wanted) for term in self.terms}
+        known = [weight * self.norms[name] for name, weight in fixed.items() if name in self.norms]
+        return {term.name: self._weight(term, known) for term in self.terms}
 
-    def _weight(self, term: Term, wanted: float) -> float:
+    def _weight(self, term: Term, known: Sequence[float]) -> float:
         if term.weight is not None:
             return term.weight
-        norm = self.norms.get(term.name, 0.0)
-        return min(max(wanted / norm, 1 / MAX_BALANCE), MAX_BALANCE) if norm else 1.0
+        if not known or term.name not in self.norms:
+            return 1.0
+        return min(max(fmean(known) / self.norms[term.name], 1 / MAX_BALANCE), MAX_BALANCE)
 
     def resting(self, batch: Batch, *, is_own: bool = False) -> set[str]:
         """Returns the names of the terms that have nothing to say of a batch."""
