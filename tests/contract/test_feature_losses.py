@@ -292,6 +292,15 @@ def test_all_of_them_train_in_one_stage(bench: Bench) -> None:
         assert total == pytest.approx(parts, rel=1e-4)
 
 
+def test_a_heavy_loss_on_layers_is_warned_of_by_its_share_of_the_loss(bench: Bench) -> None:
+    losses = [{"kind": "cross_entropy"}, {"kind": "hidden_mse", "weight": 1e9}]
+    finished = bench.succeed(make_spec([{"kind": "distill", **FAST, "epochs": 1, "losses": losses}]), 0, "heavy")
+    events = {report["event"]["data"].get("term"): report["event"] for report in finished.of("event")}
+    assert events["hidden_mse"]["data"]["share"] > 0.99 > 0.01 > events["cross_entropy"]["data"]["share"]
+    assert "is nearly all that counts: its share of the loss" in events["hidden_mse"]["message"]
+    assert not finished.series("share/gradient/cross_entropy")
+
+
 def test_layers_alone_can_be_learned_and_in_parts(bench: Bench, tmp_path: Path) -> None:
     stage = {"kind": "distill", **FAST, "epochs": 1, "deletion_probability": 0.0, "losses": [{"kind": "hidden_mse"}]}
     whole = bench.run(make_spec([stage]), 0, name="whole")

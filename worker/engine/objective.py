@@ -159,11 +159,13 @@ class Objective:
         return gradient_NC, {"total": sum(weight * numbers[name] for name, weight in weights.items()), **numbers}
 
     def shares(self, numbers: dict[str, float]) -> dict[str, float]:
-        """Returns each term's share of the total and, under `gradient/<term>`, of the sum of the gradients' norms."""
-        values = {name: weight * numbers[name] for name, weight in self.weights().items()}
-        norms = {term.name: numbers[f"gradient/{term.name}"] ** 0.5 for term in self.terms}
-        by_gradient = _normalised(norms, sum(norms.values()))
-        return _normalised(values, numbers["total"]) | {f"gradient/{name}": s for name, s in by_gradient.items()}
+        """Returns each term's share of the total."""
+        return _normalised({name: w * numbers[name] for name, w in self.weights().items()}, numbers["total"])
+
+    def gradient_shares(self, numbers: dict[str, float]) -> dict[str, float]:
+        """Returns, under `gradient/<term>`, each term's share of the sum of the norms of gradients by the logits."""
+        norms = {f"gradient/{term.name}": numbers[f"gradient/{term.name}"] ** 0.5 for term in self.terms}
+        return _normalised(norms, sum(norms.values()))
 
 
 def _normalised(values: dict[str, float], whole: float) -> dict[str, float]:
@@ -174,7 +176,8 @@ def _normalised(values: dict[str, float], whole: float) -> dict[str, float]:
 class ShareWatch:
     """Notices a term whose share of the gradient, which is what trains, stays tiny or nearly all for a tenth of a run.
 
-    The loss itself would not tell: a term may be large and flat, as the soft cross entropy with its constant is.
+    The loss itself would not tell: a term may be large and flat, as the soft cross entropy with its constant is. Beside
+    losses on layers it must do, as these have no gradient by the logits, with which the others' could be compared.
     """
 
     num_points: int
@@ -184,10 +187,10 @@ class ShareWatch:
         """Counts one more point of the log; returns the terms to warn of, each once, with their shares.
 
         Args:
-            shares: As of `Objective.shares`.
+            shares: Each term's share of the loss and, under `gradient/<term>`, of the gradient, if any has one.
         """
         patience, found = max(MIN_POINTS, self.num_points // 10), {}
-        terms = {name: shares[f"gradient/{name}"] for name in shares if f"gradient/{name}" in shares}
+        terms = {name: shares[f"gradient/{name}"] for name in shares if f"gradient/{name}" in shares} or shares
         for name, share in terms.items() if len(terms) > 1 else ():
             is_extreme = not LEAST_SHARE <= share <= MOST_SHARE
             self.counts[name] = self.counts.get(name, 0) + 1 if is_extreme else 0
@@ -196,8 +199,8 @@ class ShareWatch:
         return found
 
 
-def warn_of_share(ctx: StageContext, name: str, share: float) -> None:
+def warn_of_share(ctx: StageContext, name: str, share: float, whole: Literal["gradient", "loss"]) -> None:
     """Adds the warning to the job's events."""
     what = "hardly counts" if share < LEAST_SHARE else "is nearly all that counts"
-    message = f"The term {name} {what}: its share of the gradient is {share:.2%}; change the weights of the terms."
+    message = f"The term {name} {what}: its share of the {whole} is {share:.2%}; change the weights of the terms."
     ctx.warn("loss_share", message, term=name, share=share)

@@ -335,7 +335,8 @@ class Trainer:
         found = {name: [n[name] for n in self._window if name in n] for name in self._names}
         means = {name: sum(values) / len(self._window) for name, values in found.items()}
         self._window.clear()
-        known = self.objective.shares(means) | (self.features.shares(means) if self.features else {})
+        others = self.features.shares(means) if self.features else self.objective.gradient_shares(means)
+        known = self.objective.shares(means) | others
         shares = {name: share for name, share in known.items() if found[name.removeprefix("gradient/")]}
         for name, values in found.items():
             if values and not name.startswith("gradient/"):
@@ -349,7 +350,7 @@ class Trainer:
         for name, share in shares.items():
             self.ctx.reporter.metric(f"share/{name}", step, share)
         for name, share in self.watch.see(shares).items():
-            warn_of_share(self.ctx, name, share)
+            warn_of_share(self.ctx, name, share, "loss" if self.features else "gradient")
         if self.growth:
             self.ctx.reporter.metric("zeros", step, self.growth.share)
         self.ctx.reporter.metric("learning_rate", step, float(self.schedule.get_last_lr()[0]))

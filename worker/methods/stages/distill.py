@@ -85,7 +85,9 @@ class Distill(Training):
         validate_default=True,
         min_length=1,
         max_length=16,
-        description="Terms of the objective; each is logged alone and as its share.",
+        description="Terms of the objective; each is logged alone and as its share of the loss and of the gradient by "
+        "the logits. One whose share of the gradient stays below 1 % or above 99 % is warned of; beside losses on "
+        "layers the gradient has no shares, and that of the loss is watched.",
     )
     reduction: Literal["mean", "sum"] = Field(
         "mean", description="Over the examples of a step; `sum` makes the learning rate depend on batch_size."
