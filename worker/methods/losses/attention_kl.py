@@ -14,8 +14,11 @@ if TYPE_CHECKING:
 class AttentionKL(FeatureLoss):
     """The mean over heads of KL(A_t ‖ A_s) of each token's attention.
 
-    Paper: Wang et al. 2020, "MiniLM: Deep Self-Attention Distillation", section 3.1. Deviation: attention is of queries
-    and keys as projected, before a model turns them by their positions.
+    Queries and keys are those that a model's attention compares, after whatever it does to them for their positions.
+
+    Paper: Wang et al. 2020, "MiniLM: Deep Self-Attention Distillation", section 3.1. Deviation: where a model computes
+    its attention in a way of its own, as a DeBERTa-v2 does, queries and keys are as projected, and what it adds to
+    their scores for positions is left out.
     """
 
     needs: ClassVar[tuple[LayerPart, ...]] = ("query", "key")

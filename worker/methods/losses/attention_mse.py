@@ -14,8 +14,11 @@ if TYPE_CHECKING:
 class AttentionMSE(FeatureLoss):
     """The mean over heads and keys of the squared difference of the scores before the softmax.
 
+    Queries and keys are those that a model's attention compares, after whatever it does to them for their positions.
+
     Paper: Jiao et al. 2020, "TinyBERT: Distilling BERT for Natural Language Understanding", section 3.1, equation 7.
-    Deviation: scores are of queries and keys as projected, before a model turns them by their positions.
+    Deviation: where a model computes its attention in a way of its own, as a DeBERTa-v2 does, queries and keys are as
+    projected, and what it adds to their scores for positions is left out.
     """
 
     needs: ClassVar[tuple[LayerPart, ...]] = ("query", "key")
