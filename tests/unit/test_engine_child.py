@@ -224,6 +224,16 @@ def test_a_step_in_parts_is_the_same_step(bench: Bench) -> None:
     assert all("weight" in event["message"] for event in events)
 
 
+def test_a_temperature_moves_from_the_first_step_to_the_last(bench: Bench) -> None:
+    losses = [{"kind": "forward_kl", "temperature": found} for found in ({"start": 8.0, "end": 2.0}, 8.0, 2.0)]
+    finished = bench.succeed(make_spec([{"kind": "distill", **FAST, "epochs": 1, "losses": losses}]), name="moving")
+    names = ("forward_kl", "forward_kl_2", "forward_kl_3")
+    moving, start, end = ([value for _, value in finished.series(f"loss/{name}")] for name in names)
+    assert moving[0] == start[0] != end[0]
+    assert moving[-1] == end[-1] != start[-1]
+    assert moving[2] not in (start[2], end[2])
+
+
 def test_a_student_can_be_finetuned_without_validation(bench: Bench, tmp_path: Path) -> None:
     job = bench.copy(tmp_path / "job")
     (job.inputs / "data" / "validation.jsonl").unlink()
