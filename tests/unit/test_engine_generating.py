@@ -15,6 +15,7 @@ from core.jobs.spec import load_spec
 from core.models.facts import ModelFacts
 from tests import pico
 from tests.engine_bench import Bench, make_spec
+from worker.child import ForkServer
 from worker.engine.generating import ask_for_texts
 from worker.engine.loading import load_tokenizer
 
@@ -26,8 +27,8 @@ OTHER = {"kind": "pretrained", "model": "small"}
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    bench = Bench(tmp_path_factory.mktemp("bench")).lay_language()
+def bench(tmp_path_factory: pytest.TempPathFactory, exact: ForkServer) -> Bench:
+    bench = Bench(tmp_path_factory.mktemp("bench"), exact).lay_language()
     bench.adopt(bench.succeed(make_spec([LEARN], task=TASK), labels=[]), 0, "finetune")
     return bench
 

@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,24 +50,6 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
 }
 SPLIT = [(case, True) for case in ("an example left over", "the teacher ahead", "layers, in parts", "its own texts")]
-
-
-@pytest.fixture(scope="module")
-def exact(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
-    """A server whose stages compute in float32 on every processor: half precision rounds each share of a gradient."""
-    site = tmp_path_factory.mktemp("site")
-    (site / "sitecustomize.py").write_text(
-        "from worker.engine.child import set_environment\n"
-        "set_environment(1)\n"  # which numpy and torch read when they are imported
-        "from worker.kernels import precision\n"
-        "precision.BF16_FLAGS = frozenset()\n"
-    )
-    server = ForkServer(1, site / "cache")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(site))
-        server._ensure()  # no other server starts with it
-    yield server
-    server.close()
 
 
 @pytest.mark.parametrize(("case", "shard_layers"), [*((case, False) for case in CASES), *SPLIT])
