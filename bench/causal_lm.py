@@ -314,7 +314,7 @@ def bf16_peak() -> float:
 def validation_kl(work: Path, student: Any) -> float:
     teacher, _ = load_pair(work)
     student.to(DEVICE).eval()
-    blocks, total, count = read_blocks(work, "validation").head(40), 0.0, 0
+    blocks, total, count = read_blocks(work, "validation").head(40 * TOKENS), 0.0, 0
     with torch.inference_mode():
         for batch in blocks.in_order(DEVICE):
             log_p, log_q = (F.log_softmax(m(**batch.inputs).logits[batch.is_row], -1) for m in (teacher, student))
