@@ -67,9 +67,10 @@ class Sparsity(Method):
     scope: ClassVar[Literal["row", "tensor"]] = "tensor"
 
     def build(self, ctx: Any) -> Any:
-        """Returns a callable `(matrix, choose) -> weight_OI` (torch).
+        """Returns a callable `(matrix, choose, group) -> weight_OI` (torch).
 
-        `matrix` is a `worker.engine.matrices.Matrix`, and `choose` tells of scores_OI which weights stay.
+        `matrix` is a `worker.engine.matrices.Matrix`, `choose` tells of scores_OI which weights stay, and `group` is
+        how many inputs a pattern compares, None without one.
         """
         raise NotImplementedError
 

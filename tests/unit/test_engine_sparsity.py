@@ -74,6 +74,15 @@ def test_half_of_the_weights_are_zero(settings: dict[str, Any], tmp_path: Path) 
             assert torch.equal(weight_OI[weight_OI != 0], before[name][weight_OI != 0])
 
 
+def test_groups_of_a_pattern_are_chosen_one_by_one_in_blocks_of_any_size(tmp_path: Path) -> None:
+    found = [
+        run(tmp_path / str(block), pattern="2:4", method={"kind": "sparsegpt", "block": block})[1] for block in (4, 128)
+    ]
+    for name, weight_OI in found[0].items():
+        assert torch.equal(weight_OI == 0, found[1][name] == 0)
+        torch.testing.assert_close(weight_OI, found[1][name], rtol=1e-4, atol=1e-5)
+
+
 def test_over_all_layers_the_smallest_are_those_of_torch(tmp_path: Path) -> None:
     before, after, _ = run(tmp_path, method={"kind": "magnitude"}, scope="global", share=0.3)
     layers = {name: torch.nn.Linear(*weight.T.shape, bias=False) for name, weight in before.items()}

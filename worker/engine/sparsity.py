@@ -30,10 +30,10 @@ def sparsify(ctx: StageContext, settings: "Sparsify") -> dict[str, Any]:
     model, tokenizer = load_student(ctx), load_student_tokenizer(ctx)
     before, prune = copy.deepcopy(model), settings.method.build(ctx)
     data = ctx.task.calibrate(ctx.get_split("train"), model, tokenizer) if settings.method.needs_data else None
-    found = find_matrices(model.to(ctx.device).eval())
+    found, group = find_matrices(model.to(ctx.device).eval()), settings.numbers[1] if settings.numbers else None
     check_groups(found, settings.group, "Choose another pattern, or a share.")
     choose = _chooser(settings, [matrix.weight_OI for matrices in found for matrix in matrices])
-    change_layers(ctx, model, found, data, lambda matrix: prune(matrix, choose))
+    change_layers(ctx, model, found, data, lambda matrix: prune(matrix, choose, group))
     zeros = count_share(matrix.weight_OI for matrices in found for matrix in matrices)
     log.info("%.2f %% of the weights of the layers are zero", 100 * zeros)
     model.cpu().config.keeps_zeros = True  # for the training that follows

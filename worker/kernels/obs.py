@@ -71,20 +71,33 @@ def change_in_order(weight_OI: Tensor, gram_II: Tensor, begin: Begin, damping: f
     return result_IO.T
 
 
-def prune_in_order(weight_OI: Tensor, gram_II: Tensor, choose: Choose, damping: float, block: int) -> Tensor:
+def prune_in_order(
+    weight_OI: Tensor, gram_II: Tensor, choose: Choose, damping: float, block: int, group: int | None = None
+) -> Tensor:
     """Returns the weights with zeros, and the other ones changed so that the matrix says nearly the same.
+
+    Which stay is chosen for one group of inputs after the other, of weights that have made up for all before it.
 
     Args:
         weight_OI: The matrix.
         gram_II: Σ x xᵀ over its inputs.
-        choose: Gives, for scores_OB of a block of inputs, which weights stay.
+        choose: Gives, for scores_OG of a group of inputs, which weights stay.
         damping: See `inverse_factor`.
         block: Inputs in a block.
+        group: Inputs among which is chosen at once, which divide a block; None for all of one.
     """
+    width = group or block
 
     def begin(_: slice, left_OB: Tensor, factor_B: Tensor) -> Change:
-        stays_BO = choose((left_OB / factor_B).square()).T.contiguous()
-        return lambda place, column_O: column_O * stays_BO[place]
+        stays_BO = torch.empty_like(left_OB.T, dtype=torch.bool)
+
+        def change(place: int, column_O: Tensor) -> Tensor:
+            if place % width == 0:
+                some = slice(place, place + width)
+                stays_BO[some] = choose((left_OB[:, some] / factor_B[some]).square()).T
+            return column_O * stays_BO[place]
+
+        return change
 
     return change_in_order(weight_OI, gram_II, begin, damping, block)
 

@@ -1,5 +1,7 @@
 """Which weights stay, by torch's own pruning; and what the others make up for, by the textbook."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
@@ -53,10 +55,13 @@ def test_of_equal_scores_the_first_go(share: float, by_row: bool) -> None:
         assert (~found).nonzero().flatten().tolist() == sorted(order[: round(share * len(row))])
 
 
-def prune_by_the_book(weight_OI: Tensor, hessian_II: Tensor, mask_OI: Tensor) -> Tensor:
-    """Optimal brain surgery on one input after the other, with the inverse for those that are left made anew."""
+def prune_by_the_book(weight_OI: Tensor, hessian_II: Tensor, mask_OI: Tensor, count: int | None = None) -> Tensor:
+    """Optimal brain surgery on one input after the other, with the inverse for those that are left made anew.
+
+    Only the first ones have their turn where a count is given.
+    """
     result_OI, size = weight_OI.clone(), weight_OI.shape[1]
-    for place in range(size):
+    for place in range(count or size):
         inverse = torch.linalg.inv(hessian_II[place:, place:])
         gone_O = torch.where(mask_OI[:, place], 0.0, result_OI[:, place])
         result_OI[:, place:] -= gone_O[:, None] / inverse[0, 0] * inverse[0]
@@ -78,6 +83,33 @@ def test_the_others_make_up_for_it_as_the_book_says(block: int) -> None:
     hessian_II = gram_II + 0.01 * gram_II.diagonal().mean() * torch.eye(32, dtype=torch.float64)
     torch.testing.assert_close(found_OI, prune_by_the_book(weight_OI, hessian_II, mask_OI), rtol=1e-8, atol=1e-10)
     assert not found_OI[~mask_OI].any()
+
+
+def prune_groups_by_the_book(weight_OI: Tensor, hessian_II: Tensor, n: int, m: int) -> Tensor:
+    """The same, where at each m-th input those of the next m go that then cost least, each as the first one left."""
+    result_OI, mask_OI = weight_OI.clone(), torch.ones_like(weight_OI, dtype=torch.bool)
+    for start in range(0, weight_OI.shape[1], m):
+        for result_I, mask_I in zip(result_OI, mask_OI, strict=True):
+            costs = {
+                place: (result_I[place] ** 2 / torch.linalg.inv(hessian_II[place:, place:])[0, 0]).item()
+                for place in range(start, start + m)
+            }
+            mask_I[sorted(costs, key=lambda place: costs[place])[: m - n]] = False
+        left_OI, left_II = result_OI[:, start:], hessian_II[start:, start:]
+        result_OI[:, start:] = prune_by_the_book(left_OI, left_II, mask_OI[:, start:], m)
+    return result_OI
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 8), (1, 4)])
+@pytest.mark.parametrize("block", [None, 16, 128])
+def test_of_each_group_those_go_that_cost_least_when_it_is_its_turn(n: int, m: int, block: int | None) -> None:
+    inputs_NI, weight_OI = random(200, 48) @ random(48, 48, seed=1), random(12, 48, seed=2)
+    gram_II = inputs_NI.T @ inputs_NI
+    found_OI = prune_in_order(weight_OI, gram_II, partial(keep_n_of_m, n=n, m=m), 0.01, block or m, m)
+    hessian_II = gram_II + 0.01 * gram_II.diagonal().mean() * torch.eye(48, dtype=torch.float64)
+    wanted_OI = prune_groups_by_the_book(weight_OI, hessian_II, n, m)
+    torch.testing.assert_close(found_OI, wanted_OI, rtol=1e-8, atol=1e-10)
+    assert ((found_OI != 0).reshape(-1, m).sum(1) == n).all()
 
 
 def test_what_is_lost_falls_from_magnitude_over_wanda_to_sparsegpt() -> None:

@@ -22,7 +22,7 @@ class Magnitude(Sparsity):
     def build(self, ctx: Any) -> Any:
         """Returns the weights with zeros."""
 
-        def prune(matrix: "Matrix", choose: "Choose") -> "Tensor":
+        def prune(matrix: "Matrix", choose: "Choose", _: int | None) -> "Tensor":
             return matrix.weight_OI * choose(matrix.weight_OI.abs())
 
         return prune

@@ -25,7 +25,7 @@ class Wanda(Sparsity):
     def build(self, ctx: Any) -> Any:
         """Returns the weights with zeros."""
 
-        def prune(matrix: "Matrix", choose: "Choose") -> "Tensor":
+        def prune(matrix: "Matrix", choose: "Choose", _: int | None) -> "Tensor":
             loudness_I = matrix.gram_II.diagonal().sqrt()
             return matrix.weight_OI * choose(matrix.weight_OI.abs() * loudness_I)
 
