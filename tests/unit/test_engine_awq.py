@@ -10,7 +10,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from tests.llama_cpp import STORIES, needs_stories
 from tests.unit.test_engine_models import CONFIGS, LLAMA, SIZES, make
+from worker.engine.data import Batch
 from worker.engine.folding import move_scales
+from worker.engine.importance import hearing
 from worker.engine.matrices import Matrix, find_matrices
 from worker.engine.quantizing import Wanted
 from worker.methods.quantization.awq import Awq
@@ -41,11 +43,9 @@ def make_loud(config: Any) -> torch.nn.Module:
 
 def show(model: torch.nn.Module, found: list[Matrix], ids_BT: Tensor = IDS) -> None:
     """Has matrices note what they hear."""
-    hooks = [matrix.module.register_forward_pre_hook(matrix.note) for matrix in found]
-    with torch.no_grad():
+    with torch.no_grad(), hearing(model, {matrix.module: matrix.note for matrix in found}) as tell:
+        tell(Batch({"input_ids": ids_BT}, torch.empty(0), torch.empty(0)))
         model(input_ids=ids_BT)
-    for hook in hooks:
-        hook.remove()
 
 
 def draw_scale(hearing: list[Matrix]) -> Tensor:

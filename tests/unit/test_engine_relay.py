@@ -26,6 +26,7 @@ from transformers import (
 
 from tests.unit.test_engine_models import CONFIGS, SIZES, make
 from worker.engine.data import Batch
+from worker.engine.importance import hearing
 from worker.engine.matrices import Matrix, change_layers, find_matrices
 from worker.engine.relay import Relay
 
@@ -100,12 +101,10 @@ def change(matrix: Matrix) -> Tensor:
 def change_by_the_book(model: Any, layers: list[list[Matrix]], change: Callable[[Matrix], Tensor]) -> None:
     """The same with the whole model run for each layer."""
     for layer in layers:
-        hooks = [matrix.module.register_forward_pre_hook(matrix.note) for matrix in layer]
-        with torch.no_grad():
+        with torch.no_grad(), hearing(model, {matrix.module: matrix.note for matrix in layer}) as tell:
             for batch in Texts().shuffled():
+                tell(batch)
                 model(**batch.inputs)
-        for hook in hooks:
-            hook.remove()
         for matrix in layer:
             matrix.weight_OI.copy_(change(matrix))
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeVar
@@ -92,6 +92,11 @@ class Batch(NamedTuple):
         return (self.rows >= 0).to(self.labels.device)
 
     @property
+    def is_token(self) -> Tensor:
+        """Where a token is, and not what only fills the batch up, is_token_BT."""
+        return mask_of(self.inputs) if self.is_there is None else self.is_there
+
+    @property
     def row_labels(self) -> Tensor:
         """What is to be found of the rows."""
         return self.labels[self.is_row]
@@ -129,6 +134,12 @@ class Batch(NamedTuple):
         for start in range(number * share, (number + 1) * share, size):
             some = slice(start, min(start + size, end))
             yield self._take(some) if start < end else self._take(slice(0, 1)).without_rows()
+
+
+def mask_of(inputs: Mapping[str, Tensor]) -> Tensor:
+    """Returns where the inputs say that a token is, mask_BT."""
+    mask_BT = inputs.get("attention_mask")
+    return torch.ones_like(inputs["input_ids"], dtype=torch.bool) if mask_BT is None else mask_BT.bool()
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,7 @@ class Features:
 
         Tokens, or examples, of the whole step are the one denominator; layers of one term are averaged.
         """
-        seen, sizes = self._look(part), {"tokens": int(_places_of(whole).sum()), "examples": len(whole.rows)}
+        seen, sizes = self._look(part), {"tokens": int(whole.is_token.sum()), "examples": len(whole.rows)}
         total, values = torch.zeros((), device=seen.mask_BT.device), {}
         for name, loss, measure, pairs in self._terms:
             found = [measure(self._take(name, s), self._teacher.take(t), seen) for s, t in pairs]
@@ -142,7 +142,7 @@ class Features:
         return {name: loss.weight * numbers[name] / whole for name, loss, _, _ in self._terms}  # type: ignore[operator]
 
     def _look(self, batch: Batch) -> Seen:
-        mask_BT = _places_of(batch)
+        mask_BT = batch.is_token
         pairs_BTT = mask_BT[:, :, None] & mask_BT[:, None, :]
         return Seen(mask_BT, pairs_BTT.tril() if self._is_causal else pairs_BTT)
 
@@ -159,14 +159,3 @@ def _check_sizes(losses: Sequence[FeatureLoss], student: Sizes, teacher: Sizes) 
         if ours != theirs:
             message = f"'{loss.kind}' needs models with the same {size}; the student has {ours}, the teacher {theirs}."
             raise StageFailed("spec_invalid", message, suggestion="Use 'relations', which fits models of any sizes.")
-
-
-def _places_of(batch: Batch) -> Tensor:
-    """Returns where a batch has a token, which its inputs need not tell."""
-    return mask_of(batch.inputs) if batch.is_there is None else batch.is_there
-
-
-def mask_of(inputs: Mapping[str, Tensor]) -> Tensor:
-    """Returns where a token is, mask_BT."""
-    mask_BT = inputs.get("attention_mask")
-    return torch.ones_like(inputs["input_ids"], dtype=torch.bool) if mask_BT is None else mask_BT.bool()

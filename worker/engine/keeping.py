@@ -26,8 +26,8 @@ from transformers import PreTrainedModel
 from core.errors import StageFailed
 from core.losses import LayerPart
 from worker.engine.blocks import Blocks
-from worker.engine.data import Encoded
-from worker.engine.features import Layer, Sizes, Wanted, make_layer, mask_of
+from worker.engine.data import Encoded, mask_of
+from worker.engine.features import Layer, Sizes, Wanted, make_layer
 from worker.engine.loading import INPUT_NAMES
 from worker.engine.watching import Watched
 

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Module
 from transformers import PreTrainedModel
 
 from core.errors import StageFailed
@@ -37,10 +36,9 @@ class Matrix:
         if not self.gram_II.numel():
             self.gram_II = torch.zeros(self.weight_OI.shape[1:] * 2, device=self.weight_OI.device)
 
-    def note(self, _: Module, inputs: tuple[Tensor, ...]) -> None:
+    def note(self, _: Tensor, x_NI: Tensor) -> None:
         """Adds the inputs of a forward pass up."""
         self.begin()
-        x_NI = inputs[0].detach().float().flatten(0, -2)
         self.gram_II.addmm_(x_NI.T, x_NI)
         size_NI = x_NI.abs()
         self.size_I += size_NI.sum(0)
@@ -99,8 +97,9 @@ def change_layers(
         if relay:
             for matrix in matrices:
                 matrix.begin()
-            with hearing(model, {matrix.module: matrix.note for matrix in matrices}):
+            with hearing(model, {matrix.module: matrix.note for matrix in matrices}) as tell:
                 for batch in data.shuffled(BATCH, [ctx.seed], 0, ctx.device):
+                    tell(batch)
                     relay.run(number, batch.inputs)
                     ctx.check_stop()
         if prepare:

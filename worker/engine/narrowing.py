@@ -168,15 +168,13 @@ def _look(ctx: StageContext, model: PreTrainedModel, data: Any, parts: dict[str,
     heads = {part.out: Site(part.out, group) for part in parts.values()}
     neurons = {part.down: Site(part.down, 1) for part in parts.values()}
 
-    def note_states(_: Module, __: Any, output: Any) -> None:
-        states_D.add_((output[0] if isinstance(output, tuple) else output).detach().float().abs().flatten(0, -2).sum(0))
+    def note_states(_: Tensor, x_ND: Tensor) -> None:
+        states_D.add_(x_ND.abs().sum(0))
 
-    hooks = [model.get_submodule(name).register_forward_hook(note_states) for name in parts]
+    layers = [model.get_submodule(name) for name in parts]
     try:
-        watch(ctx, model, heads | neurons, by, data)
+        watch(ctx, model, heads | neurons, by, data, dict.fromkeys(layers, note_states))
     finally:
-        for hook in hooks:
-            hook.remove()
         model.cpu()
     return Seen(states_D.cpu(), rank_blocks(ctx, heads.values(), by), rank_blocks(ctx, neurons.values(), by))
 
