@@ -13,6 +13,7 @@ from tests.unit.test_engine_models import CONFIGS, SIZES, make
 from tests.unit.test_engine_narrowing import KNOWN, context, parts_of
 from tests.unit.test_engine_relay import CONTEXT, make_any
 from worker.engine.blocks import Blocks
+from worker.engine.calibrating import Samples
 from worker.engine.data import Batch, Encoded
 from worker.engine.importance import hearing
 from worker.engine.loading import find_layers
@@ -101,3 +102,11 @@ def test_what_has_no_vector_for_each_place_is_heard_whole() -> None:
         for shape in ((2, 4), (8,), (5,), (1, 6), (2,)):  # by places, in one row, without padding, a table, pooled
             linear(torch.randn(*shape, 3))
     assert lengths == [5, 5, 5, 6, 2]
+
+
+def test_fixed_scales_are_of_texts_without_padding() -> None:
+    """Which gives a text of an odd length one token more."""
+    samples = Samples(texts_of("input_ids", "attention_mask"), 4, 0)
+    found = [inputs for inputs in iter(samples.get_next, None) if inputs]
+    assert sorted(inputs["input_ids"].shape for inputs in found) == [(1, 3), (1, 7), (1, 9), (1, 12)]
+    assert all(inputs["attention_mask"].all() for inputs in found)

@@ -39,7 +39,7 @@ class Samples(CalibrationDataReader):
     def _read(self, data: Any, count: int, seed: int) -> Iterator[dict[str, NDArray[Any]]]:
         batches = data.shuffled(1, [seed], 0, torch.device("cpu"))
         for batch, _ in zip(batches, range(count), strict=False):
-            yield {name: ids_BT.numpy() for name, ids_BT in batch.inputs.items()}
+            yield {name: ids_BT[batch.is_token].numpy()[None] for name, ids_BT in batch.inputs.items()}
 
     def get_next(self) -> dict[str, NDArray[Any]] | None:
         """Returns the next inputs, or None after the last."""
