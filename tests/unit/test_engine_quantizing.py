@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import kl_div
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel, GPT2Config
 from transformers import AutoModelForSequenceClassification as Classifier
 
 from core.errors import SpecInvalid
@@ -20,6 +20,7 @@ from core.jobs.spec import load_spec
 from core.models.checking import check_model
 from core.models.facts import read_facts
 from core.models.safetensors_header import read_tensors
+from tests import pico
 from tests.engine_bench import FAST, LABELS, Bench, contents, make_spec
 from tests.unit.test_engine_models import CONFIGS, make
 from tests.unit.test_engine_sparsity import SPEC, TASK, matrices
@@ -420,6 +421,26 @@ def test_forms_of_fewer_bits_need_no_stage_before(bench: Bench, tmp_path: Path) 
         wanted = Classifier.from_pretrained(inputs / "student")(**tokens).logits.numpy()
     np.testing.assert_allclose(logits, wanted, atol=0.05)
     assert not np.allclose(logits, wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("num_neurons", [48, 24])
+@pytest.mark.parametrize("embedding_bits", [8, None])
+def test_matrices_that_no_block_fits_are_told_of(num_neurons: int, embedding_bits: int | None, tmp_path: Path) -> None:
+    bench = Bench(tmp_path).lay()
+    folder = pico.write_model(bench.inputs / "student", 2, width=20)
+    BertModel(BertConfig.from_pretrained(folder, intermediate_size=num_neurons)).save_pretrained(folder)
+    form = {"kind": "onnx_int4", "embedding_bits": embedding_bits, "min_agreement": 0.1}
+    finished = bench.run(make_spec([{"kind": "distill"}, {"kind": "export", "formats": [form]}]), 1)
+    total = 2 * 6 + 3 * (embedding_bits is not None)
+    if num_neurons % 16:
+        assert (finished.last["type"], finished.last["reason"]) == ("error", "export_unsupported")
+        assert f"None of the {total} matrices" in finished.last["message"]
+        return
+    [event] = [report["event"] for report in finished.of("event")]
+    assert (event["type"], event["level"]) == ("matrices_unpacked", "warning")
+    assert event["data"] == {"num_left": total - 2, "num_matrices": total}
+    graph = onnx.load(finished.outputs / "onnx_int4" / "model.onnx").graph
+    assert [node.op_type for node in graph.node].count("MatMulNBits") == 2  # the rows of what reads the neurons
 
 
 def test_a_form_that_disagrees_is_not_published(bench: Bench, tmp_path: Path) -> None:

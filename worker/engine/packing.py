@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from onnx import GraphProto, NodeProto, helper, numpy_helper
 from torch import Tensor
 
+from core.errors import StageFailed
 from worker.engine.context import StageContext
 from worker.engine.exporting import check_onnx, get_reference, make_onnx, save_graph
 from worker.engine.importance import Map, by_input
@@ -31,7 +32,7 @@ def write_onnx_int4(ctx: StageContext, settings: "OnnxInt4", folder: Path) -> di
     """Writes the student as ONNX with weights in 4 bits, and returns its agreement with the student.
 
     Raises:
-        StageFailed: `goal_missed` when too few labels agree.
+        StageFailed: `goal_missed` when too few labels agree, `export_unsupported` when no matrix can be packed.
     """
     proto, grids = onnx.load(make_onnx(ctx)), read_grids(ctx.input("student"))
     model = get_reference(ctx).model
@@ -43,16 +44,17 @@ def write_onnx_int4(ctx: StageContext, settings: "OnnxInt4", folder: Path) -> di
         if name in grids
     }
     share_table(proto.graph)
-    pack(proto.graph, known, settings)
+    _tell_left(ctx, *pack(proto.graph, known, settings))
     proto.opset_import.append(helper.make_opsetid(DOMAIN, 1))
     save_graph(proto, folder)
     return check_onnx(ctx, folder, "onnx_int4", settings.min_agreement)
 
 
-def pack(graph: GraphProto, known: dict[str, Grid], settings: "OnnxInt4") -> None:
+def pack(graph: GraphProto, known: dict[str, Grid], settings: "OnnxInt4") -> tuple[int, int]:
     """Replaces, in a graph, products with constant matrices and look-ups in tables by ones that read codes.
 
-    A product with a turned table reads the codes of its look-ups.
+    A product with a turned table reads the codes of its look-ups. Returns how many matrices and tables stay as they
+    are, as the runtime has no block that divides their rows, and of how many.
 
     Args:
         graph: What is changed.
@@ -63,15 +65,22 @@ def pack(graph: GraphProto, known: dict[str, Grid], settings: "OnnxInt4") -> Non
     arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     tables = {name: array for name, array in arrays.items() if array.ndim == 2 and array.dtype == np.float32}
     turned = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Transpose"}
-    nodes = []
+    grids = {name: known.get(_digest(array)) for name, array in tables.items()}
+    is_packed: dict[str, bool] = {}
+    nodes: list[NodeProto] = []
     for node in graph.node:
-        packed = None
+        packed, name, is_wanted = [node], "", bool(settings.embedding_bits)
         if node.op_type == "MatMul" and node.input[1] in tables:
-            packed = _pack_product(graph, node, tables[node.input[1]], known, settings)
+            name, is_wanted = node.input[1], True
+            packed = _pack_product(graph, node, tables[name], grids[name], settings)
         elif node.op_type == "MatMul" and turned.get(node.input[1]) in tables:
-            packed = _pack_turned(graph, node, turned[node.input[1]], tables, known, settings)
+            name = turned[node.input[1]]
+            packed = _pack_turned(graph, node, name, tables[name], grids[name], settings)
         elif node.op_type == "Gather" and node.input[0] in tables:
-            packed = _pack_table(graph, node, tables[node.input[0]], known, settings)
+            name = node.input[0]
+            packed = _pack_table(graph, node, tables[name], grids[name], settings)
+        if name and (is_wanted or grids[name]):
+            is_packed[name] = bool(packed)
         nodes += packed or [node]
     read = {name for node in nodes for name in node.input}
     del graph.node[:]
@@ -80,13 +89,25 @@ def pack(graph: GraphProto, known: dict[str, Grid], settings: "OnnxInt4") -> Non
     kept = [tensor for tensor in graph.initializer if tensor.name in used]
     del graph.initializer[:]
     graph.initializer.extend(kept)
+    return [*is_packed.values()].count(False), len(is_packed)
+
+
+def _tell_left(ctx: StageContext, num_left: int, num_matrices: int) -> None:
+    """Warns of matrices that stay as they are. Raises StageFailed where all do."""
+    why = f"{BLOCKS[-1]}, the smallest block of the runtime, does not divide their rows"
+    if num_left and num_left == num_matrices:
+        message = f"None of the {num_matrices} matrices can be stored in few bits: {why}."
+        raise StageFailed("export_unsupported", message, suggestion="Choose onnx_int8, or leave this form out.")
+    if num_left:
+        message = f"{num_left} of {num_matrices} matrices stay in single precision: {why}."
+        ctx.warn("matrices_unpacked", message, num_left=num_left, num_matrices=num_matrices)
 
 
 def _pack_product(
-    graph: GraphProto, node: NodeProto, weight_IO: NDArray[np.float32], known: dict[str, Grid], settings: "OnnxInt4"
+    graph: GraphProto, node: NodeProto, weight_IO: NDArray[np.float32], known: Grid | None, settings: "OnnxInt4"
 ) -> list[NodeProto]:
-    weight_OI, grid = torch.from_numpy(weight_IO.T.copy()), known.get(_digest(weight_IO))
-    found = _find_grid(weight_OI, grid, 4, settings)
+    weight_OI = torch.from_numpy(weight_IO.T.copy())
+    found = _find_grid(weight_OI, known, 4, settings)
     if found is None:
         return []
     grid, block = found
@@ -100,11 +121,11 @@ def _pack_turned(
     graph: GraphProto,
     node: NodeProto,
     name: str,
-    tables: dict[str, NDArray[np.float32]],
-    known: dict[str, Grid],
+    table_VI: NDArray[np.float32],
+    known: Grid | None,
     settings: "OnnxInt4",
 ) -> list[NodeProto]:
-    found = _find_table(tables[name], known, settings)
+    found = _find_table(table_VI, known, settings)
     if found is None:
         return []
     rows_VI, grid, block = found
@@ -127,7 +148,7 @@ def _multiply(
 
 
 def _pack_table(
-    graph: GraphProto, node: NodeProto, table_VI: NDArray[np.float32], known: dict[str, Grid], settings: "OnnxInt4"
+    graph: GraphProto, node: NodeProto, table_VI: NDArray[np.float32], known: Grid | None, settings: "OnnxInt4"
 ) -> list[NodeProto]:
     found = _find_table(table_VI, known, settings)
     if found is None:
@@ -140,11 +161,11 @@ def _pack_table(
 
 
 def _find_table(
-    table_VI: NDArray[np.float32], known: dict[str, Grid], settings: "OnnxInt4"
+    table_VI: NDArray[np.float32], known: Grid | None, settings: "OnnxInt4"
 ) -> tuple[Tensor, Grid, int] | None:
     """Returns the rows of a table, the grid that they are on (or one of `embedding_bits`), and how wide a block is."""
     rows_VI = torch.from_numpy(table_VI.copy())
-    found = _find_grid(rows_VI, known.get(_digest(table_VI)), settings.embedding_bits, settings)
+    found = _find_grid(rows_VI, known, settings.embedding_bits, settings)
     return found and (rows_VI, *found)
 
 

@@ -17,7 +17,8 @@ class OnnxInt4(Exporter):
     """Writes `model.onnx` with matrices packed in codes of 4 bits, and embeddings in 8 or 4.
 
     What a `quantize` stage put on grids keeps its codes, in 8 bits where it gave these. Of all else each weight is
-    rounded to the nearest value. onnxruntime is the runtime for it (its `MatMulNBits` and `GatherBlockQuantized`); its
+    rounded to the nearest value. Rows that 16 does not divide stay in single precision: the stage warns of them, and
+    fails where all are such. onnxruntime is the runtime for it (its `MatMulNBits` and `GatherBlockQuantized`); its
     answers must agree with the student's.
     """
 
