@@ -4,14 +4,18 @@ import importlib.util
 import json
 import os
 import threading
+from collections.abc import Iterable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import yaml
 from google.protobuf import text_format
+from onnxruntime.quantization.calibrate import CalibrationMethod, create_calibrator
 from transformers import AutoTokenizer
 
 from core.errors import SpecInvalid
@@ -19,11 +23,17 @@ from core.methods import list_methods
 from tests import pico
 from tests.engine_bench import FAST, LABELS, Bench, contents, make_spec
 from worker.engine import exporting
+from worker.engine.calibrating import Samples
 from worker.engine.context import Order, StageContext
 from worker.engine.mailbox import Mailbox
 from worker.engine.reporting import Reporter
 
 TEXT = "please my parcel is late"
+METHODS = {
+    "min_max": CalibrationMethod.MinMax,
+    "entropy": CalibrationMethod.Entropy,
+    "percentile": CalibrationMethod.Percentile,
+}
 
 
 def read_config(path: Path) -> Any:
@@ -106,6 +116,45 @@ def test_scales_by_histogram_are_of_texts_of_any_length(bench: Bench, tmp_path: 
     inputs = AutoTokenizer.from_pretrained(tmp_path)(TEXT, return_tensors="np")
     given = {node.name: inputs[node.name].astype(np.int64) for node in session.get_inputs()}
     assert LABELS[int(session.run(["logits"], given)[0].argmax())] == "delivery"
+
+
+def read_scales(path: Path) -> dict[str, float]:
+    """Returns the scale of each activation in a graph, but for rows of tables, which have their table's."""
+    graph = onnx.load(path).graph
+    constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    looked_up = {node.output[0] for node in graph.node if node.op_type == "Gather"}
+    pairs = (node.input for node in graph.node if node.op_type == "QuantizeLinear")
+    scales = {name: float(constants[scale]) for name, scale, _ in pairs if name not in constants.keys() | looked_up}
+    return {name.removesuffix("_QuantizeLinear_Input"): scale for name, scale in scales.items()}
+
+
+def calibrate(ctx: StageContext, method: CalibrationMethod, names: Iterable[str], folder: Path) -> list[float]:
+    """Returns scales of the unsigned codes of ranges, in which zero lies, by the library alone."""
+    reference = exporting.get_reference(ctx)
+    data = ctx.task.calibrate(ctx.get_split("train"), reference.model, reference.tokenizer)
+    samples, augmented = Samples(data, 24, ctx.seed), str(folder / "augmented.onnx")
+    found = create_calibrator(exporting.make_onnx(ctx), ["MatMul", "Gemm"], augmented, method)
+    for number in range(24):
+        samples.set_range(number, number + 1)
+        found.collect_data(samples)
+    ranges = found.compute_data()
+    low_high = [[float(np.ravel(end)[0]) for end in ranges[name].range_value] for name in names]
+    return [(max(high, 0) - min(low, 0)) / 255 for low, high in low_high]
+
+
+def test_each_method_has_scales_of_its_own(bench: Bench, tmp_path: Path) -> None:
+    """Those that its calibrator finds on the same texts, and no other one."""
+    ctx, known = make_context(bench, "methods"), list_methods("exporters")["onnx_int8_static"]
+    found: dict[str, dict[str, float]] = {}
+    for method in METHODS:
+        (tmp_path / method).mkdir()
+        known(method=method, num_samples=24, min_agreement=0.5).build(ctx)(tmp_path / method)
+        found[method] = read_scales(tmp_path / method / "model.onnx")
+    wanted = {name: calibrate(ctx, method, found[name], tmp_path) for name, method in METHODS.items()}
+    ctx.close()
+    for (method, scales), (other, expected) in product(found.items(), wanted.items()):
+        share = np.isclose([*scales.values()], expected, rtol=1e-6).mean()
+        assert share == 1 if method == other else share < 0.5, (method, other)
 
 
 def test_a_servers_folder_takes_what_its_graph_takes() -> None:
