@@ -25,7 +25,7 @@ from tests import pico
 from tests.engine_bench import FAST, Bench, contents, make_spec
 from tests.unit.test_engine_models import CONFIGS, make
 from tests.unit.test_engine_narrowing import KNOWN, Sample, context, cut, logits, parts_of, weight_of
-from worker.engine import measuring
+from worker.engine import goals, measuring, pruning
 from worker.engine.changes import Reader, compare
 from worker.engine.data import Encoded
 from worker.engine.goals import build, make_cost
@@ -321,6 +321,43 @@ def test_a_student_that_is_fast_enough_is_left_as_it_is(learned: Bench, tmp_path
     done, summary = pruned(learned, tmp_path / "fast", to={"latency_ms": 60_000})
     assert summary["num_parameters"] == summary["num_parameters_before"]
     assert [report["event"]["type"] for report in done.of("event")] == ["goal_met_before"]
+
+
+def prune_to_time(learned: Bench, root: Path, monkeypatch: pytest.MonkeyPatch, slower: float) -> dict[str, Any]:
+    """Returns the summary of a student for 12 ms, where what is made takes so many times as long as was foreseen."""
+
+    def time(model: Any) -> float:
+        return float(model.config.num_hidden_layers * (2 + model.config.intermediate_size / 16))
+
+    monkeypatch.setattr(goals, "time_single", lambda _, model, __: time(model))
+    monkeypatch.setattr(pruning, "time_single", lambda _, model, __: slower * time(model))
+    stage = {"kind": "prune", "to": {"latency_ms": 12}}
+    spec = make_spec([stage], student={"kind": "teacher_layers", "keep": [0, 1, 2]})
+    with learned.copy(root).surround(spec) as ctx:
+        return pruning.prune(ctx, Prune.model_validate(stage))
+
+
+@pytest.mark.parametrize(
+    ("slower", "wanted"),
+    [
+        (1.0, [(3, 32, 12.0), (2, 48, 10.0)]),
+        (1.1, [(3, 16, 9.9), (2, 48, 11.0)]),
+        (1.4, [(2, 32, 11.2)]),
+    ],
+)
+def test_a_student_that_takes_longer_than_foreseen_gets_narrower(
+    learned: Bench, slower: float, wanted: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = prune_to_time(learned, tmp_path, monkeypatch, slower)["candidates"]
+    assert [(one["num_layers"], one["intermediate_size"], pytest.approx(one["latency_ms"])) for one in found] == wanted
+
+
+def test_a_time_that_nothing_meets_when_measured_again_is_told(
+    learned: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(StageFailed, match="12; the last one is at 1,000") as caught:
+        prune_to_time(learned, tmp_path, monkeypatch, 100)
+    assert caught.value.reason == "goal_missed"
 
 
 @pytest.mark.parametrize(

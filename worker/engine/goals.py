@@ -25,7 +25,9 @@ def make_cost(ctx: StageContext, model: PreTrainedModel, sample: Any, measure: s
     """
     if measure == "flops":
         return _make_flops(ctx, model, sample)
-    return cache(_make_latency(ctx, model, sample) if measure == "latency_ms" else _make_size(model, measure))
+    if measure == "latency_ms":
+        return cache(lambda shape: time_single(ctx, build(model, shape), sample))
+    return cache(_make_size(model, measure))
 
 
 def build(model: PreTrainedModel, shape: Shape) -> PreTrainedModel:
@@ -64,11 +66,6 @@ def _make_flops(ctx: StageContext, model: PreTrainedModel, sample: Any) -> Cost:
     return cost
 
 
-def _make_latency(ctx: StageContext, model: PreTrainedModel, sample: Any) -> Cost:
-    """Times one text at a time on the processor, with the stage's threads."""
-
-    def cost(shape: Shape) -> float:
-        answer = as_answer(build(model, shape))
-        return time_singles([(answer, sample)], LATENCY_SAMPLES, ctx.check_stop)[0]["latency_p50_ms"]
-
-    return cost
+def time_single(ctx: StageContext, model: PreTrainedModel, sample: Any) -> float:
+    """Returns a model's median time for one text on the processor, with the stage's threads, in milliseconds."""
+    return time_singles([(as_answer(model), sample)], LATENCY_SAMPLES, ctx.check_stop)[0]["latency_p50_ms"]

@@ -1,5 +1,6 @@
 """Students with parts left out."""
 
+import logging
 import math
 from bisect import bisect_right
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from transformers import PreTrainedModel
 from core.errors import StageFailed
 from worker.engine.changes import Reader, compare
 from worker.engine.context import StageContext
-from worker.engine.goals import Cost, make_cost
+from worker.engine.goals import Cost, make_cost, time_single
 from worker.engine.loading import find_layers
 from worker.engine.narrowing import narrow
 from worker.engine.shapes import Shape, shape_of
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from worker.methods.stages.prune import Goal, Prune
 
 MOST_DEPTHS = 8
+log = logging.getLogger(__name__)
 
 
 def prune(ctx: StageContext, settings: "Prune") -> dict[str, Any]:
@@ -58,25 +60,42 @@ def _leave_out(ctx: StageContext, whole: Reader, settings: "Prune", keep: list[i
 def _prune_to(
     ctx: StageContext, whole: Reader, settings: "Prune", goal: "Goal"
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """Returns the best of the models that are as large as the goal allows, and what all of these are."""
+    """Returns the best of the models that are as large as the goal allows, and what all of these are.
+
+    A time is measured once more of what was made, which gets narrower for as long as it misses the goal.
+
+    Raises:
+        StageFailed: `goal_missed` where no shape meets it, or none does again.
+    """
     data = take_sample(ctx, *whole)
     shape, cost = shape_of(whole.model), make_cost(ctx, whole.model, data, goal.measure)
     limit = goal.limit(cost(shape))
     if cost(shape) <= limit:
         ctx.warn("goal_met_before", f"The student as it is meets the goal: its {goal.measure} is {cost(shape):,.10g}.")
-    best, most = whole.model, -math.inf
+    best, most, step = whole.model, -math.inf, math.gcd(shape.intermediate_size, settings.width_step)
     candidates: list[dict[str, Any]] = []
-    for fitting, keep in _list_fitting(shape, cost, limit, settings.width_step, drop_layers(ctx, *whole)):
+    for fitting, keep in _list_fitting(shape, cost, limit, step, drop_layers(ctx, *whole)):
         ctx.progress(len(candidates), MOST_DEPTHS)
         inner = fitting.intermediate_size
-        narrower = {"intermediate_size": inner if inner < shape.intermediate_size else None}
-        made = _leave_out(ctx, whole, settings.model_copy(update=narrower), keep)
+        while inner:
+            narrower = {"intermediate_size": inner if inner < shape.intermediate_size else None}
+            made = _leave_out(ctx, whole, settings.model_copy(update=narrower), keep)
+            found = time_single(ctx, made, data) if goal.latency_ms else cost(fitting)
+            if found <= limit:
+                break
+            log.info("%d layers of %d neurons take %.4g ms when measured again", len(keep), inner, found)
+            inner = min(inner - step, int(inner * limit / found) // step * step)  # the time falls no faster
+        else:
+            continue
         scores = ctx.task.score(made.to(ctx.device), data, ctx.check_stop)
-        sizes = {"num_layers": len(keep), "intermediate_size": inner, goal.measure: cost(fitting)}
+        sizes = {"num_layers": len(keep), "intermediate_size": inner, goal.measure: found}
         candidates.append({**sizes, "layers": keep, "scores": scores})
         score = ctx.task.rank(scores)[-1]
         if len(candidates) == 1 or score > most:
             best, most, chosen = made.cpu(), score, candidates[-1]
+    if not candidates:
+        message = f"No student that was made meets the goal, {limit:,.10g}; the last one is at {found:,.10g}."
+        raise StageFailed("goal_missed", message, suggestion="Ask for less, or have the worker do nothing else.")
     return best, {"limit": limit, "chosen": chosen, "candidates": candidates}
 
 

@@ -69,7 +69,8 @@ class Prune(ModelStage):
     distillation after it, cost less than one large one: `steps` has a spec hold these in place of the one stage.
 
     With a goal, `to`, the stage finds the sizes: for up to eight numbers of layers the most neurons that meet it, of
-    which the one stays that does best as it is.
+    which the one stays that does best as it is. A time is measured once more of each that was made; what then misses
+    the goal gets narrower.
 
     Paper: Muralidharan et al. 2024, "Compact Language Models via Pruning and Knowledge Distillation", section 3; with a
     goal, section 2.3 (candidates that meet a budget are told apart by a cheap evaluation).
