@@ -1,11 +1,30 @@
 """What every stage that changes a model does alike."""
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
-from core.methods import ModelFacts, Problem, Stage
+from core.methods import Depths, ModelFacts, Problem, Stage, Widths
 
 if TYPE_CHECKING:
     from core.jobs.spec import JobSpec
+
+
+class Sizes(NamedTuple):
+    """How many layers a model has, how wide they are, and how many rows its embeddings, as far as that is known.
+
+    Attributes:
+        step: Where a goal is still to find the number of neurons, what it is a multiple of; `widths` has the most.
+        may_be_shallower: Whether a goal is still to find the number of layers, and `num_layers` is the most.
+    """
+
+    num_layers: int | None
+    widths: Widths | None
+    num_rows: int | None
+    step: int | None = None
+    may_be_shallower: bool = False
+
+    def undivided(self, group: int) -> int | None:
+        """Returns the inputs of a layer's matrix that groups of so many do not divide; None if none are known."""
+        return self.widths.undivided(group, "ha" if self.step else "hia") if self.widths else None
 
 
 class ModelStage(Stage):
@@ -35,15 +54,32 @@ class ModelStage(Stage):
         """How many weights in a row it takes together, which must divide the row's length."""
         return 1
 
+    def roles(self, spec: "JobSpec") -> set[str]:
+        """Returns its role, and that of the model which a student is made of in the job."""
+        return {self.role} | (set() if spec.student.source() else {"teacher"})
+
+    def resize(self, sizes: Sizes) -> Sizes:
+        """Returns the sizes of what it makes of a model with these; most stages change none."""
+        return sizes
+
+    def sizes_before(self, spec: "JobSpec", start: ModelFacts) -> Sizes:
+        """Returns the sizes of the model as the stages before this one leave it, made of one with these facts."""
+        num_layers, widths = start.num_layers, start.composition.widths if start.composition else None
+        if self.role == "student":
+            num_layers, widths = spec.student.count_layers(start), spec.student.widths(start)
+        sizes = Sizes(num_layers, widths, start.embedding_rows or start.vocab_size)
+        for stage in self.earlier(spec):
+            if isinstance(stage, ModelStage) and stage.role in self.roles(spec):
+                sizes = stage.resize(sizes)
+        return sizes
+
     def undivided(self, spec: "JobSpec", start: ModelFacts) -> int | None:
         """Returns the inputs of a matrix that its groups do not divide, as far as it is known how wide it is."""
-        if self.role == "student":
-            widths = spec.student.widths(start)
-        else:
-            widths = start.composition.widths if start.composition else None
-        if widths is None or any(stage.resizes for stage in spec.stages):
-            return None
-        return widths.undivided(self.group_size)
+        return self.sizes_before(spec, start).undivided(self.group_size)
+
+    def check_depths(self, spec: "JobSpec", depths: Depths) -> list[Problem]:  # noqa: ARG002 - most need not know
+        """Returns what is wrong with these settings for models of so many layers; fields as of `check`."""
+        return []
 
     def advise(self, spec: "JobSpec") -> list[Problem]:
         """Returns whether nothing brings back what is forgotten."""

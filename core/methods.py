@@ -262,7 +262,7 @@ class Stage(Method):
     family: ClassVar[str] = "stages"
     queue: ClassVar[str] = "cpu"
     reports_on_job: ClassVar[bool] = False
-    resizes: ClassVar[bool] = False  # the model, to what only the stage knows
+    resizes: ClassVar[bool] = False  # the model, to parameters that only the stage can count
     trains: ClassVar[bool] = False
     makes_student: ClassVar[bool] = False  # of a kind that it alone can make
 
@@ -285,10 +285,6 @@ class Stage(Method):
 
     def check_model(self, spec: "JobSpec", start: ModelFacts) -> list[Problem]:  # noqa: ARG002 - most stages take any
         """Returns what is wrong with these settings for a student that starts from that model; fields as of `check`."""
-        return []
-
-    def check_depths(self, spec: "JobSpec", depths: Depths) -> list[Problem]:  # noqa: ARG002 - most stages need not know
-        """Returns what is wrong with these settings for models of so many layers; fields as of `check`."""
         return []
 
     def reads(self, spec: "JobSpec") -> set[str]:

@@ -157,8 +157,7 @@ class Training(ModelStage):
 
     def _fixed_before(self, spec: "JobSpec") -> list[str]:
         """Returns the first stage before it, if there is one, that leaves single weights of the model as they are."""
-        roles = {self.role} | (set() if spec.student.source() else {"teacher"})
-        return [s.kind for s in self.earlier(spec) if s.fixes_weights() and roles & s.writes()][:1]
+        return [s.kind for s in self.earlier(spec) if s.fixes_weights() and self.roles(spec) & s.writes()][:1]
 
     def _check_branches(self, spec: "JobSpec") -> list[Problem]:
         """Returns what does not go with layers that each task has of its own, in this stage or another."""
@@ -182,9 +181,7 @@ class Training(ModelStage):
         odd = self.undivided(spec, start)
         if self.sparsity and odd:
             return [Problem("sparsity.pattern", self.sparsity.say_undivided(odd))]
-        count = spec.student.count_layers(start) if self.role == "student" else start.num_layers
-        if any(stage.resizes for stage in spec.stages):
-            count = None
+        count = self.sizes_before(spec, start).num_layers
         unfit = self._check_adapter(spec, start, count)
         unfit = unfit or self._check_start(spec, start)
         if unfit or count is None:

@@ -248,13 +248,17 @@ def _check_layered(spec: JobSpec, start: ModelFacts) -> Problems:
 
 
 def _check_depths(spec: JobSpec, facts: dict[str, ModelFacts]) -> Problems:
-    """Returns what is wrong with stages that speak of layers, as far as it is known how many there will be."""
+    """Returns what is wrong with stages that compare layers, as far as it is known how many there will be."""
     start, teacher = facts.get(spec.starts_from), facts["teacher"].num_layers
-    student = spec.student.count_layers(start) if start else None
-    if not student or not teacher:
+    if not start or not teacher:
         return []
-    depths = Depths(student, teacher)
-    return _of_stages([(index, stage.check_depths(spec, depths)) for index, stage in enumerate(spec.stages)])
+    found = []
+    for number, stage in [(n, s) for n, s in enumerate(spec.stages) if isinstance(s, ModelStage)]:
+        sizes = stage.sizes_before(spec, start)
+        if sizes.num_layers:
+            depths = Depths(sizes.num_layers, teacher, sizes.may_be_shallower)
+            found.append((number, stage.check_depths(spec, depths)))
+    return _of_stages(found)
 
 
 def _check_blocks(spec: JobSpec, facts: dict[str, ModelFacts]) -> Problems:

@@ -22,10 +22,11 @@ WIDTH_KEYS = ("hidden_size", "n_embd", "dim", "d_model")
 
 
 class Depths(NamedTuple):
-    """How many layers student and teacher have."""
+    """How many layers student and teacher have; `is_most` where those of the student are the most it may have."""
 
     student: int
     teacher: int
+    is_most: bool = False
 
 
 class ModelFacts(BaseModel):

@@ -125,9 +125,9 @@ class Widths(BaseModel):
         heads, groups = self.num_heads * self.head, self.num_groups * self.head
         return {"h": self.states, "i": self.inner, "a": heads, "k": groups, "d": self.head}
 
-    def undivided(self, group: int) -> int | None:
-        """Returns the inputs of a layer's matrix that groups of so many do not divide; None if they divide all."""
-        return next((size for letter, size in self.sizes().items() if letter in "hia" and size % group), None)
+    def undivided(self, group: int, axes: str = "hia") -> int | None:
+        """Returns which inputs of a layer's matrices groups of so many do not divide; None if they divide all."""
+        return next((size for letter, size in self.sizes().items() if letter in axes and size % group), None)
 
 
 def scale_heads(num_heads: int, states: int, width: int) -> int:

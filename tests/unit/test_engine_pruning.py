@@ -497,7 +497,7 @@ def test_more_stages_than_a_spec_may_have_are_refused() -> None:
 def problems_of(start: ModelFacts, *stages: dict[str, Any], **changes: Any) -> list[tuple[str, str]]:
     """Returns what is found at submit of stages that prune a student of the model's three layers."""
     student = {"kind": "teacher_layers", "keep": [0, 1, 2]} | changes
-    kinds = [{"kind": "prune", **stage} for stage in stages]
+    kinds = [{"kind": "prune"} | stage for stage in stages]
     spec = load_spec({"teacher": {"model": "m"}, "student": student, "data": "d", "stages": kinds})
     return [(problem["field"], problem["message"]) for problem in check_models(spec, {"teacher": start})]
 
@@ -525,7 +525,67 @@ def test_sizes_that_the_student_cannot_have_are_refused_at_submit(
     assert problems_of(facts, {"num_layers": 2}, {"num_layers": 1}) == []
     assert problems_of(facts, {"num_layers": 2}, {"num_layers": 2})[0][0] == "stages.1.num_layers"
     assert problems_of(facts, {"intermediate_size": 30}, intermediate_size=24)[0][0] == "stages.0.intermediate_size"
-    assert problems_of(facts, {"intermediate_size": 24}, {"intermediate_size": 9999}) == []  # it is told by the stage
+    assert (
+        problems_of(facts, {"intermediate_size": 24}, {"intermediate_size": 30})[0][0] == "stages.1.intermediate_size"
+    )
+
+
+TRIM, DISTILL, HALF = {"kind": "trim_vocabulary"}, {"kind": "distill"}, {"to": {"parameters": 0.5}}
+
+
+def learn(layer: int | str) -> dict[str, Any]:
+    """Returns a stage that compares a layer of the student with the teacher's first, or all by a rule."""
+    layers = layer if isinstance(layer, str) else [[layer, 0]]
+    return DISTILL | {"losses": [{"kind": "cross_entropy"}, {"kind": "hidden_mse", "layers": layers}]}
+
+
+def adapt(layer: int) -> dict[str, Any]:
+    return DISTILL | {"adapter": {"kind": "lora", "layers": [layer]}}
+
+
+@pytest.mark.parametrize(
+    ("stages", "field", "words"),
+    [
+        ([adapt(3), TRIM], "0.adapter.layers", "the student has 3"),
+        ([adapt(3), {"num_layers": 2}], "0.adapter.layers", "the student has 3"),
+        ([{"num_layers": 2}, adapt(2)], "1.adapter.layers", "the student has 2"),
+        ([HALF, adapt(3)], "1.adapter.layers", "the student has 3"),
+        ([{"num_layers": 2}, DISTILL | {"freeze": {"layers": 3}}], "1.freeze.layers", "the student has 2"),
+        ([{"num_layers": 2}, learn(2)], "1.losses.1.layers", "the student has 2"),
+        ([HALF, learn(3)], "1.losses.1.layers", "the student has 3"),
+        ([HALF, {"num_layers": 3}], "1.num_layers", "has 3 layers"),
+        ([DISTILL, TRIM, {"kind": "quantize", "group": 32}], "2.group", "32 do not divide the 48 inputs"),
+        ([{"intermediate_size": 24}, {"kind": "quantize", "group": 16}], "1.group", "16 do not divide the 24 inputs"),
+        ([{"hidden_size": 16}, {"kind": "sparsify", "pattern": "3:32"}], "1.pattern", "the 16 inputs"),
+        ([HALF, {"kind": "sparsify", "pattern": "1:2"}, {"kind": "quantize", "group": 32}], "0.multiple_of", "of 16"),
+        ([TRIM, {"intermediate_size": 99_999}], "1.intermediate_size", "has 48 neurons"),
+        ([HALF, {"hidden_size": 20}], "1.hidden_size", "16 wide; choose a multiple"),
+    ],
+)
+def test_what_earlier_stages_leave_is_known_at_submit(
+    tmp_path: Path, stages: list[dict[str, Any]], field: str, words: str
+) -> None:
+    folder = pico.write_model(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    facts = read_facts(config, tensors=read_tensors(folder / "model.safetensors"))
+    found = problems_of(facts, *stages)
+    assert [place for place, _ in found] == [f"stages.{field}"], found
+    assert words in found[0][1]
+
+
+def test_what_earlier_stages_leave_is_not_guessed(tmp_path: Path) -> None:
+    folder = pico.write_model(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    facts = read_facts(config, tensors=read_tensors(folder / "model.safetensors"))
+    for stages in (
+        [adapt(2), {"num_layers": 2}],
+        [HALF, adapt(2)],
+        [HALF, learn(2), learn("uniform"), {"num_layers": 2}],
+        [HALF, TRIM, {"kind": "quantize", "group": 16}],
+        [HALF, {"intermediate_size": 32}, {"kind": "quantize", "group": 16}],
+        [{"intermediate_size": 32}, {"kind": "quantize", "group": 32}],
+    ):
+        assert problems_of(facts, *stages) == []
 
 
 def test_heads_that_share_keys_go_together() -> None:

@@ -610,7 +610,7 @@ def test_groups_that_do_not_divide_are_refused(tmp_path: Path) -> None:
         == problems(narrow, {"kind": "quantize", "group": 32})
         == []
     )
-    assert problems(STUDENT, {"kind": "prune", "intermediate_size": 32}, thirds) == []
+    assert "7 do not divide the 32 inputs" in problems(STUDENT, {"kind": "prune", "intermediate_size": 32}, thirds)[0]
     finished = bench.run(make_spec([{"kind": "quantize", "group": 256}]))
     assert finished.last["type"] == "error"
     assert "do not divide the 32 inputs" in finished.last["message"]

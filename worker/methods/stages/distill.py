@@ -177,7 +177,7 @@ class Distill(Training):
 
     def check_depths(self, spec: "JobSpec", depths: Depths) -> list[Problem]:
         """Returns which losses compare layers that are not there, or that an earlier stage did not keep."""
-        wrong = [(index, loss.find_wrong(depths)) for index, loss in self._numbered()]
+        wrong = [(index, loss.find_wrong(depths)) for index, loss in self._numbered(depths)]
         return [Problem(f"losses.{index}.layers", why) for index, why in wrong if why] or self._find_lacking(
             spec, depths
         )
@@ -189,7 +189,7 @@ class Distill(Training):
         if kept is None or self.on_policy:  # the teacher runs beside the student
             return []
         number, answer = kept
-        lacking = [(index, loss.kind, answer.lacks(loss, depths)) for index, loss in self._numbered()]
+        lacking = [(index, loss.kind, answer.lacks(loss, depths)) for index, loss in self._numbered(depths)]
         return [
             Problem(
                 f"losses.{index}", f"'{kind}' needs more than 'answer' keeps; have stages.{number}.layers hold {what}"
@@ -198,8 +198,10 @@ class Distill(Training):
             if what
         ]
 
-    def _numbered(self) -> list[tuple[int, FeatureLoss]]:
-        return [(index, loss) for index, loss in enumerate(self.losses) if isinstance(loss, FeatureLoss)]
+    def _numbered(self, depths: Depths | None = None) -> list[tuple[int, FeatureLoss]]:
+        """Returns the losses on layers by their places, those alone that name these if the student may have fewer."""
+        found = [(index, loss) for index, loss in enumerate(self.losses) if isinstance(loss, FeatureLoss)]
+        return [one for one in found if not (depths and depths.is_most and isinstance(one[1].layers, str))]
 
     @property
     def feature_losses(self) -> list[FeatureLoss]:

@@ -1,5 +1,6 @@
 """A narrower or shallower student."""
 
+import math
 from collections.abc import Callable
 from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
@@ -7,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from core.changing import ModelStage
+from core.changing import ModelStage, Sizes
 from core.compressing import Importance, Narrowed
-from core.methods import Depths, ModelFacts, OneOf, Problem, Stage
+from core.methods import ModelFacts, OneOf, Problem, Stage
 from core.strict import StrictModel
 from worker.methods.stages.distill import Distill
 
@@ -162,6 +163,22 @@ class Prune(ModelStage):
         """Returns that all of it changes the layers one by one."""
         return ["kind"]
 
+    def resize(self, sizes: Sizes) -> Sizes:
+        """Returns its own sizes where it has such; with a goal the most that there can be."""
+        if self.to:
+            return sizes._replace(step=self._find_step(sizes), may_be_shallower=True)
+        widths, counts = sizes.widths, (self.num_layers, sizes.num_layers)
+        return sizes._replace(
+            num_layers=min(count for count in counts if count) if sizes.num_layers else None,
+            widths=widths.narrowed(self.hidden_size, self.intermediate_size) if widths else None,
+            step=None if self.intermediate_size else sizes.step,
+        )
+
+    def _find_step(self, sizes: Sizes) -> int:
+        """Returns what the number of neurons is a multiple of that it finds for a model of these sizes."""
+        inner = sizes.step or (sizes.widths.inner if sizes.widths else 0)
+        return math.gcd(inner, self.width_step)
+
     def check(self, spec: "JobSpec") -> list[Problem]:
         """Returns a problem when nothing is to go, or sizes are given beside a goal."""
         sizes = [name for name in SIZES if getattr(self, name)]
@@ -170,39 +187,44 @@ class Prune(ModelStage):
         if self.to is None and self.multiple_of:
             return [Problem("multiple_of", "it is of a goal; set 'to', or leave it out")]
         if self.to or sizes:
-            return self._check_multiple(spec) if self.to else []
+            return self._check_multiple(spec, self.width_step) if self.to else []
         return [Problem("kind", "nothing is to go; set num_layers, intermediate_size or hidden_size, or a goal in to")]
 
-    def _check_multiple(self, spec: "JobSpec") -> list[Problem]:
-        """Returns whether a later stage takes weights in groups that may not divide the neurons that it finds."""
+    def _check_multiple(self, spec: "JobSpec", step: int) -> list[Problem]:
+        """Returns whether a later stage takes weights in groups that may not divide neurons found in such steps."""
         changes = [stage for stage in self.later(spec).values() if isinstance(stage, ModelStage)]
         groups = [stage.group_size for stage in changes if stage.role == self.role]
-        odd = next((group for group in groups if self.width_step % group), None)
-        why = f"a later stage takes weights in groups of {odd}, which may not divide the neurons; choose a multiple"
-        return [Problem("multiple_of", why)] if odd else []
+        odd = next((group for group in groups if step % group), None)
+        if odd is None:
+            return []
+        remedy = "choose a multiple" if self.width_step % odd else f"they come in steps of {step}, so choose others"
+        why = f"a later stage takes weights in groups of {odd}, which may not divide the neurons; {remedy}"
+        return [Problem("multiple_of", why)]
 
     def check_model(self, spec: "JobSpec", start: ModelFacts) -> list[Problem]:
-        """Returns which size it cannot have, or whether it meets the goal as it is, as far as its sizes are known."""
-        if spec.student.check(start) or any(stage.resizes for stage in self.earlier(spec)):
+        """Returns which size it cannot have, or what is wrong with its goal, as far as sizes are known."""
+        if spec.student.check(start):
             return []
-        widths = spec.student.widths(start)
-        if self.to is None and widths:
-            narrowed = Narrowed("student", widths.states, widths.num_heads, widths)
-            return narrowed.check(self.hidden_size, self.intermediate_size)
-        return self._check_goal(self.to, spec.student.count_parameters(start)) if self.to else []
+        sizes = self.sizes_before(spec, start)
+        if self.to:
+            return self._check_multiple(spec, self._find_step(sizes)) or self._check_goal(self.to, spec, start)
+        unfit = self._check_depth(sizes.num_layers) if sizes.num_layers else []
+        if sizes.widths is None:
+            return unfit
+        narrowed = Narrowed("student", sizes.widths.states, sizes.widths.num_heads, sizes.widths)
+        return unfit + narrowed.check(self.hidden_size, self.intermediate_size)
 
-    def _check_goal(self, goal: Goal, count: int | None) -> list[Problem]:
-        """Returns whether a student of so many parameters meets the goal as it is."""
-        measure = goal.measure
-        whole = (count or 0) * {"parameters": 1, "bytes": PARAMETER_BYTES}.get(measure, 0)
+    def _check_goal(self, goal: Goal, spec: "JobSpec", start: ModelFacts) -> list[Problem]:
+        """Returns whether the student meets the goal as it is."""
+        measure, is_resized = goal.measure, any(stage.resizes for stage in self.earlier(spec))
+        count = 0 if is_resized else spec.student.count_parameters(start) or 0
+        whole = count * {"parameters": 1, "bytes": PARAMETER_BYTES}.get(measure, 0)
         if not whole or goal.limit(whole) < whole:
             return []
         return [Problem(f"to.{measure}", f"the student has {whole:,} {measure}; choose fewer, or a share below 1")]
 
-    def check_depths(self, spec: "JobSpec", depths: Depths) -> list[Problem]:
+    def _check_depth(self, left: int) -> list[Problem]:
         """Returns a problem when there are fewer layers than are to stay, or no more and nothing else is to go."""
-        counts = [stage.num_layers for stage in self.earlier(spec) if isinstance(stage, Prune) and stage.num_layers]
-        left = min(depths.student, *counts) if counts else depths.student
         if self.num_layers is None or self.num_layers < left or (self.num_layers == left and self.is_narrower):
             return []
         most = "choose at most as many" if self.is_narrower else "choose fewer"

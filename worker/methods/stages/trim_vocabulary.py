@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from core.changing import ModelStage
+from core.changing import ModelStage, Sizes
 from core.methods import Problem
 
 if TYPE_CHECKING:
@@ -44,6 +44,10 @@ class TrimVocabulary(ModelStage):
         description="So many tokens of the lowest ids stay as well; in most tokenizers they are the language's most "
         "frequent ones, which keeps words whole that new texts may use.",
     )
+
+    def resize(self, sizes: Sizes) -> Sizes:
+        """Returns them without the rows of embeddings."""
+        return sizes._replace(num_rows=None)
 
     def check(self, spec: "JobSpec") -> list[Problem]:
         """Returns what is wrong: a teacher that is no model, or a later stage that compares tokens."""
