@@ -157,6 +157,10 @@ class Composition(BaseModel):
             return total
         return None if self.other_layer is None else total + (num_layers - 1) * _sum(self.other_layer, sizes)
 
+    def count_least(self, widths: Widths, num_rows: int) -> int:
+        """Returns how many parameters one layer and embeddings of so many rows have, whatever head comes after them."""
+        return _sum(self.first_layer, widths.sizes()) + num_rows * widths.states
+
 
 def find_composition(
     config: dict[str, Any], tensors: Iterable[Tensor], states: int | None, num_heads: int | None

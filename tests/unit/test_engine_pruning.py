@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.nn import Embedding
 from torch.nn.utils import prune as torch_prune
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForSequenceClassification as Classifier
@@ -426,6 +427,27 @@ def test_a_goal_that_the_student_meets_is_refused_where_its_size_is_known(tmp_pa
     assert problems(prune(parameters=count), last=9) == []  # which is what is wrong then
     assert Prune(to={"latency_ms": 1.0}).measures() == {"student"}  # type: ignore[arg-type]
     assert Prune(to={"flops": 0.5}).measures() == set()  # type: ignore[arg-type]
+
+
+def test_a_goal_that_no_sizes_meet_is_refused_where_they_are_known(learned: Bench) -> None:
+    folder = learned.inputs / "teacher"
+    config = json.loads((folder / "config.json").read_text())
+    facts = read_facts(config, tensors=read_tensors(folder / "model.safetensors"))
+    smallest = build(Classifier.from_pretrained(folder), Shape(1, 16, 32))
+    layer = sum(parameter.numel() for parameter in smallest.bert.encoder.parameters())
+    least = layer + 32 * sum(part.num_embeddings for part in smallest.modules() if isinstance(part, Embedding))
+    assert 0.8 * smallest.num_parameters() < least < smallest.num_parameters()
+    for goal, bound in (("parameters", least), ("bytes", 4 * least)):
+        [(field, message)] = problems_of(facts, {"to": {goal: bound - 1}})
+        assert (field, f"1 layer of 16 neurons, the least that is left, has at least {bound:,}" in message) == (
+            f"stages.0.to.{goal}",
+            True,
+        )
+        assert problems_of(facts, {"to": {goal: bound}}) == []
+        assert problems_of(facts, {"to": {goal: 0.01}})[0][0] == f"stages.0.to.{goal}"
+    assert problems_of(facts, TRIM, {"to": {"parameters": layer - 1}})[0][0] == "stages.1.to.parameters"
+    for stages in ([TRIM, {"to": {"parameters": layer}}], [TRIM, {"to": {"bytes": 0.01}}], [{"to": {"flops": 2}}]):
+        assert problems_of(facts, *stages) == []
 
 
 def in_steps(**settings: Any) -> dict[str, Any]:

@@ -215,13 +215,21 @@ class Prune(ModelStage):
         return unfit + narrowed.check(self.hidden_size, self.intermediate_size)
 
     def _check_goal(self, goal: Goal, spec: "JobSpec", start: ModelFacts) -> list[Problem]:
-        """Returns whether the student meets the goal as it is."""
-        measure, is_resized = goal.measure, any(stage.resizes for stage in self.earlier(spec))
-        count = 0 if is_resized else spec.student.count_parameters(start) or 0
-        whole = count * {"parameters": 1, "bytes": PARAMETER_BYTES}.get(measure, 0)
-        if not whole or goal.limit(whole) < whole:
+        """Returns whether the student meets the goal as it is, or none of its sizes can."""
+        sizes, is_resized = self.sizes_before(spec, start), any(stage.resizes for stage in self.earlier(spec))
+        measure, unit = goal.measure, {"parameters": 1, "bytes": PARAMETER_BYTES}.get(goal.measure, 0)
+        whole = unit * (0 if is_resized else spec.student.count_parameters(start) or 0)
+        if whole and goal.limit(whole) >= whole:
+            return [Problem(f"to.{measure}", f"the student has {whole:,} {measure}; choose fewer, or a share below 1")]
+        if start.composition is None or sizes.widths is None or (goal.share and not whole):
             return []
-        return [Problem(f"to.{measure}", f"the student has {whole:,} {measure}; choose fewer, or a share below 1")]
+        step = self._find_step(sizes)
+        smallest = sizes.widths.model_copy(update={"inner": step})
+        least = unit * start.composition.count_least(smallest, sizes.num_rows or 0)
+        if goal.limit(whole) >= least:
+            return []
+        why = f"1 layer of {step} neurons, the least that is left, has at least {least:,} {measure}; ask for more, or "
+        return [Problem(f"to.{measure}", f"{why}have fewer states (hidden_size) or tokens (trim_vocabulary) first")]
 
     def _check_depth(self, left: int) -> list[Problem]:
         """Returns a problem when there are fewer layers than are to stay, or no more and nothing else is to go."""
