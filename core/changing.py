@@ -77,6 +77,21 @@ class ModelStage(Stage):
         """Returns the inputs of a matrix that its groups do not divide, as far as it is known how wide it is."""
         return self.sizes_before(spec, start).undivided(self.group_size)
 
+    def keeps_grids(self, spec: "JobSpec") -> bool:  # noqa: ARG002 - most stages do not
+        """Returns whether weights that are on grids stay there."""
+        return False
+
+    def starts_from_base(self, spec: "JobSpec") -> bool:
+        """Returns whether its model is a student that starts from another model than the teacher."""
+        return self.role == "student" and spec.student.source() is not None
+
+    def check_model(self, spec: "JobSpec", start: ModelFacts) -> list[Problem]:
+        """Returns whether it would take weights off the grids that they start on."""
+        if not start.grid_bits or not self.starts_from_base(spec) or self.keeps_grids(spec):
+            return []
+        why = f"the student starts from a quantised model, and '{self.kind}' takes weights off their grids; "
+        return [Problem("kind", f"{why}name the model as it was before 'quantize', or leave this stage out")]
+
     def check_depths(self, spec: "JobSpec", depths: Depths) -> list[Problem]:  # noqa: ARG002 - most need not know
         """Returns what is wrong with these settings for models of so many layers; fields as of `check`."""
         return []

@@ -182,7 +182,7 @@ class Training(ModelStage):
         if self.sparsity and odd:
             return [Problem("sparsity.pattern", self.sparsity.say_undivided(odd))]
         count = self.sizes_before(spec, start).num_layers
-        unfit = self._check_adapter(spec, start, count)
+        unfit = super().check_model(spec, start) or self._check_adapter(spec, start, count)
         unfit = unfit or self._check_start(spec, start)
         if unfit or count is None:
             return unfit
@@ -207,8 +207,8 @@ class Training(ModelStage):
 
     def _check_start(self, spec: "JobSpec", start: ModelFacts) -> list[Problem]:
         """Returns whether it would change all weights of a student that starts from a model with fixed ones."""
-        field, is_made = self.changes_all(), any(self.role in stage.writes() for stage in self.earlier(spec))
-        if not field or not start.has_fixed_weights or self.role != "student" or is_made or not spec.student.source():
+        field = self.changes_all()
+        if not field or not start.has_fixed_weights or not self.starts_from_base(spec):
             return []
         why = "weights of the model are to stay zero, or on grids, and this changes all of them; leave it out, or name "
         return [Problem(field, f"{why}a model that was neither quantised nor sparsified")]
@@ -266,6 +266,10 @@ class Training(ModelStage):
     def branches(self, spec: "JobSpec") -> bool:
         """Returns whether each task is to have layers of its own: in the student alone, whatever teaches it."""
         return self.role == "student" and self.own().get("task", spec.task).shared_layers is not None
+
+    def keeps_grids(self, spec: "JobSpec") -> bool:
+        """Returns whether the layers stay those of the model that it trains, with their head."""
+        return not self.own() and not self.branches(spec)
 
     def fixes_weights(self) -> bool:
         """Returns whether zeros are to stay."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from core.errors import ModelInvalid
 from core.models.facts import ModelFacts, read_facts
-from core.models.safetensors_header import Tensor, read_tensors
+from core.models.safetensors_header import Tensor, read_metadata, read_tensors
 from core.storage import is_safe_path
 
 TEXT_SUFFIXES = {".txt", ".md", ".jinja", ".gitattributes"}
@@ -62,6 +62,7 @@ def check_model(files: Mapping[str, Path]) -> ModelFacts:
     details: list[dict[str, Any]] = []
     tensors: dict[str, list[Tensor]] = {}
     config: dict[str, Any] = {}
+    grid_bits: list[int] = []
     folders = {str(parent) for path in files for parent in PurePosixPath(path).parents}
     for path, location in files.items():
         try:
@@ -71,6 +72,7 @@ def check_model(files: Mapping[str, Path]) -> ModelFacts:
             if problem is not None:
                 raise ValueError(problem)
             found = _check_content(path, location)
+            grid_bits = read_grid_bits(location) if path == GRIDS else grid_bits
         except ValueError as error:
             details.append({"file": path, "message": str(error)})
             continue
@@ -82,9 +84,20 @@ def check_model(files: Mapping[str, Path]) -> ModelFacts:
     raise_details(details)
     try:
         weights = [tensor for shard in _weights(tensors) for tensor in shard]
-        return read_facts(config, tensors=weights, is_on_grids=GRIDS in files)
+        return read_facts(config, tensors=weights, grid_bits=grid_bits)
     except (ValueError, TypeError) as error:
         raise _invalid([{"file": "config.json", "message": _first_line(error)}]) from error
+
+
+def read_grid_bits(location: Path) -> list[int]:
+    """Returns the bits of the grids in a file beside a model, each number once. Raises ValueError if it tells none."""
+    try:
+        found = sorted({wanted["bits"] for wanted in json.loads(read_metadata(location)["wanted"]).values()})
+    except (KeyError, TypeError, AttributeError, RecursionError, json.JSONDecodeError):
+        found = []
+    if not found or not all(type(bits) is int for bits in found):
+        raise ValueError("the file does not tell the bits of grids; leave it out, or upload it as `quantize` wrote it")
+    return found
 
 
 def raise_details(details: list[dict[str, Any]]) -> None:

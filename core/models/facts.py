@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -47,6 +47,7 @@ class ModelFacts(BaseModel):
     composition: Composition | None = Field(None, description="How its parameters follow from its widths, if known.")
     labels: list[str] | None = None
     has_fixed_weights: bool = Field(False, description="Whether weights are to stay zero, or on grids of few values.")
+    grid_bits: list[int] = Field([], description="Bits of the grids that `quantize` put its weights on, each once.")
 
 
 def read_facts(
@@ -54,7 +55,7 @@ def read_facts(
     num_parameters: int | None = None,
     tensors: Iterable[Tensor] | None = None,
     *,
-    is_on_grids: bool = False,
+    grid_bits: Sequence[int] = (),
 ) -> ModelFacts:
     """Returns the facts in a parsed config.json, and in its weights where they are at hand.
 
@@ -89,7 +90,8 @@ def read_facts(
         layer_parameters=_count_layers(weights, num_layers),
         composition=find_composition(config, weights, states, num_heads),
         labels=[labels[key] for key in sorted(labels, key=int)] if isinstance(labels, dict) and labels else None,
-        has_fixed_weights=is_on_grids or bool(config.get("keeps_zeros")),
+        has_fixed_weights=bool(grid_bits or config.get("keeps_zeros")),
+        grid_bits=list(grid_bits),
     )
 
 

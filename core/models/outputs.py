@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable
 
 from core.errors import ModelInvalid
-from core.models.checking import GRIDS
+from core.models.checking import GRIDS, read_grid_bits
 from core.models.facts import ModelFacts, read_facts
 from core.models.safetensors_header import read_tensors
 from core.storage import ManifestFile, get_store
@@ -18,9 +18,8 @@ def read_output(files: Iterable[ManifestFile]) -> ModelFacts:
         raise ModelInvalid(_say_lacking(set(by_path)))
     try:
         tensors = [tensor for path in weights for tensor in read_tensors(path)]
-        return read_facts(
-            json.loads(by_path["config.json"].read_bytes()), tensors=tensors, is_on_grids=GRIDS in by_path
-        )
+        grid_bits = read_grid_bits(by_path[GRIDS]) if GRIDS in by_path else []
+        return read_facts(json.loads(by_path["config.json"].read_bytes()), tensors=tensors, grid_bits=grid_bits)
     except ValueError as error:
         raise ModelInvalid(f"this artifact cannot be used as a model: {error}") from error
 

@@ -34,6 +34,19 @@ class Tensor(NamedTuple):
 
 def read_tensors(path: Path) -> list[Tensor]:
     """Returns the tensors that a file declares. Raises ValueError, saying what is wrong, unless the file is exact."""
+    header, _, num_bytes = _read_header(path)
+    entries = sorted((_entry(name, value) for name, value in header.items()), key=lambda entry: entry[1:])
+    _check_cover(entries, num_bytes)
+    return [tensor for tensor, _, _ in entries]
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Returns what a file says besides its tensors. Raises ValueError, saying what is wrong with its header."""
+    return _read_header(path)[1]
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, str], int]:
+    """Returns what a file says of its tensors and besides, and how many bytes come after that."""
     size = path.stat().st_size
     with path.open("rb") as source:
         start = source.read(8)
@@ -47,9 +60,7 @@ def read_tensors(path: Path) -> list[Tensor]:
         raise ValueError("'__metadata__' must map names to strings")
     if len(header) > MAX_TENSORS:
         raise ValueError(f"{len(header):,} tensors; at most {MAX_TENSORS:,} are accepted")
-    entries = sorted((_entry(name, value) for name, value in header.items()), key=lambda entry: entry[1:])
-    _check_cover(entries, size - 8 - length)
-    return [tensor for tensor, _, _ in entries]
+    return header, metadata, size - 8 - length
 
 
 def _parse(raw: bytes) -> dict[str, Any]:

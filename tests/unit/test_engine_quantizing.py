@@ -15,10 +15,11 @@ from torch.nn.functional import kl_div
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel, GPT2Config
 from transformers import AutoModelForSequenceClassification as Classifier
 
+from app.jobs.resolving import check_models
 from core.errors import SpecInvalid
 from core.jobs.spec import load_spec
 from core.models.checking import check_model
-from core.models.facts import read_facts
+from core.models.facts import ModelFacts, read_facts
 from core.models.safetensors_header import read_tensors
 from tests import pico
 from tests.engine_bench import FAST, LABELS, Bench, contents, make_spec
@@ -510,6 +511,49 @@ def test_a_quantised_or_sparse_student_of_another_job_stays_what_it_is(bench: Be
         [problem] = spec.stages[0].check_model(spec, facts)
         assert (problem.field, "neither quantised nor sparsified" in problem.message) == ("adapter", True)
         assert spec.stages[0].check_model(spec, facts.model_copy(update={"has_fixed_weights": False})) == []
+
+
+BASE, SECOND = {"kind": "pretrained", "model": "quantised"}, {"kind": "finetune", "of": "student"}
+ON_GRIDS = ModelFacts(model_type="bert", num_layers=3, grid_bits=[4, 8], has_fixed_weights=True)
+PARTS = {"kind": "multi_task", "tasks": {"a": {"label": "a"}, "b": {"label": "b"}}, "shared": 1}
+
+
+def problems_of(start: ModelFacts, *stages: dict[str, Any], **changes: Any) -> list[tuple[str, str]]:
+    """Returns what is found at submit of stages that make a student of a model with these facts."""
+    spec = load_spec(SPEC | {"student": BASE, "stages": list(stages)} | changes)
+    found = check_models(spec, {"teacher": ModelFacts(model_type="bert", num_layers=3), "base": start})
+    return [(problem["field"], problem["message"]) for problem in found]
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [
+        {"kind": "quantize"},
+        {"kind": "prune", "num_layers": 2},
+        {"kind": "prune", "to": {"parameters": 0.5}},
+        {"kind": "sparsify"},
+        {"kind": "trim_vocabulary"},
+        {"kind": "intermediate", "of": "student", "data": "reviews"},
+    ],
+    ids=str,
+)
+def test_a_quantised_student_of_another_job_is_not_taken_off_its_grids(stage: dict[str, Any]) -> None:
+    for before in ([], [SECOND]):
+        [(field, message)] = problems_of(ON_GRIDS, *before, stage, SECOND)
+        assert field == f"stages.{len(before)}.kind"
+        assert f"'{stage['kind']}' takes weights off their grids; name the model as it was before" in message
+    sparse = ON_GRIDS.model_copy(update={"grid_bits": []})
+    assert problems_of(sparse, stage, SECOND) == []
+    assert problems_of(ON_GRIDS, SECOND, {"kind": "distill"}, {"kind": "finetune"}) == []
+
+
+def test_what_would_change_all_weights_on_grids_is_refused_wherever_it_stands() -> None:
+    adapted = {"kind": "distill", "adapter": {"kind": "lora"}}
+    assert [field for field, _ in problems_of(ON_GRIDS, SECOND, adapted)] == ["stages.1.adapter"]
+    data = {"a": "tickets", "b": "tickets"}
+    [(field, message)] = problems_of(ON_GRIDS, {"kind": "distill"}, task=PARTS, data=data)
+    assert (field, "'distill' takes weights off their grids" in message) == ("stages.0.kind", True)
+    assert problems_of(ON_GRIDS, {"kind": "distill"}, task=PARTS | {"shared": "all"}, data=data) == []
 
 
 def test_a_table_of_which_the_data_use_few_rows_ends_on_its_grid(bench: Bench, tmp_path: Path) -> None:

@@ -203,8 +203,9 @@ class Prune(ModelStage):
 
     def check_model(self, spec: "JobSpec", start: ModelFacts) -> list[Problem]:
         """Returns which size it cannot have, or what is wrong with its goal, as far as sizes are known."""
-        if spec.student.check(start):
-            return []
+        unfit = super().check_model(spec, start)
+        if unfit or spec.student.check(start):
+            return unfit
         sizes = self.sizes_before(spec, start)
         if self.to:
             return self._check_multiple(spec, self._find_step(sizes)) or self._check_goal(self.to, spec, start)

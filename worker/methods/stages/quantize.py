@@ -108,7 +108,7 @@ class Quantize(ModelStage):
             return [Problem("method", f"{why}, or 'gptq'")]
         odd = self.undivided(spec, start)
         why = f"groups of {self.group} do not divide the {odd} inputs of a matrix; choose fewer, or null"
-        return [Problem("group", why)] if odd else []
+        return super().check_model(spec, start) or ([Problem("group", why)] if odd else [])
 
     def calibrates(self) -> list[str]:
         """Returns what looks at the training split."""

@@ -61,7 +61,7 @@ class Sparsify(Zeros, ModelStage):
     def check_model(self, spec: "JobSpec", start: ModelFacts) -> list[Problem]:
         """Returns whether groups do not divide a matrix, as far as it is known how wide it will be."""
         odd = self.undivided(spec, start)
-        return [Problem("pattern", self.say_undivided(odd))] if odd else []
+        return super().check_model(spec, start) or ([Problem("pattern", self.say_undivided(odd))] if odd else [])
 
     def calibrates(self) -> list[str]:
         """Returns the method, if it looks at the training split."""
