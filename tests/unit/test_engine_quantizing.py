@@ -547,6 +547,18 @@ def test_a_quantised_student_of_another_job_is_not_taken_off_its_grids(stage: di
     assert problems_of(ON_GRIDS, SECOND, {"kind": "distill"}, {"kind": "finetune"}) == []
 
 
+@pytest.mark.parametrize(
+    "kept", [{"keep": [0, 2]}, {"keep": [0, 1, 2]}, {"keep": [0], "intermediate_size": 16}], ids=str
+)
+def test_layers_are_not_taken_out_of_a_quantised_model(kept: dict[str, Any]) -> None:
+    student = {"kind": "teacher_layers", "model": "quantised"} | kept
+    [(field, message)] = problems_of(ON_GRIDS, SECOND, student=student)
+    assert (field, "name it as it was before 'quantize'" in message) == ("student.model", True)
+    assert problems_of(ON_GRIDS.model_copy(update={"grid_bits": []}), SECOND, student=student) == []
+    spec = load_spec(SPEC | {"student": kept | {"kind": "teacher_layers"}, "stages": [{"kind": "distill"}]})
+    assert check_models(spec, {"teacher": ON_GRIDS}) == []  # whose student begins on no grids
+
+
 def test_what_would_change_all_weights_on_grids_is_refused_wherever_it_stands() -> None:
     adapted = {"kind": "distill", "adapter": {"kind": "lora"}}
     assert [field for field, _ in problems_of(ON_GRIDS, SECOND, adapted)] == ["stages.1.adapter"]

@@ -81,7 +81,12 @@ class TeacherLayers(Student):
         return self.model
 
     def check(self, start: ModelFacts) -> list[Problem]:
-        """Returns a problem for layers that the model lacks or that are not in order, or for an impossible width."""
+        """Returns a problem for a quantised model, for layers that it lacks or out of order, or an impossible width."""
+        if self.model and start.grid_bits:
+            why = (
+                "the model is quantised, and its grids are those of all its layers; name it as it was before 'quantize'"
+            )
+            return [Problem("model", f"{why}, or use kind 'pretrained', which keeps all of it")]
         what, widths = "model" if self.model else "teacher", start.composition.widths if start.composition else None
         narrowed = Narrowed(what, start.hidden_size, start.num_heads, widths)
         unfit = narrowed.check(self.hidden_size, self.intermediate_size)
