@@ -247,8 +247,8 @@ class Exporter(Method):
     is_graph: ClassVar[bool] = False  # that servers of ONNX run
     holds_each_task: ClassVar[bool] = False  # as a model of its own
 
-    def check(self, earlier: "list[Stage]") -> list[str]:  # noqa: ARG002 - most are of any student
-        """Returns what is missing in the stages before the one that writes it."""
+    def check(self, earlier: "list[Stage]", base: ModelFacts | None) -> list[str]:  # noqa: ARG002 - most take any
+        """Returns what is missing in the stages before the one that writes it, and in another model to start from."""
         return []
 
     def build(self, ctx: Any) -> Any:

@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from app.jobs.resolving import check_models
 from core.errors import SpecInvalid
 from core.jobs.spec import load_spec
 from core.methods import ModelFacts
@@ -228,6 +229,39 @@ def test_what_makes_no_codes_for_it_is_refused_at_submit(stages: list[dict[str, 
     [detail] = caught.value.details
     assert detail["field"] == "stages.1.formats.1"
     assert hint in detail["message"]
+
+
+@pytest.mark.parametrize(
+    ("bits", "is_rounded", "hint"),
+    [
+        ([4], False, None),
+        ([4, 8], False, None),
+        ([], True, None),
+        ([], False, "no stage makes any"),
+        ([3, 8], False, "those of the student's model have 3"),
+    ],
+)
+def test_codes_of_another_jobs_student_are_known_at_submit(bits: list[int], is_rounded: bool, hint: str | None) -> None:
+    stages = [{"kind": "finetune", "of": "student"}, *[{"kind": "quantize"}] * is_rounded]
+    stages += [{"kind": "export", "formats": [{"kind": "safetensors"}, {"kind": "compressed_tensors"}]}]
+    spec = load_spec(make_spec(stages, student={"kind": "pretrained", "model": "quantised"}))
+    facts = {"teacher": ModelFacts(model_type="bert"), "base": ModelFacts(model_type="bert", grid_bits=bits)}
+    found = check_models(spec, facts)
+    assert [problem["field"] for problem in found] == ([f"stages.{len(stages) - 1}.formats.1"] if hint else [])
+    assert all(hint in problem["message"] for problem in found if hint)
+
+
+def test_a_job_packs_the_codes_of_another_jobs_student(tmp_path: Path) -> None:
+    bench, student = Bench(tmp_path).lay_language(), {"kind": "pretrained", "model": "quantised"}
+    write_model(bench.inputs / "teacher", LlamaConfig, is_tied=True)
+    rounded = make_spec([{"kind": "quantize", "group": 32}], task=TASK, student={"kind": "teacher_layers", "keep": [0]})
+    bench.succeed(rounded, 0, "rounded", labels=[]).outputs.joinpath("student").rename(bench.inputs / "base")
+    form = {"kind": "compressed_tensors", "dtype": "float32"}
+    stages = [{"kind": "finetune", "of": "student", **FAST, "epochs": 1}, {"kind": "export", "formats": [form]}]
+    done = bench.succeed_all(make_spec(stages, task=TASK, student=student), labels=[])
+    assert done[-1].last["summary"]["formats"]["compressed_tensors"]["max_logit_difference"] <= 1e-5
+    schemes = read_schemes(done[-1].outputs / "compressed_tensors")
+    assert {f"{name}.weight" for name in schemes} == read_grids(bench.inputs / "base").keys()
 
 
 def test_matrices_of_a_gpt2_are_refused_at_submit() -> None:

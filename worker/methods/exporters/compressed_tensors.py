@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from core.agreement import Agreement
-from core.methods import Exporter, Stage
+from core.methods import Exporter, ModelFacts, Stage
 
 if TYPE_CHECKING:
     from worker.engine.context import StageContext
@@ -16,7 +16,7 @@ BITS = (4, 8)
 
 
 class CompressedTensors(Exporter):
-    """Writes a folder with the codes that a `quantize` stage made, for vLLM, and for `transformers`.
+    """Writes a folder with the codes that a `quantize` stage made, of this job or another, for vLLM and `transformers`.
 
     Matrices of the layers keep their codes of 4 or 8 bits (`pack-quantized`, which llm-compressor writes, too). All
     else is stored in `dtype`; so are embeddings on a grid, as few readers take their codes. The folder is loaded again
@@ -57,13 +57,15 @@ class CompressedTensors(Exporter):
     )
     min_agreement: Agreement = 0.99
 
-    def check(self, earlier: list[Stage]) -> list[str]:
-        """Returns whether no stage before it makes codes that it has a place for."""
+    def check(self, earlier: list[Stage], base: ModelFacts | None) -> list[str]:
+        """Returns whether no stage, or model to start from, has codes that it has a place for."""
         made = next((stage.content() for stage in earlier if stage.kind == "quantize"), {})
-        if made.get("bits") not in BITS:
-            found = f"those of 'quantize' have {made['bits']}" if made else "no stage makes any"
+        bits = [made["bits"]] if made else base.grid_bits if base else []
+        if not bits or {*bits} - {*BITS}:
+            whose = "those of 'quantize'" if made else "those of the student's model"
+            found = f"{whose} have {min(bits)}" if bits else "no stage makes any"
             return [f"it stores codes of 4 or 8 bits, and {found}; put a 'quantize' with such `bits` before it"]
-        if made["sensitive_share"] and not made["symmetric"]:
+        if made and made["sensitive_share"] and not made["symmetric"]:
             return ["grids of two sizes are loaded again only if symmetric; set `symmetric` of 'quantize' to true"]
         return []
 

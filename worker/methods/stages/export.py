@@ -38,13 +38,14 @@ class Export(Stage):
                 for index, kind in enumerate(kinds)
                 if kind not in known
             ]
-            + [
-                Problem(f"formats.{index}", why)
-                for index, form in enumerate(self.formats)
-                for why in form.check(self.earlier(spec))
-            ]
+            + ([] if spec.student.source() else self._check_forms(spec, None))
             + self._check_apart(spec)
         )
+
+    def _check_forms(self, spec: "JobSpec", base: ModelFacts | None) -> list[Problem]:
+        """Returns what forms lack of a student, which starts from that model unless it is made of the teacher."""
+        earlier, numbered = self.earlier(spec), enumerate(self.formats)
+        return [Problem(f"formats.{index}", why) for index, form in numbered for why in form.check(earlier, base)]
 
     def _check_apart(self, spec: "JobSpec") -> list[Problem]:
         """Returns which forms do not hold all of a student that is stored apart."""
@@ -65,7 +66,8 @@ class Export(Stage):
 
     def check_model(self, spec: "JobSpec", start: ModelFacts) -> list[Problem]:
         """Returns which forms such a model does not have."""
-        return [
+        lacking = self._check_forms(spec, start) if spec.student.source() else []
+        return lacking + [
             Problem(f"formats.{index}", f"'{form.kind}' is not written for a '{start.model_type}'; leave it out")
             for index, form in enumerate(self.formats)
             for known in [form.model_types or (spec.task.graph_types if form.is_graph else ())]
