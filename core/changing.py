@@ -103,3 +103,16 @@ class ModelStage(Stage):
         return [
             Problem("kind", f"nothing trains the {self.role} after it; a 'distill' stage brings back what it loses")
         ]
+
+
+def find_change(stage: Stage, spec: "JobSpec", made: set[str], of: set[str]) -> str | None:
+    """Returns the last later stage that makes one of the roles `of` anew, for a message.
+
+    None if there is none, or all that this stage has `made` of these is made again after it.
+    """
+    later = stage.later(spec)
+    last = max((number for number, other in later.items() if of & other.writes()), default=None)
+    if last is None:
+        return None
+    again = {role for number, other in later.items() if number > last for role in other.writes()}
+    return None if made <= again else f"stage {last}, '{later[last].kind}',"

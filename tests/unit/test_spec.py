@@ -192,6 +192,11 @@ def test_what_a_stage_sees_of_a_spec_can_be_read_as_one(teacher: dict) -> None:
         (["distill", "prune", "distill", "sparsify"], [3]),
         (["distill", "sparsify", "quantize", "export"], [1]),
         (["prune", "sparsify", "quantize", "distill", "export"], []),
+        (["distill", "export", "prune", "distill"], [1]),
+        (["distill", "export", "quantize", "evaluate"], [1]),
+        (["distill", "export", "evaluate", "distill", "export"], [2]),
+        (["distill", "export", "evaluate", "distill", "export", "evaluate"], []),
+        (["distill", "evaluate", "export"], [1]),
     ],
 )
 def test_what_is_seldom_meant_is_told(stages: list[str], advised: list[int]) -> None:
@@ -200,6 +205,15 @@ def test_what_is_seldom_meant_is_told(stages: list[str], advised: list[int]) -> 
     spec = load_spec(
         {"teacher": {"model": "m"}, "data": "d", "student": {"kind": "teacher_layers", "keep": [0, 1]}, "stages": whole}
     )
+    assert [ordinal for ordinal, stage in enumerate(spec.stages) if stage.advise(spec)] == advised
+
+
+@pytest.mark.parametrize(
+    ("later", "advised"), [(["evaluate"], []), (["distill"], [1]), (["distill", "export", "evaluate"], [])]
+)
+def test_a_student_that_changes_after_its_search_is_told_of(later: list[str], advised: list[int]) -> None:
+    whole = [{"kind": kind} for kind in ("finetune", "search", *later)]
+    spec = load_spec(SHORT | {"student": {"kind": "searched"}, "stages": whole})
     assert [ordinal for ordinal, stage in enumerate(spec.stages) if stage.advise(spec)] == advised
 
 

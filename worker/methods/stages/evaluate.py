@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from core.changing import find_change
 from core.methods import Problem, Stage
 
 if TYPE_CHECKING:
@@ -28,6 +29,13 @@ class Evaluate(Stage):
         if spec.data.test is None:
             return [Problem("kind", "'evaluate' needs a test split; set data.test, or leave the stage out")]
         return []
+
+    def advise(self, spec: "JobSpec") -> list[Problem]:
+        """Returns whether models or forms are made after it."""
+        forms = {form.kind for stage in spec.stages for form in stage.forms()}
+        changed = find_change(self, spec, self.writes(), {"teacher", "student"} | forms)
+        why = f"{changed} comes after it, and the report tells nothing of what that makes; put it last"
+        return [Problem("kind", why)] if changed else []
 
     def reads(self, spec: "JobSpec") -> set[str]:
         """Returns the student's role, and the teacher's if it is a model."""

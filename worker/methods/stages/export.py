@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
+from core.changing import find_change
 from core.methods import Exporter, ModelFacts, OneOf, Problem, Stage
 
 if TYPE_CHECKING:
@@ -41,6 +42,12 @@ class Export(Stage):
             + ([] if spec.student.source() else self._check_forms(spec, None))
             + self._check_apart(spec)
         )
+
+    def advise(self, spec: "JobSpec") -> list[Problem]:
+        """Returns whether the student becomes another one after it."""
+        changed = find_change(self, spec, self.writes(), {"student"})
+        why = f"{changed} makes another student after it, of which these forms are not; put it after that stage"
+        return [Problem("kind", why)] if changed else []
 
     def _check_forms(self, spec: "JobSpec", base: ModelFacts | None) -> list[Problem]:
         """Returns what forms lack of a student, which starts from that model unless it is made of the teacher."""

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from core.changing import ModelStage
+from core.changing import ModelStage, find_change
 from core.losses import FeatureLoss
 from core.methods import Exporter, OneOf, Problem
 from core.pareto import POINTS
@@ -84,6 +84,14 @@ class Search(Target, ModelStage):
             for index, loss in enumerate(self.distill.losses)
             if isinstance(loss, FeatureLoss) and not isinstance(loss.layers, str)
         ]
+
+    def advise(self, spec: "JobSpec") -> list[Problem]:
+        """Returns whether the student becomes another one than is in the form."""
+        changed = find_change(self, spec, {self.form.kind}, {"student"})
+        why = (
+            f"{changed} makes another student, of which the form is not; add an 'export' of '{self.form.kind}' after it"
+        )
+        return [Problem("form", why)] if changed else []
 
     def reads(self, spec: "JobSpec") -> set[str]:
         """Returns the teacher's role."""
