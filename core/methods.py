@@ -235,7 +235,8 @@ class Exporter(Method):
     """One deployable form of the student; `bytes_per_parameter` is about what it takes to store one.
 
     `model_types` are the architectures that it is known for, all if there are none; `is_default`: a job writes it
-    unless it says so; `is_measured`: a stage can run it; `calibrates`: it looks at the training split.
+    unless it says so; `is_measured`: a stage can run it; `calibrates`: it looks at the training split; `has_no_codes`:
+    it stores weights that are on grids as it does all others.
     """
 
     family: ClassVar[str] = "exporters"
@@ -244,6 +245,7 @@ class Exporter(Method):
     is_default: ClassVar[bool] = True
     is_measured: ClassVar[bool] = True
     calibrates: ClassVar[bool] = False
+    has_no_codes: ClassVar[bool] = False
     is_graph: ClassVar[bool] = False  # that servers of ONNX run
     holds_each_task: ClassVar[bool] = False  # as a model of its own
 

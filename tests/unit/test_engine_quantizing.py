@@ -647,6 +647,18 @@ def test_codes_that_a_file_of_llama_cpp_has_no_form_for_are_told_of(bits: int, g
     assert [problem.field for problem in spec.stages[0].advise(spec)] == told
 
 
+@pytest.mark.parametrize(("bits", "told"), [(4, [1, 2, 3, 5]), (8, [])])
+def test_forms_that_keep_no_codes_are_told_of(bits: int, told: list[int]) -> None:
+    kinds = ["safetensors", "onnx", "onnx_int8", "openvino", "onnx_int4", "triton", "kserve"]
+    forms: list[dict[str, Any]] = [{"kind": kind} for kind in kinds]
+    forms[-1]["form"] = {"kind": "onnx_int4"}
+    stages = [{"kind": "quantize", "bits": bits}, {"kind": "distill"}, {"kind": "export", "formats": forms}]
+    spec = load_spec(SPEC | {"stages": stages})
+    assert [problem.field for problem in spec.stages[2].advise(spec)] == [f"formats.{index}" for index in told]
+    spec = load_spec(SPEC | {"stages": [{"kind": "distill"}, {"kind": "export", "formats": forms}]})
+    assert spec.stages[1].advise(spec) == []
+
+
 def test_groups_that_do_not_divide_are_refused(tmp_path: Path) -> None:
     """At submit where the widths are known, and else when the stage starts."""
     bench = Bench(tmp_path).lay()

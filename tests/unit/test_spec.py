@@ -190,8 +190,8 @@ def test_what_a_stage_sees_of_a_spec_can_be_read_as_one(teacher: dict) -> None:
     [
         (["distill", "prune", "evaluate"], [1]),
         (["distill", "prune", "distill", "sparsify"], [3]),
-        (["distill", "sparsify", "quantize", "export"], [1]),
-        (["prune", "sparsify", "quantize", "distill", "export"], []),
+        (["distill", "sparsify", "quantize", "export"], [1, 3]),
+        (["prune", "sparsify", "quantize", "distill"], []),
         (["distill", "export", "prune", "distill"], [1]),
         (["distill", "export", "quantize", "evaluate"], [1]),
         (["distill", "export", "evaluate", "distill", "export"], [2]),

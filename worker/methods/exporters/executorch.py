@@ -27,6 +27,7 @@ class Executorch(Exporter):
 
     is_default: ClassVar[bool] = False
     is_measured: ClassVar[bool] = False
+    has_no_codes: ClassVar[bool] = True
 
     kind: Literal["executorch"] = "executorch"
     precision: Literal["float32", "int8", "int4"] = Field(

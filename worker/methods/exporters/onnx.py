@@ -21,6 +21,7 @@ class Onnx(Exporter):
 
     bytes_per_parameter: ClassVar[float] = 4.0
     is_graph: ClassVar[bool] = True
+    has_no_codes: ClassVar[bool] = True
 
     kind: Literal["onnx"] = "onnx"
     tolerance: float = Field(1e-3, gt=0, description="Largest accepted difference of a logit.")

@@ -21,6 +21,7 @@ class OnnxFp16(Exporter):
     bytes_per_parameter: ClassVar[float] = 2.0
     is_graph: ClassVar[bool] = True
     is_default: ClassVar[bool] = False
+    has_no_codes: ClassVar[bool] = True
 
     kind: Literal["onnx_fp16"] = "onnx_fp16"
     min_agreement: Agreement = 0.99

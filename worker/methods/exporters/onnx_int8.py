@@ -18,6 +18,7 @@ class OnnxInt8(Exporter):
 
     bytes_per_parameter: ClassVar[float] = 1.05  # scales, and norms and biases in single precision
     is_graph: ClassVar[bool] = True
+    has_no_codes: ClassVar[bool] = True
 
     kind: Literal["onnx_int8"] = "onnx_int8"
     min_agreement: Agreement = 0.95

@@ -27,6 +27,7 @@ class OnnxInt8Static(Exporter):
     is_graph: ClassVar[bool] = True
     is_default: ClassVar[bool] = False
     calibrates: ClassVar[bool] = True
+    has_no_codes: ClassVar[bool] = True
 
     kind: Literal["onnx_int8_static"] = "onnx_int8_static"
     min_agreement: Agreement = 0.95

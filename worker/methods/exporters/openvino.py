@@ -24,6 +24,7 @@ class Openvino(Exporter):
     """
 
     is_default: ClassVar[bool] = False
+    has_no_codes: ClassVar[bool] = True
 
     kind: Literal["openvino"] = "openvino"
     precision: Literal["float32", "float16", "int8"] = Field(

@@ -46,6 +46,11 @@ class Triton(Exporter):
         """Whether the graph's form looks at the training split."""
         return self.form.calibrates
 
+    @property
+    def has_no_codes(self) -> bool:  # type: ignore[override]
+        """Whether the graph has none."""
+        return self.form.has_no_codes
+
     def build(self, ctx: "StageContext") -> Callable[[Path], dict[str, float]]:
         """Returns a callable that writes the folder and returns what the check of the graph measured."""
         from worker.engine.serving import write_triton

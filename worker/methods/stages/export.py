@@ -7,10 +7,13 @@ from pydantic import Field
 
 from core.changing import find_change
 from core.methods import Exporter, ModelFacts, OneOf, Problem, Stage
+from worker.methods.stages.quantize import Quantize
 
 if TYPE_CHECKING:
     from core.jobs.spec import JobSpec
     from worker.engine.context import StageContext
+
+FEW_BITS = 4  # or fewer; those of 8 take what a form of 8 bits does
 
 
 class Export(Stage):
@@ -44,10 +47,17 @@ class Export(Stage):
         )
 
     def advise(self, spec: "JobSpec") -> list[Problem]:
-        """Returns whether the student becomes another one after it."""
+        """Returns whether the student becomes another one after it, and which forms gain nothing by `quantize`."""
         changed = find_change(self, spec, self.writes(), {"student"})
         why = f"{changed} makes another student after it, of which these forms are not; put it after that stage"
-        return [Problem("kind", why)] if changed else []
+        made = [stage.bits for stage in self.earlier(spec) if isinstance(stage, Quantize) and stage.bits <= FEW_BITS]
+        vain = "'{}' keeps no codes of {} bits: weights take as many bytes as without 'quantize'; use 'onnx_int4'"
+        return [Problem("kind", why)] * bool(changed) + [
+            Problem(f"formats.{index}", vain.format(form.kind, bits))
+            for bits in made
+            for index, form in enumerate(self.formats)
+            if form.has_no_codes
+        ]
 
     def _check_forms(self, spec: "JobSpec", base: ModelFacts | None) -> list[Problem]:
         """Returns what forms lack of a student, which starts from that model unless it is made of the teacher."""
