@@ -500,6 +500,31 @@ def test_labels_that_train_lacks_are_found_across_data_sets(api: Api) -> None:
     assert "labels that train lacks: 'spam'" in answer.json()["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    ("stage", "kinds"),
+    [
+        ({"kind": "quantize", "sensitive_share": 0.1}, ["gptq", "sensitive_share"]),
+        ({"kind": "quantize", "method": {"kind": "rtn"}}, []),
+        ({"kind": "sparsify"}, ["wanda"]),
+        ({"kind": "export", "formats": [{"kind": "onnx"}, {"kind": "onnx_int8_static"}]}, ["onnx_int8_static"]),
+    ],
+    ids=str,
+)
+def test_what_is_calibrated_needs_some_rows(api: Api, stage: dict, kinds: list[str]) -> None:
+    api.push_model()
+    for count in (15, 16):
+        api.push_dataset(f"rows-{count}", {"train": jsonl(rows(count))})
+        spec = api.spec(data={"train": f"rows-{count}/train"}, stages=[{"kind": "distill"}, stage])
+        for path in ("/v1/jobs/validate", "/v1/jobs"):
+            answer = api("POST", path, json=spec)
+            is_refused = bool(kinds) and count < 16
+            assert answer.status_code == (422 if is_refused else 200 if path.endswith("validate") else 202), answer.text
+            if is_refused:
+                found = {detail["message"]: detail["field"] for detail in answer.json()["error"]["details"]}
+                why = "'{}' measures on 'rows-15/train', which has 15 rows; it needs at least 16"
+                assert found == {why.format(kind): "stages.1" for kind in kinds}
+
+
 def test_columns_may_be_named_by_the_job(api: Api) -> None:
     renamed = [{"utterance": row["text"], "intent": row["label"]} for row in rows(20)]
     assert api.push_dataset("raw", {"train": jsonl(renamed)}).status_code == 201
