@@ -138,6 +138,10 @@ def warn_of_data(spec: JobSpec, splits: dict[str, dict[str, Any]]) -> Problems:
         add(warnings, "data.validation", "no validation split: nothing tells when training goes wrong")
     for path, split in splits.items():
         name, slash, part = path.partition("/")
+        is_few = split["num_rows"] < LEAST_ROWS and not spec.task.shares_tokens  # a row may be a book
+        if name != "train" and is_few:
+            why = f"'{split['ref']}' has {split['num_rows']} rows; what is chosen or measured by them is so by chance"
+            add(warnings, field_of(path), why)
         if name != "train" and split["sha256"] == splits[f"train{slash}{part}"]["sha256"]:
             add(warnings, field_of(path), "the same rows as train; measures on them will look too good")
     return warnings

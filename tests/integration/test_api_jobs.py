@@ -525,6 +525,20 @@ def test_what_is_calibrated_needs_some_rows(api: Api, stage: dict, kinds: list[s
                 assert found == {why.format(kind): "stages.1" for kind in kinds}
 
 
+def test_splits_that_tell_little_are_told_of(api: Api) -> None:
+    """As `prune`, `search` and the choice of an epoch go by the validation split, however few rows it has."""
+    api.push_model()
+    api.push_dataset(
+        splits={"train": jsonl(rows(15)), "validation": jsonl(rows(15, start=50)), "test": jsonl(rows(16))}
+    )
+    found = api("POST", "/v1/jobs/validate", json=api.spec()).json()["warnings"]
+    [message] = [one["message"] for one in found if "by chance" in one["message"]]
+    assert message.startswith("'tickets/validation' has 15 rows; ")
+    written = api.spec(task={"kind": "causal_lm"}, stages=[{"kind": "distill"}])  # one text may hold many tokens
+    found = api("POST", "/v1/jobs/validate", json=written).json()["warnings"]
+    assert not any("by chance" in one["message"] for one in found)
+
+
 def test_columns_may_be_named_by_the_job(api: Api) -> None:
     renamed = [{"utterance": row["text"], "intent": row["label"]} for row in rows(20)]
     assert api.push_dataset("raw", {"train": jsonl(renamed)}).status_code == 201
