@@ -107,7 +107,7 @@ class SparseSignal:
         log_q_NL = torch.cat([log_q_NK, _log_rest(log_q_NC, classes_NK)[..., None]], dim=-1)
         log_p_NL = torch.cat([log_p_NK, self.log_rest_N.to(log_q_NK)[..., None]], dim=-1)
         if temperature != self.temperature:
-            spread = torch.zeros_like(log_p_NL[0])
+            spread = log_p_NL.new_zeros(log_p_NL.shape[-1])
             spread[-1] = math.log(num_classes - num_kept)
             log_p_NL = F.log_softmax((log_p_NL - spread) * (self.temperature / temperature) + spread, dim=-1)
         return log_p_NL, log_q_NL

@@ -14,7 +14,7 @@ from core.methods import list_methods
 from worker.engine.objective import Objective, Term
 from worker.kernels.heads import AcrossSignal, Head, HeadSignal, backward, backward_through_head
 from worker.kernels.precision import halves
-from worker.kernels.signals import DenseSignal, SparseSignal
+from worker.kernels.signals import DenseSignal, GappedSignal, SampledSignal, Signal, SparseSignal
 
 N, D, C = 11, 6, 17
 LOSSES = {kind: loss for kind, loss in list_methods("losses").items() if not issubclass(loss, FeatureLoss)}
@@ -134,13 +134,31 @@ def test_the_gradient_goes_on_into_what_made_the_hidden_states() -> None:
     torch.testing.assert_close(found, [inner.grad, weight_CD.grad])
 
 
-def test_no_rows_are_a_zero_with_a_gradient() -> None:
-    head = Head(torch.empty(0, D, requires_grad=True), draw(C, D, dtype=torch.float32).requires_grad_())
-    signal = DenseSignal(torch.empty(0, C))
-    empty_N = torch.empty(0, dtype=torch.int64)
-    numbers = backward_through_head(head, objective("cross_entropy", "forward_kl"), signal, empty_N, 0)
-    assert set(numbers.values()) == {0.0}
-    torch.testing.assert_close(head.weight_CD.grad, torch.zeros(C, D))
+def signals(kind: str, logits_NC: Tensor) -> list[Signal]:
+    """All ways in which a loss may hear these logits."""
+    loss, head = LOSSES[kind], Head(logits_NC, torch.eye(C).to(logits_NC))
+    found: list[Signal] = [DenseSignal(logits_NC), GappedSignal(logits_NC), HeadSignal(head)]
+    if not loss.needs_logits:
+        found += [SparseSignal.from_logits(logits_NC, 5, temperature) for temperature in (1.0, 4.0)]
+    if loss.is_linear:
+        found.append(SampledSignal.from_logits(logits_NC, 5, 3, torch.Generator(), loss().temperature))
+    if not loss.needs_same_tokens:
+        found.append(AcrossSignal(logits_NC, torch.arange(len(logits_NC))))
+    return found
+
+
+@pytest.mark.parametrize("num_rows", [0, N])
+@pytest.mark.parametrize("kind", sorted(LOSSES))
+def test_no_rows_are_a_zero_with_a_gradient(kind: str, num_rows: int) -> None:
+    """A step in which nothing is supervised, or such a part of one in which something is."""
+    for signal in signals(kind, draw(0, C)):
+        whole = make_head(1)
+        head = Head(whole.hidden_ND[:0], whole.weight_CD, whole.bias_C)
+        numbers = backward_through_head(head, objective(kind), signal, labels()[:0], num_rows)
+        assert set(numbers.values()) == {0.0}
+        torch.testing.assert_close(gradients(whole), [torch.zeros_like(x) for x in whole], rtol=0, atol=0)
+        logits_NC = F.linear(*head)
+        assert backward(logits_NC, objective(kind), signal, labels()[:0], num_rows) == numbers
 
 
 @pytest.mark.parametrize("kind", sorted(LOSSES))
