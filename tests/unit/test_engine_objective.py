@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from core.losses import FeatureLoss
 from core.methods import list_methods
+from worker.engine.data import Batch
 from worker.engine.objective import Objective, ShareWatch, Term
 from worker.engine.uncertainty import Uncertainty
-from worker.kernels.heads import add_numbers
+from worker.kernels.heads import add_numbers, backward
 from worker.kernels.signals import DenseSignal
 
 LOSSES = list_methods("losses")
@@ -49,6 +51,29 @@ def test_every_partition_of_a_step_has_the_gradient_of_the_whole(cuts: list[int]
     total.backward()
     torch.testing.assert_close(torch.cat(gradients), z_NC.grad)
     assert numbers["total"] == pytest.approx(total.item())
+
+
+@pytest.mark.parametrize("kind", sorted(kind for kind, loss in LOSSES.items() if not issubclass(loss, FeatureLoss)))
+def test_micro_batches_and_processes_have_the_gradient_of_the_whole(kind: str) -> None:
+    """Of seven examples two have no rows; the oracle is autograd through the mean of all rows at once."""
+    is_row_BT = torch.tensor([[1, 1, 0], [0, 0, 0], [1, 0, 1], [1, 1, 1], [0, 1, 0], [0, 0, 0], [1, 0, 0]]).bool()
+    numbers_BT = torch.arange(21).view(7, 3)
+    batch = Batch({"input_ids": numbers_BT}, numbers_BT % C, torch.where(is_row_BT, numbers_BT, -1))
+    z_BTC, u_BTC = torch.cat([draw(seed) for seed in range(6)])[:42].view(2, 7, 3, C)
+    loss = LOSSES[kind]().build(SimpleNamespace(is_own_text=False))
+    z_BTC.requires_grad_()
+    value = loss(z_BTC[is_row_BT], DenseSignal(u_BTC[is_row_BT]), batch.row_labels).mean()
+    [expected_BTC] = torch.autograd.grad(0.5 * value, z_BTC)
+    for size, count in ((7, 1), (3, 1), (1, 1), (2, 2), (1, 3)):
+        z_BTC.grad, numbers = None, {}
+        for part in (part for number in range(count) for part in batch.parts(size, number, count)):
+            z_NC, u_NC = (x_BTC[part.inputs["input_ids"][:, 0] // 3][part.is_row] for x_BTC in (z_BTC, u_BTC))
+            objective = Objective([Term(kind, 0.5, loss)])
+            added = backward(z_NC, objective, DenseSignal(u_NC), part.row_labels, int(batch.is_row.sum()))
+            numbers = add_numbers(numbers, added)
+        assert (numbers[kind], numbers["total"]) == pytest.approx((value.item(), 0.5 * value.item()))
+        torch.testing.assert_close(z_BTC.grad, expected_BTC)
+        assert not z_BTC.grad[~is_row_BT].any()
 
 
 def test_the_shares_are_those_of_the_values_and_of_the_gradients() -> None:
