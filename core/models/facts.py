@@ -49,6 +49,12 @@ class ModelFacts(BaseModel):
     has_fixed_weights: bool = Field(False, description="Whether weights are to stay zero, or on grids of few values.")
     grid_bits: list[int] = Field([], description="Bits of the grids that `quantize` put its weights on, each once.")
 
+    @property
+    def is_first_unlike(self) -> bool:
+        """Whether its first layer has other weights than the second, as a ModernBERT's, which lacks a norm."""
+        layers = self.layer_parameters
+        return layers[0] != layers[1] if layers and len(layers) > 1 else self.model_type == "modernbert"
+
 
 def read_facts(
     config: dict[str, Any],

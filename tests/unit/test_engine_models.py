@@ -357,6 +357,26 @@ def test_a_first_layer_that_is_unlike_the_others_stays() -> None:
     assert caught.value.suggestion == "Keep layer 0, as in [0, 3]."
 
 
+@pytest.mark.parametrize("is_stored", [True, False], ids=["stored", "of a hub"])
+def test_what_leaves_out_a_first_layer_that_must_stay_is_refused_at_submit(is_stored: bool, tmp_path: Path) -> None:
+    """The weights tell, or where only the config is read the kind of model."""
+    for config in (CONFIGS[0], CONFIGS[4]):
+        make(config).save_pretrained(tmp_path)
+        stored = json.loads((tmp_path / "config.json").read_text())
+        facts = read_facts(stored, tensors=read_tensors(tmp_path / "model.safetensors") if is_stored else None)
+        by_last = [TeacherLayers(keep=Choice(count=count, by="last")) for count in (2, 4)]
+        problems = [student.check(facts) for student in (TeacherLayers(keep=[1, 3]), *by_last)]
+        if config.model_type == "bert":
+            assert problems == [[], [], []]
+            continue
+        [named], [ruled], all_kept = problems
+        assert (named.field, ruled.field, all_kept) == ("keep", "keep.by", [])
+        assert "unlike the others, and none can take its place; keep layer 0, as in [0, 3]" in named.message
+        assert "choose 'uniform', 'first' or 'importance'" in ruled.message
+        for student in (TeacherLayers(keep=[0, 3]), TeacherLayers(keep=Choice(count=2))):
+            assert student.check(facts) == []
+
+
 def test_the_layers_that_matter_most_are_kept() -> None:
     """By a score that falls with each layer that is missing, by as much as the layer is worth."""
     teacher, worth = make(CONFIGS[0]), [3.0, 0.5, 2.0, 1.0]

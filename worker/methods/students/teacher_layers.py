@@ -106,7 +106,17 @@ class TeacherLayers(Student):
                 f"{start.num_layers - 1}; a student cannot be deeper than its {what}"
             )
             return [Problem(field, why)]
-        return []
+        return self._check_first(start)
+
+    def _check_first(self, start: ModelFacts) -> list[Problem]:
+        """Returns whether another layer is to take the place of a first one that is unlike it."""
+        why = f"the first layer of a '{start.model_type}' is unlike the others, and none can take its place"
+        if not start.is_first_unlike:
+            return []
+        if not isinstance(self.keep, Choice):
+            return [Problem("keep", f"{why}; keep layer 0, as in {[0, *self.keep[1:]]}")] if self.keep[0] else []
+        is_lost = self.keep.by == "last" and self.keep.count != start.num_layers
+        return [Problem("keep.by", f"{why}; choose 'uniform', 'first' or 'importance'")] if is_lost else []
 
     def count_layers(self, start: ModelFacts) -> int:
         """Returns how many are kept."""
