@@ -96,12 +96,23 @@ def _skip_layer(model: torch.nn.Module, index: int) -> torch.nn.Module:
     return model
 
 
-def test_shared_layers_cannot_be_kept_apart() -> None:
-    model = make(AlbertConfig(**SIZES, embedding_size=16))
-    with pytest.raises(StageFailed) as caught:
-        keep_layers(model, [0, 1])
-    assert caught.value.reason == "spec_invalid"
-    assert "albert" in caught.value.message
+@pytest.mark.parametrize(("num_groups", "keep"), [(1, [0, 1]), (1, [0, 1, 2, 3]), (4, [0, 1]), (4, [0, 1, 2, 3])])
+def test_shared_layers_cannot_be_kept_apart(num_groups: int, keep: list[int], tmp_path: Path) -> None:
+    model = make(AlbertConfig(**SIZES, embedding_size=16, num_hidden_groups=num_groups))
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    facts = read_facts(config, tensors=read_tensors(tmp_path / "model.safetensors"))
+    found = TeacherLayers(keep=keep).check(facts) + TeacherLayers(keep=Choice(count=len(keep))).check(facts)
+    if (num_groups, len(keep)) == (4, 4):
+        assert found == []
+        assert keep_layers(model, keep).config.num_hidden_groups == 4
+        return
+    assert [problem.field for problem in found] == ["keep", "keep"]
+    assert "layers of an 'albert' share their weights" in found[0].message
+    if num_groups == 1:
+        with pytest.raises(StageFailed, match="albert") as caught:
+            keep_layers(model, keep)
+        assert caught.value.reason == "spec_invalid"
 
 
 @pytest.fixture

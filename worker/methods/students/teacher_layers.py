@@ -106,7 +106,14 @@ class TeacherLayers(Student):
                 f"{start.num_layers - 1}; a student cannot be deeper than its {what}"
             )
             return [Problem(field, why)]
-        return self._check_first(start)
+        return self._check_shared(start) or self._check_first(start)
+
+    def _check_shared(self, start: ModelFacts) -> list[Problem]:
+        """Returns whether it is to keep layers of an ALBERT, which it can only where all stay and are stored."""
+        if start.model_type != "albert" or (start.layer_parameters and self.count_layers(start) == start.num_layers):
+            return []
+        why = "layers of an 'albert' share their weights, so that none can be kept alone"
+        return [Problem("keep", f"{why}; choose another kind of student, as 'fresh'")]
 
     def _check_first(self, start: ModelFacts) -> list[Problem]:
         """Returns whether another layer is to take the place of a first one that is unlike it."""
