@@ -8,6 +8,8 @@ from pydantic_core import PydanticCustomError
 from core.methods import Method, ModelFacts, Problem, Widths
 from core.strict import StrictModel
 
+MIXED = ("bloom", "deberta", "gpt_neox")  # one map makes query, key and value of a head, and then those of the next
+
 
 class Importance(Method):
     """How much a neuron or a group of attention heads counts; the least important ones are pruned first."""
@@ -24,9 +26,13 @@ class Importance(Method):
 
 
 class Narrowed(NamedTuple):
-    """A model that is to have fewer states or neurons, as far as it is known: what it is called, and its sizes."""
+    """A model that is to have fewer states or neurons, as far as it is known: what it is called, and its sizes.
+
+    `start` is what it is made of.
+    """
 
     role: str
+    start: ModelFacts
     states: int | None
     num_heads: int | None
     widths: Widths | None
@@ -34,6 +40,13 @@ class Narrowed(NamedTuple):
     def check(self, hidden_size: int | None, intermediate_size: int | None) -> list[Problem]:
         """Returns the first width that it cannot have; fields are those."""
         states, num_heads, widths = self.states, self.num_heads, self.widths
+        if self.start.model_type in MIXED and (hidden_size or intermediate_size):
+            why = f"a '{self.start.model_type}' makes queries, keys and values in a way that cannot be narrowed"
+            hint = "leave this out, or keep fewer layers"
+            return [Problem("hidden_size" if hidden_size else "intermediate_size", f"{why}; {hint}")]
+        if hidden_size and hidden_size == self.start.embedding_size != states:
+            why = "so wide are its embeddings, and the map from them to the states has no place then"
+            return [Problem("hidden_size", f"{why}; choose another number")]
         if hidden_size and states and hidden_size > states:
             why = f"the {self.role} has {states} states, and what is left of it cannot be wider; choose at most as many"
             return [Problem("hidden_size", why)]

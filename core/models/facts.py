@@ -43,6 +43,9 @@ class ModelFacts(BaseModel):
     num_positions: int | None = Field(None, description="Tokens of its longest input, where it has a limit.")
     num_parameters: int | None = None
     embedding_rows: int | None = Field(None, description="Rows of its tables of words, positions and types together.")
+    embedding_size: int | None = Field(
+        None, description="Width of its tables of words, where only a map makes states of another width of them."
+    )
     layer_parameters: list[int] | None = Field(None, description="How many of the parameters each layer has.")
     composition: Composition | None = Field(None, description="How its parameters follow from its widths, if known.")
     labels: list[str] | None = None
@@ -93,6 +96,7 @@ def read_facts(
         num_positions=count_positions(config),
         num_parameters=sum(tensor.num_elements for tensor in weights) if weights else num_parameters,
         embedding_rows=sum(sum(tensor.shape[:1]) for tensor in weights if tensor.name.endswith(TABLE)) or None,
+        embedding_size=_find_embedding_size(config, states),
         layer_parameters=_count_layers(weights, num_layers),
         composition=find_composition(config, weights, states, num_heads),
         labels=[labels[key] for key in sorted(labels, key=int)] if isinstance(labels, dict) and labels else None,
@@ -111,6 +115,11 @@ def _count_layers(weights: list[Tensor], num_layers: int | None) -> list[int] | 
             counts[int(found[2])] = counts.get(int(found[2]), 0) + tensor.num_elements
     fitting = [counts for counts in stacks.values() if len(counts) == num_layers == max(counts) + 1]
     return [fitting[0][number] for number in sorted(fitting[0])] if len(fitting) == 1 else None
+
+
+def _find_embedding_size(config: dict[str, Any], states: int | None) -> int | None:
+    found = _first_int(config, ("embedding_size",))
+    return None if found == states or config["model_type"] == "albert" else found  # which has a map for any width
 
 
 def count_positions(config: dict[str, Any]) -> int | None:

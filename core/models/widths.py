@@ -24,6 +24,10 @@ BERT = {
     "decoder": "*h",
     "predictions lm_head": "- *",  # a bias alone
 }
+ELECTRA = BERT | {
+    "discriminator_predictions.dense generator_predictions.dense": "hh h",
+    "dense_prediction generator_lm_head": "*h *",
+}
 DISTILBERT = {
     "word_embeddings position_embeddings": "*h",
     "LayerNorm sa_layer_norm output_layer_norm vocab_layer_norm": "h h",
@@ -66,6 +70,7 @@ LLAMA = {
 }
 KINDS = {
     "bert roberta xlm-roberta": BERT,
+    "electra": ELECTRA,
     "distilbert": DISTILBERT,
     "modernbert": MODERNBERT,
     "gpt2": GPT2,

@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification as Classifier
-from transformers import DebertaConfig, DebertaV2Config, GPTNeoXConfig, LlamaConfig, PreTrainedConfig
+from transformers import (
+    BloomConfig,
+    DebertaConfig,
+    DebertaV2Config,
+    ElectraConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+    PreTrainedConfig,
+)
 from transformers.pytorch_utils import Conv1D
 
 from core.errors import StageFailed
@@ -28,7 +36,13 @@ GROUPED = LlamaConfig(
     **SIZES | {"num_attention_heads": 4, "num_hidden_layers": 2}, num_key_value_heads=2, pad_token_id=0
 )
 POOLED = DebertaV2Config(**SIZES)  # with a pooler whose width is named apart
-KNOWN = [config for config in [*CONFIGS, GROUPED, POOLED] if config.model_type != "electra"]
+KNOWN = [*CONFIGS, GROUPED, POOLED]
+UNFIT: list[tuple[PreTrainedConfig, dict[str, int]]] = [
+    (GPTNeoXConfig(**SIZES, pad_token_id=0), {"hidden_size": 16}),  # of each head in turn its query, key and value
+    (BloomConfig(vocab_size=60, hidden_size=32, n_layer=4, n_head=2, pad_token_id=0), {"intermediate_size": 64}),
+    (DebertaConfig(**SIZES, pos_att_type=["c2p"], relative_attention=True), {"intermediate_size": 24}),
+    (ElectraConfig(**SIZES, embedding_size=16), {"hidden_size": 16}),  # from 16 to 32 leads a map, to 16 none
+]
 IDS_BT = torch.arange(4, 40).reshape(3, 12)
 each = pytest.mark.parametrize("config", KNOWN, ids=lambda config: config.model_type)
 
@@ -127,19 +141,27 @@ def test_what_cannot_be_narrowed_is_told() -> None:
         cut(make(bert), 20, None)
     with pytest.raises(StageFailed, match="and 99 neurons"):
         cut(make(bert), None, 99)
-    electra = next(config for config in CONFIGS if config.model_type == "electra")
-    mixed = GPTNeoXConfig(**SIZES, pad_token_id=0)  # of each head in turn its query, key and value
-    own = DebertaConfig(**SIZES, pos_att_type=["c2p"], relative_attention=True)
-    for config in (mixed, own):
-        with pytest.raises(StageFailed, match="are not built as narrowing knows them"):
-            cut(make(config), 16, None)
-    with pytest.raises(StageFailed, match="are not built as narrowing knows them"):
-        cut(make(electra), 16, None)
     facts = ModelFacts(model_type="bert", num_layers=4, hidden_size=32, num_heads=2)
     for width, why in ((64, "cannot be wider"), (20, "16 wide; choose a multiple")):
         [problem] = TeacherLayers(keep=[0], hidden_size=width).check(facts)
         assert (problem.field, why in problem.message) == ("hidden_size", True)
     assert TeacherLayers(keep=[0], hidden_size=16).count_parameters(facts) is None
+
+
+@pytest.mark.parametrize(("config", "asked"), UNFIT, ids=lambda value: getattr(value, "model_type", None))
+def test_what_the_kind_of_model_rules_out_is_refused_at_submit(config: PreTrainedConfig, asked: dict[str, int]) -> None:
+    [problem] = TeacherLayers(keep=[0], **asked).check(read_facts(config.to_dict()))
+    assert [problem.field] == [*asked]
+    with pytest.raises(StageFailed, match="are not built as narrowing knows them"):
+        cut(make(config), asked.get("hidden_size"), asked.get("intermediate_size"))
+    assert TeacherLayers(keep=[0]).check(read_facts(config.to_dict())) == []
+
+
+def test_embeddings_narrower_than_the_states_stay_as_they_are() -> None:
+    config = ElectraConfig(**SIZES, embedding_size=24)
+    assert TeacherLayers(keep=[0], hidden_size=16).check(read_facts(config.to_dict())) == []
+    student = cut(make(config), 16, None)
+    assert (student.config.embedding_size, student.config.hidden_size) == (24, 16)
 
 
 @pytest.mark.parametrize("width", [48, 96])

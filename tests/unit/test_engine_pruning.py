@@ -612,9 +612,18 @@ def test_what_earlier_stages_leave_is_not_guessed(tmp_path: Path) -> None:
 
 def test_heads_that_share_keys_go_together() -> None:
     widths = Widths(states=64, inner=96, head=16, num_heads=4, num_groups=2)
-    [problem] = Narrowed("student", 64, 4, widths).check(16, None)
+    narrowed = Narrowed("student", ModelFacts(model_type="llama"), 64, 4, widths)
+    [problem] = narrowed.check(16, None)
     assert (problem.field, "groups of 32 states" in problem.message) == ("hidden_size", True)
-    assert Narrowed("student", 64, 4, widths).check(32, None) == []
+    assert narrowed.check(32, None) == []
+
+
+def test_a_kind_of_model_that_cannot_be_narrowed_is_refused_at_submit() -> None:
+    facts = ModelFacts(model_type="gpt_neox", num_layers=4, hidden_size=32, num_heads=2)
+    [(field, message)] = problems_of(facts, {"intermediate_size": 24})
+    assert field == "stages.0.intermediate_size"
+    assert "a 'gpt_neox' makes queries, keys and values in a way that cannot be narrowed" in message
+    assert problems_of(facts, {"num_layers": 2}) == []
 
 
 def test_widths_that_cannot_be_told_apart_are_refused_at_submit(tmp_path: Path) -> None:

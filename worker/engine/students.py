@@ -145,8 +145,9 @@ def read_widths(config: PreTrainedConfig) -> Widths:
 
 def set_widths(config: PreTrainedConfig, widths: Widths) -> None:
     """Puts widths into a config, those that it has names for."""
-    if getattr(config, "pooler_hidden_size", None) == config.hidden_size:  # of DeBERTa
-        config.pooler_hidden_size = widths.states
+    for name in ("pooler_hidden_size", "embedding_size"):  # of DeBERTa and ELECTRA, where they are as wide
+        if getattr(config, name, None) == config.hidden_size and config.model_type != "albert":  # which has a map there
+            setattr(config, name, widths.states)
     config.hidden_size, config.num_attention_heads = widths.states, widths.num_heads
     if getattr(config, "num_key_value_heads", None):
         config.num_key_value_heads = widths.num_groups

@@ -210,9 +210,8 @@ class Prune(ModelStage):
         if self.to:
             return self._check_multiple(spec, self._find_step(sizes)) or self._check_goal(self.to, spec, start)
         unfit = self._check_depth(sizes.num_layers) if sizes.num_layers else []
-        if sizes.widths is None:
-            return unfit
-        narrowed = Narrowed("student", sizes.widths.states, sizes.widths.num_heads, sizes.widths)
+        known = (sizes.widths.states, sizes.widths.num_heads, sizes.widths) if sizes.widths else (None, None, None)
+        narrowed = Narrowed("student", start, *known)
         return unfit + narrowed.check(self.hidden_size, self.intermediate_size)
 
     def _check_goal(self, goal: Goal, spec: "JobSpec", start: ModelFacts) -> list[Problem]:

@@ -88,7 +88,7 @@ class TeacherLayers(Student):
             )
             return [Problem("model", f"{why}, or use kind 'pretrained', which keeps all of it")]
         what, widths = "model" if self.model else "teacher", start.composition.widths if start.composition else None
-        narrowed = Narrowed(what, start.hidden_size, start.num_heads, widths)
+        narrowed = Narrowed(what, start, start.hidden_size, start.num_heads, widths)
         unfit = narrowed.check(self.hidden_size, self.intermediate_size)
         if unfit:
             return unfit
