@@ -60,7 +60,7 @@ class LanguageModelling:
 
     def __init__(self, ctx: "StageContext", task: "CausalLM") -> None:
         self.ctx, self.task = ctx, task
-        self.num_common: int | None = None  # tokens that teacher and student share, where one has more than the other
+        self.num_common: int | None = None  # tokens that teacher and student share, where one has logits for more
         self._num_positions: int | None = None  # of a teacher that reads the student's blocks
 
     def load_model(self, folder: Path, **options: Any) -> PreTrainedModel:
@@ -226,15 +226,16 @@ class LanguageModelling:
     def _agree(self, tokenizer: PreTrainedTokenizerBase, *widths: int) -> None:
         """Sees to it that teacher and student choose among the same tokens. Raises StageFailed if they cannot.
 
-        Where one has more of them, as to make the width a round number, the others are left out before the softmax.
+        Where one has logits for more, as to make the width a round number, the others are left out before the softmax.
         """
         role = "teacher" if self.ctx.has_input("teacher") else "teacher_1"  # of several, which have the same tokens
         try:
             common = count_common(self.ctx.load_tokenizer(role).get_vocab(), tokenizer.get_vocab())
         except VocabularyDiffers as error:
             raise StageFailed("vocab_incompatible", f"{error}.", suggestion=SAME_TOKENS) from error
-        if len(set(widths)) > 1:
-            self.num_common = min(common, *widths)
+        fewest = min([common, *widths])
+        if any(width > fewest for width in widths):
+            self.num_common = fewest
 
     def keep(self, settings: "AnswerStage") -> Kept:
         """Has the teacher answer every place of the training split, and keeps its likeliest tokens.
