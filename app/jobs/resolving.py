@@ -23,7 +23,7 @@ from core.models.facts import ModelFacts
 from core.models.hub import resolve as resolve_hub
 from core.models.outputs import read_output
 from core.models.repository import files_of, find_model, get_manifest, list_model_names
-from core.models.vocabulary import VocabularyDiffers, count_common, read_vocabulary
+from core.models.vocabulary import FILES, VocabularyDiffers, count_common, read_vocabulary
 from core.settings import get_settings
 from core.storage import ManifestFile, get_store
 from core.strict import suggest
@@ -292,20 +292,20 @@ def check_vocabularies(spec: JobSpec, files: Mapping[str, list[ManifestFile] | N
 
 def _check_vocabulary(field: str, hint: str, *models: list[ManifestFile] | None) -> Problems:
     """Returns what keeps two models from choosing among the same tokens, as far as their tokenizers are stored here."""
-    tokenizers = [
-        get_store().get_path(file.sha256).read_bytes()
-        for files in models
-        for file in files or []
-        if file.path == "tokenizer.json"
-    ]
-    if len(tokenizers) < len(models):
-        return []
     try:
-        first, second = map(read_vocabulary, tokenizers)
-        count_common(first, second)
+        first, second = map(_read_vocabulary, models)
+        if first is not None and second is not None:
+            count_common(first, second)
     except (VocabularyDiffers, ValueError) as error:
         return [{"field": field, "message": f"{error}; {hint}"}]
     return []
+
+
+def _read_vocabulary(files: list[ManifestFile] | None) -> dict[str, int] | None:
+    """Returns ids by token of a model; None of one that is not stored here, or in a form that is not read."""
+    return read_vocabulary(
+        {f.path: get_store().get_path(f.sha256).read_bytes() for f in files or [] if f.path in FILES}
+    )
 
 
 def _describe(field: str, model: Found, problems: Problems) -> Found | None:

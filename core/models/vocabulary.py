@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "added_tokens.json", "tokenizer_config.json")
 TEACHER_AND_STUDENT = ("the teacher's tokenizer", "the student's")
 
 
@@ -35,20 +36,48 @@ def count_common(
     return common
 
 
-def read_vocabulary(tokenizer: bytes) -> dict[str, int]:
-    """Returns ids by token of a `tokenizer.json`. Raises ValueError where it has no such list."""
+def read_vocabulary(files: Mapping[str, bytes]) -> dict[str, int] | None:
+    """Returns ids by token of a model's tokenizer.
+
+    Args:
+        files: Those of `FILES` that there are. Of the first three one counts, and tokens that were added to it.
+
+    Returns:
+        None of a tokenizer that is stored otherwise, as by SentencePiece.
+
+    Raises:
+        ValueError: The file has no such list.
+    """
+    name = next((name for name in FILES[:3] if name in files), None)
+    if name is None:
+        return None
     try:
-        data: dict[str, Any] = json.loads(tokenizer)
-        listed = data["model"]["vocab"]
-        if isinstance(listed, list):  # Unigram has scores, in the order of the ids
-            listed = {token: index for index, (token, _) in enumerate(listed)}
-        found = dict(listed) | {added["content"]: added["id"] for added in data.get("added_tokens", [])}
+        found = _read_whole(files[name]) if name == "tokenizer.json" else _read_list(name, files)
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
-        raise ValueError(f"tokenizer.json has no vocabulary: {error}") from error
+        raise ValueError(f"{name} has no vocabulary: {error}") from error
     odd = next((token for token, index in found.items() if type(index) is not int or index < 0), None)
     if odd is not None:
-        raise ValueError(f"tokenizer.json gives the token '{odd[:40]}' an id that is no whole number from 0 on")
+        raise ValueError(f"{name} gives the token '{odd[:40]}' an id that is no whole number from 0 on")
     return found
+
+
+def _read_whole(tokenizer: bytes) -> dict[str, int]:
+    data: dict[str, Any] = json.loads(tokenizer)
+    listed = data["model"]["vocab"]
+    if isinstance(listed, list):  # Unigram has scores, in the order of the ids
+        listed = {token: index for index, (token, _) in enumerate(listed)}
+    return dict(listed) | {added["content"]: added["id"] for added in data.get("added_tokens", [])}
+
+
+def _read_list(name: str, files: Mapping[str, bytes]) -> dict[str, int]:
+    if name == "vocab.txt":
+        lines = files[name].decode().removesuffix("\n").split("\n")
+        listed = {line.rstrip(): index for index, line in enumerate(lines)}
+    else:
+        listed = {**json.loads(files[name])}
+    config = json.loads(files.get("tokenizer_config.json", b"{}"))
+    added = {token["content"]: int(index) for index, token in config.get("added_tokens_decoder", {}).items()}
+    return added | {**json.loads(files.get("added_tokens.json", b"{}"))} | listed
 
 
 def _quoted(token: str | None) -> str:

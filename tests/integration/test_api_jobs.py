@@ -292,6 +292,31 @@ def test_language_models_must_have_the_same_tokens(api: Api) -> None:
     assert api("POST", "/v1/jobs/validate", json=texts).status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("name", "same", "other"),
+    [
+        ("vocab.json", b'{"[UNK]": 0, "a": 1}', b'{"[UNK]": 0, "b": 1}'),
+        ("vocab.txt", b"[UNK]\na\n", b"[UNK]\nb\n"),
+    ],
+    ids=["json", "txt"],
+)
+def test_tokens_that_are_stored_as_a_list_are_compared_too(api: Api, name: str, same: bytes, other: bytes) -> None:
+    api.make_job()
+    tokenizer = json.dumps({"version": "1.0", "model": {"type": "WordPiece", "vocab": {"[UNK]": 0, "a": 1}}})
+    api.push_model("teacher", model_files() | {"tokenizer.json": tokenizer.encode()})
+    bare = {path: content for path, content in model_files().items() if path != "tokenizer.json"}
+    answers = []
+    for content in (same, other):
+        student = f"student-{len(answers)}"
+        assert api.push_model(student, bare | {name: content}).status_code == 201
+        changes = {"teacher": {"model": "teacher"}, "student": {"kind": "pretrained", "model": student}}
+        answers.append(api("POST", "/v1/jobs/validate", json=api.spec(task={"kind": "causal_lm"}, **changes)))
+    assert answers[0].status_code == 200, answers[0].text
+    [detail] = answers[1].json()["error"]["details"]
+    assert detail["field"] == "student.model"
+    assert "id 1 is 'a' to the teacher's tokenizer and 'b' to the student's" in detail["message"]
+
+
 FIRST = {"kind": "intermediate", "task": {"label": "stars"}, "data": "reviews", "epochs": 1}
 
 
