@@ -82,6 +82,7 @@ class Validation(Result):
     spec_sha256: str
     inputs: dict[str, Any]
     student: dict[str, Any]
+    vocabulary: str | None
     warnings: list[dict[str, Any]]
 
 

@@ -9,6 +9,7 @@ from app.envelope import errors
 from app.files import etag_matches
 from app.jobs import continuing, service
 from app.jobs.examples import FORK_BODY, SPEC_BODY
+from app.jobs.resolving import relate_vocabularies
 from app.jobs.schemas import CancelMode, JobPage, JobView, TeacherUsage, UsageView, ValidatedSpec
 from core.db import get_autocommit_engine, read_scope, session_scope
 from core.jobs import forking, repository
@@ -83,6 +84,7 @@ def validate_job(body: Body, principal: Writer) -> Any:
         inputs=made.inputs,
         models=made.facts,
         student=service.expect_student(spec, made),
+        vocabulary=relate_vocabularies(spec, made),
         warnings=made.warnings,
     )
 

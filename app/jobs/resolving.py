@@ -23,7 +23,15 @@ from core.models.facts import ModelFacts
 from core.models.hub import resolve as resolve_hub
 from core.models.outputs import read_output
 from core.models.repository import files_of, find_model, get_manifest, list_model_names
-from core.models.vocabulary import FILES, VocabularyDiffers, count_common, read_vocabulary
+from core.models.vocabulary import (
+    FILES,
+    RELATIONS,
+    Relation,
+    VocabularyDiffers,
+    count_common,
+    read_vocabulary,
+    relate,
+)
 from core.settings import get_settings
 from core.storage import ManifestFile, get_store
 from core.strict import suggest
@@ -63,22 +71,22 @@ class Sources(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """A spec whose references are all good."""
+    """A spec whose references are all good; `files` are those of models whose tokens are compared."""
 
     inputs: dict[str, Any]
     facts: dict[str, ModelFacts]
     warnings: Problems
+    files: Mapping[str, list[ManifestFile] | None]
 
 
 def find_sources(session: Session, principal: Principal, spec: JobSpec) -> Sources:
     """Returns what the spec's references name in the database."""
     problems: Problems = []
     models = {}
-    compares_tokens = spec.compares_tokens() and spec.student.source() is not None
     for role, source in spec.models().items():
         model = _find_model(session, principal, source, problems)
         if model:
-            if compares_tokens and model.files is None:
+            if spec.task.shares_tokens and model.files is None:
                 model = model._replace(files=find_files(session, principal.tenant_id, model.source))
             models[role] = model
     find = cache(partial(find_dataset, session, principal.tenant_id))  # most jobs take all splits of one data set
@@ -168,7 +176,8 @@ def resolve(spec: JobSpec, sources: Sources) -> Plan:
         "data": {path: {key: split[key] for key in kept} for path, split in sources.splits.items()},
         **{f"{scope}labels": _join(found) for scope, found in labels.items()},
     }
-    return Plan(inputs, facts, _warnings(spec, sources))
+    files = {role: model.files for role, model in sources.models.items()}
+    return Plan(inputs, facts, _warnings(spec, sources), files)
 
 
 def _inside(scope: str, problems: Problems) -> Problems:
@@ -299,6 +308,28 @@ def _check_vocabulary(field: str, hint: str, *models: list[ManifestFile] | None)
     except (VocabularyDiffers, ValueError) as error:
         return [{"field": field, "message": f"{error}; {hint}"}]
     return []
+
+
+def relate_vocabularies(spec: JobSpec, made: Plan) -> Relation | None:
+    """Returns whether the student has the teacher's tokens, of several models the least that is true of one.
+
+    It is None of models that choose among no tokens, and where one is not stored here in a form that is read.
+    """
+    if not spec.task.shares_tokens:
+        return None
+    roles, own = spec.teacher.sources(), spec.starts_from
+    try:
+        known = {role: _read_vocabulary(made.files.get(role)) for role in {*roles, own}}
+    except ValueError:
+        return None
+    found: list[Relation] = []
+    for role in roles:
+        teacher, student = known[role], known[own]
+        if teacher is None or student is None:
+            return None
+        num_logits = (made.facts[name].vocab_size for name in (role, own))
+        found.append(relate(teacher, student, *filter(None, num_logits)))
+    return max(found, key=RELATIONS.index, default=None)
 
 
 def _read_vocabulary(files: list[ManifestFile] | None) -> dict[str, int] | None:

@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from core.jobs.state import JobState, StageState
 from core.models.facts import ModelFacts
+from core.models.vocabulary import Relation
 from core.storage import ManifestFile
 
 CancelMode = Literal["now", "after_checkpoint"]
@@ -131,6 +132,11 @@ class ValidatedSpec(BaseModel):
         description="By role: the teacher, and as `base` the model that the student starts from, if that is another."
     )
     student: ExpectedStudent
+    vocabulary: Relation | None = Field(
+        description="Whether the student that is named has the teacher's tokens: `identical`; `padded`, where one has "
+        "further ones, or logits that no token has, which are left out; `different`, and only a loss as 'uld' compares "
+        "them. Null: not known, as of a hub's model, or not what the task's models choose among."
+    )
     warnings: list[Problem]
 
 

@@ -2,8 +2,10 @@
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
+Relation = Literal["identical", "padded", "different"]
+RELATIONS: tuple[Relation, ...] = get_args(Relation)  # from the best to the worst
 FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "added_tokens.json", "tokenizer_config.json")
 TEACHER_AND_STUDENT = ("the teacher's tokenizer", "the student's")
 
@@ -34,6 +36,19 @@ def count_common(
         if one != other:
             raise VocabularyDiffers(f"id {index} is {_quoted(one)} to {names[0]} and {_quoted(other)} to {names[1]}")
     return common
+
+
+def relate(first: Mapping[str, int], second: Mapping[str, int], *num_logits: int) -> Relation:
+    """Returns whether two vocabularies are the same, given the numbers of logits of their models.
+
+    They are `padded` where tokens of one, or logits of a model, go on after what both have.
+    """
+    try:
+        count_common(first, second)
+    except VocabularyDiffers:
+        return "different"
+    sizes = {max(ids.values(), default=-1) + 1 for ids in (first, second)}
+    return "identical" if len(sizes.union(num_logits)) == 1 else "padded"
 
 
 def read_vocabulary(files: Mapping[str, bytes]) -> dict[str, int] | None:

@@ -40,6 +40,8 @@ def validate(spec: SpecFile, changes: Changes = None, as_json: Json = False) -> 
         print_json(found)
     else:
         say(_describe_student(found.student))
+        if found.vocabulary:
+            say(f"tokens of teacher and student: {found.vocabulary}")
         typer.echo(yaml.safe_dump(found.spec, sort_keys=False, allow_unicode=True).rstrip())
 
 

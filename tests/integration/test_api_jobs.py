@@ -5,6 +5,7 @@ import io
 import json
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
@@ -315,6 +316,35 @@ def test_tokens_that_are_stored_as_a_list_are_compared_too(api: Api, name: str, 
     [detail] = answers[1].json()["error"]["details"]
     assert detail["field"] == "student.model"
     assert "id 1 is 'a' to the teacher's tokenizer and 'b' to the student's" in detail["message"]
+
+
+def test_whether_the_student_has_the_teachers_tokens_is_told(api: Api) -> None:
+    api.make_job()
+    vocab = {"[UNK]": 0, "a": 1}
+    models = {"teacher": (vocab, 2), "same": (vocab, 2), "wide": (vocab, 8), "more": ({**vocab, "b": 2}, 3)}
+    for name, (ids, size) in {**models, "other": ({"[UNK]": 0, "b": 1}, 2)}.items():
+        tokenizer = json.dumps({"version": "1.0", "model": {"type": "WordPiece", "vocab": ids}})
+        api.push_model(name, model_files(vocab_size=size) | {"tokenizer.json": tokenizer.encode()})
+    bare = {path: content for path, content in model_files().items() if path != "tokenizer.json"}
+    assert api.push_model("unread", bare | {"spiece.model": b"\x0a\x01a"}).status_code == 201
+    stages = [{"kind": "distill", "losses": [{"kind": "cross_entropy"}, {"kind": "uld"}]}]
+
+    def tell(student: str, teacher: Any = "teacher", kind: str = "causal_lm", **changes: Any) -> str | None:
+        teacher = {"model": teacher} if isinstance(teacher, str) else teacher
+        own = {"kind": "pretrained", "model": student} if student else {"kind": "fresh"}
+        answer = api(
+            "POST", "/v1/jobs/validate", json=api.spec(task={"kind": kind}, teacher=teacher, student=own, **changes)
+        )
+        assert answer.status_code == 200, answer.text
+        found: str | None = answer.json()["vocabulary"]
+        return found
+
+    names = ("same", "wide", "more", "other", "unread")
+    assert [tell(name, stages=stages) for name in names] == ["identical", "padded", "padded", "different", None]
+    assert [tell("", teacher) for teacher in ("same", "wide", "unread")] == ["identical", "padded", None]
+    several = {"kind": "ensemble", "members": [{"model": "same"}, {"model": "more"}]}
+    assert tell("teacher", several) == "padded"
+    assert tell("same", kind="text_classification") is None
 
 
 FIRST = {"kind": "intermediate", "task": {"label": "stars"}, "data": "reviews", "epochs": 1}

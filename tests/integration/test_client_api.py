@@ -123,6 +123,7 @@ def test_methods_and_keys(client: Client) -> None:
 def test_a_job_is_validated_submitted_followed_cancelled_and_deleted(stocked: Client) -> None:
     found = stocked.jobs.validate(SPEC)
     assert [stage["kind"] for stage in found.spec["stages"]] == ["finetune", "distill", "export", "evaluate"]
+    assert found.vocabulary is None
     assert list(stocked.jobs.list()) == []
     job = stocked.jobs.submit(SPEC | {"metadata": {"team": "a"}, "name": "first"}, idempotency_key="k")
     assert stocked.jobs.submit(SPEC | {"metadata": {"team": "a"}, "name": "first"}, idempotency_key="k").id == job.id

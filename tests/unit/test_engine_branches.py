@@ -418,7 +418,7 @@ def test_as_many_shared_layers_as_there_are_is_told_at_submit(
 @pytest.mark.parametrize(("shared", "told"), [("all", 100), (1, None)])
 def test_how_large_a_student_is_of_which_tasks_have_layers_is_not_told(shared: Any, told: int | None) -> None:
     spec = load_spec(of_tasks(TASKS, shared, [{"kind": "distill"}], student=BASE))
-    made = Plan({}, {"base": ModelFacts(model_type="bert", num_layers=3, num_parameters=100)}, [])
+    made = Plan({}, {"base": ModelFacts(model_type="bert", num_layers=3, num_parameters=100)}, [], {})
     assert expect_student(spec, made).num_parameters == told
 
 
