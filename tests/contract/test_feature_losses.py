@@ -1,7 +1,5 @@
 """What holds for every loss on layers: against what stock transformers says of them, and in a real stage."""
 
-import copy
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,9 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
-from scipy.special import rel_entr
 from torch import Tensor
 from transformers import (
     AutoModelForSequenceClassification,
@@ -33,6 +29,7 @@ from core.losses import FeatureLoss
 from core.methods import Depths, list_methods
 from tests import pico
 from tests.engine_bench import FAST, Bench, make_spec
+from tests.feature_oracles import ORACLES, states
 from worker.engine.blocks import Blocks
 from worker.engine.data import Batch
 from worker.engine.features import Features
@@ -77,44 +74,6 @@ def make(config: PreTrainedConfig) -> tuple[PreTrainedModel, PreTrainedModel, Ba
     return student, teacher, Batch(inputs, torch.zeros(3, dtype=torch.long), torch.arange(3))
 
 
-def states(model: PreTrainedModel, batch: Batch) -> Any:
-    """What stock transformers says of a model's layers, and of its attention, which it multiplies out step by step."""
-    plain = AutoModelForSequenceClassification.from_config(copy.deepcopy(model.config), attn_implementation="eager")
-    plain.load_state_dict(model.state_dict())
-    with torch.no_grad():
-        return plain.eval()(**batch.inputs, output_hidden_states=True, output_attentions=True)
-
-
-def rows(x: Tensor, batch: Batch) -> Tensor:
-    return x[batch.inputs["attention_mask"].bool()]
-
-
-def attention_kl(s: Any, t: Any, batch: Batch) -> float:
-    total = 0.0
-    for row, length in enumerate(batch.inputs["attention_mask"].sum(-1).tolist()):
-        p, q = (found.attentions[-1][row, :, :length, :length].numpy() for found in (t, s))
-        total += rel_entr(p, q).sum() / p.shape[0]
-    return total
-
-
-ORACLES: dict[str, Callable[[Any, Any, Batch], float]] = {
-    "hidden_mse": lambda s, t, batch: (
-        F.mse_loss(*(rows(x.hidden_states[-1], batch) for x in (s, t))).item()
-        * batch.inputs["attention_mask"].sum().item()
-    ),
-    "hidden_cosine": lambda s, t, batch: (
-        (1 - F.cosine_similarity(*(rows(x.hidden_states[-1], batch) for x in (s, t)))).sum().item()
-    ),
-    "patient": lambda s, t, batch: (
-        (F.normalize(s.hidden_states[-1][:, 0], dim=-1) - F.normalize(t.hidden_states[-1][:, 0], dim=-1))
-        .square()
-        .sum()
-        .item()
-    ),
-    "attention_kl": attention_kl,
-}
-
-
 def compare(kind: str, student: PreTrainedModel, teacher: PreTrainedModel, batch: Batch, **settings: Any) -> float:
     loss = LOSSES[kind].model_validate({"kind": kind, "layers": "last", **settings})
     features = Features(Context(), [(kind, loss)], Watched(student), Watched(teacher))  # type: ignore[arg-type]
@@ -123,25 +82,47 @@ def compare(kind: str, student: PreTrainedModel, teacher: PreTrainedModel, batch
         for model in (student, teacher):
             model(**part.inputs)
         value, numbers = features.compare(part, batch)
+        value.backward()
         assert value.item() == pytest.approx(numbers[kind] * loss.weight)
         whole += numbers[kind]
     return whole
+
+
+def configs(kind: str) -> list[PreTrainedConfig]:
+    """Returns those of which the oracle knows what is compared; decoders tell states after the last norm."""
+    if kind == "attention_kl":
+        return CONFIGS
+    return CONFIGS[: 2 if LOSSES[kind].projects else 3]
 
 
 @pytest.mark.parametrize(
     ("kind", "config"),
     [
         pytest.param(kind, config, id=f"{config.model_type}-{kind}")
-        for kind in sorted(ORACLES)
-        for config in (CONFIGS if kind == "attention_kl" else CONFIGS[:2])  # decoders tell states after the last norm
+        for kind in sorted(LOSSES)
+        for config in configs(kind)
     ],
 )
 def test_it_is_what_the_models_own_outputs_give(kind: str, config: PreTrainedConfig) -> None:
+    """Value and gradient by every weight."""
+    assert kind in ORACLES, f"name an independent oracle for '{kind}'"
     student, teacher, batch = make(config)
+    size = len(batch.rows) if LOSSES[kind].denominator == "examples" else batch.inputs["attention_mask"].sum()
+    stock = states(student.double(), batch)
+    expected = ORACLES[kind](stock, states(teacher.double(), batch), batch) / size
+    expected.backward()
+    assert compare(kind, student, teacher, batch) == pytest.approx(expected.item(), rel=1e-5)
+    for ours, theirs in zip(student.parameters(), stock.model.parameters(), strict=True):
+        found, gradient = (torch.zeros_like(x) if x.grad is None else x.grad for x in (ours, theirs))
+        torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_relations_are_of_as_many_heads_as_the_student_has() -> None:
+    _, teacher, batch = make(CONFIGS[0])
+    student, _, _ = make(BertConfig(**SIZES, **BERT | {"hidden_size": 16, "num_attention_heads": 4}))
+    expected = ORACLES["relations"](states(student, batch), states(teacher, batch), batch)
     tokens = batch.inputs["attention_mask"].sum().item()
-    size = len(batch.rows) if LOSSES[kind].denominator == "examples" else tokens
-    expected = ORACLES[kind](states(student, batch), states(teacher, batch), batch) / size
-    assert compare(kind, student, teacher, batch) == pytest.approx(expected, rel=1e-4)
+    assert compare("relations", student, teacher, batch) == pytest.approx(expected.item() / tokens, rel=1e-4)
 
 
 @every_loss
@@ -328,7 +309,7 @@ def test_states_of_another_width_are_projected(kind: str) -> None:
     assert matrix.shape == (32, 16)
     projected = SimpleNamespace(hidden_states=[found["s"].hidden_states[-1] @ matrix.detach().T])
     size = len(batch.rows) if loss.denominator == "examples" else batch.inputs["attention_mask"].sum().item()
-    assert value.item() == pytest.approx(ORACLES[kind](projected, found["t"], batch) / size, rel=1e-4)
+    assert value.item() == pytest.approx(ORACLES[kind](projected, found["t"], batch).item() / size, rel=1e-4)
 
 
 def test_projections_are_trained_kept_over_a_crash_and_no_part_of_the_student(bench: Bench, tmp_path: Path) -> None:
