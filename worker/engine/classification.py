@@ -15,7 +15,7 @@ from core.errors import StageFailed
 from worker.engine.answering import answer_texts
 from worker.engine.data import Batch, Encoded, digest, encode, read_examples, spread_rows
 from worker.engine.evaluation import Card, Column, Measured, Quality, Row, list_candidates, row_of_answers
-from worker.engine.inference import Answer, answer_rows, predict_logits
+from worker.engine.inference import Answer, answer_rows, logits_of, predict_logits
 from worker.engine.keeping import KeptLayers, Recorder
 from worker.engine.loading import (
     head_bias,
@@ -121,7 +121,7 @@ class Classification:
 
     def answer(self, model: PreTrainedModel, batch: Batch) -> Tensor:
         """Returns the logits of each row."""
-        return batch.row_logits(model(**batch.inputs).logits)
+        return batch.row_logits(logits_of(model, batch.inputs))
 
     def score(self, model: PreTrainedModel, data: Encoded, between: Callable[[], None]) -> Scores:
         """Returns accuracy, macro-F1 and cross entropy."""

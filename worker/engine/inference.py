@@ -8,10 +8,19 @@ from transformers import PreTrainedModel
 
 from worker.engine import ranks
 from worker.engine.data import Batch, Encoded
+from worker.engine.devices import ending_in_float32
+from worker.engine.loading import last_layers
 from worker.engine.sharding import is_sharded
 
 INFERENCE_BATCH = 64
 Answer = Callable[[dict[str, Tensor]], Tensor]  # a model, as a function from a batch's inputs to logits
+
+
+def logits_of(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
+    """Returns a classifier's logits, which its last layer makes in float32 within `autocast`, too."""
+    with ending_in_float32(model.device, last_layers(model, model.config.num_labels)):
+        logits: Tensor = model(**inputs).logits
+        return logits
 
 
 def predict_logits(
@@ -38,7 +47,7 @@ def predict_logits(
         batches: Iterable[Batch] = data.by_length(batch_size, model.device)
         is_shared = len(data) > batch_size * ranks.count()
         mine = ranks.share(batches, in_step=is_sharded(model)) if is_shared else batches
-        logits_NC = answer_rows(data, mine, lambda inputs: model(**inputs).logits, between)
+        logits_NC = answer_rows(data, mine, lambda inputs: logits_of(model, inputs), between)
         if is_shared:
             logits_NC = ranks.add_up(logits_NC.to(model.device)).cpu()
     model.train(was_training)

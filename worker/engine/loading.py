@@ -160,6 +160,13 @@ def output_layer(model: PreTrainedModel) -> str:
     return names[-1]
 
 
+def last_layers(model: PreTrainedModel, num_outputs: int) -> list[torch.nn.Linear]:
+    """Returns the layers outside of the trunk with so many outputs: what makes logits, with all copies that it has."""
+    heads = (child for name, child in model.named_children() if name != model.base_model_prefix)
+    linear = (module for head in heads for module in head.modules() if isinstance(module, torch.nn.Linear))
+    return [layer for layer in linear if layer.out_features == num_outputs]
+
+
 def head_bias(model: PreTrainedModel) -> torch.Tensor | None:
     """Returns the bias of the layer that makes the logits, to be changed in place; None where it has none."""
     bias_C = model.get_submodule(output_layer(model)).bias
