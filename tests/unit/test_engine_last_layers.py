@@ -12,8 +12,11 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    Gemma2Config,
+    GraniteConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -21,11 +24,17 @@ from transformers import (
 from tests.engine_bench import FAST, Bench, make_spec
 from tests.unit.test_engine_branches import ARCHITECTURES, COLUMNS, ids, make_branched
 from tests.unit.test_engine_models import LLAMA
+from tests.unit.test_engine_models import SIZES as DECODER
 from worker.engine.finetuning import make_trainer
 from worker.engine.inference import logits_of
 from worker.engine.loading import output_layer
+from worker.engine.next_tokens import predict_next
 
 CONFIGS = {name: config for name, (config, *_) in ARCHITECTURES.items()} | {"llama": LLAMA}
+CAPPED = {
+    "gemma2": Gemma2Config(**DECODER, num_key_value_heads=2, head_dim=16, final_logit_softcapping=5.0, pad_token_id=0),
+    "granite": GraniteConfig(**DECODER, num_key_value_heads=2, logits_scaling=4.0, pad_token_id=0),
+}
 IN_BF16 = torch.autocast("cpu", torch.bfloat16)
 
 
@@ -97,6 +106,19 @@ def test_a_layer_that_each_adapter_has_rounds_nothing() -> None:
         with IN_BF16:
             logits_BC = logits_of(model, {"input_ids": ids(0)})
         torch.testing.assert_close(logits_BC, F.linear(*seen, layer.weight, layer.bias))
+
+
+@pytest.mark.parametrize("kind", CAPPED)
+def test_logits_that_are_scaled_or_capped_are_not_rounded(kind: str) -> None:
+    model, inputs = make(AutoModelForCausalLM, CAPPED[kind]), {"input_ids": ids(0)}
+    layer = model.get_output_embeddings()
+    seen = note_inputs(layer)
+    with IN_BF16:
+        logits_NV = predict_next(model, inputs, torch.ones_like(inputs["input_ids"], dtype=torch.bool))
+    assert isinstance(logits_NV, Tensor)
+    product_NV = F.linear(seen[-1], layer.weight).flatten(0, 1)
+    expected_NV = 5 * torch.tanh(product_NV / 5) if kind == "gemma2" else product_NV / 4
+    torch.testing.assert_close(logits_NV, expected_NV)
 
 
 def test_years_are_learned_in_bf16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

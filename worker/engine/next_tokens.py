@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from worker.engine.loading import some_tokens
+from worker.engine.devices import ending_in_float32
+from worker.engine.loading import last_layers, some_tokens
 from worker.kernels.heads import Head
 
 
@@ -15,7 +16,8 @@ def predict_next(
     if not hasattr(model, "has_plain_head"):
         model.has_plain_head = has_plain_head(model)
     if not model.has_plain_head:
-        logits_NC: Tensor = model(**inputs, use_cache=False).logits[is_row_BT]
+        with ending_in_float32(model.device, last_layers(model, model.config.vocab_size)):
+            logits_NC: Tensor = model(**inputs, use_cache=False).logits[is_row_BT]
         return logits_NC[:, :num_tokens]
     hidden_BTD = model.base_model(**inputs, use_cache=False).last_hidden_state
     layer = model.get_output_embeddings()
