@@ -1,16 +1,12 @@
 """Which device computes, and in which precision."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import Tensor
-from torch.nn import Module
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import deterministic
 
 from worker.engine import ranks
-from worker.kernels.divergences import widen
 from worker.kernels.precision import has_fast_bf16
 
 
@@ -34,30 +30,6 @@ def choose_device() -> torch.device:
 def autocast(device: torch.device) -> AbstractContextManager[None]:
     """Returns the context in which a forward pass runs: bf16 where that is faster, else as it is."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=has_fast_bf16(device.type))
-
-
-@contextmanager
-def ending_in_float32(device: torch.device, layers: Iterable[Module]) -> Iterator[None]:
-    """Has a forward pass leave `autocast` where it comes to one of these layers, which make logits.
-
-    Rounded to bf16 these turn a tenth or more of a divergence's gradient into noise, once a student is close to its
-    teacher, and numbers near 2,000 are multiples of 8 or 16.
-    """
-    if not torch.is_autocast_enabled(device.type):
-        yield
-        return
-    hooks = [layer.register_forward_pre_hook(_leave_autocast) for layer in layers]
-    try:
-        yield
-    finally:
-        torch.set_autocast_enabled(device.type, True)
-        for hook in hooks:
-            hook.remove()
-
-
-def _leave_autocast(_: Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    torch.set_autocast_enabled(given[0].device.type, False)
-    return tuple(map(widen, given))
 
 
 def attending(device: torch.device, num_tokens: int) -> AbstractContextManager[None]:

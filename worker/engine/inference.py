@@ -1,24 +1,51 @@
 """A model's answers to a whole split."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 from transformers import PreTrainedModel
 
 from worker.engine import ranks
 from worker.engine.data import Batch, Encoded
-from worker.engine.devices import ending_in_float32
 from worker.engine.loading import last_layers
 from worker.engine.sharding import is_sharded
+from worker.kernels.divergences import widen
 
 INFERENCE_BATCH = 64
 Answer = Callable[[dict[str, Tensor]], Tensor]  # a model, as a function from a batch's inputs to logits
 
 
+@contextmanager
+def ending_in_float32(model: PreTrainedModel) -> Iterator[None]:
+    """Has a forward pass of the model leave `autocast` where it comes to its last layer.
+
+    Logits in bf16 turn a tenth or more of a divergence's gradient into noise, once a student is close to its teacher,
+    and numbers near 2,000 into multiples of 8 or 16.
+    """
+    kind = model.device.type
+    if not torch.is_autocast_enabled(kind):
+        yield
+        return
+    hooks = [layer.register_forward_pre_hook(_leave_autocast) for layer in last_layers(model)]
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled(kind, True)
+        for hook in hooks:
+            hook.remove()
+
+
+def _leave_autocast(_: Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    torch.set_autocast_enabled(given[0].device.type, False)
+    return tuple(map(widen, given))
+
+
 def logits_of(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
     """Returns a classifier's logits, which its last layer makes in float32 within `autocast`, too."""
-    with ending_in_float32(model.device, last_layers(model, model.config.num_labels)):
+    with ending_in_float32(model):
         logits: Tensor = model(**inputs).logits
         return logits
 

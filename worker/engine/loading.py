@@ -160,8 +160,9 @@ def output_layer(model: PreTrainedModel) -> str:
     return names[-1]
 
 
-def last_layers(model: PreTrainedModel, num_outputs: int) -> list[torch.nn.Linear]:
-    """Returns the layers outside of the trunk with so many outputs: what makes logits, with all copies that it has."""
+def last_layers(model: PreTrainedModel) -> list[torch.nn.Linear]:
+    """Returns the layers outside of the trunk that have an output a label, or token: what makes logits, and copies."""
+    num_outputs = model.config.vocab_size if model.can_generate() else model.config.num_labels
     heads = (child for name, child in model.named_children() if name != model.base_model_prefix)
     linear = (module for head in heads for module in head.modules() if isinstance(module, torch.nn.Linear))
     return [layer for layer in linear if layer.out_features == num_outputs]

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from worker.engine.devices import ending_in_float32
-from worker.engine.loading import last_layers, some_tokens
+from worker.engine.inference import ending_in_float32
+from worker.engine.loading import some_tokens
 from worker.kernels.heads import Head
 
 
@@ -16,7 +16,7 @@ def predict_next(
     if not hasattr(model, "has_plain_head"):
         model.has_plain_head = has_plain_head(model)
     if not model.has_plain_head:
-        with ending_in_float32(model.device, last_layers(model, model.config.vocab_size)):
+        with ending_in_float32(model):
             logits_NC: Tensor = model(**inputs, use_cache=False).logits[is_row_BT]
         return logits_NC[:, :num_tokens]
     hidden_BTD = model.base_model(**inputs, use_cache=False).last_hidden_state
