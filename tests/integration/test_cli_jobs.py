@@ -179,8 +179,8 @@ def test_the_client_pauses_goes_on_and_forks(api: Api) -> None:
 def test_a_validated_spec_tells_whether_tokens_are_the_same(api: Api, run: Run, tmp_path: Path) -> None:
     api.make_job()
     spec = tmp_path / "job.json"
-    for kind, told in (("causal_lm", "tokens of teacher and student: padded\n"), ("text_classification", "")):
+    for kind, told in (("causal_lm", ["tokens of teacher and student: padded"]), ("text_classification", [])):
         spec.write_text(json.dumps(api.spec(task={"kind": kind}, student={"kind": "fresh"})))
         code, _, err = run("validate", str(spec))
         assert code == 0, err
-        assert err.removeprefix("student: its size is known once it is made\n") == told
+        assert [line for line in err.splitlines() if not line.startswith(("warning: ", "student: "))] == told
