@@ -178,10 +178,10 @@ class Training(ModelStage):
 
     def check_model(self, spec: "JobSpec", start: ModelFacts) -> list[Problem]:
         """Returns whether layers are frozen, or get an adapter, that are not there, or have no groups for zeros."""
-        odd = self.undivided(spec, start)
+        sizes = self.sizes_before(spec, start)
+        odd, count = sizes.undivided(self.group_size), sizes.num_layers
         if self.sparsity and odd:
             return [Problem("sparsity.pattern", self.sparsity.say_undivided(odd))]
-        count = self.sizes_before(spec, start).num_layers
         unfit = super().check_model(spec, start) or self._check_adapter(spec, start, count)
         unfit = unfit or self._check_start(spec, start)
         if unfit or count is None:

@@ -72,7 +72,7 @@ def _prune_to(
     limit = goal.limit(cost(shape))
     if cost(shape) <= limit:
         ctx.warn("goal_met_before", f"The student as it is meets the goal: its {goal.measure} is {cost(shape):,.10g}.")
-    best, most, step = whole.model, -math.inf, math.gcd(shape.intermediate_size, settings.width_step)
+    best, most, step = whole.model, -math.inf, settings.find_step(shape.intermediate_size)
     candidates: list[dict[str, Any]] = []
     for fitting, keep in _list_fitting(shape, cost, limit, step, drop_layers(ctx, *whole)):
         ctx.progress(len(candidates), MOST_DEPTHS)
@@ -100,16 +100,17 @@ def _prune_to(
 
 
 def _list_fitting(
-    whole: Shape, cost: Cost, limit: float, multiple_of: int, orders: Iterator[list[int]]
+    whole: Shape, cost: Cost, limit: float, step: int, orders: Iterator[list[int]]
 ) -> Iterator[tuple[Shape, list[int]]]:
     """Yields for each number of layers the shape with most neurons that meets a limit, and which layers it keeps.
+
+    Numbers of neurons are multiples of `step`, which divides those of the whole.
 
     Of many numbers of layers it takes some, spread evenly, down to the first with which no neuron has to go.
 
     Raises:
         StageFailed: `goal_missed` where no shape meets it.
     """
-    step = math.gcd(whole.intermediate_size, multiple_of)
     widths = range(step, whole.intermediate_size + 1, step)
     counts = np.linspace(whole.num_layers, 1, min(whole.num_layers, MOST_DEPTHS)).round().astype(int).tolist()
     is_met = False

@@ -166,18 +166,21 @@ class Prune(ModelStage):
     def resize(self, sizes: Sizes) -> Sizes:
         """Returns its own sizes where it has such; with a goal the most that there can be."""
         if self.to:
-            return sizes._replace(step=self._find_step(sizes), may_be_shallower=True)
-        widths, counts = sizes.widths, (self.num_layers, sizes.num_layers)
+            return sizes._replace(step=self._step_of(sizes), may_be_shallower=True)
+        widths, num_layers = sizes.widths, sizes.num_layers
         return sizes._replace(
-            num_layers=min(count for count in counts if count) if sizes.num_layers else None,
+            num_layers=min(self.num_layers or num_layers, num_layers) if num_layers else None,
             widths=widths.narrowed(self.hidden_size, self.intermediate_size) if widths else None,
             step=None if self.intermediate_size else sizes.step,
         )
 
-    def _find_step(self, sizes: Sizes) -> int:
-        """Returns what the number of neurons is a multiple of that it finds for a model of these sizes."""
-        inner = sizes.step or (sizes.widths.inner if sizes.widths else 0)
-        return math.gcd(inner, self.width_step)
+    def find_step(self, intermediate_size: int) -> int:
+        """Returns what the number of neurons is a multiple of that it finds for a model with so many of them."""
+        return math.gcd(intermediate_size, self.width_step)
+
+    def _step_of(self, sizes: Sizes) -> int:
+        """Returns the same for a model of these sizes, as far as they are known."""
+        return self.find_step(sizes.step or (sizes.widths.inner if sizes.widths else 0))
 
     def check(self, spec: "JobSpec") -> list[Problem]:
         """Returns a problem when nothing is to go, or sizes are given beside a goal."""
@@ -208,22 +211,22 @@ class Prune(ModelStage):
             return unfit
         sizes = self.sizes_before(spec, start)
         if self.to:
-            return self._check_multiple(spec, self._find_step(sizes)) or self._check_goal(self.to, spec, start)
+            return self._check_multiple(spec, self._step_of(sizes)) or self._check_goal(self.to, spec, start, sizes)
         unfit = self._check_depth(sizes.num_layers) if sizes.num_layers else []
         known = (sizes.widths.states, sizes.widths.num_heads, sizes.widths) if sizes.widths else (None, None, None)
         narrowed = Narrowed("student", start, *known)
         return unfit + narrowed.check(self.hidden_size, self.intermediate_size)
 
-    def _check_goal(self, goal: Goal, spec: "JobSpec", start: ModelFacts) -> list[Problem]:
-        """Returns whether the student meets the goal as it is, or none of its sizes can."""
-        sizes, is_resized = self.sizes_before(spec, start), any(stage.resizes for stage in self.earlier(spec))
+    def _check_goal(self, goal: Goal, spec: "JobSpec", start: ModelFacts, sizes: Sizes) -> list[Problem]:
+        """Returns whether a student that has these sizes by now meets the goal as it is, or none of its sizes can."""
+        is_resized = any(stage.resizes for stage in self.earlier(spec))
         measure, unit = goal.measure, {"parameters": 1, "bytes": PARAMETER_BYTES}.get(goal.measure, 0)
         whole = unit * (0 if is_resized else spec.student.count_parameters(start) or 0)
         if whole and goal.limit(whole) >= whole:
             return [Problem(f"to.{measure}", f"the student has {whole:,} {measure}; choose fewer, or a share below 1")]
         if start.composition is None or sizes.widths is None or (goal.share and not whole):
             return []
-        step = self._find_step(sizes)
+        step = self._step_of(sizes)
         smallest = sizes.widths.model_copy(update={"inner": step})
         least = unit * start.composition.count_least(smallest, sizes.num_rows or 0)
         if goal.limit(whole) >= least:
