@@ -160,7 +160,10 @@ class Bench:
         return done
 
     def interrupt(self, order: Path, after: int, how: str) -> tuple[list[Path], list[list[Any]]]:
-        """Runs a stage until its `after`-th checkpoint and ends it; returns its checkpoints in order, and points."""
+        """Runs a stage until its `after`-th checkpoint and ends it; returns its checkpoints in order, and points.
+
+        What a killed one wrote later, as its death takes a moment, is left out: there may be nothing left to do then.
+        """
         found, points = [], []
         with self.start(order) as stage:
             for line in stage.reports:
@@ -173,7 +176,7 @@ class Bench:
                         os.kill(stage.pid, signal.SIGKILL)
                     elif len(found) == after:
                         stage.stdin.write(b'{"order": "stop"}\n')
-        return found, points
+        return found[:after] if how == "kill" else found, points
 
     def adopt(self, finished: Finished, ordinal: int, kind: str) -> None:
         """Makes a stage's outputs the inputs of the next one, read-only."""
