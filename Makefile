@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TESTS ?=
 
-.PHONY: help setup demo up test browser lint bench chaos migrate format constraints
+.PHONY: help setup demo up test older browser lint bench chaos migrate format constraints
 
 help: ## Shows this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 14
@@ -28,6 +28,11 @@ up: setup ## Starts the whole stack on this machine, with an embedded Postgres a
 
 test: setup ## Runs every test, or TESTS; set STILLHOUSE_DATABASE_URL and STILLHOUSE_REDIS_URL to use servers
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
+
+older: setup ## Reads folders as jobs write them with transformers 4.57, in an environment of its own
+	test -x .venv-transformers-4/bin/python || $(PYTHON) -m venv .venv-transformers-4
+	.venv-transformers-4/bin/pip install --quiet torch==2.13.0 transformers==4.57.6
+	$(BIN)/python -m pytest tests/e2e/test_transformers_4.py -rs
 
 browser: setup ## Runs ONNX forms in Chromium, which must be installed, and npm with it
 	npm ci --prefix tests/e2e/browser --ignore-scripts --no-audit --no-fund

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from core.errors import StageFailed
 from worker.engine.loading import ADAPTERS, BASE, PROMPT, find_layers, is_head
+from worker.engine.portable import write_model
 from worker.engine.sharding import is_sharded
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ class Adapted:
         """Writes the model as it was, once, and the adapters beside it: together what `attach` makes this model of."""
         state = self._model.state_dict()
         base = {_base_name(name): x for name, x in state.items() if not any(own in name for own in OWN_WEIGHTS)}
-        self._model.save_pretrained(folder / BASE, state_dict=base)
+        write_model(self._model, folder / BASE, state_dict=base)
         self.save(folder / ADAPTERS)
 
     def settle(self) -> None:

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from core.errors import StageFailed
 from core.models.checking import WEIGHTS
 from worker.engine.loading import BASE, BRANCHES, find_layers, output_layer, some_tokens
+from worker.engine.portable import write_model
 
 if TYPE_CHECKING:
     from worker.engine.context import StageContext
@@ -89,7 +90,7 @@ class Branched:
 
     def save_apart(self, folder: Path) -> None:
         """Writes what is shared, once, and what each task has: together what `attach` makes this model of."""
-        self._model.save_pretrained(folder / BASE, state_dict=self._shared())
+        write_model(self._model, folder / BASE, state_dict=self._shared())
         for task in self._tasks:
             path = folder / BRANCHES / task / WEIGHTS
             path.parent.mkdir(parents=True)

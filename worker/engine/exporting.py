@@ -20,6 +20,7 @@ from core.errors import StageFailed
 from worker.engine.context import StageContext
 from worker.engine.inference import as_answer
 from worker.engine.loading import save_labels, save_tokenizer
+from worker.engine.portable import write_model
 from worker.engine.runtimes import continue_greedily, open_session, run_session
 from worker.engine.students import take_sample
 from worker.engine.tracing import describe_classifier, describe_decoder
@@ -246,7 +247,7 @@ def write_companions(ctx: StageContext, reference: Reference, folder: Path) -> N
     Of a decoder it is how it writes, instead of labels, and its tokenizer cuts no text.
     """
     is_decoder = reference.model.can_generate()
-    reference.model.config.save_pretrained(folder)
+    write_model(reference.model.config, folder)
     save_tokenizer(reference.tokenizer, folder, truncate=not is_decoder)
     if is_decoder:
         reference.model.generation_config.save_pretrained(folder)

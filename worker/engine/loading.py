@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 from core.errors import StageFailed
 from core.models import facts
 from core.models.checking import WEIGHTS
+from worker.engine.portable import write_model, write_tokenizer
 
 OFFLINE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 COMPLETE_FOLDER = "Upload the whole folder: config.json, safetensors and tokenizer, as save_pretrained writes them."
@@ -261,7 +262,7 @@ def _save_weights(model: PreTrainedModel, folder: Path) -> None:
     if hasattr(model, "apart"):
         model.apart.save_apart(folder)
     else:
-        model.save_pretrained(folder)
+        write_model(model, folder)
 
 
 def save_trunk(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -272,7 +273,7 @@ def save_trunk(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     trunk.config.problem_type = None
     if hasattr(trunk.config, "tasks"):
         del trunk.config.tasks
-    trunk.save_pretrained(folder)
+    write_model(trunk, folder)
     save_tokenizer(tokenizer, folder)
 
 
@@ -293,7 +294,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, *, truncate
     backend.no_padding()
     for name in TRANSIENT_SETTINGS:
         tokenizer.init_kwargs.pop(name, None)
-    tokenizer.save_pretrained(folder)
+    write_tokenizer(tokenizer, folder)
 
 
 def save_labels(labels: list[str], folder: Path) -> None:
