@@ -177,7 +177,7 @@ def resolve(spec: JobSpec, sources: Sources) -> Plan:
         **{f"{scope}labels": _join(found) for scope, found in labels.items()},
     }
     files = {role: model.files for role, model in sources.models.items()}
-    return Plan(inputs, facts, _warnings(spec, sources), files)
+    return Plan(inputs, facts, _warnings(spec, sources) + _warn_of_head(spec, facts, labels[""]), files)
 
 
 def _inside(scope: str, problems: Problems) -> Problems:
@@ -229,6 +229,23 @@ def _check_known_labels(spec: JobSpec, facts: dict[str, ModelFacts], labels: dic
             why = f"its labels ({shown}) are not those of the data; name a model that was fine-tuned on these"
             add(problems, source.field, why)
     return problems
+
+
+def _warn_of_head(spec: JobSpec, facts: dict[str, ModelFacts], labels: dict[str, list[str]]) -> Problems:
+    """Returns whether a teacher that is heard, and that no stage trains, has no head for the labels of the data."""
+    is_trained = any(stage.trains and "teacher" in stage.writes() for stage in spec.stages)
+    is_heard = any(not loss.is_of_labels for stage in spec.stages for loss in getattr(stage, "losses", ()))
+    wanted = _join(labels)
+    if "teacher" not in facts or not spec.teacher.is_model or is_trained or not is_heard or not wanted:
+        return []
+    found = facts["teacher"].labels or []
+    if sorted(found) == sorted(wanted):
+        return []
+    shown = ", ".join(found[:10]) or "none"
+    why = f"its labels ({shown}) are not those of the data, so its answers will be random"
+    warnings: Problems = []
+    add(warnings, "teacher.model", f"{why}; put a 'finetune' first, or name a model that was fine-tuned on these")
+    return warnings
 
 
 def _check_student(spec: JobSpec, start: ModelFacts) -> Problems:

@@ -594,6 +594,27 @@ def test_splits_that_tell_little_are_told_of(api: Api) -> None:
     assert not any("by chance" in one["message"] for one in found)
 
 
+@pytest.mark.parametrize(
+    ("labels", "stages", "found"),
+    [
+        (None, [{"kind": "distill"}], "none"),
+        (["bad", "good", "so-so"], [{"kind": "distill"}], "bad, good, so-so"),
+        (["refund", "login", "delivery"], [{"kind": "distill"}], ""),
+        (None, [{"kind": "finetune"}, {"kind": "distill"}], ""),
+        (None, [{"kind": "distill", "losses": [{"kind": "cross_entropy"}]}], ""),
+    ],
+)
+def test_a_teacher_that_knows_other_labels_is_told_of(
+    api: Api, labels: list[str] | None, stages: list[dict[str, Any]], found: str
+) -> None:
+    api.push_dataset()
+    named = {"id2label": dict(enumerate(labels))} if labels else {}
+    api.push_model("minilm", model_files(**named))
+    answer = api("POST", "/v1/jobs/validate", json=api.spec(stages=stages)).json()
+    told = [one["message"] for one in answer["warnings"] if one["field"] == "teacher.model"]
+    assert [one.partition(" are ")[0] for one in told] == ([f"its labels ({found})"] if found else [])
+
+
 def test_columns_may_be_named_by_the_job(api: Api) -> None:
     renamed = [{"utterance": row["text"], "intent": row["label"]} for row in rows(20)]
     assert api.push_dataset("raw", {"train": jsonl(renamed)}).status_code == 201
