@@ -1,13 +1,16 @@
 """What losses have in common that compare distributions, or layers."""
 
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from core.methods import Depths, Loss, Stage
+from core.methods import Depths, Loss, Problem, Stage
 from core.strict import one_message
 from core.weights import Course, PerExample, Temperature
+
+if TYPE_CHECKING:
+    from core.jobs.spec import JobSpec
 
 LayerPart = Literal["first_token", "hidden", "query", "key", "value"]  # of what a layer computes
 
@@ -99,6 +102,15 @@ class FeatureLoss(Loss):
         The layers are `worker.engine.features.Layer`, and `seen` says where tokens are.
         """
         raise NotImplementedError
+
+
+def check_kept(stage: Stage, spec: "JobSpec") -> list[Problem]:
+    """Returns whether answers that were kept before a stage that writes texts are heard after it."""
+    before, after = stage.earlier(spec), [*stage.later(spec).values()]
+    if not (any("answers" in other.writes() for other in before) and hears_kept(after)):
+        return []
+    why = "'answer' before it keeps answers to other texts than these; put 'answer' after it, or leave it out"
+    return [Problem("kind", why)]
 
 
 def hears_kept(stages: list[Stage]) -> bool:

@@ -266,6 +266,7 @@ class Stage(Method):
     reports_on_job: ClassVar[bool] = False
     resizes: ClassVar[bool] = False  # the model, to parameters that only the stage can count
     trains: ClassVar[bool] = False
+    asks_teacher: ClassVar[bool] = False  # and keeps what it says
     makes_student: ClassVar[bool] = False  # of a kind that it alone can make
 
     def check(self, spec: "JobSpec") -> list[Problem]:  # noqa: ARG002 - most stages have nothing to check

@@ -255,7 +255,8 @@ class Training(ModelStage):
             return True
         if spec.task.adapts_each:
             return False
-        return self.role == "teacher" and ("texts" in stage.writes() or _compares_layers(stage))
+        writes = "texts" in stage.writes() and "teacher" in stage.reads(spec)
+        return self.role == "teacher" and (writes or _compares_layers(stage))
 
     def keeps_apart(self, spec: "JobSpec") -> bool:
         """Returns whether its adapter cannot become part of the model, or is not to, or tasks have layers alone."""

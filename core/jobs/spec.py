@@ -201,7 +201,7 @@ class JobSpec(StrictModel):
         return fields
 
     def _teacher_seen_by(self, stage: Stage) -> dict[str, Any]:
-        asks = stage.writes() & {"answers", "texts"} and not self.teacher.is_model
+        asks = stage.asks_teacher and not self.teacher.is_model
         return self.teacher.content() if asks else {"kind": "model", "model": "teacher"}
 
     def _student_seen_by(self, stage: Stage) -> dict[str, Any]:

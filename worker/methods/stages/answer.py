@@ -1,7 +1,7 @@
 """The teacher's answers, kept."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field
 
@@ -46,6 +46,8 @@ class Answer(Stage):
     Paper: Anshumann et al. 2025, "Sparse Logit Sampling: Accelerating Knowledge Distillation in LLMs", section 3, on
     what the probability of the others is for.
     """
+
+    asks_teacher: ClassVar[bool] = True
 
     kind: Literal["answer"] = "answer"
     top_k: int = Field(

@@ -1,11 +1,11 @@
 """Texts that the teacher writes."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from core.losses import hears_kept
+from core.losses import check_kept
 from core.methods import ModelFacts, Problem, Stage
 from core.prompts import check_places
 
@@ -24,6 +24,8 @@ class Generate(Stage):
 
     Paper: Kim, Rush 2016, "Sequence-Level Knowledge Distillation", section 3.2.
     """
+
+    asks_teacher: ClassVar[bool] = True
 
     kind: Literal["generate"] = "generate"
     new_tokens: int = Field(256, ge=1, le=32_768, description="Tokens that are written after a prompt, at most.")
@@ -47,13 +49,9 @@ class Generate(Stage):
             return [Problem("kind", f"a '{spec.teacher.kind}' teacher writes no texts; leave it out")]
         if not spec.teacher.is_model and "prompt" not in spec.task.columns():
             return [Problem("kind", "an API is asked what follows a prompt; set task.prompt to the column of prompts")]
-        later = spec.stages[spec.stages.index(self) + 1 :]
-        if any("teacher" in stage.writes() for stage in later):
+        if any("teacher" in stage.writes() for stage in self.later(spec).values()):
             return [Problem("kind", "a later stage changes the teacher; put 'generate' after it")]
-        if any("answers" in stage.writes() for stage in self.earlier(spec)) and hears_kept(later):
-            why = "'answer' before it keeps answers to other texts than these; put 'answer' after it, or leave it out"
-            return [Problem("kind", why)]
-        return []
+        return check_kept(self, spec)
 
     def check_model(self, spec: "JobSpec", start: ModelFacts) -> list[Problem]:
         """Returns whether a prompt and what is written after it are longer than the teacher can read."""
