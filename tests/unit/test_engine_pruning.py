@@ -165,6 +165,7 @@ def test_times_are_told_and_no_file_holds_them(tmp_path: Path) -> None:
     page = (bench.succeed(spec, 1, earlier=[account]).outputs / "report" / "report.html").read_text()
     assert "<td>{:.2f} → {:.2f}</td>".format(*times.values()) in page
     assert f"<td>{told['num_parameters_before']:,} → {told['num_parameters']:,}</td>" in page
+    assert f"<td>{4 * told['num_parameters_before']:,} → {4 * told['num_parameters']:,}</td>" in page
 
 
 def test_each_time_is_that_of_its_model(monkeypatch: pytest.MonkeyPatch) -> None:

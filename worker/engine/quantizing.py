@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from worker.methods.stages.quantize import Quantize
 
 ZEROS = ".zeros"
-SCALE_BYTES, ZERO_BYTES = 4, 1  # of a group, as forms store them
 
 
 class Wanted(NamedTuple):
@@ -98,9 +97,8 @@ def quantize(ctx: StageContext, settings: "Quantize") -> dict[str, Any]:
     write_grids(folder, OnGrids(wanted, grids, zeros))
     stored_bytes = sum(path.stat().st_size for path in folder.glob("model*.safetensors"))
     return {
-        **compare(ctx, Reader(before, tokenizer), Reader(model, tokenizer)),
+        **compare(ctx, Reader(before, tokenizer), Reader(model, tokenizer), grids),
         "stored_bytes": stored_bytes,
-        "packed_bytes": count_packed_bytes(model, grids),
         "bits": {name: grid.bits for name, grid in grids.items()},
         "harm": harm or None,
     }
@@ -146,16 +144,6 @@ def find_tables(model: PreTrainedModel, group: int) -> dict[str, Tensor]:
         for name, parameter in model.named_parameters()
         if id(parameter) in tables and parameter.shape[1] % group == 0
     }
-
-
-def count_packed_bytes(model: PreTrainedModel, grids: dict[str, Grid]) -> int:
-    """Returns what the weights take with codes of so many bits, and all that is on no grid in single precision."""
-    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    on_grids = sum(
-        sizes[name] * grid.bits // 8 + grid.scale_OG.numel() * (SCALE_BYTES + ZERO_BYTES)
-        for name, grid in grids.items()
-    )
-    return on_grids + sum(4 * size for name, size in sizes.items() if name not in grids)
 
 
 def write_grids(folder: Path, found: OnGrids) -> None:
