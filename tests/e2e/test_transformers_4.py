@@ -86,10 +86,17 @@ DECODERS: dict[str, PreTrainedConfig] = {
         **SIZES, rope_parameters=dict.fromkeys(BY_LAYERS, THETA), local_attention=4, pad_token_id=0
     ),
 }
+HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 pytestmark = pytest.mark.skipif(not OTHER.is_file(), reason="transformers 4.57 is not there; `make older` fetches it")
 
 
-def write(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, auto_class: Any, folder: Path) -> str:
+def write(
+    config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    auto_class: Any,
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+) -> str:
     """Writes a model that differs from its class's usual one, as its last layers are no longer nearly zero."""
     torch.manual_seed(0)
     config = copy.deepcopy(config)
@@ -98,6 +105,7 @@ def write(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, auto_cla
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
+    model.to(dtype)
     if auto_class is AutoModelForCausalLM:
         save_language_model(model, tokenizer, folder)
     else:
@@ -138,6 +146,8 @@ def read(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, A
           for name, one in tokenizers.items()],
         *[write(DECODERS["llama"], one, AutoModelForCausalLM, folder / f"tokenizer of a decoder {name}")
           for name, one in tokenizers.items()],
+        *[write(DECODERS["llama"], tokenizers["bytes"], AutoModelForCausalLM, folder / f"decoder in {name}", one)
+          for name, one in HALVES.items()],
     ]  # fmt: skip
     seen: dict[str, list[dict[str, Any]]] = {}
     for python, major in ((sys.executable, "5."), (str(OTHER), "4.57.")):
@@ -161,4 +171,6 @@ def test_every_folder_is_read_to_the_same_tokens_and_logits(read: dict[str, list
             if expected.shape != found.shape or (expected - found).abs().max() > ACCEPTED * expected.abs().max():
                 differing.setdefault(name, f"logits: {expected.flatten()[:4]} and {found.flatten()[:4]}")
     assert differing == {}
+    for name, dtype in HALVES.items():
+        assert {found["settings"][0] for found in read[f"decoder in {name}"]} == {str(dtype)}
     assert len(read) >= 2 * len(DECODERS)
