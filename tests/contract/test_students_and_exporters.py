@@ -125,7 +125,7 @@ def test_an_exported_form_agrees_and_repeats(kind: str, with_student: StageConte
         with_student._remembered.clear()
     assert contents(tmp_path / "once") == contents(tmp_path / "twice")
     expected, found = answer(with_student.order.inputs_dir / "student"), answer(tmp_path / "once")
-    is_rounded = hasattr(form, "min_agreement")
+    is_rounded = kind != "safetensors" and hasattr(form, "min_agreement")
     np.testing.assert_allclose(found, expected, atol=0.15 * np.ptp(expected) if is_rounded else 1e-4)
     assert json.loads((tmp_path / "once" / "labels.json").read_text()) == LABELS
     config = json.loads((tmp_path / "once" / "config.json").read_text())

@@ -71,6 +71,9 @@ def test_validate_tells_the_size_of_the_student(api: Api) -> None:
     spec["stages"] = [{"kind": "finetune"}, {"kind": "distill"}, forms]
     found = api("POST", "/v1/jobs/validate", json=spec).json()
     assert found["student"]["size_bytes"] == {"safetensors": 224, "single_tasks": 448}
+    forms["formats"][0] = {"kind": "safetensors", "dtype": "bfloat16"}
+    found = api("POST", "/v1/jobs/validate", json=spec).json()
+    assert found["student"]["size_bytes"] == {"safetensors": 112, "single_tasks": 448}
 
 
 def test_validate_tells_the_size_of_a_student_with_other_widths(api: Api) -> None:

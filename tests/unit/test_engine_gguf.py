@@ -188,4 +188,5 @@ def test_an_architecture_that_lacks_the_form_is_refused_at_submit() -> None:
 def test_a_language_model_is_exported_as_safetensors_unless_more_is_asked() -> None:
     student = {"kind": "teacher_layers", "keep": [0]}
     spec = load_spec({"task": {"kind": "causal_lm"}, "teacher": {"model": "m"}, "student": student, "data": "d"})
-    assert json.loads(spec.model_dump_json())["stages"][2]["formats"] == [{"kind": "safetensors"}]
+    whole = {"kind": "safetensors", "dtype": "float32", "min_agreement": 0.95}
+    assert json.loads(spec.model_dump_json())["stages"][2]["formats"] == [whole]

@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 from core.errors import StageFailed
 from worker.engine.answering import answer_texts
 from worker.engine.data import Batch, Encoded, digest, encode, read_examples, spread_rows
-from worker.engine.evaluation import Card, Column, Measured, Quality, Row, list_candidates, row_of_answers
+from worker.engine.evaluation import Card, Column, Measured, Quality, Row, as_stored, list_candidates, row_of_answers
 from worker.engine.inference import Answer, answer_rows, logits_of, predict_logits
 from worker.engine.keeping import KeptLayers, Recorder
 from worker.engine.loading import (
@@ -254,7 +254,7 @@ class Classification:
     def _measure_one(self, settings: "Evaluate", name: str, test: Any) -> "Candidate":
         """Returns a model with one row of the main table, all but the latency."""
         ctx, folder, tokenizer = self.ctx, self.ctx.input(name), self.ctx.load_tokenizer(name)
-        model = open_model(folder, self.load_model, tokenizer, ctx.num_threads)
+        model = open_model(folder, as_stored(name, self.load_model), tokenizer, ctx.num_threads)
         data = self.tokenise(test, tokenizer, model.input_names)
         found = answer_all(model.forward, data, ctx.check_stop)
         predicted_N = self.choose(found.logits_NC)

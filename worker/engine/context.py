@@ -213,7 +213,7 @@ class StageContext:
         return folder
 
     def load_model(self, role: str, **options: Any) -> PreTrainedModel:
-        """Returns the role's model for this job's task, in float32, on the processor."""
+        """Returns the role's model for this job's task, in float32 by default, on the processor."""
         return self.task.load_model(self.input(role), **options)
 
     def load_teacher(self) -> PreTrainedModel:

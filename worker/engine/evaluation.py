@@ -4,11 +4,13 @@ import json
 import logging
 import platform
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import transformers
+from transformers import PreTrainedModel
 
 from worker.engine.context import StageContext
 from worker.engine.rendering import if_known, write_html, write_model_card
@@ -92,8 +94,8 @@ def evaluate(ctx: StageContext, settings: "Evaluate") -> dict[str, Any]:
 
 
 NOTES = (
-    "Folders of transformers run in PyTorch, ONNX files in onnxruntime, OpenVINO's in OpenVINO (with arithmetic in "
-    "float32), all on the processor.",
+    "Folders of transformers run in PyTorch, forms in the type of their weights and others in float32, ONNX files in "
+    "onnxruntime, OpenVINO's in OpenVINO (with arithmetic in float32), all on the processor.",
     "Size: all files of the form, with tokenizer and config.",
 )
 
@@ -105,13 +107,18 @@ def list_candidates(ctx: StageContext) -> list[str]:
     return [*models, *dict.fromkeys(form for form in forms if ctx.has_input(form))]
 
 
+def as_stored(name: str, load: Callable[..., PreTrainedModel]) -> Callable[..., PreTrainedModel]:
+    """Returns what loads a candidate: a form in the type that it is stored in, teacher and student in float32."""
+    return load if name in ("teacher", "student") else partial(load, dtype="auto")
+
+
 def open_candidates(ctx: StageContext) -> dict[str, Any]:
     """Returns the language models to measure, each where `transformers` would have its own."""
     from worker.engine.runtimes import RunningDecoder  # whose import starts a thread
 
     folders = {name: ctx.input(name) for name in list_candidates(ctx)}
     return {
-        name: RunningDecoder(folder, ctx.num_threads) if is_graph else ctx.load_model(name).eval()
+        name: RunningDecoder(folder, ctx.num_threads) if is_graph else as_stored(name, ctx.load_model)(name).eval()
         for name, folder in folders.items()
         for is_graph in [(folder / "model.onnx").is_file()]
     }

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from worker.methods.exporters.onnx import Onnx
     from worker.methods.exporters.onnx_fp16 import OnnxFp16
     from worker.methods.exporters.onnx_int8 import OnnxInt8
+    from worker.methods.exporters.safetensors import Safetensors
     from worker.methods.stages.export import Export
 
 OPSET = 17
@@ -37,6 +38,7 @@ EQUAL_LOGITS = 1e-5  # the same weights in the same library; only the attention 
 MERGED_LOGITS = 1e-3  # or what lay beside them was added to them
 MAX_GRAPH_BYTES = 2**31 - 2**24  # a protobuf message ends at 2 GiB, with the nodes
 CONTINUED_BLOCKS, NEW_TOKENS = 8, 16  # on which a cache is tried
+WIDER = "Choose 'bfloat16', which has numbers as large as float32, where the form has it, or leave the form out."
 log = logging.getLogger(__name__)
 
 
@@ -67,13 +69,33 @@ def export(ctx: StageContext, settings: "Export") -> dict[str, Any]:
     return {"formats": measured}
 
 
-def write_safetensors(ctx: StageContext, folder: Path) -> dict[str, float]:
-    """Writes the student for `from_pretrained`, loads it again, and returns the largest difference of a logit."""
-    reference = get_reference(ctx)
-    ctx.task.save_model(reference.model, reference.tokenizer, folder)
-    again = ctx.task.load_model(folder, attn_implementation="eager")
+def write_safetensors(ctx: StageContext, settings: "Safetensors", folder: Path) -> dict[str, float]:
+    """Writes the student for `from_pretrained`, loads it again as it is stored, and returns how far it agrees.
+
+    Raises:
+        StageFailed: `export_unsupported` where logits differ in single precision, or half precision cannot hold them or
+            a weight, `goal_missed` when too few labels agree in half precision.
+    """
+    reference, form = get_reference(ctx), settings.kind
+    is_exact = settings.dtype == "float32"
+    model = reference.model if is_exact else _load_half(ctx, settings.dtype)
+    ctx.task.save_model(model, reference.tokenizer, folder)
+    again = ctx.task.load_model(folder, attn_implementation="eager", dtype="auto")
     answers = ctx.task.logits(as_answer(again), reference.data, ctx.check_stop)
-    return measure(ctx, reference, answers, "safetensors", EQUAL_LOGITS)
+    if is_exact:
+        return measure(ctx, reference, answers, form, EQUAL_LOGITS)
+    return measure_agreement(ctx, reference, answers, form, settings.min_agreement)
+
+
+def _load_half(ctx: StageContext, dtype: str) -> PreTrainedModel:
+    """Returns the student in half precision. Raises StageFailed: `export_unsupported` where a weight is too large."""
+    half: torch.dtype = getattr(torch, dtype)
+    model = ctx.load_model("student", dtype=half)
+    lost = next((name for name, weight in model.named_parameters() if not weight.isfinite().all()), None)
+    if lost:
+        message = f"'{lost}' has numbers above {torch.finfo(half).max:,.10g}, the largest of '{dtype}'."
+        raise StageFailed("export_unsupported", message, suggestion=WIDER)
+    return model
 
 
 def write_onnx(ctx: StageContext, settings: "Onnx", folder: Path) -> dict[str, float]:
@@ -264,12 +286,12 @@ def measure(
         StageFailed: `export_unsupported` where logits are not finite, or differ by more than what is accepted.
     """
     difference, agreement = ctx.task.compare(answers, reference.answers)
-    if not math.isfinite(difference) or (tolerance is not None and difference > tolerance):
+    if not math.isfinite(difference):
+        raise StageFailed("export_unsupported", f"The logits of {form} are not finite.", suggestion=WIDER)
+    if tolerance is not None and difference > tolerance:
         raise StageFailed(
             "export_unsupported",
-            f"The logits of {form} differ from the student's by up to {difference:.3g}; {tolerance:g} is accepted."
-            if tolerance is not None
-            else f"The logits of {form} are not finite.",
+            f"The logits of {form} differ from the student's by up to {difference:.3g}; {tolerance:g} is accepted.",
             suggestion="Raise the form's tolerance if that is good enough for you, or leave the form out.",
         )
     return {"max_logit_difference": difference, "agreement": agreement}

@@ -44,7 +44,7 @@ transformers_logging.set_verbosity_error()  # its report of a missing head is ou
 def load_classifier(
     folder: Path, labels: list[str], auto_class: Any = AutoModelForSequenceClassification, **options: Any
 ) -> PreTrainedModel:
-    """Returns the folder's classifier over these labels, of texts or (by the class) of tokens, in float32.
+    """Returns the folder's classifier over these labels, of texts or (by the class) of tokens, in float32 by default.
 
     A head over the same labels in another order is put in this order; a head over other labels, or a missing one, is
     new, and `has_new_head` says so. What lies beside the model, adapters or layers of tasks, is attached to it.
@@ -62,7 +62,7 @@ def load_classifier(
 
 
 def load_language_model(folder: Path, **options: Any) -> PreTrainedModel:
-    """Returns the folder's causal language model, in float32.
+    """Returns the folder's causal language model, in float32 by default.
 
     Raises:
         StageFailed: `teacher_unavailable` when the folder cannot be loaded, or lacks weights.
@@ -93,10 +93,8 @@ def _read(auto_class: Any, folder: Path, options: dict[str, Any]) -> tuple[PreTr
         config = AutoConfig.from_pretrained(folder, **OFFLINE)
         model, info = auto_class.from_pretrained(
             folder,
-            **OFFLINE,
-            **options,
+            **OFFLINE | {"dtype": torch.float32} | options,
             use_safetensors=True,
-            dtype=torch.float32,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )

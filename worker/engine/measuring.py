@@ -105,7 +105,7 @@ def as_forward(model: PreTrainedModel) -> "Forward":
 
     def forward(inputs: dict[str, Tensor]) -> NDArray[np.float32]:
         with torch.inference_mode():
-            logits_BTV: NDArray[np.float32] = model(**inputs, use_cache=False).logits.numpy()
+            logits_BTV: NDArray[np.float32] = model(**inputs, use_cache=False).logits.float().numpy()
             return logits_BTV
 
     return forward

@@ -22,7 +22,7 @@ from core.errors import StageFailed
 from worker.engine.answering import answer_texts
 from worker.engine.classification import SPEED, Classification, answer_online
 from worker.engine.data import Batch
-from worker.engine.evaluation import Card, Column, Measured, Quality, Row, list_candidates, row_of_answers
+from worker.engine.evaluation import Card, Column, Measured, Quality, Row, as_stored, list_candidates, row_of_answers
 from worker.engine.exporting import EQUAL_LOGITS, MERGED_LOGITS, get_reference, measure
 from worker.engine.inference import Answer, as_answer
 from worker.engine.loading import head_bias, is_head, load_classifier, name_labels, output_layer, save_classifier
@@ -253,7 +253,7 @@ class MultiTask:
 
     def _measure_one(self, settings: "Evaluate", name: str, tests: dict[str, Any]) -> "Candidate":
         ctx, folder, tokenizer = self.ctx, self.ctx.input(name), self.ctx.load_tokenizer(name)
-        model = open_model(folder, self.load_model, tokenizer, ctx.num_threads)
+        model = open_model(folder, as_stored(name, self.load_model), tokenizer, ctx.num_threads)
         data = self._read(tokenizer, lambda task, part: part.tokenise(tests[task], tokenizer, model.input_names))
         answers, seconds = {}, 0.0
         for task in self.parts:

@@ -28,10 +28,11 @@ def predict_next(
 def has_plain_head(model: PreTrainedModel) -> bool:
     """Returns whether the logits are the last layer's product with the last hidden states and nothing else.
 
-    Some models scale or cap their logits; theirs are then asked for, all of them at once.
+    Some models scale or cap their logits, or round them to half precision; theirs are then asked for, all of them at
+    once.
     """
     layer, was_training = model.get_output_embeddings(), model.training
-    if not isinstance(layer, torch.nn.Linear):
+    if not isinstance(layer, torch.nn.Linear) or layer.weight.dtype != torch.float32:
         return False
     ids_BT = some_tokens(model)
     model.eval()

@@ -141,7 +141,7 @@ def _open_torch(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> O
 
     def forward(inputs: dict[str, Tensor]) -> NDArray[np.float32]:
         with torch.inference_mode():
-            logits_BC: NDArray[np.float32] = model(**inputs).logits.numpy()
+            logits_BC: NDArray[np.float32] = model(**inputs).logits.float().numpy()
             return logits_BC
 
     num_parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -82,7 +82,10 @@ class TaskRun(Protocol):
         """The heads of the tasks that share the model; none where it is of one task."""
 
     def load_model(self, folder: Path, **options: Any) -> PreTrainedModel:
-        """Returns the folder's model for this task, in float32; `has_new_head` says whether its head is untrained."""
+        """Returns the folder's model for this task, whose `has_new_head` says whether its head is untrained.
+
+        It is in float32, unless `dtype` is among the options, which are those of `from_pretrained`.
+        """
 
     def start(self, model: PreTrainedModel) -> None:
         """Gives the new head of a model what it begins with, if that is not chance alone."""
