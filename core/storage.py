@@ -155,13 +155,25 @@ class ArtifactStore:
 
     def take_file(self, path: Path) -> Blob:
         """Stores a file by moving it in, where it lies on the same file system, and returns its blob."""
-        with path.open("rb+") as source:
+        with path.open("rb") as source:  # it may be read-only, as one that was laid out from here
             if os.fstat(source.fileno()).st_dev != self.temp_dir.stat().st_dev:
                 return self.put_file(path)
             blob = Blob(hashlib.file_digest(source, "sha256").hexdigest(), source.tell())
             os.fsync(source.fileno())
         self.publish(path, blob)
         return blob
+
+    def share_file(self, path: Path) -> Blob:
+        """Stores a file that stays where it is, as a hard link where the file system allows it; returns its blob.
+
+        Nobody may write to it any more.
+        """
+        link = self.temp_dir / secrets.token_hex(16)
+        try:
+            lay_out(path, link)
+            return self.take_file(link)
+        finally:
+            link.unlink(missing_ok=True)
 
     def put_file(self, path: Path) -> Blob:
         """Stores a copy of a file and returns its blob."""
@@ -173,11 +185,9 @@ class ArtifactStore:
     def take_folder(self, folder: Path) -> list[ManifestFile]:
         """Stores every regular file below `folder`, moving it where that is possible; returns them sorted by path."""
         files = []
-        for path in sorted(p for p in folder.rglob("*") if p.is_file() and not p.is_symlink()):
+        for name, path in list_files(folder).items():
             blob = self.take_file(path)
-            files.append(
-                ManifestFile(path=path.relative_to(folder).as_posix(), sha256=blob.sha256, size_bytes=blob.size_bytes)
-            )
+            files.append(ManifestFile(path=name, sha256=blob.sha256, size_bytes=blob.size_bytes))
         return files
 
     def publish(self, path: Path, blob: Blob) -> None:
@@ -213,11 +223,7 @@ class ArtifactStore:
             if not self.verify(file.sha256):
                 self.put_aside(file.sha256)
                 raise BlobDamaged(file.sha256)
-            source = self.path_of(file.sha256)
-            try:
-                target.hardlink_to(source)
-            except OSError:
-                shutil.copyfile(source, target)
+            lay_out(self.path_of(file.sha256), target)
 
     def verify(self, sha256: str) -> bool:
         """Tells whether the blob is there with the bytes that its name promises."""
@@ -280,6 +286,20 @@ class ArtifactStore:
             path = self.path_of(victim.name.partition("-")[0])
             with contextlib.suppress(FileNotFoundError):
                 victim.unlink() if path.exists() else victim.rename(path)
+
+
+def list_files(folder: Path) -> dict[str, Path]:
+    """Returns every regular file below a folder, by its path in it, sorted by path."""
+    found = sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+    return {path.relative_to(folder).as_posix(): path for path in found}
+
+
+def lay_out(source: Path, target: Path) -> None:
+    """Makes a file appear under another name: as a hard link where the file systems allow it, else as a copy."""
+    try:
+        target.hardlink_to(source)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def sync_folder(folder: Path) -> None:

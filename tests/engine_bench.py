@@ -18,6 +18,8 @@ from tests import pico
 from worker.child import ForkServer, Stage
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from worker.engine.context import StageContext
 
 LABELS = sorted(pico.WORDS)
@@ -95,6 +97,9 @@ class Bench:
     def write_order(self, spec: dict[str, Any], ordinal: int, name: str, **changes: Any) -> Path:
         outputs, whole = self.root / name / "out", load_spec(spec)
         outputs.mkdir(parents=True)
+        checkpoint = changes.get("checkpoint")
+        if checkpoint and finished_before(Path(checkpoint)).is_dir():
+            shutil.copytree(finished_before(Path(checkpoint)), outputs, dirs_exist_ok=True)
         order = {
             "stage": whole.stages[ordinal].content(),
             "spec": whole.seen_by(whole.stages[ordinal]),
@@ -172,6 +177,12 @@ class Bench:
                     points += report["points"]
                 if report["type"] == "checkpoint":
                     found.append(order.parent / "checkpoints" / report["name"])
+                    for path in report["finished"]:
+                        target = finished_before(found[-1]) / path
+                        target.parent.mkdir(parents=True, exist_ok=True)
+                        target.unlink(missing_ok=True)  # where it stops right after a checkpoint
+                        target.hardlink_to(order.parent / "out" / path)
+                        target.chmod(0o444)
                     if len(found) == after and how == "kill":
                         os.kill(stage.pid, signal.SIGKILL)
                     elif len(found) == after:
@@ -190,6 +201,21 @@ class Bench:
             for name, step, value in finished.points():
                 point = {"ordinal": ordinal, "kind": kind, "name": name, "step": step, "value": value}
                 history.write(json.dumps(point) + "\n")
+
+
+def finished_before(checkpoint: Path) -> Path:
+    """Returns where the outputs lie that were finished before a checkpoint."""
+    return checkpoint.with_name(f"{checkpoint.name}-finished")
+
+
+def read_answers(folder: Path) -> "dict[str, Tensor]":
+    """Returns all that was kept of a language model's answers, the rows of all files in order."""
+    import torch
+    from safetensors.torch import load_file
+
+    shards = [load_file(path) for path in sorted(folder.glob("answers-*"))]
+    rows = {name: torch.cat([shard[name] for shard in shards]) for name in ("classes", "log_p", "log_rest")}
+    return rows | load_file(folder / "answers.safetensors")
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -99,9 +99,10 @@ def run_stage(
 
 
 def add_checkpoint(store: ArtifactStore, claim: ownership.Claim, ordinal: int, step: int, content: bytes) -> None:
-    blob = store.put_bytes(content)
+    """Adds a checkpoint, before which an output was finished."""
+    blob, finished = store.put_bytes(content), put(store, b"finished before " + content)
     with db.session_scope() as session:
-        record_checkpoint(session, claim, ordinal, step, blob, "key")
+        record_checkpoint(session, claim, ordinal, step, blob, "key", finished)
 
 
 def finish(store: ArtifactStore, job_id: str, *contents: bytes) -> None:

@@ -3,6 +3,8 @@
 <staging>/<job>-<fence>-<ordinal>/  order.json  stage.log
                                     in/<role>/…  in/data/<split>.jsonl  in/history.jsonl  in/checkpoint.safetensors
                                     out/<role>/…  checkpoints/<step>.safetensors
+
+A stage that goes on finds those of its outputs there that were finished before its checkpoint.
 """
 
 import hashlib
@@ -27,7 +29,7 @@ from core.models.hub import fetch
 from core.models.refs import MODEL_ROLES
 from core.models.repository import files_of, get_manifest, put_manifest
 from core.settings import get_settings
-from core.storage import Blob, ManifestFile, get_store
+from core.storage import Blob, ManifestFile, get_store, list_files
 from worker.fingerprint import stage_key
 from worker.transactions import transact
 
@@ -86,6 +88,7 @@ class Staging:
         self.log_path = self.folder / "stage.log"
         self.is_mixed = False
         self.checkpoint_step: int | None = None
+        self._finished: dict[str, ManifestFile] = {}  # outputs that a checkpoint's row refers to
 
     def __enter__(self) -> "Staging":
         return self
@@ -173,12 +176,17 @@ class Staging:
         """Lays out the newest checkpoint whose bytes are sound, dropping those that are not; returns its path."""
         for row in transact(lambda session: list_checkpoints(session, self.claim, self.ordinal)):
             file = ManifestFile(path="checkpoint.safetensors", sha256=row.sha256, size_bytes=row.size_bytes)
+            finished = [ManifestFile.model_validate(entry) for entry in row.finished]
             try:
+                get_store().materialize(finished, self.outputs)
                 get_store().materialize([file], self.inputs)
             except BlobDamaged:
+                shutil.rmtree(self.outputs)
+                self.outputs.mkdir()
                 self.reject_checkpoint(row.step, "damaged", "its stored bytes are not those that were written")
             else:
                 self.is_mixed, self.checkpoint_step = row.stage_key != stage_key, row.step
+                self._finished = {entry.path: entry for entry in finished}
                 return str(self.inputs / file.path)
         return None
 
@@ -191,12 +199,27 @@ class Staging:
         """Returns where the child writes a checkpoint of this name."""
         return self.folder / "checkpoints" / Path(name).name
 
-    def take_checkpoint(self, step: int, path: Path, stage_key: str) -> None:
-        """Stores a checkpoint that the child wrote, and lets go of those that it replaces."""
-        blob = get_store().take_file(path)
+    def take_checkpoint(self, step: int, path: Path, names: Sequence[str], stage_key: str) -> None:
+        """Stores a checkpoint that the child wrote, and lets go of those that it replaces.
+
+        The outputs of these names, which it counts on, are stored as well, each but once.
+        """
+        blob, finished = get_store().take_file(path), self._store_finished(names)
         with session_scope() as session:  # not waited for: the child that wrote it must be watched
-            dropped = record_checkpoint(session, self.claim, self.ordinal, step, blob, stage_key)
+            dropped = record_checkpoint(session, self.claim, self.ordinal, step, blob, stage_key, [*finished.values()])
+        self._finished = finished
         discard(dropped)
+
+    def _store_finished(self, names: Sequence[str]) -> dict[str, ManifestFile]:
+        """Stores outputs that stay where they are; those of the checkpoint before are stored already."""
+        finished, there = {}, list_files(self.outputs) if names else {}
+        for name in names:
+            known = self._finished.get(name)
+            if known is None:
+                blob = get_store().share_file(there[name])
+                known = ManifestFile(path=name, sha256=blob.sha256, size_bytes=blob.size_bytes)
+            finished[name] = known
+        return finished
 
     def take_outputs(self, roles: Sequence[str] | None = None) -> dict[str, list[ManifestFile]]:
         """Stores what the child made, or of it these roles, and returns it by role."""

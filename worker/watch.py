@@ -95,7 +95,7 @@ class Watch:
             case "ask":
                 self._ask(int(message["number"]), message["body"], child)
             case "checkpoint":
-                self._take_checkpoint(int(message["step"]), str(message["name"]))
+                self._take_checkpoint(int(message["step"]), str(message["name"]), message["finished"])
             case "result" | "error" | "stopped" | "unfit":
                 self.outcome = message
 
@@ -109,7 +109,7 @@ class Watch:
         else:
             self.asker.ask(number, body)
 
-    def _take_checkpoint(self, step: int, name: str) -> None:
+    def _take_checkpoint(self, step: int, name: str, finished: list[str]) -> None:
         """Stores a checkpoint after what was reported before it; the stage goes on without one that cannot be stored.
 
         A run that goes on from it does not report those steps again, so they must be in the database first.
@@ -117,7 +117,7 @@ class Watch:
         path = self.staging.checkpoint_path(name)
         try:
             if self._flush():
-                self.staging.take_checkpoint(step, path, self.stage_key)
+                self.staging.take_checkpoint(step, path, finished, self.stage_key)
         except (StorageFull, OSError, *DatabaseAway) as error:
             log.warning("checkpoint %d of %s not stored: %s", step, self.taken.job_id, type(error).__name__)
         finally:

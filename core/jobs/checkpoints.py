@@ -1,8 +1,10 @@
 """Places from which a stage can go on.
 
-A checkpoint exists only if its row does and its blob still has the row's sha256. The row is written with the fence, so
-a worker that was given up adds none.
+A checkpoint exists only if its row does and its blob still has the row's sha256, as have those of the outputs that were
+finished before it. The row is written with the fence, so a worker that was given up adds none.
 """
+
+from collections.abc import Sequence
 
 from sqlalchemy import delete, select
 from sqlalchemy.dialects.postgresql import insert
@@ -11,19 +13,33 @@ from sqlalchemy.orm import Session
 from core.jobs.models import Checkpoint, StageRun
 from core.jobs.ownership import Claim, owned
 from core.jobs.repository import add_event
-from core.storage import Blob
+from core.storage import Blob, ManifestFile
 from core.upkeep.lock import may_delete
 
 KEPT = 2
 
 
-def record_checkpoint(session: Session, claim: Claim, ordinal: int, step: int, blob: Blob, stage_key: str) -> list[str]:
+def record_checkpoint(
+    session: Session,
+    claim: Claim,
+    ordinal: int,
+    step: int,
+    blob: Blob,
+    stage_key: str,
+    finished: Sequence[ManifestFile] = (),
+) -> list[str]:
     """Adds a stored checkpoint and keeps the newest two; returns the sha256 of each blob that can go after the commit.
 
-    A checkpoint is progress: workers lost before it do not count any more.
+    `finished` are the stored outputs that it counts on. A checkpoint is progress: workers lost before it do not count
+    any more.
     """
     job = owned(session, claim)
-    values = {"sha256": blob.sha256, "size_bytes": blob.size_bytes, "stage_key": stage_key}
+    values = {
+        "sha256": blob.sha256,
+        "size_bytes": blob.size_bytes,
+        "stage_key": stage_key,
+        "finished": [file.model_dump() for file in finished],
+    }
     session.execute(
         insert(Checkpoint)
         .values(job_id=job.id, tenant_id=job.tenant_id, ordinal=ordinal, step=step, **values)
@@ -65,6 +81,7 @@ def reject_checkpoint(session: Session, claim: Claim, ordinal: int, step: int, k
 
 
 def _drop(session: Session, rows: list[Checkpoint]) -> list[str]:
+    """Deletes rows; their finished outputs, to which others may refer, are left to the collection."""
     for row in rows:
         session.delete(row)
     session.flush()

@@ -24,7 +24,7 @@ INSTEAD_OF_RETRY = {
     "paused": "resume it",
     "pausing": "resume it",
 }
-CHECKPOINT_COLUMNS = ("step", "tenant_id", "sha256", "size_bytes", "stage_key")
+CHECKPOINT_COLUMNS = ("step", "tenant_id", "sha256", "size_bytes", "finished", "stage_key")
 
 
 class Fork(StrictModel):

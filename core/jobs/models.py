@@ -109,7 +109,10 @@ class StageRun(Base):
 
 
 class Checkpoint(Base):
-    """A place from which a stage can go on; the blob counts only if its bytes still have this sha256."""
+    """A place from which a stage can go on; the blob counts only if its bytes still have this sha256.
+
+    `finished` lists those files among the stage's outputs that were whole by then, as a manifest does.
+    """
 
     __tablename__ = "checkpoints"
 
@@ -119,6 +122,7 @@ class Checkpoint(Base):
     tenant_id: Mapped[str] = mapped_column(ForeignKey(Tenant.id))
     sha256: Mapped[str] = mapped_column(index=True)
     size_bytes: Mapped[int] = mapped_column(BigInteger)
+    finished: Mapped[list[dict[str, Any]]] = mapped_column(server_default="[]")
     stage_key: Mapped[str]
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
 

@@ -51,7 +51,11 @@ BLOBS = """
      where s.log_sha256 is not null and j.deleted_at is null
     union all
     select sha256, size_bytes, null, 'checkpoint ' || job_id || '/' || ordinal || '/' || step from checkpoints
-"""
+    union all
+    select file ->> 'sha256', cast(file ->> 'size_bytes' as bigint), null,
+           'checkpoint ' || job_id || '/' || ordinal || '/' || step
+      from checkpoints c cross join lateral jsonb_path_query(to_jsonb(c) -> 'finished', '$[*]') file
+"""  # a backup may be of a schema from before that column
 SORTED_BLOBS = f"""
     select sha256, max(size_bytes) from ({BLOBS}) as blobs
      where sha256 is not null and size_bytes is not null

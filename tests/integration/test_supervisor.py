@@ -1,5 +1,6 @@
 """What a worker makes of a full disk, a database that blinks, and its own faults."""
 
+import hashlib
 import queue
 import threading
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ from core.jobs.repository import cancel_job, pause_job
 from core.jobs.spec import load_spec
 from core.models.repository import put_manifest
 from core.settings import get_settings
-from core.storage import get_store
+from core.storage import get_store, list_files
 from tests.disks import mounted
 from worker import lease, staging, supervisor, transactions, watch
 from worker.staging import Staging, StopAsked
@@ -225,9 +226,84 @@ def test_no_checkpoint_stays_in_scratch(
         path = folder.checkpoint_path("5.safetensors")
         path.parent.mkdir()
         path.write_bytes(b"checkpoint")
-        watch.Watch(claim, lease.Lease(claim), folder, threading.Event(), "key")._take_checkpoint(5, path.name)
+        watch.Watch(claim, lease.Lease(claim), folder, threading.Event(), "key")._take_checkpoint(5, path.name, [])
         assert not path.exists()
     assert checkpoints_of(claim) == ([] if num_times_away else [5])
+
+
+FINISHED = {"answers/0": b"the first shard", "answers/1": b"the second one"}
+
+
+def take_two_checkpoints(folder: Staging) -> None:
+    """Has a child finish one output before each of two checkpoints, and begin another one."""
+    (folder.outputs / "answers").mkdir()
+    (folder.outputs / "answers" / "2").write_bytes(b"begun")
+    for step, (name, content) in enumerate(FINISHED.items()):
+        (folder.outputs / name).write_bytes(content)
+        path = folder.checkpoint_path(f"{step}.safetensors")
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"after %d" % step)
+        folder.take_checkpoint(step, path, [*FINISHED][: step + 1], "key")
+
+
+def outputs_of(folder: Staging) -> dict[str, bytes]:
+    return {name: path.read_bytes() for name, path in list_files(folder.outputs).items()}
+
+
+def test_an_output_that_is_finished_is_stored_once(claim: ownership.Claim, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, shared = get_store(), []
+    monkeypatch.setattr(store, "share_file", lambda path, share=store.share_file: shared.append(path) or share(path))
+    with Staging(claim, 0) as folder:
+        folder.make()
+        take_two_checkpoints(folder)
+        assert [path.name for path in shared] == ["0", "1"]
+        assert outputs_of(folder) == FINISHED | {"answers/2": b"begun"}
+        stored = [store.path_of(hashlib.sha256(content).hexdigest()) for content in FINISHED.values()]
+        assert [path.stat().st_ino for path in stored] == [(folder.outputs / name).stat().st_ino for name in FINISHED]
+        files = folder.take_outputs()["answers"]
+    assert [(file.path, store.get_path(file.sha256).read_bytes()) for file in files] == [
+        ("0", b"the first shard"),
+        ("1", b"the second one"),
+        ("2", b"begun"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("damaged", "found"),
+    [
+        (None, (1, FINISHED)),
+        (b"after 1", (0, {"answers/0": b"the first shard"})),
+        (b"the second one", (0, {"answers/0": b"the first shard"})),
+        (b"the first shard", (None, {})),
+    ],
+)
+def test_a_stage_goes_on_with_its_sound_outputs(
+    claim: ownership.Claim, damaged: bytes | None, found: tuple[int | None, dict[str, bytes]]
+) -> None:
+    with Staging(claim, 0) as folder:
+        folder.make()
+        take_two_checkpoints(folder)
+    if damaged:
+        path = get_store().path_of(hashlib.sha256(damaged).hexdigest())
+        path.chmod(0o644)
+        path.write_bytes(b"something else")
+    with session_scope() as session:
+        ownership.start_stage(session, claim, 0)
+    with Staging(claim, 0) as folder:
+        folder.make()
+        checkpoint = folder._lay_checkpoint("key")
+        assert (folder.checkpoint_step, outputs_of(folder)) == found
+        if found[0] is not None:
+            assert checkpoint is not None
+            assert Path(checkpoint).read_bytes() == b"after %d" % found[0]
+            path = folder.checkpoint_path("2.safetensors")
+            path.parent.mkdir()
+            path.write_bytes(b"after 2")
+            folder.take_checkpoint(2, path, [*found[1]], "key")
+        for file in folder.take_outputs().get("answers", []):
+            assert get_store().get_path(file.sha256).read_bytes() == found[1][f"answers/{file.path}"]
+    dropped = {None: 0, b"the first shard": 2}.get(damaged, 1)
+    assert count(claim, "checkpoint.damaged") == dropped
 
 
 @pytest.mark.parametrize("order", ["lost", "drain", "pause", "seconds"])

@@ -182,7 +182,9 @@ def wanted_blobs() -> set[str]:
         splits = [row.splits for row in session.scalars(select(Dataset))] + [job.inputs["data"] for job in jobs]
         found |= {split["sha256"] for row in splits for split in row.values()}
         found |= {stage.log_sha256 for stage in stages if stage.log_sha256}
-        return found | {row.sha256 for row in session.scalars(select(Checkpoint))}
+        checkpoints = list(session.scalars(select(Checkpoint)))
+        found |= {file["sha256"] for row in checkpoints for file in row.finished}
+        return found | {row.sha256 for row in checkpoints}
 
 
 STEPS = [name for name in vars(House) if not name.startswith("_") and name not in {"content", "do"}]
@@ -285,7 +287,8 @@ def test_checkpoints_of_ended_jobs_go_after_their_time(world: ArtifactStore, ten
         session.execute(update(Job).where(Job.id.in_(ids[1:])).values(finished_at=text("'epoch'")))
     assert collect_all(world).num_checkpoints == 1
     left = set(world.list_blobs())
-    assert [digest(b"checkpoint of the job " + name) in left for name in (b"recent", b"old", b"paused")] == [1, 0, 1]
+    for what in (b"checkpoint of the job ", b"finished before checkpoint of the job "):
+        assert [digest(what + name) in left for name in (b"recent", b"old", b"paused")] == [1, 0, 1]
 
 
 # --- races ------------------------------------------------------------------------------------------------------

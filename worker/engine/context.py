@@ -95,6 +95,8 @@ class StageContext:
         self.scratch_dir = Path(tempfile.mkdtemp(prefix="scratch-", dir=order.outputs_dir.parent))
         self._pacer = checkpoints.Pacer(order.checkpoint_s)
         self._skipped_checkpoint = False
+        there = sorted(path for path in order.outputs_dir.rglob("*") if path.is_file())
+        self._finished = [path.relative_to(order.outputs_dir).as_posix() for path in there]
         random.seed(self.seed)
         np.random.seed(self.seed)
         torch.manual_seed(self.seed)
@@ -163,6 +165,15 @@ class StageContext:
         """Returns the tensors and the state from which this stage goes on, or None when it starts."""
         return checkpoints.read(self.order.checkpoint) if self.order.checkpoint else None
 
+    @property
+    def num_finished(self) -> int:
+        """The number of outputs that are whole; where the stage goes on, those that its checkpoint counts on are."""
+        return len(self._finished)
+
+    def finish(self, path: Path) -> None:
+        """Notes that a file among the outputs is whole and stays as it is: later checkpoints need not hold it."""
+        self._finished.append(path.relative_to(self.order.outputs_dir).as_posix())
+
     def wants_checkpoint(self) -> bool:
         """Tells whether a checkpoint is due, to which all processes add their part and which the first one writes."""
         return self._all_save if ranks.count() > 1 else self._pacer.is_due()
@@ -187,7 +198,7 @@ class StageContext:
                 self.warn("checkpoint_skipped", "The disk has no room for a checkpoint.", size_bytes=size_bytes)
             self._skipped_checkpoint = True
         else:
-            self.reporter.checkpoint(step, f"{step}.safetensors")
+            self.reporter.checkpoint(step, f"{step}.safetensors", self._finished)
         self._pacer.note(time.monotonic() - began)
 
     def warn(self, type: str, message: str, **data: Any) -> None:

@@ -51,10 +51,10 @@ class Reporter:
         self.flush()
         self._write({"type": "event", "event": {"type": type, "level": level, "message": message, "data": data}})
 
-    def checkpoint(self, step: int, name: str) -> None:
-        """Hands a written checkpoint over, after all that was noted before it."""
+    def checkpoint(self, step: int, name: str, finished: list[str]) -> None:
+        """Hands a written checkpoint over, after all that was noted before it, and the outputs that it counts on."""
         self.flush()
-        self._write({"type": "checkpoint", "step": step, "name": name})
+        self._write({"type": "checkpoint", "step": step, "name": name, "finished": finished})
 
     def ask(self, number: int, body: dict[str, Any]) -> None:
         """Has the supervisor ask the teacher's API; the answer comes as an order with this number."""
