@@ -1,6 +1,7 @@
 """What several files of tests start."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +18,25 @@ def exact(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
         "from worker.kernels import precision\n"
         "precision.BF16_FLAGS = frozenset()\n"
     )
+    yield from serve(site)
+
+
+@pytest.fixture(scope="session")
+def small_shards(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
+    """A server whose stages write what they keep of tokens in files of 32 KB, and checkpoints without a pause."""
+    site = tmp_path_factory.mktemp("site")
+    (site / "sitecustomize.py").write_text(
+        "from worker.engine.child import set_environment\n"
+        "set_environment(1)\n"
+        "from worker.engine import checkpoints, shards\n"
+        "checkpoints.COST_FACTOR = 0\n"
+        "shards.SHARD_BYTES = 2**15\n"
+    )
+    yield from serve(site)
+
+
+def serve(site: Path) -> Iterator[ForkServer]:
+    """Yields a server that runs the `sitecustomize.py` of a folder first."""
     server = ForkServer(1, site / "cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(site))

@@ -15,7 +15,8 @@ from core.errors import SpecInvalid
 from core.jobs.spec import load_spec
 from core.models.facts import ModelFacts
 from tests import pico
-from tests.engine_bench import Bench, Finished, contents, make_spec
+from tests.engine_bench import Bench, Finished, contents, finished_before, make_spec, read_answers
+from worker.child import ForkServer
 from worker.engine.next_tokens import has_plain_head
 
 TASK = {"kind": "causal_lm", "block_tokens": 32}
@@ -90,8 +91,9 @@ def test_the_report_is_one_file_and_names_no_classes(run_through: tuple[Bench, l
     assert page.count("<svg") == 3
     assert "perplexity" in page
     assert "class by class" not in page
-    [answers] = (run_through[1][1].outputs / "answers").iterdir()
-    size, num_tokens = answers.stat().st_size, len(load_file(answers)["log_rest"])
+    answers = run_through[1][1].outputs / "answers"
+    size = sum(path.stat().st_size for path in answers.iterdir())
+    num_tokens = len(read_answers(answers)["log_rest"])
     assert f"<td>{size / 1e6:.2f} MB, {size / num_tokens:.0f} bytes each</td>" in page
     card = (folder / "MODEL_CARD.md").read_text()
     assert "pipeline_tag: text-generation" in card
@@ -198,6 +200,51 @@ def test_answers_go_on_from_a_checkpoint(run_through: tuple[Bench, list[Finished
     again = bench.succeed(spec_of(STAGES), 1, "on", labels=[], checkpoint=str(found[-1]))
     assert "going on from block" in again.log
     assert contents(again.outputs) == contents(stages[1].outputs)
+
+
+@pytest.mark.parametrize("how", ["kill", "stop"])
+def test_answers_in_several_files_go_on_from_a_checkpoint(
+    run_through: tuple[Bench, list[Finished]], small_shards: ForkServer, how: str, tmp_path: Path
+) -> None:
+    """Three blocks are in a file; it is interrupted when the fifth is answered, or, where it is told to stop, later."""
+    bench = run_through[0].copy(tmp_path / "bench")
+    bench.server = small_shards
+    whole = bench.succeed(spec_of(STAGES), 1, "whole", labels=[])
+    found, _ = bench.interrupt(bench.write_order(spec_of(STAGES), 1, "cut", labels=[], checkpoint_s=0), 5, how)
+    assert len(load_file(found[4])["log_rest"]) == 2 * TASK["block_tokens"]
+    assert list(contents(finished_before(found[4]))) == ["answers/answers-00000.safetensors"]
+    again = bench.succeed(spec_of(STAGES), 1, "on", labels=[], checkpoint=str(found[-1]))
+    assert "going on from block" in again.log
+    assert contents(again.outputs) == contents(whole.outputs)
+    assert again.last["summary"] == whole.last["summary"]
+
+
+def test_a_checkpoint_of_other_files_is_unfit(
+    run_through: tuple[Bench, list[Finished]], small_shards: ForkServer, tmp_path: Path
+) -> None:
+    """One run has no file where one is to be finished, the other would write larger ones."""
+    larger = run_through[0].copy(tmp_path / "bench")
+    bench, alone = Bench(larger.root, small_shards), tmp_path / "alone.safetensors"
+    found, _ = bench.interrupt(bench.write_order(spec_of(STAGES), 1, "cut", labels=[], checkpoint_s=0), 5, "kill")
+    shutil.copy(found[-1], alone)
+    for name, on, checkpoint in (("alone", bench, alone), ("larger", larger, found[-1])):
+        last = on.run(spec_of(STAGES), 1, name, labels=[], checkpoint=str(checkpoint)).last
+        assert (last["type"], "files are finished" in last["message"]) == ("unfit", True)
+
+
+def test_a_student_learns_the_same_from_one_file_and_from_several(
+    run_through: tuple[Bench, list[Finished]], small_shards: ForkServer, tmp_path: Path
+) -> None:
+    bench, stages = without(run_through[0].copy(tmp_path / "bench"), "answers", "student"), run_through[1]
+    answered = Bench(bench.root, small_shards).succeed(spec_of(STAGES), 1, labels=[])
+    bench.adopt(answered, 1, "answer")
+    one, several = (read_answers(stage.outputs / "answers") for stage in (stages[1], answered))
+    assert len(list((answered.outputs / "answers").iterdir())) > 10
+    assert one.keys() == several.keys()
+    assert all(torch.equal(several[name], tensor) for name, tensor in one.items())
+    assert answered.last["summary"]["kept_probability"] == pytest.approx(1, abs=1e-6)
+    distilled = bench.succeed(spec_of(STAGES), 2, labels=[])
+    assert contents(distilled.outputs) == contents(stages[2].outputs)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file
 from scipy.special import softmax
 from scipy.stats import entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, GraniteConfig, GraniteForCausalLM
@@ -17,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GraniteConfig, Gra
 from core.errors import SpecInvalid
 from core.jobs.spec import load_spec
 from tests import pico
-from tests.engine_bench import Bench, contents, make_spec
+from tests.engine_bench import Bench, contents, finished_before, make_spec, read_answers
+from worker.child import ForkServer
 from worker.kernels.precision import has_fast_bf16
 
 ROLES = ("teacher_1", "teacher_2", "teacher_3")
@@ -119,7 +119,7 @@ def test_a_job_goes_from_an_ensemble_to_a_language_model(
     kept, distil, evaluate = bench.succeed_all(spec, labels=[])
     train = read(bench, "train", **reads)
     rows = np.flatnonzero(train.is_learned_N)
-    tensors = {name: tensor.numpy() for name, tensor in load_file(bench.inputs / "answers/answers.safetensors").items()}
+    tensors = {name: tensor.numpy() for name, tensor in read_answers(bench.inputs / "answers").items()}
     assert tensors["num_classes"] == train.p_NV.shape[1]
     p_NK, classes_NK, rest_N = np.exp(tensors["log_p"][rows]), tensors["classes"][rows], np.exp(tensors["log_rest"])
     assert p_NK == pytest.approx(-np.sort(-train.p_NV[rows])[:, :5], rel=CLOSE)
@@ -143,7 +143,7 @@ def test_draws_are_from_what_the_mixture_leaves(bench: Bench, tmp_path: Path) ->
     bench = bench.copy(tmp_path / "job")
     answer = {"kind": "answer", "top_k": 2, "rest": "samples", "num_samples": 200, "splits": ["train"]}
     spec = spec_of([answer])
-    kept = load_file(bench.succeed(spec, labels=[]).outputs / "answers" / "answers.safetensors")
+    kept = read_answers(bench.succeed(spec, labels=[]).outputs / "answers")
     train = read(bench, "train", whole=True, by_entropy=False)
     for place in range(0, 60, 20):
         likeliest, drawn = np.split(kept["classes"][place].numpy(), [2])
@@ -155,10 +155,12 @@ def test_draws_are_from_what_the_mixture_leaves(bench: Bench, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("how", ["kill", "stop"])
-def test_answers_go_on_from_a_checkpoint(bench: Bench, how: str, tmp_path: Path) -> None:
+def test_answers_go_on_from_a_checkpoint(bench: Bench, small_shards: ForkServer, how: str, tmp_path: Path) -> None:
     bench, spec = bench.copy(tmp_path / "bench"), spec_of()
+    bench.server = small_shards
     whole = bench.succeed(spec, 0, "whole", labels=[])
-    found, _ = bench.interrupt(bench.write_order(spec, 0, "cut", labels=[], checkpoint_s=0), 3, how)
+    found, _ = bench.interrupt(bench.write_order(spec, 0, "cut", labels=[], checkpoint_s=0), 30, how)
+    assert list(contents(finished_before(found[29]))) == ["answers/answers-00000.safetensors"]
     again = bench.succeed(spec, 0, "on", labels=[], checkpoint=str(found[-1]))
     assert "going on from block" in again.log
     assert contents(again.outputs) == contents(whole.outputs)

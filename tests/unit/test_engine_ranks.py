@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests import pico
-from tests.engine_bench import FAST, Bench, contents, make_spec
+from tests.engine_bench import FAST, Bench, contents, finished_before, make_spec
 from worker.child import ForkServer
 
 CLOSE = 1e-4  # two shares of a step are added up in another order
@@ -114,8 +114,14 @@ def test_one_that_dies_ends_the_stage_and_leaves_nobody(shard_layers: bool, tmp_
 
 
 @pytest.mark.parametrize("shard_layers", [False, True])
-def test_a_pair_answers_with_the_bytes_of_one_interrupted_or_not(shard_layers: bool, tmp_path: Path) -> None:
-    bench, pair = Bench(tmp_path).lay_language(), {"num_processes": 2, "shard_layers": shard_layers, "labels": []}
+def test_a_pair_answers_with_the_bytes_of_one_interrupted_or_not(
+    small_shards: ForkServer, shard_layers: bool, tmp_path: Path
+) -> None:
+    """A file holds seven blocks, so that the last one of it has nothing beside it, either; the first two are alike."""
+    bench = Bench(tmp_path, small_shards).lay_language()
+    path = bench.inputs / "data" / "train.jsonl"
+    path.write_text(json.dumps({"text": " ".join(["login"] * 70)}) + "\n" + path.read_text())
+    pair = {"num_processes": 2, "shard_layers": shard_layers, "labels": []}
     layers = {"hidden": [-1], "first_token": [0], "query": [1]}
     answer = {"kind": "answer", "top_k": 5, "rest": "samples", "num_samples": 3, "layers": layers}
     spec = make_spec([answer], task={"kind": "causal_lm", "block_tokens": 32})
@@ -123,9 +129,11 @@ def test_a_pair_answers_with_the_bytes_of_one_interrupted_or_not(shard_layers: b
     assert contents(two.outputs) == contents(one.outputs)
     [*_, progress] = [report for report in two.reports if report["type"] == "progress"]
     assert progress["total"] % 2 == 1  # so that the last block has nothing beside it
-    found, _ = bench.interrupt(bench.write_order(spec, 0, "cut", checkpoint_s=0, **pair), 3, "kill")
+    found, _ = bench.interrupt(bench.write_order(spec, 0, "cut", checkpoint_s=0, **pair), 6, "kill")
+    assert found[-1].name == "11.safetensors"
+    assert len(contents(finished_before(found[-1]))) == 2
     again = bench.succeed(spec, 0, "on", checkpoint=str(found[-1]), **pair)
-    assert "going on from block" in again.log
+    assert "going on from block 11" in again.log
     assert contents(again.outputs) == contents(one.outputs)
     assert ("each of 2 processes holds" in two.log) == shard_layers
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from core.errors import StageFailed
-from worker.engine import ranks
+from worker.engine import ranks, shards
 from worker.engine.blocks import Blocks
 from worker.engine.context import StageContext
 from worker.engine.data import Batch
@@ -22,7 +22,7 @@ from worker.engine.failures import CheckpointUnfit, StopRequested
 from worker.engine.keeping import Recorder
 from worker.engine.measuring import count_bytes
 from worker.engine.sharding import is_sharded
-from worker.engine.teaching import ANSWERS_FILE
+from worker.engine.teaching import ANSWERS, ANSWERS_FILE
 from worker.kernels.heads import Head, rows_at_once
 from worker.kernels.mixtures import Mixture
 from worker.kernels.signals import SampledSignal, SparseSignal
@@ -40,9 +40,10 @@ def answer(ctx: StageContext, settings: "Answer") -> dict[str, Any]:
     """Has the teacher answer, and writes what it says.
 
     `answers.safetensors` holds a classifier's `logits` (and as `test` those of the test split), or of a language model
-    what `keep_likeliest` returns (and as `test` its sums over each block of the test split). Its metadata hold, as JSON
-    under `about`, the digest of the split, the temperature, the teacher's scores on the validation split, and what
-    became of the rest. What was asked for of the teacher's layers is beside it (`worker/engine/keeping.py`).
+    `num_classes`, the tokens among which it chose (and as `test` its sums over each block of the test split); what
+    `keep_likeliest` writes is beside it. Its metadata hold, as JSON under `about`, the digest of the split, the
+    temperature, the teacher's scores on the validation split, and what became of the rest. What was asked for of the
+    teacher's layers is beside it, too (`worker/engine/keeping.py`).
     """
     if settings.rest == "dropped":
         ctx.warn(
@@ -55,12 +56,8 @@ def answer(ctx: StageContext, settings: "Answer") -> dict[str, Any]:
     about = {"split": kept.split, "temperature": settings.temperature, "scores": kept.scores, "rest": settings.rest}
     metadata = {"about": json.dumps(about, sort_keys=True)}  # one value, as the library shuffles keys
     save_file(kept.tensors, folder / ANSWERS_FILE, metadata=metadata)
-    if kept.layers:
-        kept.layers.save(folder)
-    told = kept.tensors.get("log_rest")
-    num_rows = sum(map(len, kept.tensors.values())) if told is None else len(told)
     size_bytes = count_bytes(folder)
-    sizes = {"size_bytes": size_bytes, "bytes_per_row": round(size_bytes / num_rows, 2)}
+    sizes = {"size_bytes": size_bytes, "bytes_per_row": round(size_bytes / kept.num_rows, 2)}
     return {**kept.summary, **sizes, "teacher_validation": kept.scores}
 
 
@@ -151,11 +148,6 @@ def _restore(ctx: StageContext, fill: Callable[[int, Tensors], None]) -> int:
     return done
 
 
-def _rows_of(tensors: Tensors) -> Tensors:
-    """Returns the tensors that have a row for each of the split."""
-    return {name: tensor for name, tensor in tensors.items() if tensor.dim()}
-
-
 class Asked(NamedTuple):
     """A language model, what gives the logits of a batch's rows, or what makes them; and what it is to answer.
 
@@ -169,56 +161,132 @@ class Asked(NamedTuple):
     recorder: Recorder | None
 
 
-def keep_likeliest(ctx: StageContext, asked: Asked, settings: "Answer") -> tuple[Tensors, float]:
-    """Returns the likeliest tokens at each place of the split, and the probability that they have on average.
+class Draft:
+    """The shard that is being written, of as many blocks as all but the last have.
 
-    The tensors are `classes` (int32) and `log_p` (float32), `top_k` a row and then the draws from the rest, if any;
-    `log_rest` (float32), of all other tokens; and `num_classes`, the tokens among which the teacher chose.
+    Attributes:
+        width: The classes that are kept of a row.
+        start, end: The first block, and the one after the last.
+    """
+
+    def __init__(self, ctx: StageContext, asked: Asked, settings: "Answer") -> None:
+        num_drawn = settings.num_samples if settings.rest == "samples" else 0
+        self.width = min(settings.top_k, asked.num_classes) + num_drawn
+        self._ctx, self._data, self._recorder = ctx, asked.data, asked.recorder
+        block_bytes = asked.data.max_length * (8 * self.width + 4)
+        if asked.recorder:
+            block_bytes = max(block_bytes, asked.recorder.text_bytes)
+        self._num_blocks = max(1, shards.SHARD_BYTES // block_bytes)
+        self.begin(0)
+
+    def begin(self, number: int) -> None:
+        """Makes room for the shard of this number, in place of the one before."""
+        self._number, self.start = number, number * self._num_blocks
+        self.end = min(self.start + self._num_blocks, len(self._data))
+        self._first_place = self.start * self._data.max_length
+        num_places = min(self.end * self._data.max_length, self._data.num_places) - self._first_place
+        self._tensors: Tensors = {}  # those before are gone before others take room
+        self._tensors = {
+            "classes": torch.zeros((num_places, self.width), dtype=torch.int32),
+            "log_p": torch.zeros((num_places, self.width)),
+            "log_rest": torch.zeros(num_places),
+        }
+        if self._recorder:
+            self._recorder.begin(self.start, self.end)
+
+    def put(self, rows_N: Tensor, **values: Tensor) -> None:
+        """Fills in rows, which are places of the stream."""
+        for name, tensor in values.items():
+            self._tensors[name][rows_N - self._first_place] = tensor.to("cpu", self._tensors[name].dtype)
+
+    def rows(self, start: int, end: int) -> Tensors:
+        """Returns what is kept of some of the blocks; what is put there is kept."""
+        first, last = (block * self._data.max_length - self._first_place for block in (start, end))
+        layers = self._recorder.rows(start, end) if self._recorder else {}
+        return {name: tensor[first:last] for name, tensor in self._tensors.items()} | layers
+
+    def finish(self) -> None:
+        """Writes the shard and begins the next one, if there is one."""
+        if ranks.number() == 0:
+            folder = self._ctx.output("answers")
+            path = shards.shard_path(folder, ANSWERS, self._number)
+            save_file(self._tensors, path)
+            self._ctx.finish(path)
+            if self._recorder:
+                self._ctx.finish(self._recorder.save(folder, self._number))
+        if self.end < len(self._data):
+            self.begin(self._number + 1)
+        else:
+            self.start = self.end
+
+    def restore(self, done: int, tensors: Tensors) -> None:
+        """Goes on after so many blocks; `tensors` are those of the shard that was not finished.
+
+        Raises:
+            KeyError or RuntimeError: They are of other shards.
+        """
+        num_whole = -(-done // self._num_blocks) if done == len(self._data) else done // self._num_blocks
+        if self._ctx.num_finished != num_whole * (2 if self._recorder else 1):
+            raise KeyError(f"{self._ctx.num_finished} files are finished")
+        if done < len(self._data):
+            self.begin(num_whole)
+            _copy(self.rows(self.start, done), tensors)
+
+    def mean_rest(self) -> float:
+        """Returns the mean probability of the tokens that are not kept, of the rows that are learned."""
+        learned_N = torch.from_numpy(self._data.is_learned_S[1:])
+        parts = learned_N.split(self._num_blocks * self._data.max_length)
+        whole = shards.Shards(self._ctx.output("answers"), ANSWERS)
+        sums = [kept["log_rest"][part].exp().double().sum() for kept, part in zip(whole, parts, strict=True)]
+        return float(sum(sums) / learned_N.sum())
+
+
+def keep_likeliest(ctx: StageContext, asked: Asked, settings: "Answer") -> tuple[int, float]:
+    """Writes the likeliest tokens at each place of the split; returns how many, and their probability on average.
+
+    The shards `answers-00000.safetensors` and so on (`worker/engine/shards.py`) hold `classes` (int32) and `log_p`
+    (float32), `top_k` a row and then the draws from the rest, if any; and `log_rest` (float32), of all other tokens.
+    What is kept of layers is in shards of the same blocks. Only the shard that is being written is in memory, and in
+    checkpoints.
 
     Raises:
         StageFailed: `spec_invalid` where nothing is left to draw from.
         StopRequested: After handing over a checkpoint; a run that goes on from it asks only for what is left.
     """
     data, num_classes = asked.data, asked.num_classes
-    num_kept = min(settings.top_k, num_classes)
-    if settings.rest == "samples" and num_kept == num_classes:
+    if settings.rest == "samples" and settings.top_k >= num_classes:
         message = f"top_k keeps all {num_classes} tokens, so that nothing is left to draw from."
         raise StageFailed("spec_invalid", message, suggestion="Lower top_k, or set rest to together.")
-    width = num_kept + (settings.num_samples if settings.rest == "samples" else 0)
-    kept = {
-        "classes": torch.zeros((data.num_places, width), dtype=torch.int32),
-        "log_p": torch.zeros((data.num_places, width)),
-        "log_rest": torch.zeros(data.num_places),
-        "num_classes": torch.tensor(num_classes),
-    }
-    done = _restore(ctx, lambda done, tensors: _copy(_rows_between(kept, 0, done, asked), tensors))
+    draft = Draft(ctx, asked, settings)
+    done = _restore(ctx, draft.restore)
     if done:
         log.info("going on from block %d", done)
     in_step = is_sharded(asked.model)
     try:
         while done < len(data):
             ctx.progress(done, len(data))
-            some = range(done, min(done + ranks.count(), len(data)))
-            batches = (data.batch(np.array([block]), ctx.device) for block in some)
-            for batch in ranks.share(batches, in_step=in_step):
-                _answer_block(ctx, asked, batch, kept, settings)
-            ranks.hand_over(_rows_between(kept, some.start, some.stop, asked).values(), ctx.device)
+            some = range(done, min(done + ranks.count(), draft.end))
+            for block, is_mine in ranks.turns(some, in_step=in_step):
+                if asked.recorder:
+                    asked.recorder.keeps = range(block, block + is_mine)
+                batch = data.batch(np.array([block]), ctx.device)
+                _answer_block(ctx, asked, batch if is_mine else batch.without_rows(), draft, settings)
+            ranks.hand_over(draft.rows(some.start, some.stop).values(), ctx.device)
             done = some.stop
+            if done == draft.end:
+                draft.finish()
             ctx.agree()
             if ctx.wants_checkpoint():
-                _save(ctx, kept, done, asked)
+                ctx.save_checkpoint(done, draft.rows(draft.start, done), {})
     except StopRequested:
-        _save(ctx, kept, done, asked)
+        ctx.save_checkpoint(done, draft.rows(draft.start, done), {})
         raise
     ctx.progress(len(data), len(data))
-    rest = kept["log_rest"][torch.from_numpy(data.is_learned_S[1:])].exp()
-    return kept, 1 - rest.double().mean().item()
+    return draft.width, 0.0 if ranks.number() else 1 - draft.mean_rest()
 
 
-def _answer_block(ctx: StageContext, asked: Asked, batch: Batch, kept: Tensors, settings: "Answer") -> None:
+def _answer_block(ctx: StageContext, asked: Asked, batch: Batch, draft: Draft, settings: "Answer") -> None:
     """Fills in what the teacher says of the rows of a batch."""
-    if asked.recorder:
-        asked.recorder.is_on = batch.counts
     with torch.no_grad(), autocast(ctx.device):
         found = asked.hear(batch)
     num_kept, chunk = min(settings.top_k, asked.num_classes), rows_at_once(batch.labels, asked.num_classes)
@@ -232,16 +300,4 @@ def _answer_block(ctx: StageContext, asked: Asked, batch: Batch, kept: Tensors, 
             dice = torch.Generator(logits_NC.device).manual_seed(ctx.seed * 2**31 + int(rows_N[start]))
             drawn = SampledSignal.from_logits(logits_NC, num_kept, settings.num_samples, dice, settings.temperature)
             classes_NM, log_p_NM = drawn.classes_NM, drawn.log_target_NM
-        kept["classes"][rows_N[some]] = classes_NM.int().cpu()
-        kept["log_p"][rows_N[some]] = log_p_NM.float().cpu()
-        kept["log_rest"][rows_N[some]] = signal.log_rest_N.float().cpu()
-
-
-def _rows_between(kept: Tensors, start: int, end: int, asked: Asked) -> Tensors:
-    """Returns what is kept of some blocks."""
-    places, layers = asked.data.max_length, asked.recorder.rows(start, end) if asked.recorder else {}
-    return {name: tensor[start * places : end * places] for name, tensor in _rows_of(kept).items()} | layers
-
-
-def _save(ctx: StageContext, kept: Tensors, done: int, asked: Asked) -> None:
-    ctx.save_checkpoint(done, _rows_between(kept, 0, done, asked), {})
+        draft.put(rows_N[some], classes=classes_NM, log_p=log_p_NM, log_rest=signal.log_rest_N)

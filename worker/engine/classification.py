@@ -192,8 +192,11 @@ class Classification:
         if "validation" in found:
             scores = self.score_answers(answers["validation"], found["validation"])
         tensors = {"logits": answers["train"]} | {name: answers[name] for name in ("test",) if name in answers}
+        if recorder:
+            recorder.save(ctx.output("answers"))
         num_rows = {split: len(logits_NC) for split, logits_NC in answers.items()}
-        return Kept(tensors, self.digest(found["train"]), scores, {"num_rows": num_rows}, recorder)
+        total = sum(map(len, tensors.values()))
+        return Kept(tensors, self.digest(found["train"]), scores, {"num_rows": num_rows}, total)
 
     def record(self, settings: "AnswerStage") -> Recorder | None:
         """Returns what keeps the teacher's layers while it reads the training split, if that is wanted."""
@@ -201,7 +204,9 @@ class Classification:
             return None
         teacher, tokenizer = self.ctx.load_teacher(), self.ctx.load_tokenizer("teacher")
         train = self.encode(self.ctx.get_split("train"), teacher, tokenizer, settings.max_length)
-        return Recorder(self.ctx, teacher, train, settings.layers.wanted)
+        recorder = Recorder(self.ctx, teacher, train, settings.layers.wanted)
+        recorder.begin(0, len(train))
+        return recorder
 
     def _read_as(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int

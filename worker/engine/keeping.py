@@ -1,9 +1,9 @@
 """What layers of a teacher compute, kept by the stage `answer` for losses on them, and read without the teacher.
 
-`layers.safetensors` holds `<part>.<layer>`: for `first_token` a row for each text of the training split, else one for
-each of its tokens, in float16. A text is found by the tokens that are read of it, so it does not matter how a batch is
-put together, nor which rows the task counts. Its metadata hold, as JSON under `about`, a digest of all these tokens,
-the sizes of the teacher, and how many heads share one of keys and values.
+`layers-00000.safetensors` and so on (`worker/engine/shards.py`) hold `<part>.<layer>`: for `first_token` a row for each
+text of the training split, else one for each of its tokens, in float16. A text is found by the tokens that are read of
+it, so it does not matter how a batch is put together, nor which rows the task counts. The metadata hold, as JSON under
+`about`, a digest of all these tokens, the sizes of the teacher, and how many heads share one of keys and values.
 """
 
 import hashlib
@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import Module
 from transformers import PreTrainedModel
@@ -29,12 +28,13 @@ from worker.engine.blocks import Blocks
 from worker.engine.data import Encoded, mask_of
 from worker.engine.features import Layer, Sizes, Wanted, make_layer
 from worker.engine.loading import INPUT_NAMES
+from worker.engine.shards import Shards, shard_path
 from worker.engine.watching import Watched
 
 if TYPE_CHECKING:
     from worker.engine.context import StageContext
 
-LAYERS_FILE = "layers.safetensors"
+LAYERS = "layers"  # of the names of shards
 KEY_BYTES = 16
 NOWHERE = -1
 Inputs = Mapping[str, Tensor]
@@ -59,6 +59,7 @@ class Places:
     Attributes:
         digest: What only a split with the same tokens has.
         starts: Of each text its first token, and at the end the number of all tokens.
+        is_found: Which texts can be found: of several with the same tokens the first.
     """
 
     def __init__(self, data: Encoded | Blocks) -> None:
@@ -72,11 +73,8 @@ class Places:
         self._text_of: dict[bytes, int] = {}
         for text, key in enumerate(keys):
             self._text_of.setdefault(key, text)
-
-    @property
-    def texts(self) -> list[int]:
-        """The texts that can be found: of several with the same tokens the first."""
-        return list(self._text_of.values())
+        self.is_found = torch.zeros(len(keys), dtype=torch.bool)
+        self.is_found[[*self._text_of.values()]] = True
 
     def find(self, inputs: Inputs) -> Tensor:
         """Returns the number of each text of a batch, texts_B, and NOWHERE for one that is not in the split."""
@@ -89,40 +87,50 @@ class Places:
 
 
 class Recorder:
-    """Keeps what layers of a model compute, whenever it reads a text of a split.
+    """Keeps what layers of a model compute, whenever it reads one of some texts of a split.
 
     Attributes:
         tensors: What is kept, in files that are mapped into memory, so that it need not fit there.
-        is_on: Whether it is to keep what the model reads.
+        keeps: The texts whose layers it is to keep, among those for which it has begun.
+        text_bytes: What the longest text takes.
     """
 
     def __init__(self, ctx: "StageContext", model: PreTrainedModel, data: Encoded | Blocks, layers: Wanted) -> None:
         self._watched, self._places, base = Watched(model), Places(data), model.base_model
-        self._is_kept = torch.zeros(len(data), dtype=torch.uint8)
         wanted = {part: _count_from_0(part, found, self._watched.sizes.num_layers) for part, found in layers.items()}
         self._watched.ask(wanted)
         self._names = {f"{part}.{index}": (part, index) for part, found in wanted.items() for index in found}
         with torch.no_grad():  # one text shows how wide everything is
             base(**{name: ids.to(model.device) for name, ids in data.single(0).items()})
+        self._widths = {name: self._watched.parts(index)[part].shape[-1] for name, (part, index) in self._names.items()}
+        longest, self._scratch_dir = int(np.diff(self._places.starts).max()), ctx.scratch_dir
+        rows = {name: 1 if part == "first_token" else longest for name, (part, _) in self._names.items()}
+        self.text_bytes = torch.float16.itemsize * sum(rows[name] * width for name, width in self._widths.items())
         self.tensors: dict[str, Tensor] = {}
-        self.is_on = True
-        for name, (part, index) in self._names.items():
-            num_rows = len(data) if part == "first_token" else int(self._places.starts[-1])
-            shape = num_rows, self._watched.parts(index)[part].shape[-1]
-            self.tensors[name] = _map(ctx.scratch_dir / f"{name}.bin", *shape)
+        self.keeps = range(0)
         self._signature = inspect.signature(base.forward)
         base.register_forward_hook(self._keep, with_kwargs=True)
 
+    def begin(self, start: int, end: int) -> None:
+        """Makes room for some texts and keeps these, in place of those before."""
+        self.keeps, self._first = range(start, end), start
+        self._is_kept, self.tensors = torch.zeros(end - start, dtype=torch.uint8), {}
+        num_tokens = int(self._places.starts[end] - self._places.starts[start])
+        for name, (part, _) in self._names.items():
+            shape = end - start if part == "first_token" else num_tokens, self._widths[name]
+            self.tensors[name] = _map(self._scratch_dir / f"{name}.bin", *shape)
+
     def _keep(self, _: Module, given: tuple[Any, ...], named: dict[str, Any], __: Any) -> None:
-        if not self.is_on:
+        if not self.keeps:
             return
         bound = self._signature.bind(*given, **named).arguments
         inputs = {name: bound[name] for name in INPUT_NAMES if isinstance(bound.get(name), Tensor)}
         texts_B = self._places.find(inputs)
-        is_known_B = texts_B != NOWHERE
+        is_known_B = (texts_B >= self.keeps.start) & (texts_B < self.keeps.stop)
         texts_B, mask_BT = texts_B[is_known_B], mask_of(inputs).cpu() & is_known_B[:, None]
+        tokens_N = self._places.tokens(texts_B) - int(self._places.starts[self._first])
+        texts_B -= self._first
         self._is_kept[texts_B] = 1
-        tokens_N = self._places.tokens(texts_B)
         for name, (part, index) in self._names.items():
             x = self._watched.parts(index)[part].to("cpu", torch.float16)
             rows, places = (x[is_known_B], texts_B) if part == "first_token" else (x[mask_BT], tokens_N)
@@ -133,24 +141,28 @@ class Recorder:
 
     def rows(self, start: int, end: int) -> dict[str, Tensor]:
         """Returns what is kept of some texts, and of which of them; what is put there is kept."""
-        texts, tokens = slice(start, end), slice(*self._places.starts[[start, end]])
+        texts = slice(start - self._first, end - self._first)
+        tokens = slice(*(self._places.starts[[start, end]] - self._places.starts[self._first]))
         kept = {
             name: self.tensors[name][texts if part == "first_token" else tokens]
             for name, (part, _) in self._names.items()
         }
         return {"is_kept": self._is_kept[texts], **kept}
 
-    def save(self, folder: Path) -> None:
-        """Writes what was kept.
+    def save(self, folder: Path, number: int = 0) -> Path:
+        """Writes what was kept as the shard of this number, and returns its file.
 
         Raises:
             StageFailed: The model was not seen to read each text by itself, as one that takes no attention mask.
         """
-        if not self._is_kept[self._places.texts].all():
+        is_found = self._places.is_found[self._first : self._first + len(self._is_kept)]
+        if not self._is_kept[is_found].all():
             message = "This teacher reads texts together with their padding, so its layers cannot be kept."
             raise StageFailed("spec_invalid", message, suggestion="Leave layers out of the answer stage.")
         about = {"tokens": self._places.digest, "sizes": self._watched.sizes._asdict(), "groups": self._watched.groups}
-        save_file(self.tensors, folder / LAYERS_FILE, metadata={"about": json.dumps(about, sort_keys=True)})
+        path = shard_path(folder, LAYERS, number)
+        save_file(self.tensors, path, metadata={"about": json.dumps(about, sort_keys=True)})
+        return path
 
 
 def _count_from_0(part: str, layers: Any, num_layers: int) -> list[int]:
@@ -177,14 +189,12 @@ class KeptLayers:
     """
 
     def __init__(self, folder: Path, device: torch.device) -> None:
-        path = folder / LAYERS_FILE
-        if not path.is_file():
+        self._shards = Shards(folder, LAYERS)
+        if not self._shards:
             message = "The kept answers hold nothing of the teacher's layers."
             raise StageFailed("spec_invalid", message, suggestion="Set layers of the answer stage.")
-        with safe_open(path, framework="pt") as file:
-            about = json.loads(file.metadata()["about"])
+        about = self._shards.about
         self.sizes, self._groups, self._digest = Sizes(**about["sizes"]), about["groups"], about["tokens"]
-        self._tensors = load_file(path)  # mapped into memory, so that only what is asked for is read
         self._device, self._wanted = device, dict[LayerPart, list[int]]()
         self._places: Places | None = None
 
@@ -195,7 +205,7 @@ class KeptLayers:
             f"'{part}' of layer {index}"
             for part, indices in self._wanted.items()
             for index in indices
-            if f"{part}.{index}" not in self._tensors
+            if f"{part}.{index}" not in self._shards.names
         ]
         if missing:
             message = f"The kept answers lack what the losses on layers compare: {', '.join(missing)}."
@@ -224,9 +234,10 @@ class KeptLayers:
         return make_layer(parts, self.sizes.num_attention_heads, self._groups)
 
     def _read(self, part: LayerPart, index: int) -> Tensor:
-        kept = self._tensors[f"{part}.{index}"]
-        if part == "first_token":
-            return kept[self._texts_B].to(self._device)
+        is_of_texts = part == "first_token"
+        [kept] = self._shards.read([f"{part}.{index}"], self._texts_B if is_of_texts else self._tokens_N)
+        if is_of_texts:
+            return kept.to(self._device)
         x_BTD = kept.new_zeros(*self._mask_BT.shape, kept.shape[1])
-        x_BTD[self._mask_BT] = kept[self._tokens_N]
+        x_BTD[self._mask_BT] = kept
         return x_BTD.to(self._device)

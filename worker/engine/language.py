@@ -250,13 +250,15 @@ class LanguageModelling:
         self.num_common, train, wanted = count_tokens(model, tokenizer), read["train"], settings.layers.wanted
         recorder = Recorder(ctx, model, train, wanted) if wanted else None
         asked = Asked(model, partial(self._hear, model), train, self.num_common, recorder)
-        tensors, kept_probability = keep_likeliest(ctx, asked, settings)
+        width, kept_probability = keep_likeliest(ctx, asked, settings)
+        tensors = {"num_classes": torch.tensor(self.num_common)}
         scores = self.score(model, read["validation"], ctx.check_stop) if "validation" in read else None
         if "test" in read:
             sums_BJ = self._sum_up({"teacher": model}, {"teacher": read["test"]}, [["teacher"]])["teacher"]
             tensors["test"] = torch.from_numpy(sums_BJ)
-        summary = {"num_rows": int(train.is_learned_S[1:].sum()), "top_k": tensors["log_p"].shape[-1]}
-        return Kept(tensors, train.digest(), scores, summary | {"kept_probability": kept_probability}, recorder)
+        num_rows = int(train.is_learned_S[1:].sum())
+        summary = {"num_rows": num_rows, "top_k": width, "kept_probability": kept_probability}
+        return Kept(tensors, train.digest(), scores, summary, train.num_places)
 
     def measure(self, settings: "Evaluate") -> Measured:
         """Measures loss, perplexity and accuracy of the next token, the distance from the teacher, and speed.

@@ -210,7 +210,7 @@ class MultiTask:
         }
         digest = join_digests({n: part.digest(texts[f"train/{n}"].texts) for n, part in self.parts.items()})
         num_rows = {split: len(logits_NC) for split, logits_NC in answers.items()}
-        return Kept(tensors, digest, scores, {"num_rows": num_rows})
+        return Kept(tensors, digest, scores, {"num_rows": num_rows}, sum(map(len, tensors.values())))
 
     def measure(self, settings: "Evaluate") -> Measured:
         """Measures each task as it is measured alone, and the mean over tasks."""

@@ -16,7 +16,6 @@ from worker.kernels.heads import Head
 
 if TYPE_CHECKING:
     from worker.engine.evaluation import Measured
-    from worker.engine.keeping import Recorder
     from worker.engine.teaching import Teaching
     from worker.methods.stages.answer import Answer as AnswerStage
     from worker.methods.stages.distill import Distill
@@ -26,13 +25,13 @@ Scores = dict[str, float]
 
 
 class Kept(NamedTuple):
-    """A teacher's answers: a row of each tensor for each row of the split, whose digest is `split`; and its layers."""
+    """A teacher's answers: tensors that are not in shards, the digest of the training split, and all rows kept."""
 
     tensors: dict[str, Tensor]
     split: str
     scores: Scores | None
     summary: dict[str, Any]
-    layers: "Recorder | None" = None
+    num_rows: int
 
 
 class TaskHead(NamedTuple):

@@ -18,6 +18,7 @@ from worker.engine.devices import autocast
 from worker.engine.features import Layers
 from worker.engine.inference import predict_logits
 from worker.engine.keeping import KeptLayers
+from worker.engine.shards import Shards
 from worker.engine.watching import Watched
 from worker.kernels.heads import Head, HeadSignal
 from worker.kernels.signals import DenseSignal, GappedSignal, SampledSignal, Signal, SparseSignal
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
     from worker.engine.context import StageContext
     from worker.engine.tasks import Scores
 
-ANSWERS_FILE = "answers.safetensors"
+ANSWERS = "answers"  # of the names of shards
+ANSWERS_FILE = f"{ANSWERS}.safetensors"
 log = logging.getLogger(__name__)
 
 
@@ -161,7 +163,10 @@ def kept_as(name: str, task: str) -> str:
 
 
 class AnswersKept(Stateless):
-    """Answers that an earlier stage kept: a classifier's logits, or a language model's likeliest tokens; and layers."""
+    """Answers that an earlier stage kept: a classifier's logits, or a language model's likeliest tokens; and layers.
+
+    Of the tokens, those of a batch are read from files when they are asked for.
+    """
 
     def __init__(self, folder: Path, layers: KeptLayers | None = None) -> None:
         self.layers, path = layers, folder / ANSWERS_FILE
@@ -170,7 +175,7 @@ class AnswersKept(Stateless):
         self._split, self._temperature = about["split"], about["temperature"]
         self._scores: Scores | None = about["scores"]
         self._rest = about["rest"]
-        self._tensors = load_file(path)  # mapped into memory, so that only what is asked for is read
+        self._tensors, self._shards = load_file(path), Shards(folder, ANSWERS)
 
     def of_test(self, task: str = "") -> Tensor | None:
         """Returns what is kept of the test split, if it was asked: a classifier's logits, or a language model's sums.
@@ -205,7 +210,7 @@ class AnswersKept(Stateless):
         logits_NC = self._tensors.get(kept_as("logits", batch.task))
         if logits_NC is not None:
             return _say(logits_NC[rows_N])
-        classes_NK, log_p_NK, log_rest_N = (self._tensors[name][rows_N] for name in ("classes", "log_p", "log_rest"))
+        classes_NK, log_p_NK, log_rest_N = self._shards.read(["classes", "log_p", "log_rest"], rows_N)
         if self._rest == "samples":
             return SampledSignal(classes_NK.long(), log_p_NK, self._temperature)
         if self._rest == "dropped":
