@@ -124,6 +124,14 @@ def _refuse_lost(keys: Collection[str]) -> None:
         raise StageFailed("teacher_unavailable", message, suggestion=COMPLETE_FOLDER)
 
 
+def refuse_new_head(model: PreTrainedModel, what: str, labels: list[str]) -> None:
+    """Raises StageFailed, `teacher_unavailable`, if a model that is not to be trained has no head for the labels."""
+    if model.has_new_head:
+        message = f"The {what} has no head for the labels {', '.join(labels[:20])}."
+        hint = "Name a model that was fine-tuned on these labels, as 'job:<id>/teacher'."
+        raise StageFailed("teacher_unavailable", message, suggestion=hint)
+
+
 def _settle_head(model: PreTrainedModel, labels: list[str], found: list[str], new_keys: set[str]) -> None:
     output = model.get_submodule(output_layer(model))
     is_missing = any(key.startswith(f"{output_layer(model)}.") for key in new_keys)

@@ -18,7 +18,7 @@ from worker.engine.context import StageContext
 from worker.engine.data import Examples
 from worker.engine.devices import autocast
 from worker.engine.inference import predict_logits
-from worker.engine.loading import count_positions, input_names, limit_length, load_language_model
+from worker.engine.loading import count_positions, input_names, limit_length, load_language_model, refuse_new_head
 from worker.engine.next_tokens import predict_next
 from worker.engine.sharding import is_sharded
 from worker.kernels.heads import Head
@@ -67,10 +67,7 @@ def speak_as_one(ctx: StageContext, role: str) -> Speak:
         StageFailed: `teacher_unavailable` if it has no head for the labels.
     """
     model = ctx.place(ctx.load_model(role)).eval()
-    if model.has_new_head:
-        message = f"The {role.replace('_', ' ')} has no head for the labels {', '.join(ctx.labels[:20])}."
-        hint = "Name a model that was fine-tuned on these labels, as 'job:<id>/teacher'."
-        raise StageFailed("teacher_unavailable", message, suggestion=hint)
+    refuse_new_head(model, role.replace("_", " "), ctx.labels)
     return _speak_with(ctx, model, ctx.load_tokenizer(role))
 
 
