@@ -310,6 +310,10 @@ class Stage(Method):
         """Returns whether what it trains is stored apart: with adapters, or each task's layers, beside the model."""
         return False
 
+    def sources(self) -> dict[str, ModelSource]:
+        """Returns the models that only stages which name them are given, by their files' role; fields as of `check`."""
+        return {}
+
     def own(self) -> dict[str, Any]:
         """Returns the parts of the spec, `task` and `data`, that it has itself; most stages are about the job's."""
         return {}

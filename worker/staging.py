@@ -108,7 +108,7 @@ class Staging:
 
         `listen` is called while a model is fetched, and may raise to stop.
         """
-        models = ensure_models(self.claim, listen)
+        models = ensure_models(self.claim, self.ordinal, listen)
         return transact(lambda session: self._find_inputs(session, models))
 
     def _find_inputs(self, session: Session, models: dict[str, list[ManifestFile]]) -> "Inputs":
@@ -246,14 +246,19 @@ def discard(shas: list[str]) -> None:
         store.discard(sha256, before)
 
 
-def ensure_models(claim: Claim, listen: Callable[[], None]) -> dict[str, list[ManifestFile]]:
-    """Returns the files of the models that the spec names, by role, fetched from the hub if that is still to do."""
+def ensure_models(claim: Claim, ordinal: int, listen: Callable[[], None]) -> dict[str, list[ManifestFile]]:
+    """Returns the files of the models that the spec names, by role, fetched from the hub if that is still to do.
+
+    Those that other stages name are left out.
+    """
 
     def find(session: Session) -> dict[str, tuple[dict[str, Any], list[ManifestFile]]]:
-        inputs = owned(session, claim).inputs
+        job = owned(session, claim)
+        inputs, stages = job.inputs, load_spec(job.spec).stages
+        others = {role for stage in stages for role in stage.sources()} - stages[ordinal].sources().keys()
         return {
             role: (source, files_of(manifest, source.get("folder", "")) if manifest else [])
-            for role in sorted(MODEL_ROLES & inputs.keys())
+            for role in sorted(MODEL_ROLES & inputs.keys() - others)
             for source in [inputs[role]]
             for known in [source.get("manifest_id")]
             for manifest in [known and get_manifest(session, claim.tenant_id, known)]

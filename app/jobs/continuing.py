@@ -17,6 +17,7 @@ from core.models.facts import ModelFacts
 from core.tenants.keys import Principal
 
 BASE = "base"  # so begins what a job's inputs hold of the model that its student starts from
+ALONE = "alone_"  # and of those that its stages name
 
 
 class Draft(NamedTuple):
@@ -40,9 +41,11 @@ def draft(principal: Principal, job_id: str, order: forking.Fork) -> Draft:
         made = plan(principal, spec).inputs
         return Draft(parent.id, first, spec, made, made)
     replaced = [BASE] if "student" in changed else []
-    replaced += [f"stages.{ordinal}." for ordinal in range(first, MAX_STAGES)] if "stages" in changed else []
+    if "stages" in changed:
+        replaced += [f"stages.{ordinal}." for ordinal in range(first, MAX_STAGES)]
+        replaced += [] if any(stage.sources() for stage in spec.stages[:first]) else [ALONE]
     starts = tuple(replaced)
-    referred = [*spec.scopes(), *([BASE] if spec.student.source() else [])]
+    referred = [*spec.scopes(), *spec.models()]
     made = plan(principal, spec).inputs if any(name.startswith(starts) for name in referred) else {"data": {}}
     fresh = _pick(made, lambda name: name.startswith(starts))
     kept = _pick(parent.inputs, lambda name: not name.startswith(starts))

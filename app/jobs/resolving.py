@@ -166,7 +166,7 @@ def resolve(spec: JobSpec, sources: Sources) -> Plan:
         labels[scope], found = find_labels(seen, sources.of(scope, seen))
         problems += _inside(scope, found)
     problems += check_samples(spec, sources.splits)
-    if not spec.teacher.is_model and any(labels[""].values()):
+    if any(labels[""].values()):
         problems += _check_known_labels(spec, facts, labels[""])
     if problems:
         raise spec_invalid(problems)
@@ -220,9 +220,9 @@ def _start_of(spec: JobSpec, stage: Stage) -> str:
 
 
 def _check_known_labels(spec: JobSpec, facts: dict[str, ModelFacts], labels: dict[str, list[str]]) -> Problems:
-    """Returns which of a teacher's several models, which are not trained in this job, have other labels."""
+    """Returns which models have other labels that no stage trains: a teacher's several, and those of tasks alone."""
     problems: Problems = []
-    for role in facts.keys() & spec.teacher.sources().keys() - {"teacher"}:
+    for role in sorted(facts.keys() - {"teacher", "base"}):
         found, source = facts[role].labels or [], spec.models()[role]
         if sorted(found) != sorted(labels[source.part] if source.part else _join(labels)):
             shown = ", ".join(found[:10]) or "none"

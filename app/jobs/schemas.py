@@ -129,7 +129,8 @@ class ValidatedSpec(BaseModel):
     spec_sha256: str
     inputs: dict[str, Any]
     models: dict[str, ModelFacts] = Field(
-        description="By role: the teacher, and as `base` the model that the student starts from, if that is another."
+        description="By role: the teacher, as `base` the model that the student starts from, if that is another, and "
+        "as `alone_1` and so on those that it is compared with."
     )
     student: ExpectedStudent
     vocabulary: Relation | None = Field(

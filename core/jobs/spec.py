@@ -153,7 +153,9 @@ class JobSpec(StrictModel):
         """Returns the models that the spec names, by the role in which a stage finds their files."""
         taught = {role: s._replace(field=f"teacher.{s.field}") for role, s in self.teacher.sources().items()}
         base = self.student.source()
-        return taught | ({} if base is None else {"base": ModelSource("student.model", base)})
+        named = [(f"stages.{ordinal}.", stage.sources()) for ordinal, stage in enumerate(self.stages)]
+        asked = {role: s._replace(field=start + s.field) for start, some in named for role, s in some.items()}
+        return taught | ({} if base is None else {"base": ModelSource("student.model", base)}) | asked
 
     @property
     def starts_from(self) -> str:

@@ -6,7 +6,9 @@ from typing import Annotated, NamedTuple
 from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
-MODEL_ROLES = frozenset({"teacher", "base", *(f"teacher_{number}" for number in range(1, 9))})
+MODEL_ROLES = frozenset(
+    {"teacher", "base", *(f"{kind}_{number}" for kind in ("teacher", "alone") for number in range(1, 9))}
+)
 MODEL_REF = re.compile(
     r"^(hub:[\w.-]+/[\w.-]+(@[\w.-]+)?|job:job_[0-9a-f]{32}(/[\w.-]+){0,2}|([\w.-]+/)?[A-Za-z0-9][\w.-]{0,95})$"
 )

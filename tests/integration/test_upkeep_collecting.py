@@ -404,7 +404,7 @@ def test_a_teacher_that_was_collected_meanwhile_is_refused(world: ArtifactStore,
         make_job(tenant_id, {"manifest_id": manifest_id, "job_id": "job_gone"}, split)
 
 
-@pytest.mark.parametrize("role", ["teacher", "teacher_2", "base"])
+@pytest.mark.parametrize("role", ["teacher", "teacher_2", "base", "alone_8"])
 def test_a_model_is_kept_while_its_job_is_being_made_and_after(world: ArtifactStore, tenant_id: str, role: str) -> None:
     manifest_id = make_old_manifest(world, tenant_id)
     split = make_dataset(world, tenant_id, b"rows")

@@ -479,6 +479,10 @@ def test_a_teacher_for_each_task(tmp_path: Path) -> None:
 TWO = {name: TEXTS[name] for name in ("intent", "size")}
 
 
+def measured(alone: dict[str, str]) -> list[dict[str, Any]]:
+    return [{"kind": "distill"}, {"kind": "evaluate", "alone": alone}]
+
+
 @pytest.mark.parametrize(
     ("changes", "field", "hint"),
     [
@@ -518,6 +522,18 @@ TWO = {name: TEXTS[name] for name in ("intent", "size")}
             "gguf",
         ),
         ({"teacher": {"kind": "per_task", "models": {"intent": "a", "sise": "b"}}}, "teacher.models.sise", "'size'"),
+        ({"stages": measured({"intent": "a", "sise": "b"})}, "stages.1.alone.sise", "no task; did you mean 'size'?"),
+        ({"stages": measured({"intent": "../../a"})}, "stages.1.alone.intent", "'../../a' names no model"),
+        (
+            {"task": {"kind": "text_classification"}, "data": "toy", "stages": measured({"intent": "a"})},
+            "stages.1.alone",
+            "a text_classification is one task, and nothing is shared",
+        ),
+        (
+            {"stages": [*measured({"intent": "a"}), {"kind": "evaluate", "alone": {"size": "a"}}]},
+            "stages.2.alone",
+            "an earlier stage names other models",
+        ),
         (
             {"teacher": {"kind": "label_space", "model": "a", "prompt": "{text}"}},
             "teacher.kind",

@@ -227,7 +227,7 @@ class Classification:
         found = {}
         for index, name in enumerate(names):
             ctx.progress(index, len(names) + 1)
-            found[name] = self._measure_one(settings, name, test)
+            found[name] = self.measure_one(settings, name, test, as_stored(name, self.load_model))
         ctx.progress(len(names), len(names) + 1)
         timed = [(one.forward, one.data) for one in found.values()]
         latencies = time_singles(timed, settings.latency_samples, ctx.check_stop)
@@ -256,10 +256,12 @@ class Classification:
             details={"per_class": per_class(self.labels_of(test).numpy(), student_N, self.labels)},
         )
 
-    def _measure_one(self, settings: "Evaluate", name: str, test: Any) -> "Candidate":
-        """Returns a model with one row of the main table, all but the latency."""
+    def measure_one(
+        self, settings: "Evaluate", name: str, test: Any, load: Callable[[Path], PreTrainedModel]
+    ) -> "Candidate":
+        """Returns a model with one row of the main table, all but the latency; `load` reads one of transformers."""
         ctx, folder, tokenizer = self.ctx, self.ctx.input(name), self.ctx.load_tokenizer(name)
-        model = open_model(folder, as_stored(name, self.load_model), tokenizer, ctx.num_threads)
+        model = open_model(folder, load, tokenizer, ctx.num_threads)
         data = self.tokenise(test, tokenizer, model.input_names)
         found = answer_all(model.forward, data, ctx.check_stop)
         predicted_N = self.choose(found.logits_NC)
@@ -288,6 +290,15 @@ class Classification:
             "macro_f1": macro_f1(labels_N, predicted_N, num_classes),
             "macro_f1_ci": list(intervals["macro_f1"]),
         }
+
+    def sums_of(self, test: Any, predicted_N: NDArray[Any]) -> NDArray[Any]:
+        """Returns what each example of the test split adds to the sums that `share_of` is told, sums_NJ."""
+        right_N = self.labels_of(test).numpy() == predicted_N
+        return np.stack([right_N, np.ones_like(right_N)], axis=-1)
+
+    def share_of(self, sums_J: NDArray[Any]) -> float:
+        """Returns the score that is a share of 1, by the sums over some examples."""
+        return float(sums_J[0] / sums_J[1])
 
 
 def read_alike(

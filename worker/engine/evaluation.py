@@ -65,10 +65,11 @@ def evaluate(ctx: StageContext, settings: "Evaluate") -> dict[str, Any]:
     """Measures every model, writes the report in three forms, and returns its main table.
 
     `report.json` holds, under `schema_version` 1: `job`, `task`, `labels`, `test` (split and size), `confidence`,
-    `models` (the main table, the teacher first), what the task has besides (`per_class` of a classifier), `spec`,
-    `environment`, `measured_by` (the job's id), `stages` (the earlier ones, with state, seconds, summary, and whose
-    result a cached one took over), `training` (their series) and `notes`. Sizes are in bytes, latencies in
-    milliseconds, and scores are shares of 1 unless the task's notes say otherwise.
+    `models` (the main table, the teacher first), what the task has besides (`per_class` of a classifier,
+    `transfer` of several tasks, see `compare_alone`), `spec`, `environment`, `measured_by` (the job's id), `stages`
+    (the earlier ones, with state, seconds, summary, and whose result a cached one took over), `training` (their series)
+    and `notes`. Sizes are in bytes, latencies in milliseconds, and scores are shares of 1 unless the task's notes say
+    otherwise.
     """
     measured = ctx.task.measure(settings)
     for row in measured.models:

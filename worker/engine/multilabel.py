@@ -82,9 +82,17 @@ class MultiLabel(Classification):
     def assess(self, settings: "Evaluate", test: Examples, predicted_N: NDArray[Any]) -> Row:
         """Returns how good predictions for the test split are, with an interval."""
         labels_N = self.labels_of(test).numpy()
-        counts_S3 = self._count(labels_N, predicted_N)[0].sum(axis=1)
+        counts_S3 = self.sums_of(test, predicted_N)
         interval = bootstrap_sums(counts_S3, f1_of, settings.confidence, self.ctx.spec.seed)
         return {**self._rate(labels_N, predicted_N), "f1_ci": interval}
+
+    def sums_of(self, test: Examples, predicted_N: NDArray[Any]) -> NDArray[np.int64]:
+        """Returns right, given and wanted labels of each text, counts_S3."""
+        return self._count(self.labels_of(test).numpy(), predicted_N)[0].sum(axis=1)
+
+    def share_of(self, sums_J: NDArray[Any]) -> float:
+        """Returns the F1 of all decisions."""
+        return f1_of(sums_J)
 
     def describe(self, test: Examples, rows: list[Row], student_N: NDArray[Any]) -> Measured:
         """Returns what was measured, with how to show it; `student_N` are the decisions of the student."""

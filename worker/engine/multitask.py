@@ -34,6 +34,7 @@ from worker.engine.task_splits import TaskSplits, join_digests
 from worker.engine.task_views import OneHead, PartContext, turn_to
 from worker.engine.tasks import Kept, Scores, TaskHead
 from worker.engine.teaching import AnswersKept, Teaching, kept_as
+from worker.engine.transfer import compare_alone
 from worker.engine.watching import Watched
 
 if TYPE_CHECKING:
@@ -218,13 +219,13 @@ class MultiTask:
         folder = ctx.get_split("test")
         tests = {name: part.read(folder / f"{name}.jsonl") for name, part in self.parts.items()}
         names = list_candidates(ctx)
-        measured = {}
+        measured, total = {}, len(names) + len(settings.alone)
         for index, name in enumerate(names):
-            ctx.progress(index, len(names))
+            ctx.progress(index, total)
             measured[name] = self._measure_one(settings, name, tests)
         timed = [(one.forward, one.data) for one in measured.values()]
         latencies = time_singles(timed, settings.latency_samples, ctx.check_stop)
-        ctx.progress(len(names), len(names))
+        ctx.progress(len(names), total)
         rows = [one.row | latency for one, latency in zip(measured.values(), latencies, strict=True)]
         answers = {name: one.answers for name, one in measured.items()}
         if not ctx.spec.teacher.is_model and ctx.has_input("answers"):
@@ -236,11 +237,8 @@ class MultiTask:
         for row in rows:
             teacher = answers.get("teacher")
             row["agreement"] = None if teacher is None else self.compare(answers[row["name"]], teacher)[1]
-        student = answers["student"]
-        details = {
-            name: part.describe(tests[name], rows, part.choose(student[name])).details
-            for name, part in self.parts.items()
-        }
+        chosen = {name: part.choose(answers["student"][name]) for name, part in self.parts.items()}
+        details = {n: part.describe(tests[n], rows, chosen[n]).details for n, part in self.parts.items()}
         return Measured(
             num_examples=sum(test.num_texts for test in tests.values()),
             models=rows,
@@ -248,7 +246,7 @@ class MultiTask:
             quality=Quality("mean", "mean score, %", 100),
             card=Card("multi_task_card.md.j2", "text-classification", _card_metrics),
             notes=NOTES,
-            details={"per_task": details},
+            details={"per_task": details, **compare_alone(self, settings, tests, measured["student"].row, chosen)},
         )
 
     def _measure_one(self, settings: "Evaluate", name: str, tests: dict[str, Any]) -> "Candidate":

@@ -71,12 +71,20 @@ class Regression(Classification):
         labels_N = self.labels_of(test).numpy()
         sums_N2 = np.stack([np.ones(len(labels_N)), np.square(predicted_N - labels_N, dtype=np.float64)], axis=-1)
         interval = bootstrap_sums(sums_N2, _root_mean, settings.confidence, self.ctx.spec.seed)
-        pairs_N6 = _sums_of(labels_N.astype(np.float64), predicted_N.astype(np.float64))
+        pairs_N6 = self.sums_of(test, predicted_N)
         return {
             **_rate(labels_N, predicted_N),
             "rmse_ci": interval,
             "pearson_ci": bootstrap_sums(pairs_N6, _pearson, settings.confidence, self.ctx.spec.seed),
         }
+
+    def sums_of(self, test: Examples, predicted_N: NDArray[Any]) -> NDArray[np.float64]:
+        """Returns what Pearson's correlation is made of, sums_N6."""
+        return _sums_of(self.labels_of(test).numpy().astype(np.float64), predicted_N.astype(np.float64))
+
+    def share_of(self, sums_J: NDArray[Any]) -> float:
+        """Returns Pearson's correlation."""
+        return _pearson(sums_J)
 
     def describe(self, test: Examples, rows: list[Row], student_N: NDArray[Any]) -> Measured:  # noqa: ARG002
         """Returns what was measured, with how to show it."""

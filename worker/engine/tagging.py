@@ -89,13 +89,21 @@ class Tagging(Classification):
 
     def assess(self, settings: "Evaluate", test: Sentences, predicted_N: NDArray[Any]) -> Row:
         """Returns how good predictions for the test split are, with intervals."""
-        labelled, predicted = self._texts(test, self.labels_of(test).numpy()), self._texts(test, predicted_N)
-        counts_S3 = count_entities(labelled, predicted)
+        counts_S3 = self.sums_of(test, predicted_N)
         return {
             "f1": f1_of(counts_S3.sum(axis=0)),
             "f1_ci": bootstrap_sums(counts_S3, f1_of, settings.confidence, self.ctx.spec.seed),
             "accuracy": accuracy(self.labels_of(test).numpy(), predicted_N),
         }
+
+    def sums_of(self, test: Sentences, predicted_N: NDArray[Any]) -> NDArray[np.int64]:
+        """Returns right, predicted and labelled entities of each text, counts_S3."""
+        labelled, predicted = self._texts(test, self.labels_of(test).numpy()), self._texts(test, predicted_N)
+        return count_entities(labelled, predicted)
+
+    def share_of(self, sums_J: NDArray[Any]) -> float:
+        """Returns the F1 of entities."""
+        return f1_of(sums_J)
 
     def _texts(self, test: Sentences, tags_N: NDArray[np.int64]) -> list[list[str]]:
         return list(split_texts(tags_N, self.labels, [len(tags) for tags in test.tags]))

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from core.changing import find_change
-from core.methods import Problem, Stage
+from core.methods import ModelRef, ModelSource, Problem, Stage
+from core.strict import suggest
 
 if TYPE_CHECKING:
     from core.jobs.spec import JobSpec
@@ -23,12 +24,35 @@ class Evaluate(Stage):
         0.95, gt=0.5, lt=1, description="Level of the confidence intervals (bootstrap over examples)."
     )
     latency_samples: int = Field(100, ge=10, le=10_000, description="Texts timed one by one at batch size 1.")
+    alone: dict[str, ModelRef] = Field(
+        {},
+        max_length=8,
+        description="For some or all of several tasks, a model that was trained for that task alone; the report then "
+        "compares the student with it on that task.",
+        examples=[{"intent": "acme/intent", "mood": "job:job_0123456789abcdef0123456789abcdef/student"}],
+    )
+
+    def sources(self) -> dict[str, ModelSource]:
+        """Returns the models of tasks alone."""
+        return {
+            f"alone_{number}": ModelSource(f"alone.{task}", ref, task)
+            for number, (task, ref) in enumerate(sorted(self.alone.items()), 1)
+        }
 
     def check(self, spec: "JobSpec") -> list[Problem]:
-        """Returns a problem when the spec has no test split."""
+        """Returns a problem when the spec has no test split, and which models of tasks alone it cannot compare with."""
         if spec.data.test is None:
             return [Problem("kind", "'evaluate' needs a test split; set data.test, or leave the stage out")]
-        return []
+        return self._check_alone(spec) if self.alone else []
+
+    def _check_alone(self, spec: "JobSpec") -> list[Problem]:
+        tasks = spec.task.parts().keys()
+        if not tasks:
+            why = f"a {spec.task.kind} is one task, and nothing is shared; leave it out, or use a 'multi_task'"
+            return [Problem("alone", why)]
+        if any(stage.sources() not in ({}, self.sources()) for stage in self.earlier(spec)):
+            return [Problem("alone", "an earlier stage names other models; name the same ones in both")]
+        return [Problem(f"alone.{name}", f"no task; {suggest(name, tasks)}") for name in self.alone.keys() - tasks]
 
     def advise(self, spec: "JobSpec") -> list[Problem]:
         """Returns whether models or forms are made after it."""
