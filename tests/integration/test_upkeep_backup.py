@@ -392,7 +392,8 @@ def test_a_backup_says_when_its_lock_was_lost(
 
     def cut(*arguments: object, verify: bool) -> list[str]:
         with db.get_engine().connect() as connection:
-            held = "select pid from pg_locks where locktype = 'advisory' and mode = 'ShareLock' and granted"
+            here = "database = (select oid from pg_database where datname = current_database())"  # not of other tests
+            held = f"select pid from pg_locks where locktype = 'advisory' and mode = 'ShareLock' and granted and {here}"
             connection.execute(text(f"select pg_terminate_backend(pid) from ({held}) as held"))
         return copy(*arguments, verify=verify)
 
