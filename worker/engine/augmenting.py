@@ -23,8 +23,9 @@ def augment(ctx: StageContext, settings: "Augment") -> dict[str, Any]:
         for copy in range(settings.copies + 1):
             dice = np.random.default_rng([ctx.seed, copy])
             for row in rows:
-                texts = {column: leave_out(row[column], settings.deletion_probability, dice) for column in columns}
-                file.write(json.dumps(row | texts if copy else row, ensure_ascii=False) + "\n")
+                changed = columns if copy else []
+                texts = {column: leave_out(row[column], settings.deletion_probability, dice) for column in changed}
+                file.write(json.dumps(row | texts, ensure_ascii=False) + "\n")
             ctx.progress(copy + 1, settings.copies + 1)
     return {"num_texts": len(rows) * (settings.copies + 1)}
 
