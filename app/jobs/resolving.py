@@ -223,12 +223,18 @@ def _check_known_labels(spec: JobSpec, facts: dict[str, ModelFacts], labels: dic
     """Returns which models have other labels that no stage trains: a teacher's several, and those of tasks alone."""
     problems: Problems = []
     for role in sorted(facts.keys() - {"teacher", "base"}):
-        found, source = facts[role].labels or [], spec.models()[role]
-        if sorted(found) != sorted(labels[source.part] if source.part else _join(labels)):
-            shown = ", ".join(found[:10]) or "none"
-            why = f"its labels ({shown}) are not those of the data; name a model that was fine-tuned on these"
-            add(problems, source.field, why)
+        source = spec.models()[role]
+        why = _say_other_labels(facts[role], labels[source.part] if source.part else _join(labels))
+        if why:
+            add(problems, source.field, f"{why}; name a model that was fine-tuned on these")
     return problems
+
+
+def _say_other_labels(known: ModelFacts, wanted: list[str]) -> str:
+    """Returns that a model has other labels than these, in any order, or none; nothing where it has them."""
+    found = known.labels or []
+    shown = ", ".join(found[:10]) or "none"
+    return "" if sorted(found) == sorted(wanted) else f"its labels ({shown}) are not those of the data"
 
 
 def _warn_of_head(spec: JobSpec, facts: dict[str, ModelFacts], labels: dict[str, list[str]]) -> Problems:
@@ -238,14 +244,9 @@ def _warn_of_head(spec: JobSpec, facts: dict[str, ModelFacts], labels: dict[str,
     wanted = _join(labels)
     if "teacher" not in facts or not spec.teacher.is_model or is_trained or not is_heard or not wanted:
         return []
-    found = facts["teacher"].labels or []
-    if sorted(found) == sorted(wanted):
-        return []
-    shown = ", ".join(found[:10]) or "none"
-    why = f"its labels ({shown}) are not those of the data, so its answers will be random"
-    warnings: Problems = []
-    add(warnings, "teacher.model", f"{why}; put a 'finetune' first, or name a model that was fine-tuned on these")
-    return warnings
+    why = _say_other_labels(facts["teacher"], wanted)
+    hint = "so its answers will be random; put a 'finetune' first, or name a model that was fine-tuned on these"
+    return [{"field": "teacher.model", "message": f"{why}, {hint}"}] if why else []
 
 
 def _check_student(spec: JobSpec, start: ModelFacts) -> Problems:
