@@ -8,7 +8,14 @@ from pydantic_core import PydanticCustomError
 from core.methods import Method, ModelFacts, Problem, Widths
 from core.strict import StrictModel
 
-MIXED = ("bloom", "deberta", "gpt_neox")  # one map makes query, key and value of a head, and then those of the next
+# Architectures whose layers narrowing cannot take apart: heads mixed in one map, experts, maps that are no linear ones.
+NEVER_NARROWED = (
+    *("bloom", "canine", "deberta", "deepseek_v2", "deepseek_v3", "falcon", "fnet", "gpt_bigcode", "gpt_neox"),
+    *("gpt_oss", "ibert", "jetmoe", "longformer", "luke", "minicpm3", "minimax", "mistral4", "mixtral", "mobilebert"),
+    *("mpt", "persimmon", "phi3", "phimoe", "qwen2_moe", "qwen3_moe", "squeezebert"),
+)
+# Those of which it can leave out neurons, and no states.
+STATES_STAY = ("convbert", "esm", "markuplm", "mpnet", "nystromformer", "roc_bert")
 
 
 class Importance(Method):
@@ -40,10 +47,10 @@ class Narrowed(NamedTuple):
     def check(self, hidden_size: int | None, intermediate_size: int | None) -> list[Problem]:
         """Returns the first width that it cannot have; fields are those."""
         states, num_heads, widths = self.states, self.num_heads, self.widths
-        if self.start.model_type in MIXED and (hidden_size or intermediate_size):
-            why = f"a '{self.start.model_type}' makes queries, keys and values in a way that cannot be narrowed"
-            hint = "leave this out, or keep fewer layers"
-            return [Problem("hidden_size" if hidden_size else "intermediate_size", f"{why}; {hint}")]
+        kind, field = self.start.model_type, "hidden_size" if hidden_size else "intermediate_size"
+        if (hidden_size and kind in STATES_STAY) or (kind in NEVER_NARROWED and (hidden_size or intermediate_size)):
+            why = f"a '{kind}' is built in a way in which this cannot be narrowed"
+            return [Problem(field, f"{why}; leave it out, or keep fewer layers")]
         if hidden_size and hidden_size == self.start.embedding_size != states:
             why = "so wide are its embeddings, and the map from them to the states has no place then"
             return [Problem("hidden_size", f"{why}; choose another number")]

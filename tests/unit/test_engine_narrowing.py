@@ -11,11 +11,27 @@ import torch
 from transformers import AutoModelForSequenceClassification as Classifier
 from transformers import (
     BloomConfig,
+    ConvBertConfig,
+    CTRLConfig,
     DebertaConfig,
     DebertaV2Config,
     ElectraConfig,
+    EsmConfig,
+    FalconConfig,
+    FNetConfig,
+    GPTBigCodeConfig,
+    GPTNeoConfig,
     GPTNeoXConfig,
     LlamaConfig,
+    LongformerConfig,
+    MixtralConfig,
+    MobileBertConfig,
+    MPNetConfig,
+    MptConfig,
+    NystromformerConfig,
+    OPTConfig,
+    PersimmonConfig,
+    Phi3Config,
     PreTrainedConfig,
 )
 from transformers.pytorch_utils import Conv1D
@@ -36,11 +52,37 @@ GROUPED = LlamaConfig(
     **SIZES | {"num_attention_heads": 4, "num_hidden_layers": 2}, num_key_value_heads=2, pad_token_id=0
 )
 POOLED = DebertaV2Config(**SIZES)  # with a pooler whose width is named apart
-KNOWN = [*CONFIGS, GROUPED, POOLED]
+OPT = OPTConfig(
+    vocab_size=60, hidden_size=32, ffn_dim=48, num_attention_heads=2, num_hidden_layers=4, word_embed_proj_dim=32
+)
+NEO = GPTNeoConfig(
+    vocab_size=60, hidden_size=32, num_heads=2, num_layers=4, attention_types=[[["global"], 4]], pad_token_id=0
+)
+CTRL = CTRLConfig(vocab_size=60, n_embd=32, dff=48, n_layer=4, n_head=2, pad_token_id=0)
+KNOWN = [*CONFIGS, GROUPED, POOLED, OPT, NEO, CTRL]
 UNFIT: list[tuple[PreTrainedConfig, dict[str, int]]] = [
     (GPTNeoXConfig(**SIZES, pad_token_id=0), {"hidden_size": 16}),  # of each head in turn its query, key and value
     (BloomConfig(vocab_size=60, hidden_size=32, n_layer=4, n_head=2, pad_token_id=0), {"intermediate_size": 64}),
     (DebertaConfig(**SIZES, pos_att_type=["c2p"], relative_attention=True), {"intermediate_size": 24}),
+    *[
+        (kind(**SIZES, **more, pad_token_id=0), {width: 16})
+        for kind, more in {
+            FalconConfig: {},
+            FNetConfig: {},
+            LongformerConfig: {"attention_window": 4},
+            MixtralConfig: {"num_key_value_heads": 2},
+            MobileBertConfig: {"embedding_size": 32},
+            PersimmonConfig: {},
+            Phi3Config: {"num_key_value_heads": 2},
+        }.items()
+        for width in ("hidden_size", "intermediate_size")
+    ],
+    (GPTBigCodeConfig(vocab_size=60, n_embd=32, n_layer=4, n_head=2, pad_token_id=0), {"hidden_size": 16}),
+    (MptConfig(vocab_size=60, d_model=32, n_layers=4, n_heads=2, pad_token_id=0), {"hidden_size": 16}),
+    *[
+        (kind(**SIZES, pad_token_id=0), {"hidden_size": 16})
+        for kind in (ConvBertConfig, EsmConfig, MPNetConfig, NystromformerConfig)
+    ],
     (ElectraConfig(**SIZES, embedding_size=16), {"hidden_size": 16}),  # from 16 to 32 leads a map, to 16 none
 ]
 IDS_BT = torch.arange(4, 40).reshape(3, 12)

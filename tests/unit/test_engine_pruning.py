@@ -623,7 +623,7 @@ def test_a_kind_of_model_that_cannot_be_narrowed_is_refused_at_submit() -> None:
     facts = ModelFacts(model_type="gpt_neox", num_layers=4, hidden_size=32, num_heads=2)
     [(field, message)] = problems_of(facts, {"intermediate_size": 24})
     assert field == "stages.0.intermediate_size"
-    assert "a 'gpt_neox' makes queries, keys and values in a way that cannot be narrowed" in message
+    assert "a 'gpt_neox' is built in a way in which this cannot be narrowed" in message
     assert problems_of(facts, {"num_layers": 2}) == []
 
 

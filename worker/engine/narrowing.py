@@ -87,13 +87,17 @@ def narrow(
         [_most(groups, new.num_groups) for groups in seen.groups],
         [_most(neurons, new.inner) for neurons in seen.neurons],
     )
-    student = type(model)._from_config(config, dtype=torch.float32)
-    student.has_new_head = model.has_new_head
-    wanted, cutter = student.state_dict(), Cutter(model, parts, widths, kept)
+    cutter = Cutter(model, parts, widths, kept)
     try:
+        student = type(model)._from_config(config, dtype=torch.float32)
+        wanted = student.state_dict()
         student.load_state_dict({name: cutter.cut(name, x, wanted[name]) for name, x in model.state_dict().items()})
-    except (KeyError, RuntimeError) as error:  # other weights than the model's
+    except (KeyError, RuntimeError, ValueError) as error:  # other weights than the model's, or no such model
         raise _unknown(model.config) from error
+    downs = {name for name, module in model.named_modules() if any(module is part.down for part in parts.values())}
+    if any(tuple(by_input(student.get_submodule(name)).shape) != (new.inner, new.states) for name in downs):
+        raise _unknown(model.config)  # which has other names for its widths, so that all of them stayed
+    student.has_new_head = model.has_new_head
     log.info("%d of %d states are kept: %s", new.states, widths.states, kept.states.tolist())
     return student
 
@@ -120,7 +124,10 @@ def _find_part(layer: Module, config: PreTrainedConfig) -> Part:
     widths = read_widths(config)
     linear = [module for module in layer.modules() if isinstance(module, Map)]
     inside = find_attention(layer)
-    projections = cast("list[Map]", find_projections(layer))
+    try:
+        projections = cast("list[Map]", find_projections(layer))
+    except StageFailed as error:
+        raise _unknown(config) from error
     outs = [
         module
         for module in inside[len(projections) :]

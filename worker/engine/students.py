@@ -17,7 +17,7 @@ from worker.engine.loading import find_layers
 if TYPE_CHECKING:
     from worker.methods.students.fresh import Fresh
 
-INNER_WIDTHS = ("intermediate_size", "n_inner", "hidden_dim")
+INNER_WIDTHS = ("intermediate_size", "n_inner", "hidden_dim", "ffn_dim", "ffn_hidden_size", "dff", "d_inner")
 log = logging.getLogger(__name__)
 
 
@@ -136,7 +136,7 @@ def read_widths(config: PreTrainedConfig) -> Widths:
     heads, name = config.num_attention_heads, _find_inner_width(config)
     return Widths(
         states=config.hidden_size,
-        inner=getattr(config, name) if name else 4 * config.hidden_size,  # GPT-2 leaves it out
+        inner=(getattr(config, name) if name else None) or 4 * config.hidden_size,  # GPT-2 leaves it out
         head=getattr(config, "head_dim", None) or config.hidden_size // heads,
         num_heads=heads,
         num_groups=getattr(config, "num_key_value_heads", None) or heads,
@@ -145,7 +145,7 @@ def read_widths(config: PreTrainedConfig) -> Widths:
 
 def set_widths(config: PreTrainedConfig, widths: Widths) -> None:
     """Puts widths into a config, those that it has names for."""
-    for name in ("pooler_hidden_size", "embedding_size"):  # of DeBERTa and ELECTRA, where they are as wide
+    for name in ("pooler_hidden_size", "embedding_size", "word_embed_proj_dim"):  # of DeBERTa, ELECTRA and OPT
         if getattr(config, name, None) == config.hidden_size and config.model_type != "albert":  # which has a map there
             setattr(config, name, widths.states)
     config.hidden_size, config.num_attention_heads = widths.states, widths.num_heads
@@ -153,12 +153,14 @@ def set_widths(config: PreTrainedConfig, widths: Widths) -> None:
         config.num_key_value_heads = widths.num_groups
     if getattr(config, "head_dim", None):
         config.head_dim = widths.head
-    setattr(config, _find_inner_width(config) or "n_inner", widths.inner)
+    inner = _find_inner_width(config)
+    if inner:
+        setattr(config, inner, widths.inner)
 
 
 def _find_inner_width(config: PreTrainedConfig) -> str | None:
-    """Returns what a config calls the width inside its feed-forward layers; None where it leaves it out."""
-    return next((name for name in INNER_WIDTHS if getattr(config, name, None)), None)
+    """Returns what a config calls the width inside its feed-forward layers; None where it has no name for it."""
+    return next((name for name in INNER_WIDTHS if hasattr(config, name)), None)
 
 
 def with_layers(teacher: PreTrainedModel, keep: list[int]) -> PreTrainedConfig:
