@@ -94,8 +94,9 @@ def narrow(
         student.load_state_dict({name: cutter.cut(name, x, wanted[name]) for name, x in model.state_dict().items()})
     except (KeyError, RuntimeError, ValueError) as error:  # other weights than the model's, or no such model
         raise _unknown(model.config) from error
-    downs = {name for name, module in model.named_modules() if any(module is part.down for part in parts.values())}
-    if any(tuple(by_input(student.get_submodule(name)).shape) != (new.inner, new.states) for name in downs):
+    downs = {part.down for part in parts.values()}
+    made = [student.get_submodule(name) for name, module in model.named_modules() if module in downs]
+    if any(tuple(by_input(down).shape) != (new.inner, new.states) for down in cast("list[Map]", made)):
         raise _unknown(model.config)  # which has other names for its widths, so that all of them stayed
     student.has_new_head = model.has_new_head
     log.info("%d of %d states are kept: %s", new.states, widths.states, kept.states.tolist())

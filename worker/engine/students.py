@@ -145,7 +145,8 @@ def read_widths(config: PreTrainedConfig) -> Widths:
 
 def set_widths(config: PreTrainedConfig, widths: Widths) -> None:
     """Puts widths into a config, those that it has names for."""
-    for name in ("pooler_hidden_size", "embedding_size", "word_embed_proj_dim"):  # of DeBERTa, ELECTRA and OPT
+    # of DeBERTa, ELECTRA and OPT, where they are as wide as the states
+    for name in ("pooler_hidden_size", "embedding_size", "word_embed_proj_dim"):
         if getattr(config, name, None) == config.hidden_size and config.model_type != "albert":  # which has a map there
             setattr(config, name, widths.states)
     config.hidden_size, config.num_attention_heads = widths.states, widths.num_heads
