@@ -12,6 +12,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import (
     AlbertConfig,
     BertConfig,
+    BloomConfig,
     DistilBertConfig,
     ElectraConfig,
     GPT2Config,
@@ -330,6 +331,12 @@ def test_a_fresh_model_has_the_sizes_and_loads_again(config: PreTrainedConfig, t
 def test_sizes_that_cannot_be_are_told() -> None:
     with pytest.raises(StageFailed, match="A 'bert' cannot have 2 heads and a width of 17"):
         make_fresh(make(CONFIGS[0]), Fresh(hidden_size=17, num_heads=2))
+    bloom = make(BloomConfig(vocab_size=60, hidden_size=32, n_layer=2, n_head=2, pad_token_id=0))
+    with pytest.raises(StageFailed, match="A 'bloom' has feed-forward layers of a width that follows"):
+        make_fresh(bloom, Fresh(intermediate_size=64))
+    [problem] = Fresh(intermediate_size=64).check(ModelFacts(model_type="bloom"))
+    assert problem.field == "intermediate_size"
+    assert make_fresh(bloom, Fresh(hidden_size=16)).config.hidden_size == 16
     assert Fresh(num_heads=3).check(ModelFacts(model_type="bert", hidden_size=32))[0].field == "num_heads"
 
 

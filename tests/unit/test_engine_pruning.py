@@ -12,7 +12,7 @@ from torch.nn import Embedding
 from torch.nn.utils import prune as torch_prune
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForSequenceClassification as Classifier
-from transformers import BertConfig, BertForSequenceClassification, PreTrainedConfig
+from transformers import BertConfig, BertForSequenceClassification, Phi3Config, Phi3ForCausalLM, PreTrainedConfig
 
 from app.jobs.resolving import check_models
 from core.compressing import Narrowed
@@ -267,6 +267,20 @@ def test_what_is_told_of_a_language_model_is_what_it_has(measure: str, tmp_path:
     assert len(summary["candidates"]) > 1
     if measure == "flops":
         assert summary["limit"] == pytest.approx(0.6 * summary["flops_before"])
+
+
+def test_of_a_model_that_cannot_be_narrowed_layers_alone_go_to_a_goal(tmp_path: Path) -> None:
+    bench = Bench(tmp_path).lay_language()
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 128}
+    vocab_size = json.loads((bench.inputs / "teacher/config.json").read_text())["vocab_size"]
+    Phi3ForCausalLM(Phi3Config(**sizes, vocab_size=vocab_size, pad_token_id=0)).save_pretrained(
+        bench.inputs / "teacher"
+    )
+    task, student = {"kind": "causal_lm", "block_tokens": 32}, {"kind": "teacher_layers", "keep": [0, 1, 2]}
+    done = bench.succeed(make_spec([{"kind": "prune", "to": {"flops": 0.8}}], task=task, student=student), labels=[])
+    found = done.last["summary"]["candidates"]
+    assert [(one["num_layers"], one["intermediate_size"]) for one in found] == [(2, 128)]
+    assert json.loads((done.outputs / "student/config.json").read_text())["num_hidden_layers"] == 2
 
 
 @pytest.mark.parametrize("config", KNOWN, ids=lambda config: config.model_type)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from transformers import PreTrainedModel
 
+from core.compressing import NEVER_NARROWED
 from core.errors import StageFailed
 from worker.engine.changes import Reader, compare
 from worker.engine.context import StageContext
@@ -73,6 +74,8 @@ def _prune_to(
     if cost(shape) <= limit:
         ctx.warn("goal_met_before", f"The student as it is meets the goal: its {goal.measure} is {cost(shape):,.10g}.")
     best, most, step = whole.model, -math.inf, settings.find_step(shape.intermediate_size)
+    if whole.model.config.model_type in NEVER_NARROWED:
+        step = shape.intermediate_size  # so that layers alone go
     candidates: list[dict[str, Any]] = []
     for fitting, keep in _list_fitting(shape, cost, limit, step, drop_layers(ctx, *whole)):
         ctx.progress(len(candidates), MOST_DEPTHS)

@@ -118,6 +118,9 @@ def make_fresh(teacher: PreTrainedModel, sizes: "Fresh") -> PreTrainedModel:
         StageFailed: The architecture cannot have these sizes.
     """
     old = teacher.config
+    if sizes.intermediate_size and _find_inner_width(old) is None:
+        message = f"A '{old.model_type}' has feed-forward layers of a width that follows from its states."
+        raise StageFailed("spec_invalid", message, suggestion="Leave student.intermediate_size out.")
     num_layers = sizes.num_layers or old.num_hidden_layers
     config = with_layers(teacher, [index % old.num_hidden_layers for index in range(num_layers)])
     widths = read_widths(old).resized(sizes.hidden_size, sizes.num_heads, sizes.intermediate_size)

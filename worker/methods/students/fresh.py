@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 
     from worker.engine.context import StageContext
 
+# Architectures whose configs say no such width, as it follows from that of the states.
+WITHOUT_INNER_WIDTH = ("bloom", "flaubert", "gpt_neox_japanese", "mpt", "openai-gpt", "xlm")
+
 
 class Fresh(Student):
     """Starts from nothing: the teacher's architecture and tokenizer, in sizes of your own, with random weights.
@@ -34,7 +37,10 @@ class Fresh(Student):
     )
 
     def check(self, start: ModelFacts) -> list[Problem]:
-        """Returns a problem for a width that its heads cannot share."""
+        """Returns a problem for a width that its heads cannot share, or that the architecture has no setting for."""
+        if self.intermediate_size and start.model_type in WITHOUT_INNER_WIDTH:
+            why = f"a '{start.model_type}' has feed-forward layers whose width follows from its states; leave it out"
+            return [Problem("intermediate_size", why)]
         width = self.hidden_size or start.hidden_size
         if self.num_heads and width and width % self.num_heads:
             return [Problem("num_heads", f"{self.num_heads} heads cannot share a width of {width}; choose a divisor")]
