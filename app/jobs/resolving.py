@@ -18,7 +18,7 @@ from core.errors import Gone, ModelInvalid, NotFound
 from core.jobs.repository import find_artifact, get_job
 from core.jobs.spec import JobSpec, spec_invalid
 from core.losses import hears_kept
-from core.methods import Api, Depths, ModelSource, Problem, Stage
+from core.methods import Api, Depths, ModelSource, Problem, Stage, Task
 from core.models.facts import ModelFacts
 from core.models.hub import resolve as resolve_hub
 from core.models.outputs import read_output
@@ -224,14 +224,24 @@ def _check_known_labels(spec: JobSpec, facts: dict[str, ModelFacts], labels: dic
     problems: Problems = []
     for role in sorted(facts.keys() - {"teacher", "base"}):
         source = spec.models()[role]
-        why = _say_other_labels(facts[role], labels[source.part] if source.part else _join(labels))
+        wanted = labels[source.part] if source.part else _join(labels)
+        task = spec.task.parts()[source.part] if source.part else spec.task
+        why = _say_other_labels(facts[role], task, wanted)
         if why:
             add(problems, source.field, f"{why}; name a model that was fine-tuned on these")
     return problems
 
 
-def _say_other_labels(known: ModelFacts, wanted: list[str]) -> str:
-    """Returns that a model has other labels than these, in any order, or none; nothing where it has them."""
+def _say_other_labels(known: ModelFacts, task: Task, wanted: list[str]) -> str:
+    """Returns that a model has other labels than these, in any order, or gives them to words where texts have them.
+
+    Nothing where it has them.
+    """
+    is_of_words = task.kind == "token_classification"
+    other = "ForSequenceClassification" if is_of_words else "ForTokenClassification"
+    if task.kind != "multi_task" and any(name.endswith(other) for name in known.architectures):
+        mine, its = ("words", "texts") if is_of_words else ("texts", "words")
+        return f"it is a {known.architectures[0]}, which gives labels to {its} and not to {mine}"
     found = known.labels or []
     shown = ", ".join(found[:10]) or "none"
     return "" if sorted(found) == sorted(wanted) else f"its labels ({shown}) are not those of the data"
@@ -244,7 +254,7 @@ def _warn_of_head(spec: JobSpec, facts: dict[str, ModelFacts], labels: dict[str,
     wanted = _join(labels)
     if "teacher" not in facts or not spec.teacher.is_model or is_trained or not is_heard or not wanted:
         return []
-    why = _say_other_labels(facts["teacher"], wanted)
+    why = _say_other_labels(facts["teacher"], spec.task, wanted)
     hint = "so its answers will be random; put a 'finetune' first, or name a model that was fine-tuned on these"
     return [{"field": "teacher.model", "message": f"{why}, {hint}"}] if why else []
 

@@ -181,5 +181,13 @@ def test_a_teacher_for_each_task_must_have_its_labels(api: Api) -> None:
     [detail] = answer.json()["error"]["details"]
     assert detail["field"] == "teacher.models.stars"
     assert "are not those of the data" in detail["message"]
-    spec["teacher"]["models"]["stars"] = "stars"
+    assert (
+        api.push_model("words", model_files(6, architectures=["BertForTokenClassification"], **labels)).status_code
+        == 201
+    )
+    spec["teacher"]["models"] |= {"stars": "stars", "topic": "words"}
+    [detail] = api("POST", "/v1/jobs", json=spec).json()["error"]["details"]
+    assert detail["field"] == "teacher.models.topic"
+    assert "it is a BertForTokenClassification, which gives labels to words and not to texts" in detail["message"]
+    spec["teacher"]["models"]["topic"] = "topics"
     assert api("POST", "/v1/jobs", json=spec).status_code == 202, answer.text

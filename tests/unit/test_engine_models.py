@@ -11,6 +11,7 @@ import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import (
     AlbertConfig,
+    AutoModelForTokenClassification,
     BertConfig,
     BloomConfig,
     DistilBertConfig,
@@ -139,6 +140,19 @@ def test_a_head_over_other_labels_is_new(saved: Path, labels: list[str]) -> None
     old = load_classifier(saved, LABELS).classifier.weight
     assert not torch.equal(model.classifier.weight[:2], old[:2])
     assert list(model.config.label2id) == labels
+
+
+def test_a_head_over_the_same_labels_for_words_is_not_one_for_texts(saved: Path) -> None:
+    for saved_as, read_as in (
+        (AutoModelForTokenClassification, Classifier),
+        (Classifier, AutoModelForTokenClassification),
+    ):
+        model = saved_as.from_pretrained(saved)
+        model.save_pretrained(saved)
+        assert not load_classifier(saved, LABELS, saved_as).has_new_head
+        other = load_classifier(saved, LABELS, read_as)
+        assert other.has_new_head
+        assert not torch.equal(other.classifier.weight, model.classifier.weight)
 
 
 def test_a_folder_without_a_head_gets_one(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ OFFLINE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 COMPLETE_FOLDER = "Upload the whole folder: config.json, safetensors and tokenizer, as save_pretrained writes them."
 INPUT_NAMES = ("input_ids", "attention_mask", "token_type_ids")
 NO_LABELS = ["LABEL_0", "LABEL_1"]  # what stock `transformers` calls those of a model that has none
+HEADS = ("ForSequenceClassification", "ForTokenClassification")
 CHECKED_TOKENS = 8
 BASE, ADAPTERS = "base", "adapters"  # folders of a model that is stored as it was, and of what is beside it
 BRANCHES = "branches"  # folder of what each task has of its own; what they share is then in the first one
@@ -46,8 +47,9 @@ def load_classifier(
 ) -> PreTrainedModel:
     """Returns the folder's classifier over these labels, of texts or (by the class) of tokens, in float32 by default.
 
-    A head over the same labels in another order is put in this order; a head over other labels, or a missing one, is
-    new, and `has_new_head` says so. What lies beside the model, adapters or layers of tasks, is attached to it.
+    A head over the same labels in another order is put in this order; a head over other labels, a missing one, or one
+    of tokens where texts have classes, is new, and `has_new_head` says so. What lies beside the model, adapters or
+    layers of tasks, is attached to it.
 
     Raises:
         StageFailed: `teacher_unavailable` when the folder cannot be loaded, or lacks weights of the encoder.
@@ -86,7 +88,7 @@ def _attach(model: PreTrainedModel, folder: Path) -> None:
 
 
 def _read(auto_class: Any, folder: Path, options: dict[str, Any]) -> tuple[PreTrainedModel, list[str], set[str]]:
-    """Returns the model, the labels that its folder names, and the names of the tensors that its folder lacks."""
+    """Returns the model, the labels that its folder names for such a head, and the names of the tensors it lacks."""
     own = _names_beside(folder)
     folder = folder / BASE if (folder / BASE).is_dir() else folder
     try:
@@ -103,8 +105,15 @@ def _read(auto_class: Any, folder: Path, options: dict[str, Any]) -> tuple[PreTr
             raise
         message = f"The model cannot be loaded: {str(error).splitlines()[0]}"
         raise StageFailed("teacher_unavailable", message, suggestion=COMPLETE_FOLDER) from error
-    found = [config.id2label[index] for index in sorted(config.id2label)]
+    stored = _head_of((config.architectures or [""])[0])
+    is_other = stored is not None and stored != _head_of(type(model).__name__)
+    found = [] if is_other else [config.id2label[index] for index in sorted(config.id2label)]
     return model, found, (set(info["missing_keys"]) | {key[0] for key in info["mismatched_keys"]}) - own
+
+
+def _head_of(class_name: str) -> str | None:
+    """Returns what a class of classifiers gives labels to; None of any other class."""
+    return next((end for end in HEADS if class_name.endswith(end)), None)
 
 
 def _names_beside(folder: Path) -> set[str]:
