@@ -27,7 +27,7 @@ from rich.table import Table
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from core.methods import list_methods
+from core.registry import list_methods
 from worker.engine.objective import Objective, Term
 from worker.kernels.heads import Head, HeadSignal, backward_through_head
 

@@ -5,7 +5,8 @@ from typing import Any, ClassVar, Literal, NamedTuple
 from pydantic import Field, field_validator
 from pydantic_core import PydanticCustomError
 
-from core.methods import Method, ModelFacts, Problem, Widths
+from core.methods import ModelFacts, Problem, Widths
+from core.registry import Method
 from core.strict import StrictModel
 
 # Architectures whose layers narrowing cannot take apart: heads mixed in one map, experts, maps that are no linear ones.

@@ -7,7 +7,8 @@ from pydantic_core import PydanticCustomError
 
 from core.changing import ModelStage
 from core.compressing import Adaptee, Adapter, MatrixAdapter, Zeros
-from core.methods import ModelFacts, OneOf, Problem, Stage
+from core.methods import ModelFacts, Problem, Stage
+from core.registry import OneOf
 from core.strict import StrictModel
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field, TypeAdapter
 from app.deps import Reader
 from app.envelope import errors
 from core.errors import NotFound
-from core.methods import Method, list_families, list_methods
+from core.registry import Method, list_families, list_methods
 from core.strict import suggest
 
 router = APIRouter(prefix="/v1/methods", tags=["methods"], responses=errors(401, 403, 422, 503))

@@ -11,18 +11,8 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from core.datasets.refs import DataSpec
 from core.errors import SpecInvalid
-from core.methods import (
-    SPLITS,
-    ModelSource,
-    OneOf,
-    Problem,
-    Stage,
-    Student,
-    Task,
-    Teacher,
-    list_families,
-    list_methods,
-)
+from core.methods import SPLITS, ModelSource, Problem, Stage, Student, Task, Teacher
+from core.registry import OneOf, list_families, list_methods
 from core.strict import StrictModel, suggest
 from core.target import Target
 

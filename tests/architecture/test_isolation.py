@@ -26,7 +26,7 @@ def test_module_imports_nothing_heavy(module: str) -> None:
 def test_every_method_is_found_without_torch() -> None:
     code = f"""
 import sys
-from core.methods import list_families, list_methods
+from core.registry import list_families, list_methods
 assert all(list_methods(family) for family in list_families())
 print([m for m in {HEAVY!r} if m in sys.modules])
 """

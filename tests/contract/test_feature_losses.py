@@ -26,7 +26,8 @@ from transformers import (
 
 from core.errors import SpecInvalid, StageFailed
 from core.losses import FeatureLoss
-from core.methods import Depths, list_methods
+from core.methods import Depths
+from core.registry import list_methods
 from tests import pico
 from tests.engine_bench import FAST, Bench, make_spec
 from tests.feature_oracles import ORACLES, states

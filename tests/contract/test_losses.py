@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
 from core.losses import FeatureLoss
-from core.methods import list_methods
+from core.registry import list_methods
 from worker.kernels.signals import DenseSignal
 
 LOSSES = {kind: loss for kind, loss in list_methods("losses").items() if not issubclass(loss, FeatureLoss)}

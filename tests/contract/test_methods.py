@@ -12,7 +12,7 @@ from jsonschema import Draft202012Validator
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import PydanticUndefined
 
-from core.methods import METHODS_PACKAGE, Method, list_families, list_methods
+from core.registry import METHODS_PACKAGE, Method, list_families, list_methods
 
 ROOT = Path(__file__).parents[2]
 METHODS = [(family, kind, cls) for family in list_families() for kind, cls in list_methods(family).items()]
@@ -90,7 +90,7 @@ def test_a_number_has_bounds(family: str, kind: str, cls: type[Method]) -> None:
 
 def test_finding_the_methods_imports_no_heavy_library() -> None:
     code = (
-        "import sys, core.methods; core.methods.discover();"
+        "import sys, core.registry; core.registry.discover();"
         "print([n for n in ('torch', 'transformers', 'numpy', 'onnx', 'onnxruntime') if n in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)

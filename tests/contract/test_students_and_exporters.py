@@ -20,7 +20,8 @@ from transformers import (
 )
 
 from core.errors import SpecInvalid, StageFailed
-from core.methods import ONNX_FORMS, list_methods
+from core.methods import ONNX_FORMS
+from core.registry import list_methods
 from tests import pico
 from tests.engine_bench import LABELS, Bench, contents, make_spec
 from worker.engine.context import Order, StageContext

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import GPT2Config, OPTConfig, PreTrainedConfig
 
-from core.methods import list_methods
+from core.registry import list_methods
 from tests.unit.test_engine_models import CONFIGS, SIZES, make
 from tests.unit.test_engine_narrowing import KNOWN, context, parts_of
 from tests.unit.test_engine_relay import CONTEXT, make_any

@@ -28,7 +28,8 @@ from transformers import (
 
 from core.errors import SpecInvalid, StageFailed
 from core.jobs.spec import load_spec
-from core.methods import ModelFacts, list_methods
+from core.methods import ModelFacts
+from core.registry import list_methods
 from stillhouse.classifier import Classifier
 from stillhouse.errors import InvalidInput
 from tests import pico

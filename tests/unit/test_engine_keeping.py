@@ -21,7 +21,7 @@ from transformers import (
 
 from core.errors import SpecInvalid, StageFailed
 from core.losses import FeatureLoss
-from core.methods import list_methods
+from core.registry import list_methods
 from tests import pico
 from tests.engine_bench import Bench, contents, finished_before, make_spec
 from worker.child import ForkServer

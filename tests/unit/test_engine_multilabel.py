@@ -16,7 +16,7 @@ from sklearn.metrics import accuracy_score, f1_score, precision_recall_fscore_su
 from torch.distributions import Bernoulli, kl_divergence
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from core.methods import list_methods
+from core.registry import list_methods
 from stillhouse.classifier import Classifier
 from tests import pico
 from tests.engine_bench import FAST, LABELS, Bench, make_spec

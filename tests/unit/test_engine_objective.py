@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from core.losses import FeatureLoss
-from core.methods import list_methods
+from core.registry import list_methods
 from worker.engine.data import Batch
 from worker.engine.objective import Objective, ShareWatch, Term
 from worker.engine.uncertainty import Uncertainty

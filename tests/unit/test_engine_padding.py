@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from core.losses import FeatureLoss
-from core.methods import list_methods
+from core.registry import list_methods
 from tests import pico
 from tests.engine_bench import Bench, make_spec
 from worker.engine import devices

@@ -18,10 +18,10 @@ from app.jobs.resolving import check_models
 from core.compressing import Narrowed
 from core.errors import SpecInvalid, StageFailed
 from core.jobs.spec import load_spec
-from core.methods import list_methods
 from core.models.facts import ModelFacts, read_facts
 from core.models.safetensors_header import read_tensors
 from core.models.widths import Widths
+from core.registry import list_methods
 from tests import pico
 from tests.engine_bench import FAST, Bench, contents, make_spec
 from tests.unit.test_engine_models import CONFIGS, make

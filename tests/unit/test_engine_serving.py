@@ -19,7 +19,7 @@ from onnxruntime.quantization.calibrate import CalibrationMethod, create_calibra
 from transformers import AutoTokenizer
 
 from core.errors import SpecInvalid
-from core.methods import list_methods
+from core.registry import list_methods
 from tests import pico
 from tests.engine_bench import FAST, LABELS, Bench, contents, make_spec
 from worker.engine import exporting

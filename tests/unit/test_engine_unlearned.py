@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from core.losses import FeatureLoss
-from core.methods import list_methods
+from core.registry import list_methods
 from tests import pico
 from tests.engine_bench import Bench, make_spec
 from worker.engine import checkpoints

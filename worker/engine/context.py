@@ -20,7 +20,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from core.errors import StageFailed
 from core.jobs.spec import JobSpec
-from core.methods import Stage, list_methods
+from core.methods import Stage
+from core.registry import list_methods
 from worker.engine import checkpoints, ranks
 from worker.engine.devices import choose_device
 from worker.engine.failures import StopRequested, is_storage_full

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from core.jobs.spec import JobSpec
-from core.methods import list_methods
+from core.registry import list_methods
 from worker.engine.child import adopt_orphans, die_with_parent, run_stage, set_environment
 
 MAX_MESSAGE_BYTES = 64 * 1024

@@ -9,7 +9,8 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from core.methods import Loss, OneOf
+from core.methods import Loss
+from core.registry import OneOf
 from worker.engine.context import StageContext
 from worker.engine.data import Batch
 from worker.engine.uncertainty import Uncertainty, find_uncertainty

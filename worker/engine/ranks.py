@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
 from core.jobs.spec import JobSpec
-from core.methods import list_methods
+from core.registry import list_methods
 from worker.engine.child import die_with_parent
 from worker.engine.data import Batch
 

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from core.compressing import Importance
 from core.errors import StageFailed
-from core.methods import list_methods
 from core.pareto import MEASURED, POINTS
+from core.registry import list_methods
 from worker.engine import checkpoints
 from worker.engine.context import StageContext
 from worker.engine.distillation import make_trainer

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from core.losses import FeatureLoss
-from core.methods import list_methods
+from core.registry import list_methods
 from worker.engine.objective import Objective, Term
 from worker.kernels.heads import AcrossSignal, Head, HeadSignal, backward, backward_through_head
 from worker.kernels.precision import halves

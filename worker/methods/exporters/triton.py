@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from core.methods import Exporter, OneOf
+from core.methods import Exporter
+from core.registry import OneOf
 
 if TYPE_CHECKING:
     from worker.engine.context import StageContext

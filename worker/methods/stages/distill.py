@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from core.losses import FeatureLoss
-from core.methods import Depths, Loss, Method, ModelFacts, OneOf, Problem, Task, list_methods
+from core.methods import Depths, Loss, ModelFacts, Problem, Task
 from core.prompts import check_places
+from core.registry import Method, OneOf, list_methods
 from core.strict import StrictModel, one_message
 from core.training import Training
 from worker.methods.stages.answer import Answer

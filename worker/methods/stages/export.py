@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from core.changing import find_change
-from core.methods import Exporter, ModelFacts, OneOf, Problem, Stage
+from core.methods import Exporter, ModelFacts, Problem, Stage
+from core.registry import OneOf
 from worker.methods.stages.quantize import Quantize
 
 if TYPE_CHECKING:

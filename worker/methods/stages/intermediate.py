@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from core.datasets.refs import DataSpec, TrainingData
-from core.methods import OneOf, Problem, Task
+from core.methods import Problem, Task
+from core.registry import OneOf
 from worker.methods.stages.finetune import Finetune
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ from pydantic_core import PydanticCustomError
 
 from core.changing import ModelStage, Sizes
 from core.compressing import Importance, Narrowed
-from core.methods import ModelFacts, OneOf, Problem, Stage
+from core.methods import ModelFacts, Problem, Stage
+from core.registry import OneOf
 from core.strict import StrictModel
 from worker.methods.stages.distill import Distill
 

@@ -8,8 +8,9 @@ from pydantic import Field
 
 from core.changing import ModelStage
 from core.compressing import Rounding
-from core.methods import ModelFacts, OneOf, Problem
+from core.methods import ModelFacts, Problem
 from core.models.facts import POST_NORM
+from core.registry import OneOf
 
 if TYPE_CHECKING:
     from core.jobs.spec import JobSpec

@@ -7,8 +7,9 @@ from pydantic import Field
 
 from core.changing import ModelStage, find_change
 from core.losses import FeatureLoss
-from core.methods import Exporter, OneOf, Problem
+from core.methods import Exporter, Problem
 from core.pareto import POINTS
+from core.registry import OneOf
 from core.target import Target
 from worker.methods.stages.distill import Distill
 

@@ -7,7 +7,8 @@ from pydantic import Field
 
 from core.changing import ModelStage
 from core.compressing import Sparsity, Zeros
-from core.methods import ModelFacts, OneOf, Problem
+from core.methods import ModelFacts, Problem
+from core.registry import OneOf
 
 if TYPE_CHECKING:
     from core.jobs.spec import JobSpec

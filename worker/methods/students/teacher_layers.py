@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from core.compressing import Importance, Narrowed
-from core.methods import ModelFacts, ModelRef, OneOf, Problem, Student, Widths
+from core.methods import ModelFacts, ModelRef, Problem, Student, Widths
+from core.registry import OneOf
 from core.strict import StrictModel, one_message
 
 if TYPE_CHECKING:

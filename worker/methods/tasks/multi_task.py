@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, StringConstraints
 
-from core.methods import ENCODER_FORMS, OneOf, Task
+from core.methods import ENCODER_FORMS, Task
+from core.registry import OneOf
 from core.strict import one_message
 
 if TYPE_CHECKING:
