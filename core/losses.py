@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from core.jobs.spec import JobSpec
 
 LayerPart = Literal["first_token", "hidden", "query", "key", "value"]  # of what a layer computes
+EMBEDDINGS = -1  # in place of a layer's number: the states that the first one gets
 
 
 class Divergence(Loss):
@@ -58,12 +59,16 @@ class FeatureLoss(Loss):
     denominator: ClassVar[Literal["tokens", "examples"]] = "tokens"
 
     layers: Annotated[
-        Literal["uniform", "skip", "last"] | list[Annotated[list[int], Field(min_length=2, max_length=2)]],
-        one_message("layers", "layers is 'uniform', 'skip', 'last', or a list of [student's, teacher's] from 0"),
+        Literal["uniform", "skip", "last", "embeddings"]
+        | list[Annotated[list[int], Field(min_length=2, max_length=2)]],
+        one_message(
+            "layers", "layers is 'uniform', 'skip', 'last', 'embeddings', or a list of [student's, teacher's] from 0"
+        ),
     ] = Field(
         "uniform",
         description="Which layers are compared: `uniform` each of the student with the last of its share of the "
-        "teacher's, `skip` these without the last, `last` the last ones, or pairs `[student's, teacher's]` from 0.",
+        "teacher's, `skip` these without the last, `last` the last ones, `embeddings` what the first ones get, for "
+        "losses on states, or pairs `[student's, teacher's]` from 0.",
     )
 
     @model_validator(mode="after")
@@ -72,23 +77,28 @@ class FeatureLoss(Loss):
             raise PydanticCustomError("weight", "only a loss on logits can have the weight 'auto'; give a number", {})
         if not self.layers:
             raise PydanticCustomError("layers", "layers is empty; name at least one pair of layers", {})
+        if self.layers == "embeddings" and self.needs != ("hidden",):
+            why = "embeddings are states alone; use 'hidden_mse' or 'hidden_cosine' for them, or compare layers"
+            raise PydanticCustomError("layers", why, {})
         return self
 
     def pairs(self, depths: Depths) -> list[tuple[int, int]]:
         """Returns pairs of a student's and a teacher's layer, counted from 0.
 
-        Paper: Jiao et al. 2020, "TinyBERT", section 3.1 (uniform); Sun et al. 2019, "Patient Knowledge Distillation for
-        BERT Model Compression", section 3.2 (skip).
+        Paper: Jiao et al. 2020, "TinyBERT", section 3.1 (uniform; equation 9: embeddings); Sun et al. 2019, "Patient
+        Knowledge Distillation for BERT Model Compression", section 3.2 (skip).
         """
         if not isinstance(self.layers, str):
             return [(student, teacher) for student, teacher in self.layers]
         count = depths.student
         uniform = [(index, (index + 1) * depths.teacher // count - 1) for index in range(count)]
-        return {"uniform": uniform, "skip": uniform[:-1] or uniform, "last": uniform[-1:]}[self.layers]
+        rules = {"uniform": uniform, "skip": uniform[:-1] or uniform, "last": uniform[-1:]}
+        return rules.get(self.layers, [(EMBEDDINGS, EMBEDDINGS)])
 
     def find_wrong(self, depths: Depths) -> str | None:
         """Returns what to say of a pair whose layers are not there."""
-        wrong = [[s, t] for s, t in self.pairs(depths) if not (0 <= s < depths.student and 0 <= t < depths.teacher)]
+        named = [] if isinstance(self.layers, str) else self.layers
+        wrong = [[s, t] for s, t in named if not (0 <= s < depths.student and 0 <= t < depths.teacher)]
         return (
             f"layers names {wrong[0]}; the student has {depths.student} layers and the teacher {depths.teacher}, "
             "counted from 0"

@@ -217,12 +217,52 @@ def test_projections_are_compared_with_the_adapter_that_the_model_is_given_then(
     torch.testing.assert_close(found.value_BTD, merged.value_proj(hidden_BTD))
 
 
+@pytest.mark.parametrize("config", [*CONFIGS, *TURNED], ids=lambda config: config.model_type)
+def test_embeddings_are_compared(config: PreTrainedConfig) -> None:
+    """Value and gradient, against torch's distance of what stock transformers says they are."""
+    student, teacher, batch = make(config)
+    mask_BT = batch.inputs["attention_mask"].bool()
+    s_NH, t_NH = (
+        model(**batch.inputs, output_hidden_states=True).hidden_states[0][mask_BT] for model in (student, teacher)
+    )
+    expected = torch.nn.functional.mse_loss(s_NH, t_NH.detach())
+    table = student.get_input_embeddings().weight
+    [gradient] = torch.autograd.grad(expected, table)
+    assert compare("hidden_mse", student, teacher, batch, layers="embeddings") == pytest.approx(
+        expected.item(), rel=1e-5
+    )
+    torch.testing.assert_close(table.grad, gradient, rtol=1e-4, atol=1e-8)
+
+
+def test_embeddings_have_states_alone_and_are_not_kept() -> None:
+    soft, embedded = {"kind": "forward_kl"}, {"kind": "hidden_mse", "layers": "embeddings"}
+    kept = {"kind": "answer", "layers": {"hidden": [-1]}}
+    for stages, field, hint in (
+        (
+            [{"kind": "distill", "losses": [soft, embedded | {"kind": "relations"}]}],
+            "stages.0.losses.1",
+            "'hidden_mse'",
+        ),
+        (
+            [kept, {"kind": "distill", "losses": [soft, embedded]}],
+            "stages.1.losses.1.layers",
+            "stages.0 keeps no embed",
+        ),
+    ):
+        with pytest.raises(SpecInvalid) as caught:
+            make_spec(stages)
+        [detail] = caught.value.details
+        assert detail["field"] == field
+        assert hint in detail["message"]
+
+
 @pytest.mark.parametrize(
     ("layers", "pairs"),
     [
         ("uniform", [(0, 1), (1, 3), (2, 5)]),
         ("skip", [(0, 1), (1, 3)]),
         ("last", [(2, 5)]),
+        ("embeddings", [(-1, -1)]),
         ([[0, 0], [2, 5]], [(0, 0), (2, 5)]),
     ],
 )
@@ -316,13 +356,14 @@ def test_states_of_another_width_are_projected(kind: str) -> None:
 def test_projections_are_trained_kept_over_a_crash_and_no_part_of_the_student(bench: Bench, tmp_path: Path) -> None:
     bench = bench.copy(tmp_path / "bench")
     pico.write_model(bench.inputs / "base", num_layers=1, width=16)
-    losses = [{"kind": "cross_entropy"}, *({"kind": kind} for kind in PROJECTED)]
+    embedded = {"kind": "hidden_mse", "layers": "embeddings"}
+    losses = [{"kind": "cross_entropy"}, *({"kind": kind} for kind in PROJECTED), embedded]
     stage = {"kind": "distill", **FAST, "losses": losses}
     spec = make_spec([stage], student={"kind": "pretrained", "model": "small"})
     whole = bench.succeed(spec, 0, "undisturbed")
-    for kind in PROJECTED:
-        values = [value for _, value in whole.series(f"loss/{kind}")]
-        assert values[-1] < 0.9 * values[0], kind
+    for name in (*PROJECTED, "hidden_mse_2"):
+        values = [value for _, value in whole.series(f"loss/{name}")]
+        assert values[-1] < 0.9 * values[0], name
     saved = load_file(whole.outputs / "student" / "model.safetensors")
     assert all(name.startswith(("bert.", "classifier.")) for name in saved)
     found, _ = bench.interrupt(bench.write_order(spec, 0, "killed", checkpoint_s=0), 2, "kill")

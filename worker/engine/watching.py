@@ -10,7 +10,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.pytorch_utils import Conv1D
 
 from core.errors import StageFailed
-from core.losses import LayerPart
+from core.losses import EMBEDDINGS, LayerPart
 from worker.engine.features import Layer, Sizes, Wanted, make_layer
 from worker.engine.loading import find_layers
 
@@ -43,6 +43,9 @@ class Watched:
         for index in sorted({index for indices in wanted.values() for index in indices}):
             parts = {part for part, indices in wanted.items() if index in indices}
             self._noted[index] = {}
+            if index == EMBEDDINGS:
+                self._note_embeddings()
+                continue
             if not parts.isdisjoint(("hidden", "first_token")):
                 self._note_output(index, self._layers[index], "hidden")
             if not parts.isdisjoint(PROJECTED):
@@ -62,6 +65,12 @@ class Watched:
             self._noted[index][part] = output[0] if isinstance(output, tuple) else output
 
         module.register_forward_hook(note)
+
+    def _note_embeddings(self) -> None:
+        def note(_: Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+            self._noted[EMBEDDINGS]["hidden"] = given[0] if given else named["hidden_states"]
+
+        self._layers[0].register_forward_pre_hook(note, with_kwargs=True)
 
     def _note_compared(self, index: int, wanted: set[LayerPart]) -> None:
         layer = self._layers[index]

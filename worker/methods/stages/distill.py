@@ -190,6 +190,10 @@ class Distill(Training):
         if kept is None or self.on_policy:  # the teacher runs beside the student
             return []
         number, answer = kept
+        embedded = [index for index, loss in self._numbered(depths) if loss.layers == "embeddings"]
+        if embedded:
+            why = f"stages.{number} keeps no embeddings of the teacher; leave it out, or compare layers"
+            return [Problem(f"losses.{embedded[0]}.layers", why)]
         lacking = [(index, loss.kind, answer.lacks(loss, depths)) for index, loss in self._numbered(depths)]
         return [
             Problem(
