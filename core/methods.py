@@ -51,6 +51,11 @@ class Task(Method):
         return {}
 
     @property
+    def reads_texts(self) -> bool:
+        """Whether an example is a text or two, out of which words can be left."""
+        return "text" in self.columns() and not self.shares_tokens
+
+    @property
     def adapts_each(self) -> bool:
         """Whether these tasks share what is frozen alone, each with an adapter of its own."""
         return False
@@ -83,10 +88,9 @@ class Task(Method):
         return [], []
 
     def default_stages(self, teacher: "Teacher") -> list[dict[str, Any]]:
-        """Returns the stages of a spec that names none: a model is fine-tuned first, another teacher asked."""
+        """Returns the stages of a spec that names none."""
         return [
-            {"kind": "finetune", "of": "teacher"} if teacher.is_model else {"kind": "answer", "splits": [*SPLITS]},
-            {"kind": "distill"},
+            *teacher.default_stages(self),
             {"kind": "export", "formats": [{"kind": kind} for kind in self._default_forms()]},
             {"kind": "evaluate"},
         ]
@@ -127,6 +131,11 @@ class Teacher(Method):
     def api(self) -> Api | None:
         """Returns the API that is to be asked, if it is behind one."""
         return None
+
+    def default_stages(self, task: Task) -> list[dict[str, Any]]:  # noqa: ARG002 - few look at the task
+        """Returns the first stages of a spec that names none: a model is fine-tuned, another teacher asked."""
+        asked = {"kind": "answer", "splits": [*SPLITS]}
+        return [{"kind": "finetune", "of": "teacher"} if self.is_model else asked, {"kind": "distill"}]
 
     def content(self) -> dict[str, Any]:
         """Returns the settings on which its answers depend; what a name of files stands for is told by their bytes."""

@@ -94,3 +94,14 @@ def test_copies_are_the_same_whoever_answers_them() -> None:
     ]
     assert seen[0].seen_by(seen[0].stages[0]) == seen[1].seen_by(seen[1].stages[0])
     assert seen[0].seen_by(seen[0].stages[1]) != seen[1].seen_by(seen[1].stages[1])
+
+
+def test_an_ensemble_is_heard_on_copies_unless_the_spec_says_otherwise() -> None:
+    whole = {**ANSWERING, **OTHER, "data": "toy"}
+    spec = load_spec(whole)
+    assert [stage.kind for stage in spec.stages] == ["augment", "answer", "distill", "export", "evaluate"]
+    assert (spec.stages[1].splits, spec.stages[2].epochs) == (["train", "validation", "test"], 1)
+    assert load_spec(spec.model_dump(mode="json")) == spec
+    tagged = load_spec(whole | {"task": {"kind": "token_classification"}})
+    assert [stage.kind for stage in tagged.stages] == ["answer", "distill", "export", "evaluate"]
+    assert tagged.stages[1].epochs == 5

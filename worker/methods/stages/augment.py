@@ -35,7 +35,7 @@ class Augment(Stage):
 
     def check(self, spec: "JobSpec") -> list[Problem]:
         """Returns what is wrong with the task, or answers to other texts that later stages would hear."""
-        if spec.task.shares_tokens or "text" not in spec.task.columns():
+        if not spec.task.reads_texts:
             why = f"a {spec.task.kind} has no texts whose words can be left out; leave the stage out"
             return [Problem("kind", why)]
         return check_kept(self, spec)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from core.methods import ModelRef, ModelSource, Problem, Teacher
+from core.methods import ModelRef, ModelSource, Problem, Task, Teacher
 from core.strict import StrictModel
 
 if TYPE_CHECKING:
@@ -52,6 +52,11 @@ class Ensemble(Teacher):
             f"teacher_{number}": ModelSource(f"members.{number - 1}.model", member.model)
             for number, member in enumerate(self.members, 1)
         }
+
+    def default_stages(self, task: Task) -> list[dict[str, Any]]:
+        """Returns that it is heard on copies of the texts, too, for as many steps in all: measured in ADR 0005."""
+        asked, learned = super().default_stages(task)
+        return [{"kind": "augment"}, asked, learned | {"epochs": 1}] if task.reads_texts else [asked, learned]
 
     def content(self) -> dict[str, Any]:
         """Returns the settings on which the answers depend, with the role of each model for its name."""
