@@ -19,7 +19,7 @@ from core.jobs.repository import find_artifact, get_job
 from core.jobs.spec import JobSpec, spec_invalid
 from core.losses import hears_kept
 from core.methods import Api, Depths, ModelSource, Problem, Stage, Task
-from core.models.facts import ModelFacts
+from core.models.facts import TEXT_HEAD, WORD_HEAD, ModelFacts, head_of
 from core.models.hub import resolve as resolve_hub
 from core.models.outputs import read_output
 from core.models.repository import files_of, find_model, get_manifest, list_model_names
@@ -225,8 +225,7 @@ def _check_known_labels(spec: JobSpec, facts: dict[str, ModelFacts], labels: dic
     for role in sorted(facts.keys() - {"teacher", "base"}):
         source = spec.models()[role]
         wanted = labels[source.part] if source.part else _join(labels)
-        task = spec.task.parts()[source.part] if source.part else spec.task
-        why = _say_other_labels(facts[role], task, wanted)
+        why = _say_other_labels(facts[role], spec.task_named(source.part), wanted)
         if why:
             add(problems, source.field, f"{why}; name a model that was fine-tuned on these")
     return problems
@@ -238,8 +237,8 @@ def _say_other_labels(known: ModelFacts, task: Task, wanted: list[str]) -> str:
     Nothing where it has them.
     """
     is_of_words = task.kind == "token_classification"
-    other = "ForSequenceClassification" if is_of_words else "ForTokenClassification"
-    if task.kind != "multi_task" and any(name.endswith(other) for name in known.architectures):
+    other = TEXT_HEAD if is_of_words else WORD_HEAD
+    if task.kind != "multi_task" and other in map(head_of, known.architectures):
         mine, its = ("words", "texts") if is_of_words else ("texts", "words")
         return f"it is a {known.architectures[0]}, which gives labels to {its} and not to {mine}"
     found = known.labels or []

@@ -154,7 +154,10 @@ class JobSpec(StrictModel):
 
     def task_of(self, path: str) -> Task:
         """Returns the task of a split, by its path as of `DataSpec.refs`."""
-        name = path.partition("/")[2]
+        return self.task_named(path.partition("/")[2])
+
+    def task_named(self, name: str | None) -> Task:
+        """Returns one of several tasks, or the job's where there is no name."""
         return self.task.parts()[name] if name else self.task
 
     def scopes(self) -> "dict[str, JobSpec]":

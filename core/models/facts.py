@@ -19,6 +19,7 @@ COUNT_FROM_PADDING = ("roberta", "xlm-roberta")
 POST_NORM = ("albert", "bert", "distilbert", "electra", "roberta", "xlm-roberta")  # norms come after the sum
 MAX_LAYERS = 10_000  # far more than any model has; checks list them
 WIDTH_KEYS = ("hidden_size", "n_embd", "dim", "d_model")
+TEXT_HEAD, WORD_HEAD = "ForSequenceClassification", "ForTokenClassification"  # the ends of names of model classes
 
 
 class Depths(NamedTuple):
@@ -57,6 +58,11 @@ class ModelFacts(BaseModel):
         """Whether its first layer has other weights than the second, as a ModernBERT's, which lacks a norm."""
         layers = self.layer_parameters
         return layers[0] != layers[1] if layers and len(layers) > 1 else self.model_type == "modernbert"
+
+
+def head_of(class_name: str) -> str | None:
+    """Returns what a class of classifiers gives labels to: TEXT_HEAD, WORD_HEAD, or None of any other class."""
+    return next((end for end in (TEXT_HEAD, WORD_HEAD) if class_name.endswith(end)), None)
 
 
 def read_facts(

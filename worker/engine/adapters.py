@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from core.errors import StageFailed
+from core.models.facts import TEXT_HEAD, WORD_HEAD, head_of
 from worker.engine.loading import ADAPTERS, BASE, PROMPT, find_layers, is_head
 from worker.engine.portable import write_model
 from worker.engine.sharding import is_sharded
@@ -196,6 +197,4 @@ def find_head(model: PreTrainedModel) -> list[str]:
 
 def find_task_type(model: PreTrainedModel) -> str:
     """Returns what the library calls the task of a model's class, which says how it gives it a prompt."""
-    name = type(model).__name__
-    kinds = {"ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS"}
-    return next((kind for end, kind in kinds.items() if name.endswith(end)), "CAUSAL_LM")
+    return {TEXT_HEAD: "SEQ_CLS", WORD_HEAD: "TOKEN_CLS", None: "CAUSAL_LM"}[head_of(type(model).__name__)]

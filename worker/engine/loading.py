@@ -30,7 +30,6 @@ OFFLINE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 COMPLETE_FOLDER = "Upload the whole folder: config.json, safetensors and tokenizer, as save_pretrained writes them."
 INPUT_NAMES = ("input_ids", "attention_mask", "token_type_ids")
 NO_LABELS = ["LABEL_0", "LABEL_1"]  # what stock `transformers` calls those of a model that has none
-HEADS = ("ForSequenceClassification", "ForTokenClassification")
 CHECKED_TOKENS = 8
 BASE, ADAPTERS = "base", "adapters"  # folders of a model that is stored as it was, and of what is beside it
 BRANCHES = "branches"  # folder of what each task has of its own; what they share is then in the first one
@@ -105,15 +104,10 @@ def _read(auto_class: Any, folder: Path, options: dict[str, Any]) -> tuple[PreTr
             raise
         message = f"The model cannot be loaded: {str(error).splitlines()[0]}"
         raise StageFailed("teacher_unavailable", message, suggestion=COMPLETE_FOLDER) from error
-    stored = _head_of((config.architectures or [""])[0])
-    is_other = stored is not None and stored != _head_of(type(model).__name__)
+    stored = facts.head_of((config.architectures or [""])[0])
+    is_other = stored is not None and stored != facts.head_of(type(model).__name__)
     found = [] if is_other else [config.id2label[index] for index in sorted(config.id2label)]
     return model, found, (set(info["missing_keys"]) | {key[0] for key in info["mismatched_keys"]}) - own
-
-
-def _head_of(class_name: str) -> str | None:
-    """Returns what a class of classifiers gives labels to; None of any other class."""
-    return next((end for end in HEADS if class_name.endswith(end)), None)
 
 
 def _names_beside(folder: Path) -> set[str]:

@@ -1,4 +1,4 @@
-"""Precisions: where bf16 is taken to be fast, and halves of float32."""
+"""Where bf16 is taken to be fast."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from worker.kernels import precision
-from worker.kernels.precision import halves, has_fast_bf16
+from worker.kernels.precision import has_fast_bf16
 
 
 def test_a_processor_without_bf16_is_not_fast_with_it() -> None:
@@ -29,10 +29,3 @@ def test_bf16_is_used_where_it_is_clearly_faster(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(precision, "functional", Linear())
     monkeypatch.setattr(precision, "perf_counter", lambda: now[0])
     assert has_fast_bf16.__wrapped__("cpu") is is_fast
-
-
-def test_two_halves_hold_sixteen_bits() -> None:
-    x = torch.randn(4096, dtype=torch.float32, generator=torch.Generator().manual_seed(0))
-    first, second = halves(x)
-    assert first.dtype == second.dtype == torch.bfloat16
-    assert ((first.double() + second.double() - x.double()).abs() / x.abs().double()).max() < 2**-16

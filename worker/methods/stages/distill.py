@@ -189,12 +189,12 @@ class Distill(Training):
         kept = next(((number, stage) for number, stage in reversed(before) if isinstance(stage, Answer)), None)
         if kept is None or self.on_policy:  # the teacher runs beside the student
             return []
-        number, answer = kept
-        embedded = [index for index, loss in self._numbered(depths) if loss.layers == "embeddings"]
+        (number, answer), numbered = kept, self._numbered(depths)
+        embedded = [index for index, loss in numbered if loss.layers == "embeddings"]
         if embedded:
             why = f"stages.{number} keeps no embeddings of the teacher; leave it out, or compare layers"
             return [Problem(f"losses.{embedded[0]}.layers", why)]
-        lacking = [(index, loss.kind, answer.lacks(loss, depths)) for index, loss in self._numbered(depths)]
+        lacking = [(index, loss.kind, answer.lacks(loss, depths)) for index, loss in numbered]
         return [
             Problem(
                 f"losses.{index}", f"'{kind}' needs more than 'answer' keeps; have stages.{number}.layers hold {what}"
