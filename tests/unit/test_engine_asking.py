@@ -5,9 +5,11 @@ import math
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from scipy.special import rel_entr
 
 from core.errors import SpecInvalid, StageFailed
 from core.jobs.spec import load_spec
@@ -21,8 +23,9 @@ from worker.engine.asking import (
     speak_by_asking,
 )
 from worker.engine.data import Examples
+from worker.engine.objective import Objective, Term
 from worker.engine.teaching import ANSWERS_FILE, AnswersKept
-from worker.kernels.divergences import forward_kl
+from worker.methods.losses.forward_kl import ForwardKL
 
 WORDS = ["negative", "neutral", "positive"]
 SPEC = {"teacher": {"kind": "openai", "model": "m"}, "student": {"kind": "pretrained", "model": "s"}, "data": "d"}
@@ -122,14 +125,15 @@ def test_a_text_that_was_given_no_label_teaches_nothing(tmp_path: Path) -> None:
     logits_NC, _ = ask(["positive", "well", "neutral"])
     about = {"split": "", "temperature": 1.0, "scores": None, "rest": "together"}
     save_file({"logits": logits_NC}, tmp_path / ANSWERS_FILE, {"about": json.dumps(about)})
-    signal = AnswersKept(tmp_path).answer(SimpleNamespace(row_numbers=torch.arange(3), task=""))
-    student_NC = torch.tensor([[2.0, -1.0, 0.5]]).repeat(3, 1).requires_grad_()
-    distance_N = forward_kl(*signal.compare(student_NC, 1.0))
-    distance_N.sum().backward()
-    assert distance_N[1] == 0
-    assert (distance_N[[0, 2]] > 0.1).all()
-    torch.testing.assert_close(student_NC.grad[1], torch.zeros(3))
-    assert (student_NC.grad[[0, 2]].abs().amax(dim=-1) > 0.1).all()
+    teaching, batch = AnswersKept(tmp_path), SimpleNamespace(row_numbers=torch.arange(3), task="")
+    student_NC, num_heard = torch.tensor([[2.0, -1.0, 0.5]]).repeat(3, 1), teaching.count_heard(batch)
+    objective = Objective([Term("forward_kl", 1.0, ForwardKL(temperature=1.0).build(None))])
+    gradient_NC, numbers = objective(student_NC, teaching.answer(batch), torch.zeros(3), 3, num_heard=num_heard)
+    q_C, p_NC = (x.softmax(-1).numpy() for x in (student_NC[0], logits_NC[[0, 2]]))
+    assert num_heard == 2
+    assert numbers["forward_kl"] == pytest.approx(rel_entr(p_NC, q_C).sum() / 2, rel=1e-5)
+    np.testing.assert_allclose(gradient_NC[[0, 2]], (q_C - p_NC) / 2, atol=1e-6)
+    assert not gradient_NC[1].any()
 
 
 def test_requests_are_what_the_api_expects() -> None:

@@ -14,8 +14,8 @@ from core.registry import list_methods
 from worker.engine.data import Batch
 from worker.engine.objective import Objective, ShareWatch, Term
 from worker.engine.uncertainty import Uncertainty
-from worker.kernels.heads import add_numbers, backward
-from worker.kernels.signals import DenseSignal
+from worker.kernels.heads import AcrossSignal, add_numbers, backward
+from worker.kernels.signals import DenseSignal, GappedSignal
 
 LOSSES = list_methods("losses")
 N, C = 8, 5
@@ -74,6 +74,36 @@ def test_micro_batches_and_processes_have_the_gradient_of_the_whole(kind: str) -
         assert (numbers[kind], numbers["total"]) == pytest.approx((value.item(), 0.5 * value.item()))
         torch.testing.assert_close(z_BTC.grad, expected_BTC)
         assert not z_BTC.grad[~is_row_BT].any()
+
+
+@pytest.mark.parametrize("kind", sorted(kind for kind, loss in LOSSES.items() if not issubclass(loss, FeatureLoss)))
+@pytest.mark.parametrize("is_sum", [False, True])
+def test_rows_of_which_the_teacher_says_nothing_leave_its_sum_and_its_count(kind: str, *, is_sum: bool) -> None:
+    """The oracle has never seen these rows; labels are learned of all of them."""
+    z_NC, u_NC, labels_N, is_heard_N = draw(0), draw(1), torch.arange(N) % C, torch.arange(N) % 3 > 0
+    loss, is_of_labels = LOSSES[kind]().build(SimpleNamespace(is_own_text=False)), LOSSES[kind].is_of_labels
+    objective = Objective([Term(kind, 0.5, loss, is_of_labels)], is_sum=is_sum)
+    u_NC[~is_heard_N] = 0
+    found_NC, numbers = torch.zeros_like(z_NC), {}
+    for rows in (slice(0, 3), slice(3, 4), slice(4, N)):
+        signal = GappedSignal(u_NC[rows])
+        found_NC[rows], added = objective(z_NC[rows], signal, labels_N[rows], N, num_heard=int(is_heard_N.sum()))
+        numbers = add_numbers(numbers, added)
+    is_seen_N = torch.ones_like(is_heard_N) if is_of_labels else is_heard_N
+    seen = z_NC[is_seen_N], DenseSignal(u_NC[is_seen_N]), labels_N[is_seen_N]
+    expected_NC, expected_numbers = objective(*seen, int(is_seen_N.sum()))
+    torch.testing.assert_close(found_NC[is_seen_N], expected_NC)
+    assert numbers == pytest.approx(expected_numbers)
+    assert not found_NC[~is_seen_N].any()
+
+
+def test_a_teacher_of_other_tokens_counts_where_it_is_heard() -> None:
+    z_NC, u_NC, index_N = draw(0), draw(1)[:3], torch.tensor([-1, 2, -1, -1, 0, 1, -1, -1])
+    objective = Objective([Term("uld", 1.0, LOSSES["uld"]().build(None))])
+    gradient_NC, numbers = objective(z_NC, AcrossSignal(u_NC, index_N), torch.zeros(N).long(), N, num_heard=3)
+    p_NC, q_NC = (x_NC.softmax(-1).sort(-1).values for x_NC in (u_NC[[2, 0, 1]], z_NC[[1, 4, 5]]))
+    assert numbers["uld"] == pytest.approx((p_NC - q_NC).abs().sum().item() / 3)
+    assert gradient_NC.any(-1).tolist() == (index_N >= 0).tolist()
 
 
 def test_the_shares_are_those_of_the_values_and_of_the_gradients() -> None:

@@ -64,12 +64,8 @@ class AnswersAcross(Stateless):
         """Runs the teacher on what the batch's blocks show."""
         spans, asked, index_N, num_asked = [], [], [], 0
         for rows_T in batch.rows.numpy():
-            columns = np.flatnonzero(rows_T >= 0)
-            places = rows_T[columns]
-            first = self._since_P[places[0] - columns[0]] if len(places) else 0
-            asked_R = self.asked_P[places] - first
-            is_asked_R = (asked_R >= 0) & (asked_R < self._longest)
-            index_R = np.full(len(places), NOWHERE)
+            first, asked_R, is_asked_R = self._look_up(rows_T)
+            index_R = np.full(len(asked_R), NOWHERE)
             index_R[is_asked_R] = num_asked + np.arange(is_asked_R.sum())
             num_asked += int(is_asked_R.sum())
             end = int(asked_R[is_asked_R].max(initial=0)) + 1
@@ -85,6 +81,18 @@ class AnswersAcross(Stateless):
         with torch.no_grad(), autocast(device):
             found = self._answer(self._model, {"input_ids": ids_BT.to(device)}, is_row_BT.to(device))
         return AcrossSignal(found, torch.from_numpy(np.concatenate(index_N)))
+
+    def count_heard(self, batch: Batch) -> int:
+        """Returns how many rows have a place of the teacher's."""
+        return sum(int(self._look_up(rows_T)[2].sum()) for rows_T in batch.rows.numpy())
+
+    def _look_up(self, rows_T: NDArray[np.int64]) -> tuple[int, NDArray[np.int64], NDArray[np.bool_]]:
+        """Returns for a block where the teacher begins to read, where each row is from there, and if it reads it."""
+        columns = np.flatnonzero(rows_T >= 0)
+        places = rows_T[columns]
+        first = int(self._since_P[places[0] - columns[0]]) if len(places) else 0
+        asked_R = self.asked_P[places] - first
+        return first, asked_R, (asked_R >= 0) & (asked_R < self._longest)
 
     def score(self, validation: Any) -> "Scores | None":  # noqa: ARG002
         """Returns nothing: losses of other tokens cannot be compared."""

@@ -30,7 +30,7 @@ from worker.engine.measuring import answer_all, count_bytes, time_singles
 from worker.engine.rendering import if_known, percent, percent_range
 from worker.engine.runtimes import Forward, OpenModel, open_model
 from worker.engine.tagging import Tagging
-from worker.engine.task_splits import TaskSplits, join_digests
+from worker.engine.task_splits import TaskSplits, TaughtTasks, join_digests
 from worker.engine.task_views import OneHead, PartContext, turn_to
 from worker.engine.tasks import Kept, Scores, TaskHead
 from worker.engine.teaching import AnswersKept, Teaching, kept_as
@@ -182,9 +182,8 @@ class MultiTask:
         if settings.feature_losses:
             return answer_online(self, student, tokenizer, settings)
         self.settle_tokenizer(tokenizer)
-        return TaughtTasks(
-            self, {n: part.teach(self.see(student, n), tokenizer, settings) for n, part in self.parts.items()}
-        )
+        parts = {n: part.teach(self.see(student, n), tokenizer, settings) for n, part in self.parts.items()}
+        return TaughtTasks(parts, self.join)
 
     def keep(self, settings: "AnswerStage") -> Kept:
         """Has the teacher answer the splits; keeps `<task>/logits`, and `<task>/test` of the test split."""
@@ -347,42 +346,6 @@ class Asked(NamedTuple):
     def part(self, start: int, end: int) -> "Asked":
         """Returns some of the texts."""
         return Asked(self.texts.part(start, end), self.speak)
-
-
-class TaughtTasks:
-    """Answers for each task, from where that task has them."""
-
-    layers = None
-
-    def __init__(self, run: MultiTask, parts: dict[str, Teaching]) -> None:
-        self._run, self._parts = run, parts
-
-    def prepare(self, epoch: int, data: TaskSplits) -> TaskSplits:
-        """Returns the splits as this epoch reads them."""
-        return data.replace({name: part.prepare(epoch, data.parts[name]) for name, part in self._parts.items()})
-
-    def answer(self, batch: Batch) -> Any:
-        """Returns what the teacher of the batch's task says of its rows."""
-        return self._parts[batch.task].answer(batch)
-
-    def score(self, validation: TaskSplits | None) -> Scores | None:
-        """Returns the teachers' scores on the validation splits."""
-        if validation is None:
-            return None
-        found = {name: part.score(validation.parts[name]) for name, part in self._parts.items()}
-        return self._run.join({name: scores for name, scores in found.items() if scores})
-
-    def save(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Returns what each task has."""
-        found = {name: part.save() for name, part in self._parts.items()}
-        tensors = {f"{name}/{key}": x for name, (kept, _) in found.items() for key, x in kept.items()}
-        return tensors, {name: state for name, (_, state) in found.items()}
-
-    def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Gives each task what it had."""
-        for name, part in self._parts.items():
-            own = {key.removeprefix(f"{name}/"): x for key, x in tensors.items() if key.startswith(f"{name}/")}
-            part.restore(own, state[name])
 
 
 NOTES = (

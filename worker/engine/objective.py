@@ -64,7 +64,8 @@ def label_objective(ctx: StageContext) -> "Objective":
 class Objective:
     """L = Σ_j w_j · (Σ_i D_ij) / M over the rows i of one optimiser step.
 
-    M is the number of rows of the whole step, whatever the parts in which they are computed, or 1 for the plain sum.
+    M is the number of rows of the whole step, whatever the parts in which they are computed, or 1 for the plain sum. Of
+    a loss on the teacher's answers, rows of which it says nothing are in neither the sum nor M.
 
     A term without a weight gets one with which the norm of its gradient by the logits is the mean of those of the
     weighted terms, both averaged over the steps so far. Terms that have had no gradient yet, as those that rest, do not
@@ -123,6 +124,7 @@ class Objective:
         labels_N: Tensor,
         num_rows: int,
         *,
+        num_heard: int | None = None,
         resting: Container[str] = (),
         scale: float = 1.0,
     ) -> tuple[Tensor, dict[str, float]]:
@@ -136,10 +138,11 @@ class Objective:
             signal: What the teacher says of these rows; None if no term hears one.
             labels_N: Their classes.
             num_rows: Rows of the whole step.
+            num_heard: Those of them of which the teacher says anything; None for all.
             resting: The names of the terms that have nothing to say of this part; they add zeros.
             scale: What the gradient is multiplied with; the numbers are not.
         """
-        divisor = 1 if self.is_sum else max(1, num_rows)
+        is_heard_N = None if signal is None else signal.is_heard
         logits_NC = widen(student_NC.detach()).requires_grad_()
         gradient_NC: Tensor | None = None
         numbers_J2, weights = [], self.weights()
@@ -147,7 +150,11 @@ class Objective:
             if term.name in resting:
                 numbers_J2 += [logits_NC.new_zeros(())] * 2
                 continue
-            value = term.loss(logits_NC, signal, labels_N).sum() / divisor
+            value_N, count = term.loss(logits_NC, signal, labels_N), num_rows
+            if not term.is_of_labels:
+                value_N = value_N if is_heard_N is None else value_N * is_heard_N.to(value_N.device)
+                count = num_rows if num_heard is None else num_heard
+            value = value_N.sum() / (1 if self.is_sum else max(1, count))
             [term_NC] = torch.autograd.grad(weights[term.name] * value, logits_NC)
             numbers_J2 += [value.detach(), torch.linalg.vector_norm(term_NC).square()]
             gradient_NC = term_NC if gradient_NC is None else gradient_NC.add_(term_NC)

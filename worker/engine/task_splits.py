@@ -1,11 +1,11 @@
-"""The splits of several tasks as one."""
+"""The splits of several tasks as one, and what teachers say of them."""
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,6 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from worker.engine.data import Batch, Encoded
+from worker.kernels.signals import Signal
+
+if TYPE_CHECKING:
+    from worker.engine.tasks import Scores
+    from worker.engine.teaching import Teaching
 
 
 @dataclass(frozen=True)
@@ -110,3 +115,43 @@ def _endless(data: Encoded, batch_size: int, seed: list[int], skipped: int, devi
     while True:
         yield from data.shuffled(batch_size, [*seed, turn], first, device)
         turn, first = turn + 1, 0
+
+
+class TaughtTasks:
+    """Answers for each task, from where that task has them."""
+
+    layers = None
+
+    def __init__(self, parts: dict[str, "Teaching"], join: Callable[[dict[str, "Scores"]], "Scores"]) -> None:
+        self._parts, self._join = parts, join
+
+    def prepare(self, epoch: int, data: TaskSplits) -> TaskSplits:
+        """Returns the splits as this epoch reads them."""
+        return data.replace({name: part.prepare(epoch, data.parts[name]) for name, part in self._parts.items()})
+
+    def answer(self, batch: Batch) -> Signal:
+        """Returns what the teacher of the batch's task says of its rows."""
+        return self._parts[batch.task].answer(batch)
+
+    def count_heard(self, batch: Batch) -> int:
+        """Returns of how many of the batch's rows the teacher of its task says anything."""
+        return self._parts[batch.task].count_heard(batch)
+
+    def score(self, validation: TaskSplits | None) -> "Scores | None":
+        """Returns the teachers' scores on the validation splits."""
+        if validation is None:
+            return None
+        found = {name: part.score(validation.parts[name]) for name, part in self._parts.items()}
+        return self._join({name: scores for name, scores in found.items() if scores})
+
+    def save(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Returns what each task has."""
+        found = {name: part.save() for name, part in self._parts.items()}
+        tensors = {f"{name}/{key}": x for name, (kept, _) in found.items() for key, x in kept.items()}
+        return tensors, {name: state for name, (_, state) in found.items()}
+
+    def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Gives each task what it had."""
+        for name, part in self._parts.items():
+            own = {key.removeprefix(f"{name}/"): x for key, x in tensors.items() if key.startswith(f"{name}/")}
+            part.restore(own, state[name])

@@ -45,6 +45,9 @@ class Teaching(Protocol):
     def answer(self, batch: Batch) -> Signal:
         """Returns what the teacher says of the batch's rows."""
 
+    def count_heard(self, batch: Batch) -> int:
+        """Returns of how many of the batch's rows the teacher says anything."""
+
     def score(self, validation: Any) -> "Scores | None":
         """Returns how well the teacher does on the validation split, as the student reads it; None if unknown."""
 
@@ -109,7 +112,15 @@ class AnswersAhead:
         return thinned
 
     def answer(self, batch: Batch) -> Signal:
-        """Returns the rows' logits; has the teacher answer the split where it has not."""
+        """Returns the rows' logits."""
+        return _say(self._take(batch))
+
+    def count_heard(self, batch: Batch) -> int:
+        """Returns how many rows it gave any logits."""
+        return int(self._take(batch).any(dim=-1).sum())
+
+    def _take(self, batch: Batch) -> Tensor:
+        """Returns the rows' logits_NC; has the teacher answer the split where it has not."""
         assert self._read is not None  # noqa: S101
         number, data = self._read
         if self._logits_NC is None or self._drawing != number:
@@ -119,7 +130,7 @@ class AnswersAhead:
             else:
                 self._logits_NC = self._ask(data)
             self._drawing = number
-        return _say(self._logits_NC[batch.row_numbers])
+        return self._logits_NC[batch.row_numbers]
 
     def _ask(self, data: Encoded) -> Tensor:
         with autocast(self._ctx.device):  # a hint to train by, not an answer to a user
@@ -204,18 +215,27 @@ class AnswersKept(Stateless):
 
     def answer(self, batch: Batch) -> Signal:
         """Returns what was kept of the rows."""
-        rows_N = batch.row_numbers
         if self.layers:
             self.layers.see(batch.inputs)
-        logits_NC = self._tensors.get(kept_as("logits", batch.task))
+        logits_NC = self._take(batch)
         if logits_NC is not None:
-            return _say(logits_NC[rows_N])
-        classes_NK, log_p_NK, log_rest_N = self._shards.read(["classes", "log_p", "log_rest"], rows_N)
+            return _say(logits_NC)
+        classes_NK, log_p_NK, log_rest_N = self._shards.read(["classes", "log_p", "log_rest"], batch.row_numbers)
         if self._rest == "samples":
             return SampledSignal(classes_NK.long(), log_p_NK, self._temperature)
         if self._rest == "dropped":
             return SampledSignal.renormalised(classes_NK.long(), log_p_NK, self._temperature)
         return SparseSignal(classes_NK.long(), log_p_NK, log_rest_N, self._temperature)
+
+    def count_heard(self, batch: Batch) -> int:
+        """Returns how many rows have logits; of tokens, all have something."""
+        logits_NC = self._take(batch)
+        return len(batch.row_numbers) if logits_NC is None else int(logits_NC.any(dim=-1).sum())
+
+    def _take(self, batch: Batch) -> Tensor | None:
+        """Returns the rows' logits_NC, if whole ones were kept."""
+        logits_NC = self._tensors.get(kept_as("logits", batch.task))
+        return None if logits_NC is None else logits_NC[batch.row_numbers]
 
     def score(self, validation: Any) -> "Scores | None":  # noqa: ARG002
         """Returns the scores that were measured when the answers were kept."""
@@ -242,6 +262,10 @@ class AnswersOnline(Stateless):
         with torch.no_grad(), autocast(self._ctx.device):
             answer = self._ctx.task.answer(self._model, batch)
         return HeadSignal(answer) if isinstance(answer, Head) else DenseSignal(answer)
+
+    def count_heard(self, batch: Batch) -> int:
+        """Returns the number of rows: a model answers all that it reads."""
+        return len(batch.row_numbers)
 
     def score(self, validation: Any) -> "Scores | None":
         """Returns the scores of its answers to the split."""

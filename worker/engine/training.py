@@ -276,8 +276,9 @@ class Trainer:
             self.growth.apply(self._step)
         scale = self.objective.scale(batch)
         resting = self.objective.resting(batch, is_own=is_own)
-        objective = partial(self.objective, resting=resting, scale=scale)
         teaching = self.teaching if self.features or self.objective.hears_teacher(resting) else None
+        num_heard = teaching.count_heard(batch) if teaching else None
+        objective = partial(self.objective, num_heard=num_heard, resting=resting, scale=scale)
         ranks.seed_step(self.ctx.seed, self._step)
         num_rows = int(batch.is_row.sum())
         self.ctx.share_done, self.ctx.is_own_text = self._step / max(1, self.num_steps - 1), is_own

@@ -59,7 +59,7 @@ def rows_at_once(like: Tensor, num_classes: int) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class HeadSignal:
+class HeadSignal(Signal):
     """A teacher whose logits are made when they are asked for."""
 
     head: Head
@@ -74,8 +74,8 @@ class HeadSignal:
 
 
 @dataclass(frozen=True, slots=True)
-class AcrossSignal:
-    """A teacher who chooses among other classes, and is heard in some rows; in the others it agrees with the student.
+class AcrossSignal(Signal):
+    """A teacher who chooses among other classes, and is heard in some rows; in the others the student stands for it.
 
     Attributes:
         answer: The teacher's logits, or what makes them, of the rows in which it is heard.
@@ -85,19 +85,25 @@ class AcrossSignal:
     answer: Head | Tensor
     index_N: Tensor
 
+    @property
+    def is_heard(self) -> Tensor:
+        """Which of the student's rows have one."""
+        return self.index_N >= 0
+
     def take(self, rows: Rows) -> "AcrossSignal":
         """Returns what it says of some of the rows."""
         return AcrossSignal(self.answer, self.index_N[rows])
 
     def compare(self, student_NC: Tensor, temperature: float) -> Pair:
         """Returns log softmax(u/T) and log softmax(z/T), the shorter one filled up with classes of no probability."""
-        index_M = self.index_N[self.index_N >= 0].to(student_NC.device)
+        index_M = self.index_N[self.is_heard].to(student_NC.device)
         teacher_MC = self.answer.logits(index_M) if isinstance(self.answer, Head) else widen(self.answer[index_M])
         log_q_NC = F.log_softmax(widen(student_NC) / temperature, dim=-1)
         width = max(teacher_MC.shape[-1], log_q_NC.shape[-1])
         log_p_NC = _fill_up(log_q_NC.detach(), width)
-        is_heard_N = (self.index_N >= 0).to(student_NC.device)
-        log_p_NC[is_heard_N] = _fill_up(F.log_softmax(teacher_MC.detach() / temperature, dim=-1).to(log_p_NC), width)
+        log_p_NC[self.is_heard.to(student_NC.device)] = _fill_up(
+            F.log_softmax(teacher_MC.detach() / temperature, dim=-1).to(log_p_NC), width
+        )
         return log_p_NC, _fill_up(log_q_NC, width)
 
 

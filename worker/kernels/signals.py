@@ -21,6 +21,11 @@ Pair = tuple[Tensor, Tensor]
 class Signal(Protocol):
     """What a teacher says of `N` rows."""
 
+    @property
+    def is_heard(self) -> Tensor | None:
+        """In which rows it says anything; None for all of them. The others are no part of a mean over answers."""
+        return None
+
     def take(self, rows: Rows) -> "Signal":
         """Returns what it says of some of the rows."""
 
@@ -34,7 +39,7 @@ class Signal(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class DenseSignal:
+class DenseSignal(Signal):
     """The teacher's logits u over all classes."""
 
     logits_NC: Tensor
@@ -54,19 +59,16 @@ class DenseSignal:
 
 @dataclass(frozen=True, slots=True)
 class GappedSignal(DenseSignal):
-    """Logits of which a row of zeros says nothing, as of a word that was cut off or a text that was given no label.
+    """Logits of which a row of zeros says nothing, as of a word that was cut off or a text that was given no label."""
 
-    There it agrees with the student: the row teaches nothing, and counts in the mean.
-    """
-
-    def beside(self, student_NC: Tensor) -> Tensor:
-        """Returns the logits that the student's are held against, its own where the teacher says nothing."""
-        teacher_NC = DenseSignal.beside(self, student_NC)
-        return torch.where(teacher_NC.any(dim=-1, keepdim=True), teacher_NC, student_NC.detach().to(teacher_NC))
+    @property
+    def is_heard(self) -> Tensor:
+        """Where a logit is not zero."""
+        return self.logits_NC.any(dim=-1)
 
 
 @dataclass(frozen=True, slots=True)
-class SparseSignal:
+class SparseSignal(Signal):
     """The teacher's likeliest k classes, and one more class for all the others: both distributions are lumped so.
 
     A divergence of lumped distributions is one itself: not negative, zero when they are equal, and at most that of the
@@ -114,7 +116,7 @@ class SparseSignal:
 
 
 @dataclass(frozen=True, slots=True)
-class SampledSignal:
+class SampledSignal(Signal):
     """A target that stands for the teacher's in expectation: the likeliest k classes, and some draws from the others.
 
     Only a loss that is linear in the target, as the forward KL but for the teacher's entropy, is right on average.
