@@ -56,13 +56,14 @@ def measure(data: Path, names: list[str], seeds: list[int], target: dict[str, An
                 for seed in seeds:
                     job, seconds = run(client, spec | {"seed": seed})
                     models = {row["name"]: row for row in summary(job)["models"]}
+                    form = next(name for name in models if name.startswith("onnx"))
                     times = {"seconds": seconds, "stage_seconds": stage_seconds(job)}
                     points = [point.model_dump() for point in client.jobs.pareto(job.id)]
-                    found.append({"set": name, "seed": seed, "models": models, "points": points, **times})
+                    found.append({"set": name, "seed": seed, "form": form, "models": models, "points": points, **times})
                     if target:
-                        client.jobs.download(job.id, "onnx_int8", Path(folder) / job.id)
-                        form = Path(folder) / job.id / "onnx_int8"
-                        found[-1] |= {"again": measure_again(form, data / name / "test.jsonl"), "target": target}
+                        client.jobs.download(job.id, form, Path(folder) / job.id)
+                        written = Path(folder) / job.id / form
+                        found[-1] |= {"again": measure_again(written, data / name / "test.jsonl"), "target": target}
                     show(found)
     return found
 
@@ -75,7 +76,7 @@ def measure_again(form: Path, texts: Path) -> dict[str, Any]:
 
 def compare(one: dict[str, Any]) -> dict[str, float]:
     """Returns the figure for each goal, and of a job that had a target for each promise."""
-    teacher, small = one["models"]["teacher"], one["models"]["onnx_int8"]
+    teacher, small = one["models"]["teacher"], one["models"][one["form"]]
     figures = {
         "accuracy over teacher's": small["accuracy"] / teacher["accuracy"],
         "times smaller": teacher["size_bytes"] / small["size_bytes"],
@@ -99,15 +100,17 @@ def show(found: list[dict[str, Any]]) -> None:
     columns = ("set", "seed", "model", "accuracy", "MB", "p50 ms", *GOALS, "seconds")
     table = Table(*columns, title="Test splits, one text at a time")
     for one in found:
-        for name in ("teacher", "student", "onnx_int8"):
-            row, last = one["models"][name], name == "onnx_int8"
+        for name in ("teacher", "student", one["form"]):
+            row, last = one["models"][name], name == one["form"]
             figures = [f"{compare(one)[figure]:.3f}" if last else "" for figure in GOALS]
             seen = (f"{row['accuracy']:.4f}", f"{row['size_bytes'] / 1e6:.2f}", f"{row['latency_p50_ms']:.2f}")
             table.add_row(one["set"], str(one["seed"]), name, *seen, *figures, f"{one['seconds']:.0f}" if last else "")
     console.print(table, *(("measured again", found[-1]["again"]) if "again" in found[-1] else ()))
     for point in found[-1]["points"]:
         costs = f"{point['size_bytes'] / 1e6:.2f} MB, p95 {point['latency_p95_ms']:.2f} ms, {point['seconds']:.0f} s"
-        console.print(f"student {point['number']}: {point['sizes']}: {point['retained']:.4f} kept, {costs}")
+        console.print(
+            f"student {point['number']} as {point['form']}: {point['sizes']}: {point['retained']:.4f} kept, {costs}"
+        )
 
 
 def main() -> int:

@@ -217,9 +217,10 @@ class Secret(Result):
 
 
 class Point(Result):
-    """A student that a search of a job has trained and measured."""
+    """A form of a student that a search of a job has trained and measured."""
 
     number: int
+    form: str
     stage: int
     sizes: dict[str, int]
     retained: float

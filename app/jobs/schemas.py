@@ -201,9 +201,10 @@ class FileRef(BaseModel):
 
 
 class PointView(BaseModel):
-    """A student that a search has trained and measured."""
+    """A form of a student that a search has trained and measured."""
 
-    number: int = Field(description="Counts from 1, in the order in which they were trained.")
+    number: int = Field(description="Of the student; counts from 1, in the order in which they were trained.")
+    form: str = Field(examples=["onnx_int8"])
     stage: int = Field(description="The ordinal of the stage that searched.")
     sizes: dict[str, int] = Field(examples=[{"num_layers": 2, "intermediate_size": 768, "hidden_size": 384}])
     num_tokens: int

@@ -173,15 +173,16 @@ def list_points(session: Session, job: Job) -> list[PointView]:
     """
     artifacts = repository.list_artifacts(session, job.tenant_id, job.id)
     published = {artifact.ordinal for artifact in artifacts if artifact.name == POINTS}
-    told: dict[int, dict[int, dict[str, Any]]] = {}
+    told: dict[int, dict[tuple[int, str], dict[str, Any]]] = {}
     for event in repository.list_measured(session, job.tenant_id, job.id):
-        told.setdefault(event.data["ordinal"], {})[event.data["number"]] = event.data
+        told.setdefault(event.data["ordinal"], {})[event.data["number"], event.data["form"]] = event.data
     points = []
     for stage in repository.list_stages(session, job.tenant_id, job.id):
         heard = sorted(told.get(stage.ordinal, {}).items())
         found = (stage.summary or {}).get(POINTS) or [point for _, point in heard]
         for point, on_front in zip(found, find_front(found), strict=True):
-            place = FileRef(artifact=POINTS, path=f"{point['number']}/") if stage.ordinal in published else None
+            path = f"{point['number']}/{point['form']}/"
+            place = FileRef(artifact=POINTS, path=path) if stage.ordinal in published else None
             seen = point | {"stage": stage.ordinal, "on_front": on_front, "files": place}
             points.append(PointView.model_validate(seen))
     return points

@@ -283,6 +283,7 @@ def pareto(job: JobRef, as_json: Json = False) -> None:
         (
             f"{point.number}{'*' if point.on_front else ''}",
             ", ".join(f"{point.sizes[name]} {called}" for name, called in SIZES.items()),
+            point.form,
             f"{point.retained:.3f}",
             size(point.size_bytes),
             f"{point.latency_p50_ms:.2f}",
@@ -291,7 +292,7 @@ def pareto(job: JobRef, as_json: Json = False) -> None:
         )
         for point in points
     ]
-    heads = ("STUDENT", "SIZES", "RETAINED", "SIZE", "P50 MS", "P95 MS", "MEETS")
+    heads = ("STUDENT", "SIZES", "FORM", "RETAINED", "SIZE", "P50 MS", "P95 MS", "MEETS")
     print_table(heads, rows, "Nothing measured: the job searches for no target, or has trained no student yet.")
 
 

@@ -16,9 +16,12 @@ from tests.integration.test_cli_jobs import connect
 MISSED = {"reason": "goal_missed", "message": "m", "suggestion": "s", "retryable": False}
 
 
-def point(number: int, retained: float, size_bytes: int, *, meets: bool = True) -> dict[str, Any]:
+def point(
+    number: int, retained: float, size_bytes: int, *, meets: bool = True, form: str = "onnx_int8"
+) -> dict[str, Any]:
     return {
         "number": number,
+        "form": form,
         "sizes": {"num_layers": number, "intermediate_size": 8, "hidden_size": 4},
         "num_tokens": 10,
         "num_parameters": 100,
@@ -32,11 +35,16 @@ def point(number: int, retained: float, size_bytes: int, *, meets: bool = True) 
     }
 
 
-POINTS = [point(1, 0.9, 500, meets=False), point(2, 0.99, 600), point(3, 0.98, 700)]
+POINTS = [
+    point(1, 0.9, 500, meets=False),
+    point(2, 0.99, 600),
+    point(2, 0.95, 400, form="onnx_int4"),
+    point(3, 0.98, 700),
+]
 
 
 def start_search(api: Api) -> tuple[str, ownership.Claim]:
-    """Returns a job that searches, with what it told so far: the second student was trained twice."""
+    """Returns a job that searches, with what it told so far: the second student was trained and measured twice."""
     job_id = api.make_job(student={"kind": "searched"}, stages=[{"kind": "search"}], name="hunt")
     claimed = claim_job(job_id)
     told = [POINTS[0], point(2, 0.5, 600), *POINTS[1:]]
@@ -50,7 +58,7 @@ def start_search(api: Api) -> tuple[str, ownership.Claim]:
 
 def outputs() -> dict[str, list[ManifestFile]]:
     blob = get_store().put_bytes(b"a form")
-    file = ManifestFile(path="2/model.onnx", sha256=blob.sha256, size_bytes=blob.size_bytes)
+    file = ManifestFile(path="2/onnx_int8/model.onnx", sha256=blob.sha256, size_bytes=blob.size_bytes)
     return {"points": [file]}
 
 
@@ -63,7 +71,8 @@ def test_points_are_told_while_they_are_found(api: Api, other: Api) -> None:
     job_id, _ = start_search(api)
     found = points_of(api, job_id)
     assert [(one["number"], one["retained"], one["on_front"]) for one in found] == [
-        (1, 0.9, True),
+        (1, 0.9, False),
+        (2, 0.95, True),
         (2, 0.99, True),
         (3, 0.98, False),
     ]
@@ -77,10 +86,11 @@ def test_points_of_a_goal_that_was_missed_can_be_downloaded(api: Api) -> None:
     with session_scope() as session:
         ownership.fail_stage(session, claimed, 0, MISSED, None, outputs())
     found = points_of(api, job_id)
-    assert [one["files"] for one in found] == [{"artifact": "points", "path": f"{n}/"} for n in (1, 2, 3)]
+    paths = ["1/onnx_int8/", "2/onnx_int4/", "2/onnx_int8/", "3/onnx_int8/"]
+    assert [one["files"] for one in found] == [{"artifact": "points", "path": path} for path in paths]
     job = api("GET", f"/v1/jobs/{job_id}").json()
     assert (job["state"], job["error"]["reason"]) == ("failed", "goal_missed")
-    assert api("GET", f"/v1/jobs/{job_id}/artifacts/points/2/model.onnx").content == b"a form"
+    assert api("GET", f"/v1/jobs/{job_id}/artifacts/points/2/onnx_int8/model.onnx").content == b"a form"
 
 
 def test_points_of_a_search_that_ended_are_its_summarys(
@@ -89,14 +99,15 @@ def test_points_of_a_search_that_ended_are_its_summarys(
     job_id, claimed = start_search(api)
     with session_scope() as session:
         log = get_store().put_bytes(b"log")
-        ownership.commit_stage(session, claimed, 0, outputs(), {"chosen": 2, "points": POINTS[:2]}, log)
-    assert [one["number"] for one in points_of(api, job_id)] == [1, 2]
+        summary = {"chosen": {"number": 2, "form": "onnx_int8"}, "points": POINTS[:2]}
+        ownership.commit_stage(session, claimed, 0, outputs(), summary, log)
+    assert [(one["number"], one["form"]) for one in points_of(api, job_id)] == [(1, "onnx_int8"), (2, "onnx_int8")]
     monkeypatch.setattr("stillhouse.commands.session.Client", lambda: connect(api))
     monkeypatch.setattr(sys, "argv", ["stillhouse", "jobs", "pareto", job_id])
     assert cli._run() == 0
     out = capsys.readouterr().out
     assert "2*" in out
-    assert "2 layers, 8 neurons, 4 states" in " ".join(out.split())
+    assert "2 layers, 8 neurons, 4 states onnx_int8" in " ".join(out.split())
     monkeypatch.setattr(sys, "argv", ["stillhouse", "jobs", "pareto", job_id, "--json"])
     assert cli._run() == 0
     assert [one["meets"] for one in json.loads(capsys.readouterr().out)] == [False, True]
@@ -114,7 +125,7 @@ def test_points_of_a_retried_search_stay(api: Api) -> None:
         found = [{"type": "trial.measured", "message": "m", "data": point(4, 0.97, 800)}]
         ownership.start_stage(session, again := claim_job(retried), 0)
         ownership.record_progress(session, again, 0, None, [], found)
-    assert [one["number"] for one in points_of(api, retried)] == [1, 2, 3, 4]
+    assert [one["number"] for one in points_of(api, retried)] == [1, 2, 2, 3, 4]
 
 
 TASKS = {"kind": "multi_task", "tasks": {"topic": {}, "stars": {"kind": "text_regression", "value": "stars"}}}

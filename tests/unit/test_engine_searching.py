@@ -116,15 +116,19 @@ def test_the_smallest_student_that_meets_a_goal_is_found(bench: Bench, tmp_path:
     searched = bench.succeed(spec)
     bench.adopt(searched, 0, "search")
     summary = searched.last["summary"]
-    points = {point["number"]: point for point in summary["points"]}
-    assert [point["data"]["number"] for point in events(searched, "trial.measured")] == [*points]
-    chosen = points[summary["chosen"]]
+    points = {(point["number"], point["form"]): point for point in summary["points"]}
+    told = [event["data"] for event in events(searched, "trial.measured")]
+    assert [(data["number"], data["form"]) for data in told] == [*points]
+    assert {form for _, form in points} == {"onnx_int8", "onnx_int4"}
+    assert [form for _, form in points] == ["onnx_int8", "onnx_int4"] * (len(points) // 2)  # each student in both
+    chosen = points[summary["chosen"]["number"], summary["chosen"]["form"]]
     assert chosen["meets"]
     assert chosen["size_bytes"] == min(point["size_bytes"] for point in points.values() if point["meets"])
     assert chosen["retained"] >= 0.905
-    form = bench.inputs / "onnx_int8"
+    form = bench.inputs / chosen["form"]
+    assert {path.name for path in bench.inputs.glob("onnx*")} == {form.name}
     assert sum(path.stat().st_size for path in form.iterdir()) == chosen["size_bytes"] <= 90_000
-    assert contents(form) == contents(bench.inputs / "points" / str(chosen["number"]))
+    assert contents(form) == contents(bench.inputs / "points" / str(chosen["number"]) / chosen["form"])
     assert json.loads((bench.inputs / "points" / "points.json").read_text()) == summary["points"]
     model = AutoModelForSequenceClassification.from_pretrained(bench.inputs / "student").eval()
     assert model.num_parameters() == chosen["num_parameters"]
@@ -134,7 +138,7 @@ def test_the_smallest_student_that_meets_a_goal_is_found(bench: Bench, tmp_path:
     earlier = [{"kind": "search", "state": "succeeded", "seconds": 1.0, "summary": summary, "reused": None}]
     evaluated = bench.succeed(spec, 1, earlier=earlier)
     bench.adopt(evaluated, 1, "evaluate")
-    assert {row["name"] for row in evaluated.last["summary"]["models"]} == {"teacher", "student", "onnx_int8"}
+    assert {row["name"] for row in evaluated.last["summary"]["models"]} == {"teacher", "student", form.name}
     assert "Pareto front" in (bench.inputs / "report" / "report.html").read_text()
 
 
@@ -210,7 +214,7 @@ def test_a_search_that_was_interrupted_finds_the_same(bench: Bench, tmp_path: Pa
     spec = searching(min_retained=1.0, margin=0.5, max_trials=3)
     spec["stages"][0]["min_retained"], spec["stages"][0]["margin"] = 0.98, 0.0
     whole = bench.succeed(spec, 0, "whole")
-    count = len(whole.last["summary"]["points"])
+    count = len(numbers_of(whole))
     assert count > 1
     found, _ = bench.interrupt(bench.write_order(spec, 0, "cut"), 1, "kill")  # after the first student
     again = bench.succeed(spec, 0, "again", checkpoint=str(found[-1]))
@@ -229,7 +233,7 @@ def test_a_student_that_fails_is_left_out(bench: Bench, tmp_path: Path, monkeypa
     spec = searching(min_retained=0.5, max_trials=2)
     failure = StageFailed("loss_not_finite", "The loss became nan.", suggestion="Lower learning_rate.")
     whole, told = run_here(bench.write_order(spec, 0, "whole"), monkeypatch, [failure])
-    assert (whole["chosen"], [point["number"] for point in whole["points"]]) == (2, [2])
+    assert (whole["chosen"]["number"], {point["number"] for point in whole["points"]}) == (2, {2})
     [failed] = [event for event in told if event["type"] == "trial.failed"]
     assert (failed["level"], failed["data"]["number"], failed["data"]["reason"]) == ("warning", 1, "loss_not_finite")
     assert "The loss became nan." in failed["message"]
@@ -238,7 +242,7 @@ def test_a_student_that_fails_is_left_out(bench: Bench, tmp_path: Path, monkeypa
     order = bench.write_order(spec, 0, "on", checkpoint=str(checkpoint))
     again, told = run_here(order, monkeypatch, [])
     assert [point["sizes"] for point in again["points"]] == [point["sizes"] for point in whole["points"]]
-    assert again["chosen"] == 2
+    assert again["chosen"] == whole["chosen"]
     assert not [event for event in told if event["type"] == "trial.failed"]
 
 
@@ -288,14 +292,16 @@ def test_what_students_of_any_depth_can_have_is_accepted(distill: dict[str, Any]
 
 
 def numbers_of(finished: Any) -> list[int]:
-    return [event["data"]["number"] for event in events(finished, "trial.measured")]
+    return [*dict.fromkeys(event["data"]["number"] for event in events(finished, "trial.measured"))]
 
 
 def check_same(found: Any, whole: Any, count: int) -> None:
-    for role in ("student", "onnx_int8"):
+    chosen = whole.last["summary"]["chosen"]
+    assert found.last["summary"]["chosen"] == chosen
+    for role in ("student", chosen["form"]):
         assert contents(found.outputs / role) == contents(whole.outputs / role)
-    for number in range(1, count + 1):
-        place = Path("points") / str(number)
+    for number, form in ((n, form) for n in range(1, count + 1) for form in ("onnx_int8", "onnx_int4")):
+        place = Path("points") / str(number) / form
         assert contents(found.outputs / place) == contents(whole.outputs / place)
 
 
@@ -303,6 +309,27 @@ def test_a_teacher_that_knows_nothing_is_told(tmp_path: Path) -> None:
     finished = Bench(tmp_path).lay().run(searching())
     assert finished.last["reason"] == "spec_invalid"
     assert finished.last["suggestion"] == "Put a finetune stage before this one."
+
+
+def test_a_form_that_a_student_cannot_have_is_left_out(bench: Bench, tmp_path: Path) -> None:
+    """No block of the runtime divides rows of 24 weights or of 8."""
+    bench = bench.copy(tmp_path / "job")
+    shutil.rmtree(bench.inputs / "teacher")
+    pico.write_model(bench.inputs / "teacher", width=24)
+    bench.adopt(bench.succeed(make_spec([{"kind": "finetune", **FAST}])), 0, "finetune")
+    settings = {"min_retained": 0.1, "max_trials": 1}
+    found = bench.succeed(searching(**settings), 0, "search")
+    assert {point["form"] for point in found.last["summary"]["points"]} == {"onnx_int8"}
+    assert "as onnx_int4: None of the" in found.log
+    lacking = bench.run(searching(**settings, formats=[{"kind": "onnx_int4"}]), 0, "lacking")
+    assert (lacking.last["reason"], lacking.last["suggestion"]) == (
+        "export_unsupported",
+        "Choose onnx_int8, or leave this form out.",
+    )
+
+
+def searched(**settings: Any) -> dict[str, Any]:
+    return {"student": {"kind": "searched"}, "stages": [{"kind": "search", **settings}]}
 
 
 def test_a_target_is_a_search() -> None:
@@ -332,7 +359,9 @@ def test_its_students_hear_the_losses_of_the_task() -> None:
         ({"target": {"runtime": "tensorrt"}}, "target.runtime", "should match pattern"),
         ({"target": {}, "student": {"kind": "teacher_layers", "keep": [0]}}, "", "'student' says what to make"),
         ({"target": {}, "stages": [{"kind": "finetune"}]}, "", "'stages' says what to make"),
-        ({"target": {}, "task": {"kind": "causal_lm"}}, "stages.1.form", "is no form of a causal_lm"),
+        ({"target": {}, "task": {"kind": "causal_lm"}}, "stages.1.kind", "a causal_lm is not searched for"),
+        (searched(formats=[{"kind": "onnx_int8"}] * 2), "stages.0.formats.1", "is named twice"),
+        (searched(formats=[{"kind": "safetensors"}]), "stages.0.formats.0.kind", "unknown kind 'safetensors'"),
         ({"target": {}, "data": {"train": "toy/train", "test": "toy/test"}}, "stages.1.kind", "set data.validation"),
         (
             {"student": {"kind": "searched"}, "stages": [{"kind": "distill"}]},

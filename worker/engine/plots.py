@@ -83,7 +83,7 @@ def plot_front(points: list[dict[str, Any]]) -> str:
         is_front = find_front(points)
         for point, place, on in zip(points, places, is_front, strict=True):
             axes.plot(*place, "o" if point["meets"] else "x", color="C0" if on else "C7")
-            axes.annotate(f" {point['number']}", place, fontsize=8)
+            axes.annotate(f" {point['number']} {point['form'].removeprefix('onnx_')}", place, fontsize=8)
         front = sorted(place for place, on in zip(places, is_front, strict=True) if on)
         axes.plot(*zip(*front, strict=True), "-", color="C0", linewidth=1)
         axes.set_xlabel("size on disk, MB")

@@ -1,10 +1,11 @@
-"""The smallest student that meets a goal."""
+"""The smallest form of a student that meets a goal."""
 
 import copy
 import json
 import logging
 import shutil
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -68,21 +69,27 @@ def search(ctx: StageContext, settings: "Search") -> dict[str, Any]:
     if not met:
         raise StageFailed(
             "goal_missed",
-            f"None of {len(hunt.points)} students meets the goal{hunt.describe_nearest()}.",
+            f"None of {len(hunt.tried())} students meets the goal{hunt.describe_nearest()}.",
             suggestion="Ask for less, or let it try more (max_trials); the artifact 'points' has what was found.",
             publishes=[POINTS],
         )
     best = min(met, key=lambda point: point["size_bytes"])
-    shutil.copytree(ctx.output(POINTS) / str(best["number"]), ctx.output(settings.form.kind), dirs_exist_ok=True)
+    shutil.copytree(place_of(ctx, best), ctx.output(best["form"]), dirs_exist_ok=True)
     shutil.copytree(hunt.student_folder, ctx.output("student"), dirs_exist_ok=True)
-    return {"chosen": best["number"], POINTS: hunt.points, "teacher_validation": hunt.teacher_scores}
+    chosen = {name: best[name] for name in ("number", "form")}
+    return {"chosen": chosen, POINTS: hunt.points, "teacher_validation": hunt.teacher_scores}
+
+
+def place_of(ctx: StageContext, point: dict[str, Any]) -> Path:
+    """Returns the folder of a point's files."""
+    return ctx.output(POINTS) / str(point["number"]) / str(point["form"])
 
 
 class Hunt:
     """A search that goes on.
 
     Attributes:
-        points: What was trained and measured, in order.
+        points: What was trained and measured, in order: of each student its forms.
         failed: What of it could not be, in order, with the reports of why.
         student_folder: The smallest student so far that meets the goal.
     """
@@ -132,7 +139,7 @@ class Hunt:
                 log.info("the seconds are used up after %d students", self._count())
                 return
             left = {shape: size for shape, size in self.shapes.items() if shape not in self.failed}
-            shape = choose(self.whole, left, self._tried(), self.refused, self._least())
+            shape = choose(self.whole, left, self.tried(), self.refused, self._least())
             if shape is None:
                 return
             self._try(shape)
@@ -143,10 +150,12 @@ class Hunt:
         return max(wanted, min(wanted + self.settings.margin, 1 / self.teacher_scores[share]))
 
     def _count(self) -> int:
-        return len(self.points) + len(self.failed)
+        return len(self.tried()) + len(self.failed)
 
-    def _tried(self) -> dict[Shape, dict[str, Any]]:
-        return {Shape(**point["sizes"]): point for point in self.points}
+    def tried(self) -> dict[Shape, dict[str, Any]]:
+        """Returns of each student that was trained the form that meets the goal, or else the one that keeps most."""
+        found = sorted(self.points, key=lambda point: (point["meets"], point["retained"]))
+        return {Shape(**point["sizes"]): point for point in found}  # the last of a shape is its best
 
     def _try(self, shape: Shape) -> None:
         """Measures a shape, and trains it if it is small and fast enough; one that fails is left out from then on."""
@@ -171,7 +180,7 @@ class Hunt:
             self._checkpoint()
 
     def _train(self, shape: Shape, student: PreTrainedModel, number: int) -> None:
-        """Makes a point of a student, unless it is too large or too slow."""
+        """Makes points of a student's forms, unless all of them are too large or too slow."""
         began, tokenizer = time.monotonic(), self.tokenizer
         half, self.half = self.half, None
         if half is None and self._is_refused(shape, student, number):
@@ -181,27 +190,24 @@ class Hunt:
             trainer = make_trainer(trial.seen, self.settings.distill, student, tokenizer, teaching)
             trainer.run()
             self._save(trial, trainer.model.cpu())
-            agrees = True
-            try:
-                self._write_form(trial, is_trained=True)
-            except StageFailed as error:
-                if error.reason != "goal_missed":
-                    raise
-                log.info("%s: %s", _describe(shape), error)
-                agrees = False
-            self._note(trial, shape, time.monotonic() - began, agrees=agrees)
+            disagreeing = self._write_forms(trial, is_trained=True)
+            seconds = time.monotonic() - began
+            for kind, why in disagreeing.items():
+                self._note(trial, shape, kind, seconds, agrees=not why)
         self._checkpoint()
 
     def _is_refused(self, shape: Shape, student: PreTrainedModel, number: int) -> bool:
-        """Measures the form of a student that has learned nothing; tells if it is too large or too slow."""
+        """Measures the forms of a student that has learned nothing; tells if all are too large or too slow."""
         with Trial(self.ctx, number, self.settings.max_trials) as trial:
             self._save(trial, student)
-            self._write_form(trial, is_trained=False)
-            too = self._find_excess(self._cost(trial, *self._open(trial)))
-        if too:
-            self.refused.add(shape)
-            self._tell("trial.refused", f"{_describe(shape)}: {too}", sizes=shape._asdict())
-        return bool(too)
+            kinds = self._write_forms(trial, is_trained=False)
+            too = {kind: self._find_excess(self._cost(trial, kind, *self._open(trial, kind))) for kind in kinds}
+        if not all(too.values()):
+            return False
+        self.refused.add(shape)
+        told = "; ".join(f"as {kind} {excess}" for kind, excess in too.items())
+        self._tell("trial.refused", f"{_describe(shape)}: {told}", sizes=shape._asdict())
+        return True
 
     def _make(self, shape: Shape) -> PreTrainedModel:
         """Returns the teacher cut down to a shape."""
@@ -223,20 +229,40 @@ class Hunt:
             student, tokenizer = keep_rows(student, self.vocabulary.kept), self.vocabulary.tokenizer
         self.ctx.task.save_model(student, tokenizer, trial.folder / "student")
 
-    def _write_form(self, trial: "Trial", *, is_trained: bool) -> None:
-        form = self.settings.form
-        if not is_trained and "min_agreement" in type(form).model_fields:
-            form = form.model_copy(update={"min_agreement": PROBED})
-        form.build(trial.seen)(trial.form_folder)
+    def _write_forms(self, trial: "Trial", *, is_trained: bool) -> dict[str, str]:
+        """Writes a student in the forms that it can have; returns them, each with how it disagrees, if it does.
 
-    def _cost(self, trial: "Trial", forward: Forward, data: Any) -> dict[str, Any]:
-        """Returns bytes and times of the trial's form, on a split."""
+        Raises:
+            StageFailed: `export_unsupported` where it can have none.
+        """
+        written: dict[str, str] = {}
+        lacking: StageFailed | None = None
+        for form in self.settings.formats:
+            if not is_trained and "min_agreement" in type(form).model_fields:
+                form = form.model_copy(update={"min_agreement": PROBED})
+            try:
+                form.build(trial.seen)(trial.form_folder(form.kind))
+                written[form.kind] = ""
+            except StageFailed as error:
+                log.info("student %d as %s: %s", trial.number, form.kind, error)
+                if error.reason == "goal_missed":
+                    written[form.kind] = str(error)
+                elif error.reason == "export_unsupported":
+                    lacking = error
+                else:
+                    raise
+        if lacking and not written:
+            raise lacking
+        return written
+
+    def _cost(self, trial: "Trial", kind: str, forward: Forward, data: Any) -> dict[str, Any]:
+        """Returns bytes and times of a form, on a split."""
         times = time_singles([(forward, data)], LATENCY_SAMPLES, self.ctx.check_stop)[0]
-        return {"size_bytes": count_bytes(trial.form_folder), **times}
+        return {"size_bytes": count_bytes(trial.form_folder(kind)), **times}
 
-    def _open(self, trial: "Trial") -> tuple[Forward, Any]:
-        """Returns the trial's form in its runtime, and the validation split as it reads it."""
-        session = open_session(trial.form_folder, self.settings.num_threads)
+    def _open(self, trial: "Trial", kind: str) -> tuple[Forward, Any]:
+        """Returns a form in its runtime, and the validation split as it reads it."""
+        session = open_session(trial.form_folder(kind), self.settings.num_threads)
         reference = get_reference(trial.seen)
         length = self.settings.distill.max_length
         data = self.ctx.task.encode(self.path, reference.model, reference.tokenizer, length)
@@ -251,15 +277,16 @@ class Hunt:
             return f"p95 is {p95_ms:.2f} ms, and {settings.max_p95_ms / TIME_RESERVE:.2f} leaves a tenth of max_p95_ms"
         return ""
 
-    def _note(self, trial: "Trial", shape: Shape, seconds: float, *, agrees: bool) -> None:
+    def _note(self, trial: "Trial", shape: Shape, kind: str, seconds: float, *, agrees: bool) -> None:
         """Measures a trained student's form, and makes a point of it; one that disagrees with it meets no goal."""
         task = cast("Classification", self.ctx.task)
-        forward, data = self._open(trial)
+        forward, data = self._open(trial, kind)
         scores = task.score(cast("PreTrainedModel", Running(forward)), data, self.ctx.check_stop)
-        cost = self._cost(trial, forward, data)
+        cost = self._cost(trial, kind, forward, data)
         retained = scores[task.share] / self.teacher_scores[task.share]
         point = {
             "number": trial.number,
+            "form": kind,
             "sizes": shape._asdict(),
             "num_tokens": len(self.vocabulary.kept) if self.vocabulary else self.teacher.config.vocab_size,
             "num_parameters": self.shapes[shape],
@@ -273,7 +300,7 @@ class Hunt:
             point["size_bytes"] < other["size_bytes"] for other in self.points if other["meets"]
         )
         self.points.append(point)
-        shutil.copytree(trial.form_folder, self.ctx.output(POINTS) / str(trial.number))
+        shutil.copytree(trial.form_folder(kind), place_of(self.ctx, point), dirs_exist_ok=True)
         if is_best:
             shutil.rmtree(self.student_folder, ignore_errors=True)
             shutil.copytree(trial.folder / "student", self.student_folder)
@@ -350,6 +377,6 @@ def _describe(shape: Shape) -> str:
 
 def _show(point: dict[str, Any]) -> str:
     return (
-        f"{point['retained']:.3f} of the teacher's score, {point['size_bytes']:,} bytes, p95 "
+        f"{point['retained']:.3f} of the teacher's score as {point['form']}, {point['size_bytes']:,} bytes, p95 "
         f"{point['latency_p95_ms']:.2f} ms"
     )

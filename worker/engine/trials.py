@@ -36,8 +36,12 @@ class Trial:
         """Makes the folders; the training goes on from `half`, and hands what it is to go on from to `keep`."""
         self.number, self.folder = number, Path(tempfile.mkdtemp(prefix="trial-", dir=ctx.scratch_dir))
         self.seen = cast("StageContext", TrialContext(ctx, self, count, half, keep))
-        self.form_folder = self.folder / "form"
-        self.form_folder.mkdir()
+
+    def form_folder(self, kind: str) -> Path:
+        """Returns the folder of one of its forms, made if need be."""
+        folder = self.folder / "forms" / kind
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
 
     def __enter__(self) -> "Trial":
         return self

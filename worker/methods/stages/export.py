@@ -1,12 +1,12 @@
 """Export of the student to deployable forms."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
 from core.changing import find_change
-from core.methods import Exporter, ModelFacts, Problem, Stage
+from core.methods import Exporter, ModelFacts, Problem, Stage, Task
 from core.registry import OneOf
 from worker.methods.stages.quantize import Quantize
 
@@ -15,6 +15,20 @@ if TYPE_CHECKING:
     from worker.engine.context import StageContext
 
 FEW_BITS = 4  # or fewer; those of 8 take what a form of 8 bits does
+
+
+def check_formats(formats: Sequence[Exporter], task: Task) -> list[Problem]:
+    """Returns problems for forms that are named twice, or that a task lacks."""
+    kinds, known = [form.kind for form in formats], task.forms
+    return [
+        Problem(f"formats.{index}", f"'{kind}' is named twice; name each form once")
+        for index, kind in enumerate(kinds)
+        if kind in kinds[:index]
+    ] + [
+        Problem(f"formats.{index}", f"'{kind}' writes no {task.kind} model; known: {', '.join(known)}")
+        for index, kind in enumerate(kinds)
+        if kind not in known
+    ]
 
 
 class Export(Stage):
@@ -31,18 +45,8 @@ class Export(Stage):
 
     def check(self, spec: "JobSpec") -> list[Problem]:
         """Returns problems for forms that are named twice, that the task lacks, or that lack an earlier stage."""
-        kinds, known = [form.kind for form in self.formats], spec.task.forms
         return (
-            [
-                Problem(f"formats.{index}", f"'{kind}' is named twice; name each form once")
-                for index, kind in enumerate(kinds)
-                if kind in kinds[:index]
-            ]
-            + [
-                Problem(f"formats.{index}", f"'{kind}' writes no {spec.task.kind} model; known: {', '.join(known)}")
-                for index, kind in enumerate(kinds)
-                if kind not in known
-            ]
+            check_formats(self.formats, spec.task)
             + ([] if spec.student.source() else self._check_forms(spec, None))
             + self._check_apart(spec)
         )

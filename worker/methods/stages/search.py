@@ -12,6 +12,7 @@ from core.pareto import POINTS
 from core.registry import OneOf
 from core.target import Target
 from worker.methods.stages.distill import Distill
+from worker.methods.stages.export import check_formats
 
 if TYPE_CHECKING:
     from core.jobs.spec import JobSpec
@@ -19,13 +20,13 @@ if TYPE_CHECKING:
 
 
 class Search(Target, ModelStage):
-    """Finds the smallest student of the teacher that meets a goal: its layers, neurons, states and tokens.
+    """Finds the smallest student of the teacher that meets a goal: its layers, neurons, states, tokens, and its form.
 
     A form's bytes and time do not depend on what its model has learned, so those of a size are measured before it is
     trained, and only what is small and fast enough is. What sizes cost in quality is told by a linear model of what was
     trained so far, with a cautious guess at first; the next one is the smallest that it says will do. Quality is
-    measured on the validation split, of the form itself. Each student that was trained is a point of the Pareto front:
-    its form is in the artifact `points`, also where the goal is missed.
+    measured on the validation split, of the forms themselves. Each form of a student that was trained is a point of the
+    Pareto front, and in the artifact `points`, also where the goal is missed. The smallest that meets it is published.
 
     Paper: Jones, Schonlau, Welch 1998, "Efficient Global Optimization of Expensive Black-Box Functions", section 1 (a
     model of what was measured says what to measure next).
@@ -44,8 +45,12 @@ class Search(Target, ModelStage):
         "harder; less where the teacher's score leaves no room for it.",
     )
     trim: bool = Field(True, description="Leave tokens out that the training and validation splits do not use.")
-    form: Annotated[Exporter, OneOf(only="is_graph")] = Field(
-        default={"kind": "onnx_int8"}, validate_default=True, description="The form that is to meet the goal."
+    formats: list[Annotated[Exporter, OneOf(only="is_graph")]] = Field(
+        default=[{"kind": "onnx_int8"}, {"kind": "onnx_int4"}],
+        validate_default=True,
+        min_length=1,
+        max_length=8,
+        description="Forms of which one is to meet the goal; each student is measured in all of them.",
     )
     distill: Distill = Field(
         default_factory=Distill, description="How each student is trained; its losses are those of the task."
@@ -64,8 +69,10 @@ class Search(Target, ModelStage):
             return [Problem("kind", "tasks share all of a student that is searched for; set task.shared to 'all'")]
         if spec.data.validation is None:
             return [Problem("kind", "it measures on the validation split; set data.validation")]
-        if spec.task.shares_tokens or self.form.kind not in spec.task.forms:
-            return [Problem("form", f"'{self.form.kind}' is no form of a {spec.task.kind}, which is not searched")]
+        if spec.task.shares_tokens:
+            return [Problem("kind", f"a {spec.task.kind} is not searched for; name the student's sizes")]
+        if unfit := check_formats(self.formats, spec.task):
+            return unfit
         if self.distill.adapter:
             return [Problem("distill.adapter", "a student that is searched for is trained as a whole; leave it out")]
         if self.distill.sparsity:
@@ -88,23 +95,22 @@ class Search(Target, ModelStage):
 
     def advise(self, spec: "JobSpec") -> list[Problem]:
         """Returns whether the student becomes another one than is in the form."""
-        changed = find_change(self, spec, {self.form.kind}, {"student"})
-        why = (
-            f"{changed} makes another student, of which the form is not; add an 'export' of '{self.form.kind}' after it"
-        )
-        return [Problem("form", why)] if changed else []
+        kinds = {form.kind for form in self.formats}
+        changed = find_change(self, spec, kinds, {"student"})
+        why = f"{changed} makes another student, of which the form is not; add an 'export' of it after that stage"
+        return [Problem("formats", why)] if changed else []
 
     def reads(self, spec: "JobSpec") -> set[str]:
         """Returns the teacher's role."""
         return {"teacher"}
 
     def writes(self) -> set[str]:
-        """Returns the roles of the student, its form, and all points."""
-        return {"student", self.form.kind, POINTS}
+        """Returns the roles of the student, of its forms, one of which there will be, and of all points."""
+        return {"student", POINTS, *(form.kind for form in self.formats)}
 
     def forms(self) -> list[Exporter]:
-        """Returns the form."""
-        return [self.form]
+        """Returns the forms."""
+        return self.formats
 
     def measures(self) -> set[str]:
         """Returns the points, which hold times; with a limit on time all roles, as it decides which one is found."""
