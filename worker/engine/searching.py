@@ -300,7 +300,7 @@ class Hunt:
             point["size_bytes"] < other["size_bytes"] for other in self.points if other["meets"]
         )
         self.points.append(point)
-        shutil.copytree(trial.form_folder(kind), place_of(self.ctx, point), dirs_exist_ok=True)
+        shutil.copytree(trial.form_folder(kind), place_of(self.ctx, point))
         if is_best:
             shutil.rmtree(self.student_folder, ignore_errors=True)
             shutil.copytree(trial.folder / "student", self.student_folder)

@@ -33,7 +33,7 @@ class Trial:
     def __init__(
         self, ctx: StageContext, number: int, count: int, half: Half | None = None, keep: Keep | None = None
     ) -> None:
-        """Makes the folders; the training goes on from `half`, and hands what it is to go on from to `keep`."""
+        """Makes the folder; the training goes on from `half`, and hands what it is to go on from to `keep`."""
         self.number, self.folder = number, Path(tempfile.mkdtemp(prefix="trial-", dir=ctx.scratch_dir))
         self.seen = cast("StageContext", TrialContext(ctx, self, count, half, keep))
 
