@@ -22,11 +22,17 @@ class Grid(NamedTuple):
     bits: int
 
 
+WHOLE_BITS = 8  # in which half a step is nothing to gain
+
 Fit: TypeAlias = Callable[[Tensor, int | None], Grid]  # of weight_OI and a group
 
 
 def fit(weight_OI: Tensor, group: int | None, *, bits: int, symmetric: bool) -> Grid:
     """Returns the grid that holds 0 and reaches from the smallest to the largest weight of each group.
+
+    A symmetric one of 8 bits reaches from the largest magnitude below 0 to the same above it. One of fewer ends half a
+    step beyond it, and half a step short of it, as in torchao and compressed-tensors: its steps are smaller, which is
+    worth more than what the outermost weights lose.
 
     Paper: Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
     Inference", section 2.1 and equation 13.
@@ -39,7 +45,8 @@ def fit(weight_OI: Tensor, group: int | None, *, bits: int, symmetric: bool) -> 
     """
     groups_OGN = weight_OI.float().unflatten(1, (-1, group or weight_OI.shape[1]))
     if symmetric:
-        scale_OG = _half(groups_OGN.abs().amax(-1) / (2 ** (bits - 1) - 1))
+        steps = 2 ** (bits - 1) - (0.5 if bits < WHOLE_BITS else 1)  # from 0 to the largest magnitude
+        scale_OG = _half(groups_OGN.abs().amax(-1) / steps)
         return Grid(scale_OG, torch.full_like(scale_OG, 2 ** (bits - 1)), bits)
     return _between(groups_OGN.amin(-1).clamp(max=0), groups_OGN.amax(-1).clamp(min=0), bits)
 

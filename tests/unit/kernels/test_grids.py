@@ -5,6 +5,8 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor
+from torchao.quantization import IntxWeightOnlyConfig, PerAxis, PerGroup, quantize_
+from torchao.quantization.quant_primitives import MappingType
 
 from worker.kernels.grids import Grid, decode, encode, find_ends, fit, join, move
 from worker.kernels.obs import round_in_order
@@ -14,16 +16,38 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_a_symmetric_row_is_what_torch_makes_of_it(bits: int) -> None:
-    """By the definition: s = max |W_row| / (2^(b-1) - 1), in half precision."""
-    weight_OI, largest = random(12, 40), 2 ** (bits - 1) - 1
-    scale_O = (weight_OI.abs().amax(1) / largest).half().float()
-    wanted = torch.fake_quantize_per_channel_affine(
-        weight_OI, scale_O, torch.zeros(12, dtype=torch.int32), 0, -largest - 1, largest
-    )
-    grid = fit(weight_OI, None, bits=bits, symmetric=True)
+def test_a_symmetric_row_of_8_bits_is_what_torch_makes_of_it() -> None:
+    """By the definition: s = max |W_row| / 127, in half precision."""
+    weight_OI = random(12, 40)
+    scale_O = (weight_OI.abs().amax(1) / 127).half().float()
+    zero_O = torch.zeros(12, dtype=torch.int32)
+    wanted = torch.fake_quantize_per_channel_affine(weight_OI, scale_O, zero_O, 0, -128, 127)
+    grid = fit(weight_OI, None, bits=8, symmetric=True)
     torch.testing.assert_close(decode(encode(weight_OI, grid), grid), wanted, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("group", [16, 32, 64, None])
+def test_groups_are_what_torchao_makes_of_them(bits: int, symmetric: bool, group: int | None) -> None:
+    """Halfway between two codes it may take the other one, as it multiplies with 1 / scale in half precision."""
+    layer = torch.nn.Sequential(torch.nn.Linear(64, 48, bias=False))
+    weight_OI = layer[0].weight.detach().copy_(random(48, 64)).clone()
+    config = IntxWeightOnlyConfig(
+        weight_dtype=getattr(torch, f"int{bits}"),
+        granularity=PerGroup(group) if group else PerAxis(0),
+        mapping_type=MappingType.SYMMETRIC if symmetric else MappingType.ASYMMETRIC,
+        scale_dtype=torch.float16,
+    )
+    quantize_(layer, config)
+    theirs, grid = layer[0].weight, fit(weight_OI, group, bits=bits, symmetric=symmetric)
+    assert torch.equal(theirs.scale.float().view(48, -1), grid.scale_OG)
+    assert torch.equal(theirs.zero_point.float().view(48, -1) + 2 ** (bits - 1), grid.zero_OG)
+    codes_OI, wanted_OI = encode(weight_OI, grid), theirs.qdata.float() + 2 ** (bits - 1)
+    steps_OI = weight_OI / grid.scale_OG.repeat_interleave(group or 64, 1)
+    is_half_OI = (steps_OI - steps_OI.floor() - 0.5).abs() < 0.006
+    assert torch.equal(codes_OI[~is_half_OI], wanted_OI[~is_half_OI])
+    assert is_half_OI.float().mean() < 0.05 + 1 / (group or 64)  # where a symmetric group ends
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
