@@ -31,8 +31,8 @@ def fit(weight_OI: Tensor, group: int | None, *, bits: int, symmetric: bool) -> 
     """Returns the grid that holds 0 and reaches from the smallest to the largest weight of each group.
 
     A symmetric one of 8 bits reaches from the largest magnitude below 0 to the same above it. One of fewer ends half a
-    step beyond it, and half a step short of it, as in torchao and compressed-tensors: its steps are smaller, which is
-    worth more than what the outermost weights lose.
+    step beyond it, and half a step short of it, as in torchao and compressed-tensors: its steps are smaller. Of normal
+    weights the squared error is half as large in 2 bits, .74 to .88 in 3, .88 to .95 in 4; in groups of 16 it is 1.05.
 
     Paper: Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
     Inference", section 2.1 and equation 13.
