@@ -52,6 +52,26 @@ def test_job_goes_from_post_to_a_downloaded_smaller_model(stack: Stack) -> None:
     assert {"loss/total", "loss/cross_entropy", "loss/forward_kl", "share/forward_kl"} <= names
 
 
+def test_a_goal_is_enough(stack: Stack) -> None:
+    """Of the forms that are measured the smallest one that meets it is an artifact, and is measured again."""
+    search = {"kind": "search", "min_retained": 0.5, "max_trials": 1, "distill": {"epochs": 8, "learning_rate": 3e-3}}
+    finetune = {"kind": "finetune", "epochs": 8, "learning_rate": 3e-3}
+    evaluate = {"kind": "evaluate", "latency_samples": 10}
+    job_id = stack.submit(student={"kind": "searched"}, stages=[finetune, search, evaluate])
+    job = stack.wait(job_id)
+    assert job["state"] == "succeeded", json.dumps(job, indent=1)
+    points = stack.http.get(f"/v1/jobs/{job_id}/pareto").json()["data"]
+    assert [(point["number"], point["form"]) for point in points] == [(1, "onnx_int8"), (1, "onnx_int4")]
+    best = min((point for point in points if point["meets"]), key=lambda point: point["size_bytes"])
+    assert job["stages"][1]["summary"]["chosen"] == {"number": 1, "form": best["form"]}
+    artifacts = {a["name"]: a for a in stack.http.get(f"/v1/jobs/{job_id}/artifacts").json()["data"]}
+    assert artifacts.keys() == {"teacher", "student", "points", "report", best["form"]}
+    assert artifacts[best["form"]]["size_bytes"] == best["size_bytes"]
+    hashes = stack.hashes(job_id)
+    assert hashes[f"points/{best['files']['path']}model.onnx"] == hashes[f"{best['form']}/model.onnx"]
+    assert {row["name"] for row in job["stages"][2]["summary"]["models"]} == {"teacher", "student", best["form"]}
+
+
 def test_a_language_model_goes_the_same_way_and_answers_once(stack: Stack, tmp_path: Path) -> None:
     stack.push_model(pico.write_language_model(tmp_path / "model"), "pico-lm")
     stack.push_data(pico.write_walks(tmp_path / "data"), "walks")
