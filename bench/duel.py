@@ -129,11 +129,11 @@ def answer_alone(measure: Callable[[], dict[str, Any]]) -> int:
 
 
 def show_goals(goals: dict[str, tuple[float, str]], figures: dict[str, float]) -> bool:
-    """Prints each figure beside its goal, which it is to be `at least`, `above` or `at most`; tells if all are met."""
+    """Prints each figure beside its goal, which it is to be at least, above, at most or below; tells if all are met."""
     table, all_met = Table("figure", "seen", "goal", ""), True
     for name, value in figures.items():
         goal, sense = goals[name]
-        met = {"at least": value >= goal, "above": value > goal, "at most": value <= goal}[sense]
+        met = {"at least": value >= goal, "above": value > goal, "at most": value <= goal, "below": value < goal}[sense]
         all_met &= met
         table.add_row(name, f"{value:.3f}", f"{sense} {goal}", "met" if met else "[red]missed")
     console.print(table)
