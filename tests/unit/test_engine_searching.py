@@ -33,6 +33,7 @@ SHAPES = {
 }
 SMALL = FAST | {"epochs": 8}
 TARGET = {"min_retained": 0.9, "max_trials": 4}
+BOTH = [{"kind": "onnx_int8"}, {"kind": "onnx_int4"}]
 
 
 def hunt(costs_3: np.ndarray, least: float, largest: int = 10**9) -> dict[Shape, dict[str, Any]]:
@@ -105,14 +106,14 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 
 def searching(**settings: Any) -> dict[str, Any]:
-    stage = {"kind": "search", "distill": SMALL, **TARGET, **settings}
+    stage = {"kind": "search", "distill": SMALL, "formats": BOTH[:1], **TARGET, **settings}
     stages = [stage, {"kind": "evaluate", "latency_samples": 10}]
     return make_spec(stages, student={"kind": "searched"})
 
 
 def test_the_smallest_student_that_meets_a_goal_is_found(bench: Bench, tmp_path: Path) -> None:
     bench = bench.copy(tmp_path / "job")
-    spec = searching(max_bytes=90_000, max_p95_ms=200.0)
+    spec = searching(max_bytes=90_000, max_p95_ms=200.0, formats=BOTH)
     searched = bench.succeed(spec)
     bench.adopt(searched, 0, "search")
     summary = searched.last["summary"]
@@ -211,7 +212,7 @@ def test_no_more_is_asked_than_the_largest_score(bench: Bench, tmp_path: Path) -
 
 def test_a_search_that_was_interrupted_finds_the_same(bench: Bench, tmp_path: Path) -> None:
     bench = bench.copy(tmp_path / "job")
-    spec = searching(min_retained=1.0, margin=0.5, max_trials=3)
+    spec = searching(min_retained=1.0, margin=0.5, max_trials=3, formats=BOTH)
     spec["stages"][0]["min_retained"], spec["stages"][0]["margin"] = 0.98, 0.0
     whole = bench.succeed(spec, 0, "whole")
     count = len(numbers_of(whole))
@@ -318,10 +319,10 @@ def test_a_form_that_a_student_cannot_have_is_left_out(bench: Bench, tmp_path: P
     pico.write_model(bench.inputs / "teacher", width=24)
     bench.adopt(bench.succeed(make_spec([{"kind": "finetune", **FAST}])), 0, "finetune")
     settings = {"min_retained": 0.1, "max_trials": 1}
-    found = bench.succeed(searching(**settings), 0, "search")
+    found = bench.succeed(searching(**settings, formats=BOTH), 0, "search")
     assert {point["form"] for point in found.last["summary"]["points"]} == {"onnx_int8"}
     assert "as onnx_int4: None of the" in found.log
-    lacking = bench.run(searching(**settings, formats=[{"kind": "onnx_int4"}]), 0, "lacking")
+    lacking = bench.run(searching(**settings, formats=BOTH[1:]), 0, "lacking")
     assert (lacking.last["reason"], lacking.last["suggestion"]) == (
         "export_unsupported",
         "Choose onnx_int8, or leave this form out.",

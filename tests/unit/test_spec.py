@@ -209,12 +209,20 @@ def test_what_is_seldom_meant_is_told(stages: list[str], advised: list[int]) -> 
 
 
 @pytest.mark.parametrize(
-    ("later", "advised"), [(["evaluate"], []), (["distill"], [1]), (["distill", "export", "evaluate"], [])]
+    ("later", "advised"),
+    [
+        (["evaluate"], []),
+        (["distill"], [1]),
+        (["distill", "export", "evaluate"], [1]),  # of what it may publish onnx_int4 stays as it was
+    ],
 )
 def test_a_student_that_changes_after_its_search_is_told_of(later: list[str], advised: list[int]) -> None:
     whole = [{"kind": kind} for kind in ("finetune", "search", *later)]
     spec = load_spec(SHORT | {"student": {"kind": "searched"}, "stages": whole})
     assert [ordinal for ordinal, stage in enumerate(spec.stages) if stage.advise(spec)] == advised
+    whole[1]["formats"] = [{"kind": "onnx_int8"}]  # which an export writes unless it says otherwise
+    spec = load_spec(SHORT | {"student": {"kind": "searched"}, "stages": whole})
+    assert bool(spec.stages[1].advise(spec)) == (later == ["distill"])
 
 
 def test_a_key_of_metadata_holds_no_colon() -> None:

@@ -97,7 +97,7 @@ class Search(Target, ModelStage):
         """Returns whether the student becomes another one than is in the form."""
         kinds = {form.kind for form in self.formats}
         changed = find_change(self, spec, kinds, {"student"})
-        why = f"{changed} makes another student, of which the form is not; add an 'export' of it after that stage"
+        why = f"{changed} makes another student, of which the form is not; name one, and 'export' it after that stage"
         return [Problem("formats", why)] if changed else []
 
     def reads(self, spec: "JobSpec") -> set[str]:
