@@ -190,9 +190,9 @@ class Hunt:
             trainer = make_trainer(trial.seen, self.settings.distill, student, tokenizer, teaching)
             trainer.run()
             self._save(trial, trainer.model.cpu())
-            disagreeing = self._write_forms(trial, is_trained=True)
+            written = self._write_forms(trial, is_trained=True)
             seconds = time.monotonic() - began
-            for kind, why in disagreeing.items():
+            for kind, why in written.items():
                 self._note(trial, shape, kind, seconds, agrees=not why)
         self._checkpoint()
 
@@ -265,7 +265,8 @@ class Hunt:
         session = open_session(trial.form_folder(kind), self.settings.num_threads)
         reference = get_reference(trial.seen)
         length = self.settings.distill.max_length
-        data = self.ctx.task.encode(self.path, reference.model, reference.tokenizer, length)
+        encoding = self.path, reference.model, reference.tokenizer, length
+        data = trial.seen.remember("validation", lambda: self.ctx.task.encode(*encoding))
         return lambda inputs: run_session(session, inputs), data
 
     def _find_excess(self, cost: dict[str, Any]) -> str:

@@ -23,6 +23,7 @@ from worker.engine.next_tokens import predict_next
 from worker.engine.sharding import is_sharded
 from worker.kernels.heads import Head
 from worker.kernels.mixtures import Mixture
+from worker.kernels.signals import find_heard
 
 if TYPE_CHECKING:
     from worker.engine.classification import Classification
@@ -54,7 +55,7 @@ def speak_as_ensemble(ctx: StageContext, settings: "Ensemble") -> Speak:
         mixture = Mixture(by_entropy=settings.weighting == "entropy")
         for one, weight in zip(speakers, weights, strict=True):
             logits_NC = one(examples, max_length)
-            mixture.add(logits_NC, weight, is_heard_N=logits_NC.any(dim=-1))  # a word that was cut off has zeros
+            mixture.add(logits_NC, weight, is_heard_N=find_heard(logits_NC))
         return mixture.logits()
 
     return speak

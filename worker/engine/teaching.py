@@ -21,7 +21,7 @@ from worker.engine.keeping import KeptLayers
 from worker.engine.shards import Shards
 from worker.engine.watching import Watched
 from worker.kernels.heads import Head, HeadSignal
-from worker.kernels.signals import DenseSignal, GappedSignal, SampledSignal, Signal, SparseSignal
+from worker.kernels.signals import DenseSignal, GappedSignal, SampledSignal, Signal, SparseSignal, find_heard
 
 if TYPE_CHECKING:
     from worker.engine.context import StageContext
@@ -117,7 +117,7 @@ class AnswersAhead:
 
     def count_heard(self, batch: Batch) -> int:
         """Returns how many rows it gave any logits."""
-        return int(self._take(batch).any(dim=-1).sum())
+        return int(find_heard(self._take(batch)).sum())
 
     def _take(self, batch: Batch) -> Tensor:
         """Returns the rows' logits_NC; has the teacher answer the split where it has not."""
@@ -154,7 +154,7 @@ class AnswersAhead:
 
 def _say(logits_NC: Tensor) -> DenseSignal:
     """Returns what was answered; a word that the teacher did not read, or a text it gave no label, has zeros."""
-    return DenseSignal(logits_NC) if logits_NC.any(dim=-1).all() else GappedSignal(logits_NC)
+    return DenseSignal(logits_NC) if find_heard(logits_NC).all() else GappedSignal(logits_NC)
 
 
 class Stateless:
@@ -230,7 +230,7 @@ class AnswersKept(Stateless):
     def count_heard(self, batch: Batch) -> int:
         """Returns how many rows have logits; of tokens, all have something."""
         logits_NC = self._take(batch)
-        return len(batch.row_numbers) if logits_NC is None else int(logits_NC.any(dim=-1).sum())
+        return len(batch.row_numbers) if logits_NC is None else int(find_heard(logits_NC).sum())
 
     def _take(self, batch: Batch) -> Tensor | None:
         """Returns the rows' logits_NC, if whole ones were kept."""

@@ -38,6 +38,11 @@ class Signal(Protocol):
         """
 
 
+def find_heard(logits_NC: Tensor) -> Tensor:
+    """Returns in which rows logits say anything, is_heard_N: a row of zeros stands for one that was not answered."""
+    return logits_NC.any(dim=-1)
+
+
 @dataclass(frozen=True, slots=True)
 class DenseSignal(Signal):
     """The teacher's logits u over all classes."""
@@ -64,7 +69,7 @@ class GappedSignal(DenseSignal):
     @property
     def is_heard(self) -> Tensor:
         """Where a logit is not zero."""
-        return self.logits_NC.any(dim=-1)
+        return find_heard(self.logits_NC)
 
 
 @dataclass(frozen=True, slots=True)
