@@ -12,7 +12,8 @@ class Target(StrictModel):
         0.97,
         gt=0,
         le=1,
-        description="Least share that the form keeps of the teacher's score: of its accuracy, F1, or correlation.",
+        description="Least share that the form keeps of the teacher's score: of its accuracy, F1, or correlation; of a "
+        "language model, of the probability that it gives a token, which is the teacher's perplexity over its own.",
     )
     max_bytes: int | None = Field(
         None, ge=1, description="Most bytes of the form, all its files together.", examples=[10_000_000]
@@ -20,7 +21,8 @@ class Target(StrictModel):
     max_p95_ms: float | None = Field(
         None,
         gt=0,
-        description="Time within which it answers 95 of 100 texts, one at a time on the worker's processor, in ms.",
+        description="Time within which it answers 95 of 100 texts, or as a language model reads blocks, one at a time "
+        "on the worker's processor, in ms.",
         examples=[5.0],
     )
     runtime: str = Field(

@@ -360,7 +360,6 @@ def test_its_students_hear_the_losses_of_the_task() -> None:
         ({"target": {"runtime": "tensorrt"}}, "target.runtime", "should match pattern"),
         ({"target": {}, "student": {"kind": "teacher_layers", "keep": [0]}}, "", "'student' says what to make"),
         ({"target": {}, "stages": [{"kind": "finetune"}]}, "", "'stages' says what to make"),
-        ({"target": {}, "task": {"kind": "causal_lm"}}, "stages.1.kind", "a causal_lm is not searched for"),
         (searched(formats=[{"kind": "onnx_int8"}] * 2), "stages.0.formats.1", "is named twice"),
         (searched(formats=[{"kind": "safetensors"}]), "stages.0.formats.0.kind", "unknown kind 'safetensors'"),
         ({"target": {}, "data": {"train": "toy/train", "test": "toy/test"}}, "stages.1.kind", "set data.validation"),

@@ -115,11 +115,11 @@ def as_stored(name: str, load: Callable[..., PreTrainedModel]) -> Callable[..., 
 
 def open_candidates(ctx: StageContext) -> dict[str, Any]:
     """Returns the language models to measure, each where `transformers` would have its own."""
-    from worker.engine.runtimes import RunningDecoder  # whose import starts a thread
+    from worker.engine.runtimes import Running  # whose import starts a thread
 
     folders = {name: ctx.input(name) for name in list_candidates(ctx)}
     return {
-        name: RunningDecoder(folder, ctx.num_threads) if is_graph else as_stored(name, ctx.load_model)(name).eval()
+        name: Running(folder, ctx.num_threads) if is_graph else as_stored(name, ctx.load_model)(name).eval()
         for name, folder in folders.items()
         for is_graph in [(folder / "model.onnx").is_file()]
     }

@@ -55,7 +55,7 @@ log = logging.getLogger(__name__)
 class LanguageModelling:
     """A causal language model."""
 
-    headline = "loss"
+    headline, share = "loss", "probability"
     heads: ClassVar[Mapping[str, TaskHead]] = {}
 
     def __init__(self, ctx: "StageContext", task: "CausalLM") -> None:
@@ -104,7 +104,10 @@ class LanguageModelling:
         return model.answer(batch, self.answer) if isinstance(model, Members) else self.answer(model, batch)
 
     def score(self, model: PreTrainedModel | Members, data: Blocks, between: Callable[[], None]) -> Scores:
-        """Returns the cross entropy of a token in nats, its exponential, and the share of tokens put first."""
+        """Returns the cross entropy of a token in nats, its exponential, and the share of tokens put first.
+
+        `probability` is what tokens are given, the geometric mean: 1 over the perplexity.
+        """
         was_training, sums_J = model.training, np.zeros(len(SUMS))
         model.eval()
         for batch in ranks.share(data.in_order(model.device), in_step=is_sharded(model)):
@@ -112,7 +115,8 @@ class LanguageModelling:
             between()
         model.train(was_training)
         found = summarise(ranks.add_up(torch.from_numpy(sums_J).to(model.device)).cpu().numpy())
-        return {name: found[name] for name in ("loss", "perplexity", "accuracy")}
+        scores = {name: float(found[name]) for name in ("loss", "perplexity", "accuracy")}
+        return scores | {"probability": 1 / scores["perplexity"]}
 
     def _compare(self, models: Sequence[PreTrainedModel | Members], batch: Batch) -> NDArray[np.float64]:
         """Returns SUMS over the batch's rows for each model, the first of which is the teacher."""

@@ -70,16 +70,22 @@ def continue_greedily(session: "InferenceSession", ids_BT: Tensor, num_tokens: i
 
 
 class Running:
-    """A form in its runtime, where a model is asked for."""
+    """A folder with a `model.onnx` in its runtime, where a model is asked for."""
 
-    training, device = False, torch.device("cpu")
+    runtime, training, device = "onnxruntime", False, torch.device("cpu")
+    has_plain_head = False  # it gives logits, and not what makes them
 
-    def __init__(self, forward: Forward) -> None:
-        self._forward = forward
+    def __init__(self, folder: Path, num_threads: int) -> None:
+        self._session = open_session(folder, num_threads)
+        self.config = AutoConfig.from_pretrained(folder, **OFFLINE)
+
+    def forward(self, inputs: dict[str, Tensor]) -> NDArray[np.float32]:
+        """Returns logits_BC for the inputs."""
+        return run_session(self._session, inputs)
 
     def __call__(self, **inputs: Any) -> SimpleNamespace:
-        """Returns its logits."""
-        return SimpleNamespace(logits=torch.from_numpy(self._forward(inputs)))
+        """Returns its logits, as a model of `transformers` does."""
+        return SimpleNamespace(logits=torch.from_numpy(self.forward(inputs)))
 
     def train(self, _: bool = True) -> "Running":
         """Changes nothing, as it cannot be trained."""
@@ -90,17 +96,6 @@ class Running:
     def modules(self) -> Iterator[torch.nn.Module]:
         """Yields nothing."""
         return iter(())
-
-
-class RunningDecoder(Running):
-    """A folder with the `model.onnx` of a decoder."""
-
-    runtime, has_plain_head = "onnxruntime", False  # it gives logits, and not what makes them
-
-    def __init__(self, folder: Path, num_threads: int) -> None:
-        session = open_session(folder, num_threads)
-        super().__init__(lambda inputs: run_session(session, inputs))
-        self.config = AutoConfig.from_pretrained(folder, **OFFLINE)
 
 
 class OpenModel(NamedTuple):

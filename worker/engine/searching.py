@@ -27,14 +27,13 @@ from worker.engine.loading import find_layers, load_tokenizer
 from worker.engine.measuring import count_bytes, time_singles
 from worker.engine.narrowing import narrow
 from worker.engine.pieces import keep_tokens
-from worker.engine.runtimes import Forward, Running, open_session, run_session
+from worker.engine.runtimes import Running
 from worker.engine.shapes import Shape, choose, list_shapes, narrowed_to, shape_of
 from worker.engine.students import keep_layers, set_widths, with_layers
 from worker.engine.trials import Half, Trial
 from worker.engine.trimming import count_tokens, keep_rows
 
 if TYPE_CHECKING:
-    from worker.engine.classification import Classification
     from worker.methods.stages.search import Search
 
 LATENCY_SAMPLES = 200
@@ -105,9 +104,9 @@ class Hunt:
         self.path = ctx.get_split("validation")
         data = ctx.task.encode(self.path, self.teacher, self.tokenizer, settings.distill.max_length)
         self.teacher_scores = ctx.task.score(ctx.load_teacher(), data, ctx.check_stop)
-        share = cast("Classification", ctx.task).share
-        if self.teacher_scores[share] <= 0:
-            message = f"The teacher's validation {share} is {self.teacher_scores[share]:.3f}: nothing to keep."
+        if self.teacher_scores[ctx.task.share] <= 0:
+            score = self.teacher_scores[ctx.task.share]
+            message = f"The teacher's validation {ctx.task.share} is {score:.3f}: nothing to keep."
             raise StageFailed("spec_invalid", message, suggestion="Train the teacher longer.")
         self.vocabulary = self._trim() if settings.trim else None
         self.whole = shape_of(self.teacher)
@@ -146,8 +145,8 @@ class Hunt:
 
     def _least(self) -> float:
         """Returns what a student must keep: with the margin, or with as much of it as a score of 1 leaves room for."""
-        wanted, share = self.settings.min_retained, cast("Classification", self.ctx.task).share
-        return max(wanted, min(wanted + self.settings.margin, 1 / self.teacher_scores[share]))
+        wanted, most = self.settings.min_retained, 1 / self.teacher_scores[self.ctx.task.share]
+        return max(wanted, min(wanted + self.settings.margin, most))
 
     def _count(self) -> int:
         return len(self.tried()) + len(self.failed)
@@ -255,19 +254,18 @@ class Hunt:
             raise lacking
         return written
 
-    def _cost(self, trial: "Trial", kind: str, forward: Forward, data: Any) -> dict[str, Any]:
+    def _cost(self, trial: "Trial", kind: str, running: Running, data: Any) -> dict[str, Any]:
         """Returns bytes and times of a form, on a split."""
-        times = time_singles([(forward, data)], LATENCY_SAMPLES, self.ctx.check_stop)[0]
+        times = time_singles([(running.forward, data)], LATENCY_SAMPLES, self.ctx.check_stop)[0]
         return {"size_bytes": count_bytes(trial.form_folder(kind)), **times}
 
-    def _open(self, trial: "Trial", kind: str) -> tuple[Forward, Any]:
+    def _open(self, trial: "Trial", kind: str) -> tuple[Running, Any]:
         """Returns a form in its runtime, and the validation split as it reads it."""
-        session = open_session(trial.form_folder(kind), self.settings.num_threads)
         reference = get_reference(trial.seen)
         length = self.settings.distill.max_length
         encoding = self.path, reference.model, reference.tokenizer, length
         data = trial.seen.remember("validation", lambda: self.ctx.task.encode(*encoding))
-        return lambda inputs: run_session(session, inputs), data
+        return Running(trial.form_folder(kind), self.settings.num_threads), data
 
     def _find_excess(self, cost: dict[str, Any]) -> str:
         """Returns what of the cost is more than the goal allows."""
@@ -280,10 +278,9 @@ class Hunt:
 
     def _note(self, trial: "Trial", shape: Shape, kind: str, seconds: float, *, agrees: bool) -> None:
         """Measures a trained student's form, and makes a point of it; one that disagrees with it meets no goal."""
-        task = cast("Classification", self.ctx.task)
-        forward, data = self._open(trial, kind)
-        scores = task.score(cast("PreTrainedModel", Running(forward)), data, self.ctx.check_stop)
-        cost = self._cost(trial, kind, forward, data)
+        task, (running, data) = self.ctx.task, self._open(trial, kind)
+        scores = task.score(cast("PreTrainedModel", running), data, self.ctx.check_stop)
+        cost = self._cost(trial, kind, running, data)
         retained = scores[task.share] / self.teacher_scores[task.share]
         point = {
             "number": trial.number,

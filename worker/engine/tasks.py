@@ -77,6 +77,10 @@ class TaskRun(Protocol):
         """The name of the score that counts first."""
 
     @property
+    def share(self) -> str:
+        """The name of the score that is a share of 1, so that what a student keeps of its teacher's can be told."""
+
+    @property
     def heads(self) -> Mapping[str, TaskHead]:
         """The heads of the tasks that share the model; none where it is of one task."""
 

@@ -31,6 +31,16 @@ def check_formats(formats: Sequence[Exporter], task: Task) -> list[Problem]:
     ]
 
 
+def check_types(formats: Sequence[Exporter], task: Task, start: ModelFacts) -> list[Problem]:
+    """Returns problems for forms that models of such an architecture do not have."""
+    return [
+        Problem(f"formats.{index}", f"'{form.kind}' is not written for a '{start.model_type}'; leave it out")
+        for index, form in enumerate(formats)
+        for known in [form.model_types or (task.graph_types if form.is_graph else ())]
+        if known and start.model_type not in known
+    ]
+
+
 class Export(Stage):
     """Writes the student in each form, loads it again and compares it with the student before it is published."""
 
@@ -89,12 +99,7 @@ class Export(Stage):
     def check_model(self, spec: "JobSpec", start: ModelFacts) -> list[Problem]:
         """Returns which forms such a model does not have."""
         lacking = self._check_forms(spec, start) if spec.student.source() else []
-        return lacking + [
-            Problem(f"formats.{index}", f"'{form.kind}' is not written for a '{start.model_type}'; leave it out")
-            for index, form in enumerate(self.formats)
-            for known in [form.model_types or (spec.task.graph_types if form.is_graph else ())]
-            if known and start.model_type not in known
-        ]
+        return lacking + check_types(self.formats, spec.task, start)
 
     def reads(self, spec: "JobSpec") -> set[str]:
         """Returns the student's role."""

@@ -7,12 +7,12 @@ from pydantic import Field
 
 from core.changing import ModelStage, find_change
 from core.losses import FeatureLoss
-from core.methods import Exporter, Problem
+from core.methods import Exporter, ModelFacts, Problem
 from core.pareto import POINTS
 from core.registry import OneOf
 from core.target import Target
 from worker.methods.stages.distill import Distill
-from worker.methods.stages.export import check_formats
+from worker.methods.stages.export import check_formats, check_types
 
 if TYPE_CHECKING:
     from core.jobs.spec import JobSpec
@@ -44,7 +44,11 @@ class Search(Target, ModelStage):
         description="By how much a point must be above min_retained on the validation split, as the test split may be "
         "harder; less where the teacher's score leaves no room for it.",
     )
-    trim: bool = Field(True, description="Leave tokens out that the training and validation splits do not use.")
+    trim: bool = Field(
+        True,
+        description="Leave tokens out that the training and validation splits do not use; of a language model, which "
+        "writes them, only where this is said.",
+    )
     formats: list[Annotated[Exporter, OneOf(only="is_graph")]] = Field(
         default=[{"kind": "onnx_int8"}, {"kind": "onnx_int4"}],
         validate_default=True,
@@ -69,16 +73,15 @@ class Search(Target, ModelStage):
             return [Problem("kind", "tasks share all of a student that is searched for; set task.shared to 'all'")]
         if spec.data.validation is None:
             return [Problem("kind", "it measures on the validation split; set data.validation")]
-        if spec.task.shares_tokens:
-            return [Problem("kind", f"a {spec.task.kind} is not searched for; name the student's sizes")]
         if unfit := check_formats(self.formats, spec.task):
             return unfit
         if self.distill.adapter:
             return [Problem("distill.adapter", "a student that is searched for is trained as a whole; leave it out")]
         if self.distill.sparsity:
             return [Problem("distill.sparsity", "zeros make no form smaller or faster; leave them out")]
-        if self.distill.on_policy:
-            return [Problem("distill.on_policy", "a classifier writes no texts; leave it out")]
+        compared = [stage.kind for stage in self.later(spec).values() if stage.compares_tokens()]
+        if self.trim and spec.task.shares_tokens and compared:
+            return [Problem("trim", f"'{compared[0]}' compares the student's tokens with the teacher's; leave it out")]
         return self._check_numbered() or [Problem(f"distill.{p.field}", p.message) for p in self.distill.check(spec)]
 
     def _check_numbered(self) -> list[Problem]:
@@ -92,6 +95,10 @@ class Search(Target, ModelStage):
             for index, loss in enumerate(self.distill.losses)
             if isinstance(loss, FeatureLoss) and not isinstance(loss.layers, str)
         ]
+
+    def check_model(self, spec: "JobSpec", start: ModelFacts) -> list[Problem]:
+        """Returns which forms such a model does not have."""
+        return check_types(self.formats, spec.task, start)
 
     def advise(self, spec: "JobSpec") -> list[Problem]:
         """Returns whether the student becomes another one than is in the form."""

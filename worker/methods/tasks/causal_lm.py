@@ -65,8 +65,9 @@ class CausalLM(Task):
         return self
 
     def stage_defaults(self) -> dict[str, dict[str, Any]]:
-        """Returns the losses of a distillation."""
-        return {"distill": {"losses": [{"kind": "cross_entropy"}, {"kind": "forward_kl", "temperature": 1.0}]}}
+        """Returns the losses of a distillation, and that a search leaves the tokens that data lack: to write them."""
+        losses = [{"kind": "cross_entropy"}, {"kind": "forward_kl", "temperature": 1.0}]
+        return {"distill": {"losses": losses}, "search": {"trim": False}}
 
     def columns(self) -> dict[str, str]:
         """Returns the columns by role."""
