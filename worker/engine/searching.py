@@ -28,7 +28,7 @@ from worker.engine.measuring import count_bytes, time_singles
 from worker.engine.narrowing import narrow
 from worker.engine.pieces import keep_tokens
 from worker.engine.runtimes import Running
-from worker.engine.shapes import Shape, choose, list_shapes, narrowed_to, shape_of
+from worker.engine.shapes import HALVING_COSTS, WRITING_COSTS, Shape, choose, list_shapes, narrowed_to, shape_of
 from worker.engine.students import keep_layers, set_widths, with_layers
 from worker.engine.trials import Half, Trial
 from worker.engine.trimming import count_tokens, keep_rows
@@ -133,12 +133,13 @@ class Hunt:
     def run(self) -> None:
         """Tries shapes until none is left that is worth it, or the budget is used up."""
         settings = self.settings
+        guess_3 = WRITING_COSTS if self.ctx.spec.task.shares_tokens else HALVING_COSTS
         while self._count() < settings.max_trials:
             if settings.max_search_seconds and self.seconds >= settings.max_search_seconds:
                 log.info("the seconds are used up after %d students", self._count())
                 return
             left = {shape: size for shape, size in self.shapes.items() if shape not in self.failed}
-            shape = choose(self.whole, left, self.tried(), self.refused, self._least())
+            shape = choose(self.whole, left, self.tried(), self.refused, self._least(), guess_3)
             if shape is None:
                 return
             self._try(shape)

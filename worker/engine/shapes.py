@@ -13,8 +13,10 @@ from worker.engine.loading import find_layers
 from worker.engine.students import read_widths
 
 INNER_SHARES, STATE_SHARES = (1.0, 0.5, 0.25), (1.0, 0.5)
-HALVING_COSTS = np.array([0.012, 0.006, 0.03])  # of what is kept, by layers, neurons and states; a guess to begin with
-NOISE = 0.006  # of what is kept, on a thousand texts
+HALVING_COSTS = np.array([0.012, 0.006, 0.03])  # as `fit_costs` has them, of classifiers; a guess to begin with
+WRITING_COSTS = np.array([0.3, 0.15, 0.4])  # of language models
+NOISE = 0.006  # of the logarithm of what is kept, on a thousand texts
+LEAST_KEPT = 1e-3
 
 
 class Shape(NamedTuple):
@@ -51,6 +53,7 @@ def choose(
     tried: dict[Shape, dict[str, Any]],
     refused: Iterable[Shape],
     least: float,
+    guess_3: NDArray[np.float64],
 ) -> Shape | None:
     """Returns the shape to try next, or None where nothing is left that is worth it.
 
@@ -63,10 +66,11 @@ def choose(
         tried: The points of those that were trained.
         refused: Those that are too large or too slow; so is what contains them.
         least: Share that must be kept.
+        guess_3: What a halving costs, before any was tried.
     """
     failed = [shape for shape, point in tried.items() if point["retained"] < least]
     met = [shapes[shape] for shape, point in tried.items() if point["meets"]]
-    costs_3 = fit_costs(whole, tried)
+    costs_3 = fit_costs(whole, tried, guess_3)
     left = {
         shape: float(shape.halvings(whole) @ costs_3)
         for shape in shapes
@@ -75,22 +79,23 @@ def choose(
         and not any(other.contains(shape) for other in failed)
         and shapes[shape] < min(met, default=math.inf)
     }
-    hopeful = [shape for shape, loss in left.items() if 1 - loss >= least]
+    hopeful = [shape for shape, cost in left.items() if math.exp(-cost) >= least]
     if hopeful:
         return min(hopeful, key=lambda shape: shapes[shape])
     return None if met or not left else min(left, key=lambda shape: (left[shape], shapes[shape]))
 
 
-def fit_costs(whole: Shape, tried: dict[Shape, dict[str, Any]]) -> NDArray[np.float64]:
+def fit_costs(whole: Shape, tried: dict[Shape, dict[str, Any]], guess_3: NDArray[np.float64]) -> NDArray[np.float64]:
     """Returns what a halving costs in each direction, costs_3: the mean of a Gaussian posterior, at least 0.
 
-    What is lost is linear in the halvings; the prior is `HALVING_COSTS`, as uncertain as it is large.
+    The logarithm of what is kept falls linearly with the halvings, each of which keeps a share of what was left; the
+    prior is a guess that is as uncertain as it is large.
     """
     x_N3 = np.array([shape.halvings(whole) for shape in tried]).reshape(-1, 3)
-    lost_N = np.array([1 - point["retained"] for point in tried.values()])
-    weight_3 = 1 / HALVING_COSTS**2
+    lost_N = np.array([-math.log(max(point["retained"], LEAST_KEPT)) for point in tried.values()])
+    weight_3 = 1 / guess_3**2
     precision_33 = x_N3.T @ x_N3 / NOISE**2 + np.diag(weight_3)
-    costs_3 = np.linalg.solve(precision_33, x_N3.T @ lost_N / NOISE**2 + weight_3 * HALVING_COSTS)
+    costs_3 = np.linalg.solve(precision_33, x_N3.T @ lost_N / NOISE**2 + weight_3 * guess_3)
     return np.maximum(costs_3, 0)
 
 
