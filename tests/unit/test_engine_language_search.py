@@ -18,19 +18,21 @@ from tests.engine_bench import FAST, Bench, contents, make_spec
 
 TASK = {"kind": "causal_lm", "block_tokens": 32}
 RARE = "parcel"
-FORMS = [{"kind": "onnx_int8", "min_agreement": 0.1}, {"kind": "onnx_int4", "group": 16, "min_agreement": 0.1}]
+HARD = FAST | {"learning_rate": 2e-2}
+FORMS = [{"kind": "onnx_int8"}, {"kind": "onnx_int4", "group": 16}]
 
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     """A teacher that was fine-tuned."""
     bench = Bench(tmp_path_factory.mktemp("bench")).lay_language()
-    bench.adopt(bench.succeed(make_spec([{"kind": "finetune", **FAST}], task=TASK), labels=[]), 0, "finetune")
+    taught = bench.succeed(make_spec([{"kind": "finetune", **HARD, "epochs": 20}], task=TASK), labels=[])
+    bench.adopt(taught, 0, "finetune")
     return bench
 
 
 def searching(**settings: Any) -> dict[str, Any]:
-    stage = {"kind": "search", "distill": FAST, "formats": FORMS, "min_retained": 0.8, "max_trials": 3, **settings}
+    stage = {"kind": "search", "distill": HARD, "formats": FORMS, "min_retained": 0.8, "max_trials": 3, **settings}
     stages = [stage, {"kind": "evaluate", "latency_samples": 10}]
     return make_spec(stages, student={"kind": "searched"}, task=TASK)
 
@@ -117,6 +119,12 @@ def test_a_goal_is_enough_for_a_language_model() -> None:
         ("formats.0", "'onnx_int8' is not written for a 'mamba'; leave it out"),
         ("formats.1", "'onnx_int4' is not written for a 'mamba'; leave it out"),
     ]
+    own = {"prompt_tokens": 100, "new_tokens": 40}
+    losses = [{"kind": "reverse_kl"}]
+    stages = [{"kind": "search", "distill": {"on_policy": own, "losses": losses}}]
+    spec = load_spec(data | {"student": {"kind": "searched"}, "stages": stages})
+    start = ModelFacts(model_type="gpt2", num_positions=128)
+    assert [problem.field for problem in spec.stages[0].check_model(spec, start)] == ["distill.on_policy.new_tokens"]
     stages = [{"kind": "search", "trim": True}, {"kind": "distill"}]
     with pytest.raises(SpecInvalid) as caught:
         load_spec(data | {"student": {"kind": "searched"}, "stages": stages})

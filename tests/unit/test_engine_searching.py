@@ -258,6 +258,14 @@ def test_a_student_that_fails_is_left_out(bench: Bench, tmp_path: Path, monkeypa
     assert not [event for event in told if event["type"] == "trial.failed"]
 
 
+def test_forms_need_not_agree_with_the_student(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = bench.copy(tmp_path / "job")
+    monkeypatch.setattr("worker.engine.exporting.measure", lambda *_, **__: {"agreement": -0.5})
+    whole, _ = run_here(bench.write_order(searching(), 0, "whole"), monkeypatch, [])
+    assert any(point["meets"] for point in whole["points"])
+    assert all(point["meets"] == (point["retained"] >= 0.905) for point in whole["points"])
+
+
 def test_where_every_student_fails_the_last_ones_reason_is_told(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -372,6 +380,11 @@ def test_its_students_hear_the_losses_of_the_task() -> None:
         ({"target": {}, "student": {"kind": "teacher_layers", "keep": [0]}}, "", "'student' says what to make"),
         ({"target": {}, "stages": [{"kind": "finetune"}]}, "", "'stages' says what to make"),
         (searched(formats=[{"kind": "onnx_int8"}] * 2), "stages.0.formats.1", "is named twice"),
+        (
+            searched(formats=[{"kind": "onnx_int8"}, {"kind": "onnx_int4", "min_agreement": 0.5}]),
+            "stages.0.formats.1.min_agreement",
+            "what a form keeps is measured itself",
+        ),
         (searched(formats=[{"kind": "safetensors"}]), "stages.0.formats.0.kind", "unknown kind 'safetensors'"),
         ({"target": {}, "data": {"train": "toy/train", "test": "toy/test"}}, "stages.1.kind", "set data.validation"),
         (

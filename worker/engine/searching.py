@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 LATENCY_SAMPLES = 200
 TIME_RESERVE = 1.1
-PROBED = 1e-6  # what a form of an untrained model has to agree
+ANY = -1.0  # agreement with the student that is accepted
 FILES, HALF = "files/", "half"
 FAILURES = ("loss_not_finite", "export_unsupported")  # of one student, where another may do
 MOST_STEPS = 10**8  # of a training, so that checkpoints of a later student have higher numbers
@@ -104,9 +104,9 @@ class Hunt:
         self.path = ctx.get_split("validation")
         data = ctx.task.encode(self.path, self.teacher, self.tokenizer, settings.distill.max_length)
         self.teacher_scores = ctx.task.score(ctx.load_teacher(), data, ctx.check_stop)
-        if self.teacher_scores[ctx.task.share] <= 0:
-            score = self.teacher_scores[ctx.task.share]
-            message = f"The teacher's validation {ctx.task.share} is {score:.3f}: nothing to keep."
+        self.whole_score = self.teacher_scores[ctx.task.share]
+        if self.whole_score <= 0:
+            message = f"The teacher's validation {ctx.task.share} is {self.whole_score:.3f}: nothing to keep."
             raise StageFailed("spec_invalid", message, suggestion="Train the teacher longer.")
         self.vocabulary = self._trim() if settings.trim else None
         self.whole = shape_of(self.teacher)
@@ -146,8 +146,8 @@ class Hunt:
 
     def _least(self) -> float:
         """Returns what a student must keep: with the margin, or with as much of it as a score of 1 leaves room for."""
-        wanted, most = self.settings.min_retained, 1 / self.teacher_scores[self.ctx.task.share]
-        return max(wanted, min(wanted + self.settings.margin, most))
+        wanted = self.settings.min_retained
+        return max(wanted, min(wanted + self.settings.margin, 1 / self.whole_score))
 
     def _count(self) -> int:
         return len(self.tried()) + len(self.failed)
@@ -190,17 +190,16 @@ class Hunt:
             trainer = make_trainer(trial.seen, self.settings.distill, student, tokenizer, teaching)
             trainer.run()
             self._save(trial, trainer.model.cpu())
-            written = self._write_forms(trial, is_trained=True)
-            seconds = time.monotonic() - began
-            for kind, why in written.items():
-                self._note(trial, shape, kind, seconds, agrees=not why)
+            kinds, seconds = self._write_forms(trial), time.monotonic() - began
+            for kind in kinds:
+                self._note(trial, shape, kind, seconds)
         self._checkpoint()
 
     def _is_refused(self, shape: Shape, student: PreTrainedModel, number: int) -> bool:
         """Measures the forms of a student that has learned nothing; tells if all are too large or too slow."""
         with Trial(self.ctx, number, self.settings.max_trials) as trial:
             self._save(trial, student)
-            kinds = self._write_forms(trial, is_trained=False)
+            kinds = self._write_forms(trial)
             too = {kind: self._find_excess(self._cost(trial, kind, *self._open(trial, kind))) for kind in kinds}
         if not all(too.values()):
             return False
@@ -229,28 +228,25 @@ class Hunt:
             student, tokenizer = keep_rows(student, self.vocabulary.kept), self.vocabulary.tokenizer
         self.ctx.task.save_model(student, tokenizer, trial.folder / "student")
 
-    def _write_forms(self, trial: "Trial", *, is_trained: bool) -> dict[str, str]:
-        """Writes a student in the forms that it can have; returns them, each with how it disagrees, if it does.
+    def _write_forms(self, trial: "Trial") -> list[str]:
+        """Writes a student in the forms that it can have, however far they agree with it; returns them.
 
         Raises:
             StageFailed: `export_unsupported` where it can have none.
         """
-        written: dict[str, str] = {}
+        written: list[str] = []
         lacking: StageFailed | None = None
         for form in self.settings.formats:
-            if not is_trained and "min_agreement" in type(form).model_fields:
-                form = form.model_copy(update={"min_agreement": PROBED})
+            if "min_agreement" in type(form).model_fields:
+                form = form.model_copy(update={"min_agreement": ANY})
             try:
                 form.build(trial.seen)(trial.form_folder(form.kind))
-                written[form.kind] = ""
+                written.append(form.kind)
             except StageFailed as error:
-                log.info("student %d as %s: %s", trial.number, form.kind, error)
-                if error.reason == "goal_missed":
-                    written[form.kind] = str(error)
-                elif error.reason == "export_unsupported":
-                    lacking = error
-                else:
+                if error.reason != "export_unsupported":
                     raise
+                log.info("student %d as %s: %s", trial.number, form.kind, error)
+                lacking = error
         if lacking and not written:
             raise lacking
         return written
@@ -277,12 +273,12 @@ class Hunt:
             return f"p95 is {p95_ms:.2f} ms, and {settings.max_p95_ms / TIME_RESERVE:.2f} leaves a tenth of max_p95_ms"
         return ""
 
-    def _note(self, trial: "Trial", shape: Shape, kind: str, seconds: float, *, agrees: bool) -> None:
-        """Measures a trained student's form, and makes a point of it; one that disagrees with it meets no goal."""
+    def _note(self, trial: "Trial", shape: Shape, kind: str, seconds: float) -> None:
+        """Measures a trained student's form, and makes a point of it."""
         task, (running, data) = self.ctx.task, self._open(trial, kind)
         scores = task.score(cast("PreTrainedModel", running), data, self.ctx.check_stop)
         cost = self._cost(trial, kind, running, data)
-        retained = scores[task.share] / self.teacher_scores[task.share]
+        retained = scores[task.share] / self.whole_score
         point = {
             "number": trial.number,
             "form": kind,
@@ -292,7 +288,7 @@ class Hunt:
             "score": scores[task.share],
             "retained": retained,
             **cost,
-            "meets": agrees and retained >= self._least() and not self._find_excess(cost),
+            "meets": retained >= self._least() and not self._find_excess(cost),
             "seconds": round(seconds, 1),
         }
         is_best = point["meets"] and all(

@@ -152,9 +152,12 @@ class Distill(Training):
 
     def check_model(self, spec: "JobSpec", start: ModelFacts) -> list[Problem]:
         """Returns whether a text of its own is longer than the student can read, too."""
-        unfit = super().check_model(spec, start)
-        if unfit or self.on_policy is None:
-            return unfit
+        return super().check_model(spec, start) or self.check_own_texts(start)
+
+    def check_own_texts(self, start: ModelFacts) -> list[Problem]:
+        """Returns whether a text of its own is longer than a student that starts from that model can read."""
+        if self.on_policy is None:
+            return []
         found = check_places(start, self.on_policy.prompt_tokens, self.on_policy.new_tokens, "student")
         return [Problem(f"on_policy.{p.field}", p.message) for p in found]
 

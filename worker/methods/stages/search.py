@@ -25,8 +25,9 @@ class Search(Target, ModelStage):
     A form's bytes and time do not depend on what its model has learned, so those of a size are measured before it is
     trained, and only what is small and fast enough is. What sizes cost in quality is told by a linear model of what was
     trained so far, with a cautious guess at first; the next one is the smallest that it says will do. Quality is
-    measured on the validation split, of the forms themselves. Each form of a student that was trained is a point of the
-    Pareto front, and in the artifact `points`, also where the goal is missed. The smallest that meets it is published.
+    measured on the validation split, of the forms themselves, so that these need not agree with the student besides.
+    Each form of a student that was trained is a point of the Pareto front, and in the artifact `points`, also where the
+    goal is missed. The smallest that meets it is published.
 
     Paper: Jones, Schonlau, Welch 1998, "Efficient Global Optimization of Expensive Black-Box Functions", section 1 (a
     model of what was measured says what to measure next).
@@ -73,7 +74,7 @@ class Search(Target, ModelStage):
             return [Problem("kind", "tasks share all of a student that is searched for; set task.shared to 'all'")]
         if spec.data.validation is None:
             return [Problem("kind", "it measures on the validation split; set data.validation")]
-        if unfit := check_formats(self.formats, spec.task):
+        if unfit := check_formats(self.formats, spec.task) or self._check_agreement():
             return unfit
         if self.distill.adapter:
             return [Problem("distill.adapter", "a student that is searched for is trained as a whole; leave it out")]
@@ -83,6 +84,16 @@ class Search(Target, ModelStage):
         if self.trim and spec.task.shares_tokens and compared:
             return [Problem("trim", f"'{compared[0]}' compares the student's tokens with the teacher's; leave it out")]
         return self._check_numbered() or [Problem(f"distill.{p.field}", p.message) for p in self.distill.check(spec)]
+
+    def _check_agreement(self) -> list[Problem]:
+        """Returns which forms are to agree with their students, beside what they are to keep."""
+        why = "what a form keeps is measured itself, by min_retained; leave it out"
+        return [
+            Problem(f"formats.{index}.min_agreement", why)
+            for index, form in enumerate(self.formats)
+            for least in [getattr(form, "min_agreement", None)]
+            if least is not None and least != type(form).model_fields["min_agreement"].default
+        ]
 
     def _check_numbered(self) -> list[Problem]:
         """Returns what names layers that not every student has, as some have but one."""
@@ -97,8 +108,9 @@ class Search(Target, ModelStage):
         ]
 
     def check_model(self, spec: "JobSpec", start: ModelFacts) -> list[Problem]:
-        """Returns which forms such a model does not have."""
-        return check_types(self.formats, spec.task, start)
+        """Returns which forms such a model does not have, or whether its own texts are longer than it can read."""
+        unfit = super().check_model(spec, start) or check_types(self.formats, spec.task, start)
+        return unfit or [Problem(f"distill.{p.field}", p.message) for p in self.distill.check_own_texts(start)]
 
     def advise(self, spec: "JobSpec") -> list[Problem]:
         """Returns whether the student becomes another one than is in the form."""
