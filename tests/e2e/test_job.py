@@ -97,6 +97,17 @@ def test_a_language_model_goes_the_same_way_and_answers_once(stack: Stack, tmp_p
     second = stack.submit(**spec | {"stages": [spec["stages"][0], distill | {"epochs": 1}]})
     assert [stage["state"] for stage in stack.wait(second)["stages"]] == ["cached", "succeeded"]
 
+    distill = {key: distill[key] for key in ("epochs", "learning_rate", "batch_size")}
+    search = {"kind": "search", "min_retained": 0.5, "max_trials": 1, "distill": distill}
+    third = stack.submit(**spec | {"student": {"kind": "searched"}, "stages": [search]})
+    job = stack.wait(third)
+    assert job["state"] == "succeeded", json.dumps(job, indent=1)
+    points = stack.http.get(f"/v1/jobs/{third}/pareto").json()["data"]
+    chosen = job["stages"][0]["summary"]["chosen"]
+    [best] = [point for point in points if {name: point[name] for name in chosen} == chosen]
+    assert best["meets"]
+    assert f"{chosen['form']}/generation_config.json" in stack.hashes(third)  # with which it writes
+
 
 @pytest.mark.skipif(not SST2.is_dir(), reason=f"SST-2 is not at {SST2}")
 def test_a_language_model_teaches_another_one_the_classes_of_texts(stack: Stack, tmp_path: Path) -> None:
