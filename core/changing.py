@@ -58,6 +58,11 @@ class ModelStage(Stage):
         """Returns its role, and that of the model which a student is made of in the job."""
         return {self.role} | (set() if spec.student.source() else {"teacher"})
 
+    def find_comparing(self, spec: "JobSpec") -> str | None:
+        """Returns the kind of a later stage that compares the tokens of teacher and student, which must not differ."""
+        later = self.later(spec).values() if spec.task.shares_tokens else ()
+        return next((stage.kind for stage in later if stage.compares_tokens()), None)
+
     def resize(self, sizes: Sizes) -> Sizes:
         """Returns the sizes of what it makes of a model with these; most stages change none."""
         return sizes

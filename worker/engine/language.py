@@ -115,7 +115,7 @@ class LanguageModelling:
             between()
         model.train(was_training)
         found = summarise(ranks.add_up(torch.from_numpy(sums_J).to(model.device)).cpu().numpy())
-        scores = {name: float(found[name]) for name in ("loss", "perplexity", "accuracy")}
+        scores: Scores = {name: found[name] for name in ("loss", "perplexity", "accuracy")}
         return scores | {"probability": 1 / scores["perplexity"]}
 
     def _compare(self, models: Sequence[PreTrainedModel | Members], batch: Batch) -> NDArray[np.float64]:

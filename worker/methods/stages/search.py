@@ -80,9 +80,9 @@ class Search(Target, ModelStage):
             return [Problem("distill.adapter", "a student that is searched for is trained as a whole; leave it out")]
         if self.distill.sparsity:
             return [Problem("distill.sparsity", "zeros make no form smaller or faster; leave them out")]
-        compared = [stage.kind for stage in self.later(spec).values() if stage.compares_tokens()]
-        if self.trim and spec.task.shares_tokens and compared:
-            return [Problem("trim", f"'{compared[0]}' compares the student's tokens with the teacher's; leave it out")]
+        comparing = self.find_comparing(spec)
+        if self.trim and comparing:
+            return [Problem("trim", f"'{comparing}' compares the student's tokens with the teacher's; leave it out")]
         return self._check_numbered() or [Problem(f"distill.{p.field}", p.message) for p in self.distill.check(spec)]
 
     def _check_agreement(self) -> list[Problem]:

@@ -55,10 +55,9 @@ class TrimVocabulary(ModelStage):
             return [Problem("of", f"a '{spec.teacher.kind}' teacher has no vocabulary here; use 'student'")]
         if not any(spec.data.refs_of(split) for split in self.splits):
             return [Problem("splits", f"the job has no {' or '.join(self.splits)} split; name one of data")]
-        later = spec.stages[spec.stages.index(self) + 1 :]
-        compared = [stage.kind for stage in later if spec.task.shares_tokens and stage.compares_tokens()]
-        if self.of == "student" and compared:
-            why = f"'{compared[0]}' compares the student's tokens with the teacher's; trim the teacher instead"
+        comparing = self.find_comparing(spec)
+        if self.of == "student" and comparing:
+            why = f"'{comparing}' compares the student's tokens with the teacher's; trim the teacher instead"
             return [Problem("of", f"{why}, before the student is made")]
         return []
 
