@@ -176,7 +176,7 @@ class Adaptee(NamedTuple):
 class Adapter(Method):
     """A few weights that alone are trained, with the head, beside a model that is frozen.
 
-    `is_merged` says whether they become part of the model's own weights.
+    `is_merged` says whether they can become part of the model's own weights, and do where one task has the model.
     """
 
     family: ClassVar[str] = "sharing"

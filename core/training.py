@@ -225,12 +225,9 @@ class Training(ModelStage):
     def _check_apart(self, spec: "JobSpec") -> list[Problem]:
         """Returns which stages need the model whole that this one leaves with adapters beside it."""
         assert self.adapter is not None  # noqa: S101 - what stays apart
-        kind = self.adapter.kind
-        if spec.task.adapts_each and not self.adapter.is_merged:
-            return [Problem("adapter.kind", f"a '{kind}' is not kept for each of several tasks; use 'lora'")]
         if self.own():
             return [Problem("adapter", "only the trunk goes on, without what stays beside it; leave the adapter out")]
-        if not spec.task.adapts_each and (_compares_layers(self) or getattr(self, "on_policy", None)):
+        if not self.adapter.is_merged and (_compares_layers(self) or getattr(self, "on_policy", None)):
             why = "a model with a prompt writes no texts, and its layers fit those of none; use 'lora'"
             return [Problem("adapter.kind", why)]
         before = any(self.role in stage.writes() for stage in self.earlier(spec) if stage.keeps_apart(spec))
@@ -254,7 +251,7 @@ class Training(ModelStage):
         """Returns whether a later stage changes the model, has it write texts, or compares its layers."""
         if self.role in stage.writes() and not stage.keeps_apart(spec):
             return True
-        if spec.task.adapts_each:
+        if self.adapter is None or self.adapter.is_merged:  # which the layers compute with
             return False
         writes = "texts" in stage.writes() and "teacher" in stage.reads(spec)
         return self.role == "teacher" and (writes or _compares_layers(stage))

@@ -1,5 +1,6 @@
 """Several tasks, each with an adapter beside one base: what is kept against stock `peft`, and what cannot be."""
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -19,7 +20,7 @@ from worker.engine.measuring import count_bytes
 
 TASKS = {name: TEXTS[name] for name in ("intent", "payment", "size")}
 FAST = {"epochs": 8, "learning_rate": 1e-2, "head_learning_rate": 1e-2, "batch_size": 16}
-LORA = {"kind": "lora", "rank": 4}
+LORA, PROMPT = {"kind": "lora", "rank": 4}, {"kind": "prompt", "tokens": 6}
 BASE = {"kind": "pretrained", "model": "small"}
 TEXT = "please my parcel is late"
 
@@ -81,7 +82,32 @@ def test_stock_peft_says_what_the_merged_models_do(trained: tuple[Bench, list[Fi
         torch.testing.assert_close(logits_of(single, folder), stock[:, columns], atol=1e-5, rtol=0)
 
 
-def test_a_step_about_one_task_leaves_the_others_as_they_were(tmp_path: Path) -> None:
+def test_one_base_has_a_prompt_a_task(tmp_path: Path) -> None:
+    bench = lay(tmp_path, TASKS)
+    shutil.copytree(bench.inputs / "teacher", bench.inputs / "base")
+    learn = {"kind": "finetune", "of": "student", **FAST, "epochs": 2, "adapter": PROMPT}
+    done = bench.succeed_all(of_tasks(TASKS, [learn, {"kind": "evaluate"}]), labels=labels_of(TASKS))
+    folder = done[0].outputs / "student"
+    assert contents(folder / "adapters") == contents(done[0].outputs / "adapter")
+    kept = {name: load_file(folder / "adapters" / name / "adapter_model.safetensors") for name in TASKS}
+    assert sum(x.numel() for task in kept.values() for x in task.values()) == done[0].last["summary"]["num_trained"]
+    prompts = [task["prompt_embeddings"] for task in kept.values()]
+    assert not any(torch.equal(one, other) for one, other in itertools.combinations(prompts, 2))
+    given, stored = (load_file(path / "model.safetensors") for path in (bench.inputs / "base", folder / "base"))
+    assert all(torch.equal(x, stored[f"bert.{name}"]) for name, x in given.items() if "pooler" not in name)
+    ours, said = load_classifier(folder, labels_of(TASKS)), []
+    for name in (*TASKS, *TASKS):  # also after it was turned to others
+        base = AutoModelForSequenceClassification.from_pretrained(folder / "base")
+        said.append(logits_of(PeftModel.from_pretrained(base, folder / "adapters" / name), folder))
+        ours.apart.turn(name)
+        torch.testing.assert_close(logits_of(ours, folder), said[-1], atol=1e-5, rtol=0)
+    assert not any(torch.allclose(one, other, atol=1e-3) for one, other in itertools.combinations(said[:3], 2))
+    [row] = [row for row in done[1].last["summary"]["models"] if row["name"] == "student"]
+    assert row["tasks"].keys() == TASKS.keys()
+
+
+@pytest.mark.parametrize("adapter", [LORA, PROMPT])
+def test_a_step_about_one_task_leaves_the_others_as_they_were(adapter: dict[str, Any], tmp_path: Path) -> None:
     bench = lay(tmp_path, TASKS)
     (bench.inputs / "teacher").rename(bench.inputs / "base")
     for split in (bench.inputs / "data").iterdir():
@@ -91,7 +117,7 @@ def test_a_step_about_one_task_leaves_the_others_as_they_were(tmp_path: Path) ->
     made = []
     for epochs in (1, 2):
         settings = FAST | {"epochs": epochs, "batch_size": 182, "max_length": 16, "schedule": "constant"}
-        spec = of_tasks(TASKS, [{"kind": "finetune", "of": "student", **settings, "adapter": LORA}])
+        spec = of_tasks(TASKS, [{"kind": "finetune", "of": "student", **settings, "adapter": adapter}])
         spec["data"]["validation"] = None
         made.append(bench.succeed(spec, 0, str(epochs), labels=labels_of(TASKS)).outputs / "adapter")
     one, two = ({n: (folder / n / "adapter_model.safetensors").read_bytes() for n in TASKS} for folder in made)
@@ -117,12 +143,13 @@ def test_teacher_and_student_of_words_and_texts_have_adapters(tmp_path: Path) ->
     assert [*tagger.config.id2label.values()] == LABELS["entities"]
 
 
-def test_a_run_that_was_interrupted_ends_with_the_same_bytes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("adapter", [{"kind": "dora"}, PROMPT])
+def test_a_run_that_was_interrupted_ends_with_the_same_bytes(adapter: dict[str, Any], tmp_path: Path) -> None:
     bench = lay(tmp_path, TASKS)
     (bench.inputs / "teacher").rename(bench.inputs / "base")
     spec = of_tasks(
         TASKS,
-        [{"kind": "finetune", "of": "student", **FAST, "epochs": 1, "batch_size": 60, "adapter": {"kind": "dora"}}],
+        [{"kind": "finetune", "of": "student", **FAST, "epochs": 1, "batch_size": 60, "adapter": adapter}],
     )
     labels = labels_of(TASKS)
     whole = bench.succeed(spec, 0, "whole", labels=labels, checkpoint_s=0)
@@ -134,6 +161,7 @@ def test_a_run_that_was_interrupted_ends_with_the_same_bytes(tmp_path: Path) -> 
 
 
 LEARN = {"kind": "finetune", "of": "student", "adapter": LORA}
+HIDDEN = [{"kind": "forward_kl"}, {"kind": "hidden_mse"}]
 
 
 @pytest.mark.parametrize(
@@ -144,7 +172,16 @@ LEARN = {"kind": "finetune", "of": "student", "adapter": LORA}
             "stages.0.adapter",
             "each needs an adapter; set one, as {kind: lora}",
         ),
-        ([{**LEARN, "adapter": {"kind": "prompt"}}], "stages.0.adapter.kind", "use 'lora'"),
+        (
+            [{**LEARN, "adapter": PROMPT}, {"kind": "export", "formats": [{"kind": "single_tasks"}]}],
+            "stages.1.formats.0",
+            "use an adapter such as 'lora'",
+        ),
+        (
+            [{"kind": "finetune", "adapter": PROMPT}, {"kind": "distill", "adapter": LORA, "losses": HIDDEN}],
+            "stages.0.adapter",
+            "'distill', needs the teacher whole",
+        ),
         ([LEARN, {"kind": "export", "formats": [{"kind": "onnx"}]}], "stages.1.formats.0", "use 'single_tasks'"),
         ([LEARN, {"kind": "quantize"}], "stages.0.adapter", "needs the student whole"),
         ([LEARN, LEARN], "stages.1.adapter", "has one already"),

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel, get_peft_model
-from torch.nn import Linear
+from torch import Tensor
+from torch.nn import Linear, Module, ModuleDict, Parameter
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -38,26 +39,29 @@ class Adapted:
     def __init__(self, model: PreTrainedModel, wrapped: PeftModel, tasks: Iterable[str], *, is_merged: bool) -> None:
         self._model, self._wrapped, self._tasks, self._is_merged = model, wrapped, [*tasks], is_merged
         self._turned_to, self.trains = "", False
-        if wrapped.active_peft_config.is_prompt_learning:
-            _prepend(model, wrapped)
+        is_read = wrapped.active_peft_config.is_prompt_learning
+        self._prompts = _prepend(model, wrapped.prompt_encoder) if is_read else None
         if not is_merged:
             model.apart = self
 
     def start(self) -> int:
         """Lets all adapters be trained, each by what is computed with it; returns their number of weights."""
-        self.trains, found = True, []
+        self.trains = True
+        found: dict[str, Parameter] = {}
         for task in self._tasks or [""]:
             self.turn(task)
-            found += [parameter for parameter in self._model.parameters() if parameter.requires_grad]
-        for parameter in found:
-            parameter.requires_grad_(True)
+            found |= {name: weight for name, weight in self._model.named_parameters() if weight.requires_grad}
+        for weight in found.values():
+            weight.requires_grad_(True)
         self._turned_to = ""
-        return sum(parameter.numel() for parameter in found)
+        return sum(weight.numel() for weight in found.values())
 
     def turn(self, task: str) -> None:
         """Has the model compute with the adapter of a task."""
         if self._tasks and task != self._turned_to:
             self._wrapped.set_adapter(_called(task), inference_mode=not self.trains)
+            if self._prompts is not None:
+                self._prompts.turned_to = _called(task)
             self._turned_to = task
 
     def save(self, folder: Path) -> None:
@@ -132,13 +136,25 @@ def _base_name(name: str) -> str:
     return name
 
 
-def _prepend(model: PreTrainedModel, wrapped: PeftModel) -> None:
-    """Has a model read the prompt before every text, as the library does, and answer for the text's tokens alone."""
-    model.add_module(PROMPT, wrapped.prompt_encoder[ONLY])
+class Prompts(Module):
+    """The vectors that a model reads before every text: those of one task at a time, where each has its own."""
+
+    def __init__(self, encoders: ModuleDict) -> None:
+        super().__init__()
+        self.encoders, self.turned_to = encoders, next(iter(encoders))
+
+    def forward(self) -> Tensor:
+        """Returns prompt_PD."""
+        return self.encoders.get_parameter(f"{self.turned_to}.embedding.weight")
+
+
+def _prepend(model: PreTrainedModel, encoders: ModuleDict) -> Prompts:
+    """Has a model read a prompt before every text, as the library does, and answer for the text's tokens alone."""
+    prompts = Prompts(encoders)
+    model.add_module(PROMPT, prompts)
 
     def give(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        ids_BT = kwargs["input_ids"]
-        prompt_PD = module.get_submodule(PROMPT).embedding.weight
+        ids_BT, prompt_PD = kwargs["input_ids"], module.get_submodule(PROMPT)()
         prompt_BPD = prompt_PD.expand(len(ids_BT), *prompt_PD.shape)
         text_BTD = module.get_input_embeddings()(ids_BT)
         given = {name: value for name, value in kwargs.items() if name != "input_ids"}
@@ -149,11 +165,12 @@ def _prepend(model: PreTrainedModel, wrapped: PeftModel) -> None:
 
     def cut(module: Any, args: Any, kwargs: Any, output: Any) -> Any:  # noqa: ARG001 - as the library calls it
         if output.logits.dim() == 3:
-            output.logits = output.logits[:, len(module.get_submodule(PROMPT).embedding.weight) :]
+            output.logits = output.logits[:, len(module.get_submodule(PROMPT)()) :]
         return output
 
     model.register_forward_pre_hook(give, with_kwargs=True)
     model.register_forward_hook(cut, with_kwargs=True)
+    return prompts
 
 
 def find_matrices(model: PreTrainedModel, adapter: "MatrixAdapter") -> list[str]:

@@ -8,6 +8,7 @@ from pydantic import Field
 from core.changing import find_change
 from core.methods import Exporter, ModelFacts, Problem, Stage, Task
 from core.registry import OneOf
+from core.training import Training
 from worker.methods.stages.quantize import Quantize
 
 if TYPE_CHECKING:
@@ -81,9 +82,11 @@ class Export(Stage):
 
     def _check_apart(self, spec: "JobSpec") -> list[Problem]:
         """Returns which forms do not hold all of a student that is stored apart."""
-        each = spec.task.has_own_weights
-        if not any(stage.keeps_apart(spec) and "student" in stage.writes() for stage in self.earlier(spec)):
+        makers = [stage for stage in self.earlier(spec) if stage.keeps_apart(spec) and "student" in stage.writes()]
+        if not makers:
             return []
+        adapters = [stage.adapter for stage in makers if isinstance(stage, Training) and stage.adapter]
+        each = spec.task.has_own_weights and all(adapter.is_merged for adapter in adapters)
         why = (
             "'{}' holds one model, and here tasks have weights of their own; use 'single_tasks', a model for each"
             if each
