@@ -60,8 +60,7 @@ class ModelStage(Stage):
 
     def find_comparing(self, spec: "JobSpec") -> str | None:
         """Returns the kind of a later stage that compares the tokens of teacher and student, which must not differ."""
-        later = self.later(spec).values() if spec.task.shares_tokens else ()
-        return next((stage.kind for stage in later if stage.compares_tokens()), None)
+        return next((stage.kind for stage in self.later(spec).values() if stage.compares_tokens(spec)), None)
 
     def resize(self, sizes: Sizes) -> Sizes:
         """Returns the sizes of what it makes of a model with these; most stages change none."""

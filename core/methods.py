@@ -305,8 +305,8 @@ class Stage(Method):
         """Returns the settings on which its result depends; what a name of data stands for is told by its bytes."""
         return self.model_dump(mode="json")
 
-    def compares_tokens(self) -> bool:
-        """Returns whether it compares the tokens of teacher and student one by one."""
+    def compares_tokens(self, spec: "JobSpec") -> bool:  # noqa: ARG002 - most stages do not
+        """Returns whether it compares what teacher and student say of each token, which must be the same."""
         return False
 
     def calibrates(self) -> list[str]:

@@ -43,6 +43,7 @@ OTHER_STUDENT = (
     "choose a student with the teacher's tokenizer, as its tokens are compared one by one, or a loss that compares "
     "none, as 'uld'"
 )
+OTHER_LAYERS = "choose a student with the teacher's tokenizer, or leave the losses on layers out"
 OTHER_MEMBER = "choose models with the student's tokenizer, as their answers are kept by token"
 
 
@@ -86,7 +87,7 @@ def find_sources(session: Session, principal: Principal, spec: JobSpec) -> Sourc
     for role, source in spec.models().items():
         model = _find_model(session, principal, source, problems)
         if model:
-            if spec.task.shares_tokens and model.files is None:
+            if (spec.task.shares_tokens or spec.compares_tokens()) and model.files is None:
                 model = model._replace(files=find_files(session, principal.tenant_id, model.source))
             models[role] = model
     find = cache(partial(find_dataset, session, principal.tenant_id))  # most jobs take all splits of one data set
@@ -321,7 +322,8 @@ def check_vocabularies(spec: JobSpec, files: Mapping[str, list[ManifestFile] | N
     problems: Problems = []
     if spec.compares_tokens() and "base" in files:
         for role in spec.teacher.sources():
-            wrong, why = ("base", OTHER_STUDENT) if spec.teacher.is_model else (role, OTHER_MEMBER)
+            hint = OTHER_STUDENT if spec.task.shares_tokens else OTHER_LAYERS
+            wrong, why = ("base", hint) if spec.teacher.is_model else (role, OTHER_MEMBER)
             problems += _check_vocabulary(spec.models()[wrong].field, why, files.get(role), files["base"])
     return problems
 

@@ -174,7 +174,7 @@ class JobSpec(StrictModel):
 
     def compares_tokens(self) -> bool:
         """Returns whether some stage needs teacher and student to have the same tokens."""
-        return self.task.shares_tokens and any(stage.compares_tokens() for stage in self.stages)
+        return any(stage.compares_tokens(self) for stage in self.stages)
 
     def seen_by(self, stage: Stage) -> dict[str, Any]:
         """Returns the spec as one of its stages sees it, without what its result must not depend on.

@@ -294,6 +294,10 @@ def test_language_models_must_have_the_same_tokens(api: Api) -> None:
     assert refused.json()["error"]["details"] == [detail]
     texts = api.spec(student={"kind": "pretrained", "model": "other"}, teacher={"model": "teacher"})
     assert api("POST", "/v1/jobs/validate", json=texts).status_code == 200
+    layers = texts | {"stages": [{"kind": "distill", "losses": [{"kind": "forward_kl"}, {"kind": "hidden_mse"}]}]}
+    [detail] = api("POST", "/v1/jobs/validate", json=layers).json()["error"]["details"]
+    assert detail["field"] == "student.model"
+    assert "or leave the losses on layers out" in detail["message"]
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,11 @@ from transformers import (
     PreTrainedConfig,
 )
 
+from app.jobs.resolving import check_models
 from core.errors import SpecInvalid, StageFailed
+from core.jobs.spec import load_spec
 from core.losses import FeatureLoss
+from core.models.facts import ModelFacts
 from core.registry import list_methods
 from tests import pico
 from tests.engine_bench import Bench, contents, finished_before, make_spec
@@ -230,6 +233,18 @@ def test_what_is_to_be_kept_is_told_at_submit() -> None:
     [found] = caught.value.details
     assert found["field"] == "stages.1.losses.1"
     assert "have stages.0.layers hold query, key, value" in found["message"]
+
+
+@pytest.mark.parametrize(("layer", "is_there"), [(-3, True), (2, True), (-4, False), (3, False)])
+def test_layers_that_the_teacher_lacks_are_told_at_submit(layer: int, is_there: bool) -> None:
+    spec = load_spec(make_spec([{"kind": "answer", "layers": {"hidden": [layer]}}, {"kind": "distill"}], student=SMALL))
+    facts = {
+        "teacher": ModelFacts(model_type="bert", num_layers=3),
+        "base": ModelFacts(model_type="bert", num_layers=9),
+    }
+    found = [(problem["field"], problem["message"]) for problem in check_models(spec, facts)]
+    why = f"names layer {layer}; the teacher has 3 layers, counted from 0; name some of these"
+    assert found == ([] if is_there else [("stages.0.layers.hidden", why)])
 
 
 def test_a_teacher_that_only_answers_has_no_layers_to_keep() -> None:

@@ -162,10 +162,28 @@ def test_what_occurs_stays_and_changes_nothing(tmp_path: Path) -> None:
     assert summary["validation"] == pytest.approx(summary["validation_before"], rel=1e-5)
 
 
+LAYERS = {"kind": "distill", "losses": [{"kind": "forward_kl"}, {"kind": "hidden_mse"}]}
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"stages": [{"kind": "trim_vocabulary"}, {"kind": "distill"}]}, "trim the teacher instead"),
+        (
+            {"task": {"kind": "text_classification"}, "stages": [{"kind": "trim_vocabulary"}, LAYERS]},
+            "trim the teacher",
+        ),
+        (
+            {
+                "student": {"kind": "pretrained", "model": "m"},
+                "stages": [{"kind": "trim_vocabulary", "of": "teacher"}, {"kind": "distill"}],
+            },
+            "make the student of what it leaves",
+        ),
+        (
+            {"stages": [{"kind": "distill"}, {"kind": "trim_vocabulary", "of": "teacher"}, {"kind": "distill"}]},
+            "make the student of what it leaves",
+        ),
         (
             {
                 "teacher": {"kind": "openai", "base_url": "http://x/v1", "model": "m"},
@@ -180,3 +198,15 @@ def test_what_cannot_be_trimmed_is_said_at_submit(change: dict[str, Any], words:
     spec = {"task": {"kind": "causal_lm"}, "teacher": {"model": "m"}, "data": "d"}
     with pytest.raises(SpecInvalid, match=words):
         load_spec(spec | {"student": {"kind": "teacher_layers", "keep": [0]}} | change)
+
+
+@pytest.mark.parametrize(
+    "stages",
+    [
+        [{"kind": "trim_vocabulary"}, {"kind": "distill"}],
+        [{"kind": "trim_vocabulary", "of": "teacher"}, LAYERS],
+        [LAYERS, {"kind": "trim_vocabulary"}],
+    ],
+)
+def test_what_compares_no_tokens_or_the_same_ones_is_accepted(stages: list[dict[str, Any]]) -> None:
+    make_spec([{"kind": "finetune"}, *stages])

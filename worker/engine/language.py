@@ -181,7 +181,7 @@ class LanguageModelling:
             self.num_common = kept.num_classes if kept.num_classes < student.config.vocab_size else None
             return kept
         teacher = self.ctx.load_teacher()
-        if not settings.compares_tokens() and not self._reads_alike(tokenizer):
+        if not settings.compares_tokens(self.ctx.spec) and not self._reads_alike(tokenizer):
             return self._teach_across(teacher, tokenizer, settings)
         self._agree(tokenizer, teacher.config.vocab_size, student.config.vocab_size)
         self._num_positions = count_positions(teacher)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 from pydantic import Field
 
 from core.losses import FeatureLoss, LayerPart
-from core.methods import Depths, Problem, Stage
+from core.methods import Depths, ModelFacts, Problem, Stage
 from core.strict import StrictModel
 
 if TYPE_CHECKING:
@@ -120,6 +120,24 @@ class Answer(Stage):
             for loss in heard
             if getattr(loss, "temperature", self.temperature) != self.temperature
         ]
+
+    def check_model(self, spec: "JobSpec", start: ModelFacts) -> list[Problem]:
+        """Returns which layers of the teacher are not there."""
+        count = start.num_layers
+        if count is None:
+            return []
+        why = f"names layer {{}}; the teacher has {count} layers, counted from 0; name some of these"
+        return [
+            Problem(f"layers.{part}", why.format(layer))
+            for part, layers in self.layers.wanted.items()
+            for layer in layers
+            if not -count <= layer < count
+        ]
+
+    @property
+    def role(self) -> str:
+        """The role of the model that answers."""
+        return "teacher"
 
     def lacks(self, loss: FeatureLoss, depths: Depths | None = None) -> str | None:
         """Returns what `layers` must hold for a loss and does not, as far as this can be told without the depths."""

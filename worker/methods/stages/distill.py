@@ -216,9 +216,10 @@ class Distill(Training):
         """The terms on what layers compute."""
         return [loss for loss in self.losses if isinstance(loss, FeatureLoss)]
 
-    def compares_tokens(self) -> bool:
-        """Returns whether a loss that hears the teacher does."""
-        return any(loss.needs_same_tokens and not loss.is_of_labels for loss in self.losses)
+    def compares_tokens(self, spec: "JobSpec") -> bool:
+        """Returns whether a loss that hears the teacher does; of models that label texts, one on layers."""
+        heard = [loss for loss in self.losses if not loss.is_of_labels]
+        return any(loss.needs_same_tokens for loss in (heard if spec.task.shares_tokens else self.feature_losses))
 
     def reads(self, spec: "JobSpec") -> set[str]:
         """Returns the role of the teacher, or of the answers of one that is no model."""

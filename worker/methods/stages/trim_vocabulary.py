@@ -56,10 +56,18 @@ class TrimVocabulary(ModelStage):
         if not any(spec.data.refs_of(split) for split in self.splits):
             return [Problem("splits", f"the job has no {' or '.join(self.splits)} split; name one of data")]
         comparing = self.find_comparing(spec)
-        if self.of == "student" and comparing:
-            why = f"'{comparing}' compares the student's tokens with the teacher's; trim the teacher instead"
-            return [Problem("of", f"{why}, before the student is made")]
-        return []
+        if comparing is None or (self.of == "teacher" and self._makes_student_of_it(spec)):
+            return []
+        why = f"'{comparing}' compares the student's tokens with the teacher's; "
+        remedy = "leave it out, or make the student of what it leaves"
+        if self.of == "student":
+            remedy = "trim the teacher instead, before the student is made"
+        return [Problem("of", why + remedy)]
+
+    def _makes_student_of_it(self, spec: "JobSpec") -> bool:
+        """Returns whether the student is made of the teacher after it, and so has the tokens that it leaves."""
+        is_made = any("student" in stage.writes() for stage in self.earlier(spec))
+        return spec.student.source() is None and not is_made
 
     def build(self, ctx: "StageContext") -> Callable[[], dict[str, Any]]:
         """Returns the trimming run."""
