@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from core.methods import Depths, Loss, Problem, Stage
+from core.models.widths import Widths
 from core.strict import one_message
 from core.weights import Course, PerExample, Temperature
 
@@ -105,6 +106,19 @@ class FeatureLoss(Loss):
             if wrong
             else None
         )
+
+    def find_unfit(self, student: Widths, teacher: Widths) -> str | None:
+        """Returns what to say of widths that it does not fit."""
+        ours, theirs = student.num_heads, teacher.num_heads
+        if not self.needs_same or ours == theirs:
+            return None
+        why = f"'{self.kind}' compares head with head, and the student has {ours} of them and the teacher {theirs}"
+        return f"{why}; use 'relations', which fits models of any sizes"
+
+    @property
+    def names_heads(self) -> bool:
+        """Whether models of some widths have not the heads that it compares."""
+        return self.needs_same is not None
 
     def build(self, ctx: Any) -> Any:
         """Returns a callable `(student's layer, teacher's, seen) -> sum over tokens or examples` (torch).

@@ -285,15 +285,16 @@ def _check_layered(spec: JobSpec, start: ModelFacts) -> Problems:
 
 
 def _check_depths(spec: JobSpec, facts: dict[str, ModelFacts]) -> Problems:
-    """Returns what is wrong with stages that compare layers, as far as it is known how many there will be."""
-    start, teacher = facts.get(spec.starts_from), facts["teacher"].num_layers
+    """Returns what is wrong with stages that compare layers, as far as it is known how many and how wide these are."""
+    start, teacher, wide = facts.get(spec.starts_from), facts["teacher"].num_layers, facts["teacher"].composition
     if not start or not teacher:
         return []
     found = []
     for number, stage in [(n, s) for n, s in enumerate(spec.stages) if isinstance(s, ModelStage)]:
         sizes = stage.sizes_before(spec, start)
         if sizes.num_layers:
-            depths = Depths(sizes.num_layers, teacher, sizes.may_be_shallower)
+            widths = (sizes.widths, wide.widths) if sizes.widths and wide else None
+            depths = Depths(sizes.num_layers, teacher, sizes.may_be_shallower, widths)
             found.append((number, stage.check_depths(spec, depths)))
     return _of_stages(found)
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field
 
 from core.models.safetensors_header import Tensor
-from core.models.widths import Composition, find_composition
+from core.models.widths import Composition, Widths, find_composition
 
 NUMBERED = re.compile(r"(.*?)\.(\d+)\.")
 TABLE = "_embeddings.weight"
@@ -23,11 +23,17 @@ TEXT_HEAD, WORD_HEAD = "ForSequenceClassification", "ForTokenClassification"  # 
 
 
 class Depths(NamedTuple):
-    """How many layers student and teacher have; `is_most` where those of the student are the most it may have."""
+    """How many layers student and teacher have.
+
+    Attributes:
+        is_most: Whether those of the student are the most it may have.
+        widths: How wide both are, where that is known.
+    """
 
     student: int
     teacher: int
     is_most: bool = False
+    widths: tuple[Widths, Widths] | None = None
 
 
 class ModelFacts(BaseModel):

@@ -24,9 +24,13 @@ from transformers import (
     Qwen3Config,
 )
 
+from app.jobs.resolving import check_models
 from core.errors import SpecInvalid, StageFailed
+from core.jobs.spec import load_spec
 from core.losses import FeatureLoss
 from core.methods import Depths
+from core.models.facts import ModelFacts
+from core.models.widths import Composition, Widths
 from core.registry import list_methods
 from tests import pico
 from tests.engine_bench import FAST, Bench, make_spec
@@ -290,6 +294,33 @@ def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], field: st
     with pytest.raises(SpecInvalid) as caught:
         make_spec([{"kind": "distill", "losses": [{"kind": "cross_entropy"}, {"kind": "hidden_mse", **settings}]}])
     assert caught.value.details[0]["field"] == f"stages.0.{field}"
+
+
+def facts_of(num_heads: int, states: int = 32) -> ModelFacts:
+    widths = Widths(states=states, inner=48, head=states // num_heads, num_heads=num_heads, num_groups=num_heads)
+    composition = Composition(widths=widths, outside={}, first_layer={}, other_layer={})
+    return ModelFacts(model_type="bert", num_layers=2, hidden_size=states, composition=composition)
+
+
+@pytest.mark.parametrize(
+    ("loss", "student", "hint"),
+    [
+        ({"kind": "attention_mse"}, facts_of(2), None),
+        ({"kind": "attention_mse"}, facts_of(4), "the student has 4 of them and the teacher 2; use 'relations'"),
+        ({"kind": "value_relation"}, facts_of(4), "use 'relations'"),
+        ({"kind": "relations"}, facts_of(4), None),
+        ({"kind": "relations", "heads": 4}, facts_of(2), None),
+        ({"kind": "relations", "heads": 3}, facts_of(2), "3 relation heads do not divide the widths 32; choose a div"),
+        ({"kind": "relations", "heads": 32}, facts_of(4, 16), "the widths 16 and 32; choose a divisor of 16, or null"),
+        ({"kind": "attention_mse"}, ModelFacts(model_type="bert", num_layers=2), None),
+    ],
+)
+def test_heads_that_do_not_fit_are_told_at_submit(loss: dict[str, Any], student: ModelFacts, hint: str | None) -> None:
+    stages = [{"kind": "distill", "losses": [{"kind": "cross_entropy"}, loss]}]
+    spec = load_spec(make_spec(stages, student={"kind": "pretrained", "model": "small"}))
+    found = check_models(spec, {"teacher": facts_of(2), "base": student})
+    assert [problem["field"] for problem in found] == ["stages.0.losses.1"] * (hint is not None)
+    assert all(hint in problem["message"] for problem in found)
 
 
 @pytest.fixture(scope="module")

@@ -431,6 +431,16 @@ def test_its_students_hear_the_losses_of_the_task() -> None:
             "stages.0.distill.losses.1.layers",
             "use 'uniform', 'skip' or 'last'",
         ),
+        (
+            searched(distill={"losses": [{"kind": "cross_entropy"}, {"kind": "attention_mse"}]}),
+            "stages.0.distill.losses.1",
+            "use 'relations' without 'heads'",
+        ),
+        (
+            searched(distill={"losses": [{"kind": "cross_entropy"}, {"kind": "relations", "heads": 6}]}),
+            "stages.0.distill.losses.1",
+            "use 'relations' without 'heads'",
+        ),
     ],
 )
 def test_specs_that_cannot_be(changes: dict[str, Any], field: str, hint: str) -> None:

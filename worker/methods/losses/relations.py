@@ -8,6 +8,7 @@ from pydantic import Field
 
 from core.errors import StageFailed
 from core.losses import FeatureLoss, LayerPart
+from core.models.widths import Widths
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,6 +32,23 @@ class Relations(FeatureLoss):
         description="Relation heads, which must divide the widths of both models; null for the student's attention "
         "heads, or as many of them as do.",
     )
+
+    def find_unfit(self, student: Widths, teacher: Widths) -> str | None:
+        """Returns which widths its heads do not divide."""
+        widths = sorted(
+            {width for each in (student, teacher) for letter, width in each.sizes().items() if letter in "ak"}
+        )
+        if self.heads is None or not any(width % self.heads for width in widths):
+            return None
+        shown = " and ".join(map(str, widths))
+        return (
+            f"{self.heads} relation heads do not divide the widths {shown}; choose a divisor of {gcd(*widths)}, or null"
+        )
+
+    @property
+    def names_heads(self) -> bool:
+        """Whether their number is given."""
+        return self.heads is not None
 
     def build(self, ctx: Any) -> "Callable[[Layer, Layer, Seen], Tensor]":
         """Returns the distance of two layers."""

@@ -180,11 +180,12 @@ class Distill(Training):
         return super().layered() + [f"losses.{index}" for index, _ in self._numbered()]
 
     def check_depths(self, spec: "JobSpec", depths: Depths) -> list[Problem]:
-        """Returns which losses compare layers that are not there, or that an earlier stage did not keep."""
+        """Returns which losses compare layers that are not there, do not fit, or were not kept by an earlier stage."""
         wrong = [(index, loss.find_wrong(depths)) for index, loss in self._numbered(depths)]
-        return [Problem(f"losses.{index}.layers", why) for index, why in wrong if why] or self._find_lacking(
-            spec, depths
-        )
+        unfit = [(index, loss.find_unfit(*depths.widths)) for index, loss in self._numbered()] if depths.widths else []
+        found = [Problem(f"losses.{index}.layers", why) for index, why in wrong if why]
+        found += [Problem(f"losses.{index}", why) for index, why in unfit if why]
+        return found or self._find_lacking(spec, depths)
 
     def _find_lacking(self, spec: "JobSpec", depths: Depths | None = None) -> list[Problem]:
         """Returns the losses on layers for which an earlier stage that kept the answers keeps too little."""

@@ -96,16 +96,15 @@ class Search(Target, ModelStage):
         ]
 
     def _check_numbered(self) -> list[Problem]:
-        """Returns what names layers that not every student has, as some have but one."""
+        """Returns what names layers or heads that not every student has, as some have but one layer, or are narrow."""
         if self.distill.freeze and self.distill.freeze.layers:
             why = "students of a search have from one layer on; use 0, which freezes the embeddings alone"
             return [Problem("distill.freeze.layers", why)]
+        losses = [(i, loss) for i, loss in enumerate(self.distill.losses) if isinstance(loss, FeatureLoss)]
         why = "students of a search have from one layer on; use 'uniform', 'skip' or 'last'"
-        return [
-            Problem(f"distill.losses.{index}.layers", why)
-            for index, loss in enumerate(self.distill.losses)
-            if isinstance(loss, FeatureLoss) and not isinstance(loss.layers, str)
-        ]
+        found = [Problem(f"distill.losses.{i}.layers", why) for i, x in losses if not isinstance(x.layers, str)]
+        why = "some students of a search have fewer heads than the teacher; use 'relations' without 'heads'"
+        return found + [Problem(f"distill.losses.{i}", why) for i, loss in losses if loss.names_heads]
 
     def check_model(self, spec: "JobSpec", start: ModelFacts) -> list[Problem]:
         """Returns which forms such a model does not have, or whether its own texts are longer than it can read."""
