@@ -59,7 +59,7 @@ GPT2 = {
 }
 LLAMA = {
     "embed_tokens": "*h",
-    "norm input_layernorm post_attention_layernorm": "h",
+    "norm input_layernorm post_attention_layernorm pre_feedforward_layernorm post_feedforward_layernorm": "h h",
     "q_proj": "ah a",
     "k_proj v_proj": "kh k",
     "o_proj": "ha h",
@@ -74,7 +74,8 @@ KINDS = {
     "distilbert": DISTILBERT,
     "modernbert": MODERNBERT,
     "gpt2": GPT2,
-    "llama mistral qwen2 qwen3": LLAMA,
+    "llama mistral ministral3 qwen2 qwen3 smollm3 gemma gemma2 gemma3_text cohere2 granite olmo arcee ernie4_5 "
+    "exaone4 seed_oss stablelm nemotron": LLAMA,
 }
 KNOWN = {
     kind: {end: axes.split() for ends, axes in known.items() for end in ends.split()}

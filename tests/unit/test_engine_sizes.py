@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     BertConfig,
@@ -36,6 +38,9 @@ from worker.methods.students.fresh import Fresh
 from worker.methods.students.teacher_layers import Choice, TeacherLayers
 
 HEADS = SIZES | {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
+LIKE_LLAMA = (
+    "ministral3 smollm3 gemma gemma2 gemma3_text cohere2 granite olmo arcee ernie4_5 exaone4 seed_oss stablelm nemotron"
+).split()
 ALIKE = {"hidden_size": 32, "vocab_size": 64, "max_position_embeddings": 32, "intermediate_size": 64}
 DECODERS = [
     LlamaConfig(**SIZES, num_key_value_heads=2, pad_token_id=0),
@@ -45,10 +50,11 @@ DECODERS = [
     MistralConfig(**HEADS),
     Qwen2Config(**HEADS),
     Qwen3Config(**HEADS, head_dim=12),
+    *(CONFIG_MAPPING[kind](**HEADS | {"bos_token_id": 1, "eos_token_id": 2}) for kind in LIKE_LLAMA),
 ]
 GPT2 = next(config for config in CONFIGS if config.model_type == "gpt2")
 ALL: list[tuple[PreTrainedConfig, Any]] = [
-    *[(config, None) for config in [*CONFIGS, *DECODERS]],
+    *[(config, None) for config in [*CONFIGS, *DECODERS] if type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING],
     *[(config, AutoModelForCausalLM) for config in [GPT2, *DECODERS]],
     *[(config, AutoModelForMaskedLM) for config in CONFIGS if config is not GPT2],
     (XLMRobertaConfig(**SIZES), None),
