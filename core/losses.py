@@ -68,8 +68,8 @@ class FeatureLoss(Loss):
     ] = Field(
         "uniform",
         description="Which layers are compared: `uniform` each of the student with the last of its share of the "
-        "teacher's, `skip` these without the last, `last` the last ones, `embeddings` what the first ones get, for "
-        "losses on states, or pairs `[student's, teacher's]` from 0.",
+        "teacher's, or the first one where that is less than a layer, `skip` these without the last, `last` the last "
+        "ones, `embeddings` what the first ones get, for losses on states, or pairs `[student's, teacher's]` from 0.",
     )
 
     @model_validator(mode="after")
@@ -92,7 +92,7 @@ class FeatureLoss(Loss):
         if not isinstance(self.layers, str):
             return [(student, teacher) for student, teacher in self.layers]
         count = depths.student
-        uniform = [(index, (index + 1) * depths.teacher // count - 1) for index in range(count)]
+        uniform = [(index, max(1, (index + 1) * depths.teacher // count) - 1) for index in range(count)]
         rules = {"uniform": uniform, "skip": uniform[:-1] or uniform, "last": uniform[-1:]}
         return rules.get(self.layers, [(EMBEDDINGS, EMBEDDINGS)])
 

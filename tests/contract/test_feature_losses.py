@@ -275,6 +275,11 @@ def test_layers_are_mapped(layers: Any, pairs: list[tuple[int, int]]) -> None:
     assert loss.pairs(Depths(3, 6)) == pairs
 
 
+def test_layers_of_a_student_that_is_deeper_are_mapped_to_layers() -> None:
+    loss = LOSSES["hidden_mse"].model_validate({"kind": "hidden_mse"})
+    assert loss.pairs(Depths(5, 2)) == [(0, 0), (1, 0), (2, 0), (3, 0), (4, 1)]
+
+
 def test_a_layer_that_is_not_there_is_told() -> None:
     student, teacher, batch = make(CONFIGS[0])
     with pytest.raises(StageFailed, match=r"\[0, 4\].*the student has 2 layers and the teacher 4"):
