@@ -16,6 +16,7 @@ from transformers import (
     BloomConfig,
     DistilBertConfig,
     ElectraConfig,
+    FalconConfig,
     GPT2Config,
     LlamaConfig,
     ModernBertConfig,
@@ -351,6 +352,10 @@ def test_sizes_that_cannot_be_are_told() -> None:
     [problem] = Fresh(intermediate_size=64).check(ModelFacts(model_type="bloom"))
     assert problem.field == "intermediate_size"
     assert make_fresh(bloom, Fresh(hidden_size=16)).config.hidden_size == 16
+    falcon = make(
+        FalconConfig(vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, pad_token_id=0)
+    )
+    assert make_fresh(falcon, Fresh(hidden_size=16)).config.head_dim == 16  # which its config does not let be set
     assert Fresh(num_heads=3).check(ModelFacts(model_type="bert", hidden_size=32))[0].field == "num_heads"
 
 

@@ -155,7 +155,7 @@ def set_widths(config: PreTrainedConfig, widths: Widths) -> None:
     config.hidden_size, config.num_attention_heads = widths.states, widths.num_heads
     if getattr(config, "num_key_value_heads", None):
         config.num_key_value_heads = widths.num_groups
-    if getattr(config, "head_dim", None):
+    if vars(config).get("head_dim"):  # Falcon's follows from the others
         config.head_dim = widths.head
     inner = _find_inner_width(config)
     if inner:
