@@ -3,6 +3,7 @@
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -74,3 +75,29 @@ def test_a_stage_moves_the_rows_that_its_texts_use_and_no_other(tmp_path: Path) 
     moved = torch.nonzero((before != after).any(dim=-1)).flatten().tolist()
     assert set(tokenizer.convert_tokens_to_ids([*words.values()])) <= set(moved)
     assert set(moved) <= {*tokenizer.convert_tokens_to_ids([*words.values()]), *tokenizer.all_special_ids}
+
+
+@pytest.mark.parametrize(
+    ("special", "word", "failure"),
+    [
+        ({"additional_special_tokens": ["<never>"]}, "", None),
+        ({"additional_special_tokens": ["<said>"]}, "<said> ", "The train split has the token '<said>'"),
+        ({"pad_token": "<fill>"}, "", "Texts are filled up with the token '<fill>'"),
+    ],
+)
+def test_tokens_that_the_model_lacks_are_told_where_they_are_read(
+    special: dict[str, Any], word: str, failure: str | None, tmp_path: Path
+) -> None:
+    bench = Bench(tmp_path).lay()
+    tokenizer = load_tokenizer(bench.inputs / "teacher")
+    tokenizer.add_special_tokens(special)
+    tokenizer.save_pretrained(bench.inputs / "teacher")
+    path = bench.inputs / "data" / "train.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(row | {"text": word + row["text"]}) + "\n" for row in rows))
+    finished = bench.run(make_spec([{"kind": "finetune", **FAST, "epochs": 1}]))
+    assert finished.last["type"] == ("error" if failure else "result"), finished.log
+    if failure:
+        assert finished.last["reason"] == "vocab_incompatible"
+        assert finished.last["message"] == f"{failure}, which the model lacks."
+        assert "resize_token_embeddings" in finished.last["suggestion"]

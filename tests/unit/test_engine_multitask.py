@@ -343,6 +343,15 @@ def test_words_and_texts_share_a_trunk(tmp_path: Path) -> None:
     )
 
 
+def test_words_and_texts_share_a_trunk_of_one_layer(tmp_path: Path) -> None:
+    few = FAST | {"epochs": 1}
+    stages = [{"kind": "finetune", **few}, {"kind": "distill", **few}, {"kind": "evaluate", "latency_samples": 10}]
+    spec = of_tasks(WORDS, stages, student={"kind": "shared_layers", "num_groups": 1})
+    done = run_all(lay(tmp_path, WORDS), spec)
+    [row] = [row for row in done[-1].last["summary"]["models"] if row["name"] == "student"]
+    assert row["tasks"].keys() == WORDS.keys()
+
+
 @pytest.mark.parametrize("losses", [["forward_kl"], ["forward_kl", "relations"]], ids=["ahead", "online"])
 def test_a_student_begins_words_as_its_teacher_learned_to(losses: list[str], tmp_path: Path) -> None:
     bench = lay(tmp_path, WORDS)

@@ -20,7 +20,7 @@ from transformers import (
 
 from tests import pico
 from tests.engine_bench import FAST, LABELS, Bench, contents, make_spec
-from worker.engine.classification import read_alike
+from worker.engine.alike import read_alike
 from worker.engine.loading import load_tokenizer
 
 STUDENT = {"kind": "pretrained", "model": "other"}

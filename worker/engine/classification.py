@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
-from core.errors import StageFailed
+from worker.engine.alike import answer_online, make_deletion, read_alike
 from worker.engine.answering import answer_texts
-from worker.engine.data import Batch, Encoded, digest, encode, read_examples, spread_rows
+from worker.engine.data import Batch, Encoded, check_padding, check_tokens, digest, encode, read_examples, spread_rows
 from worker.engine.evaluation import Card, Column, Measured, Quality, Row, as_stored, list_candidates, row_of_answers
 from worker.engine.inference import Answer, answer_rows, logits_of, predict_logits
 from worker.engine.keeping import KeptLayers, Recorder
@@ -21,7 +21,6 @@ from worker.engine.loading import (
     head_bias,
     input_names,
     is_head,
-    is_same_tokenizer,
     limit_length,
     load_classifier,
     save_classifier,
@@ -31,16 +30,14 @@ from worker.engine.rendering import if_known, percent, percent_range
 from worker.engine.runtimes import Forward, open_model
 from worker.engine.scores import accuracy, bootstrap, largest_difference, macro_f1, per_class, same_first
 from worker.engine.tasks import Kept, Scores, TaskHead
-from worker.engine.teaching import AnswersAhead, AnswersKept, AnswersOnline, Deletion, Teaching
+from worker.engine.teaching import AnswersAhead, AnswersKept, Teaching
 
 if TYPE_CHECKING:
     from worker.engine.context import StageContext
-    from worker.engine.multitask import MultiTask
     from worker.methods.stages.answer import Answer as AnswerStage
     from worker.methods.stages.distill import Distill
     from worker.methods.stages.evaluate import Evaluate
 
-TYPES = "token_type_ids"
 SAMPLED_TEXTS = 1000
 SAMPLE_BATCH = 32
 log = logging.getLogger(__name__)
@@ -113,7 +110,10 @@ class Classification:
         """Returns the split tokenised, its texts cut at `max_length` and at what the model has positions for."""
         limit_length(model, tokenizer, max_length)
         model.config.pad_token_id = tokenizer.pad_token_id
-        return self.tokenise(self.read(path), tokenizer, input_names(model, tokenizer))
+        split = self.tokenise(self.read(path), tokenizer, input_names(model, tokenizer))
+        check_padding(model.config.vocab_size, tokenizer)
+        check_tokens(split.count_ids(), model.config.vocab_size, tokenizer, path.stem, "model")
+        return split
 
     def is_head(self, model: PreTrainedModel, name: str) -> bool:
         """Returns whether a parameter is outside the encoder."""
@@ -299,63 +299,6 @@ class Classification:
     def share_of(self, sums_J: NDArray[Any]) -> float:
         """Returns the score that is a share of 1, by the sums over some examples."""
         return float(sums_J[0] / sums_J[1])
-
-
-def read_alike(
-    task: "Classification | MultiTask",
-    teacher: tuple[PreTrainedModel, PreTrainedTokenizerBase],
-    student: tuple[PreTrainedModel, PreTrainedTokenizerBase],
-    max_length: int,
-) -> bool:
-    """Returns whether two models read every text as the same tokens and inputs; the student then reads no further.
-
-    What it reads is what the teacher is given, which may have fewer places, or take no types where all of them are 0.
-    """
-    for _, tokenizer in (teacher, student):
-        task.settle_tokenizer(tokenizer)
-    if not is_same_tokenizer(teacher[1], student[1]):
-        return False
-    names, own_names = (set(input_names(*reader)) for reader in (student, teacher))
-    if names ^ own_names and not (names ^ own_names == {TYPES} and _has_one_type(student[1], pairs=task.reads_pairs)):
-        return False
-    if names > own_names:
-        teacher[0].register_forward_pre_hook(_without_types, with_kwargs=True)
-    limit_length(teacher[0], student[1], max_length)
-    return True
-
-
-def _has_one_type(tokenizer: PreTrainedTokenizerBase, *, pairs: bool) -> bool:
-    """Returns whether all tokens of an example have type 0, which is what a model takes them for without types."""
-    texts = ["a", "a"] if pairs else ["a"]
-    return not any(tokenizer(*texts, return_token_type_ids=True)[TYPES])
-
-
-def _without_types(_: Any, args: tuple[Any, ...], inputs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return args, {name: ids for name, ids in inputs.items() if name != TYPES}
-
-
-def answer_online(
-    task: "Classification | MultiTask",
-    student: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    settings: "Distill",
-) -> AnswersOnline:
-    """Returns a teacher that answers each batch, so that its layers can be compared with the student's.
-
-    Raises:
-        StageFailed: `vocab_incompatible` where the two read texts as other tokens.
-    """
-    ctx = task.ctx
-    teacher = ctx.load_teacher()
-    if not read_alike(task, (teacher, ctx.load_tokenizer("teacher")), (student, tokenizer), settings.max_length):
-        message = "The layers of two models that read texts as other tokens cannot be compared."
-        raise StageFailed("vocab_incompatible", message, suggestion="Leave the losses on layers out.")
-    return AnswersOnline(ctx, teacher, make_deletion(ctx, settings))
-
-
-def make_deletion(ctx: "StageContext", settings: "Distill") -> Deletion:
-    """Returns which tokens the student does not read."""
-    return Deletion(settings.deletion_probability, settings.deletion_epochs, ctx.seed)
 
 
 class Candidate(NamedTuple):

@@ -19,6 +19,7 @@ from core.errors import StageFailed
 LENGTH_MULTIPLE = 2
 GROUP_BATCHES = 50
 TOKENIZE_CHUNK = 4096
+NO_ROWS = "Give the model a row for each token of its tokenizer (`resize_token_embeddings`), and upload it again."
 T = TypeVar("T")
 
 
@@ -292,6 +293,37 @@ def encode(examples: Examples, tokenizer: PreTrainedTokenizerBase, names: list[s
         for name in names:
             columns[name] += [np.array(ids, dtype=np.int32) for ids in chunk[name]]
     return Encoded(columns, pad_values(tokenizer, names), labels_N, limit, num_cut, digest(examples))
+
+
+def check_tokens(
+    counts_V: NDArray[Any],
+    num_tokens: int,
+    tokenizer: PreTrainedTokenizerBase,
+    split: str,
+    model: str,
+    hint: str = NO_ROWS,
+) -> None:
+    """Raises StageFailed: `vocab_incompatible` if a split has a token that a model lacks, which has the first so many.
+
+    Args:
+        counts_V: How often each token occurs, up to the last one that does.
+        num_tokens: How many the model has.
+        tokenizer: What calls it by its name.
+        split: The split's name.
+        model: What the message calls the model.
+        hint: What to do.
+    """
+    if len(counts_V) > num_tokens:
+        token = tokenizer.convert_ids_to_tokens(len(counts_V) - 1)
+        message = f"The {split} split has the token '{token}', which the {model} lacks."
+        raise StageFailed("vocab_incompatible", message, suggestion=hint)
+
+
+def check_padding(num_tokens: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises StageFailed: `vocab_incompatible` if a model with the first so many tokens lacks what fills texts up."""
+    if (tokenizer.pad_token_id or 0) >= num_tokens:
+        message = f"Texts are filled up with the token '{tokenizer.pad_token}', which the model lacks."
+        raise StageFailed("vocab_incompatible", message, suggestion=NO_ROWS)
 
 
 def pad_values(tokenizer: PreTrainedTokenizerBase, names: list[str]) -> dict[str, int]:

@@ -52,10 +52,13 @@ class UsedRows(Embedding):
 def train_used_rows(model: PreTrainedModel, used: NDArray[np.int64]) -> None:
     """Lets the model train only these rows of its embedding, where that saves something; `whole_rows` ends it.
 
-    An embedding that is the last layer, too, or on a grid, is trained as a whole.
+    An embedding that is the last layer, too, or on a grid, is trained as a whole. Tokens without a row do not count: a
+    tokenizer may know some that its model never reads.
     """
     whole, last = model.get_input_embeddings(), model.get_output_embeddings()
     is_plain = type(whole) is Embedding and whole.weight.requires_grad
+    if is_plain:
+        used = used[used < whole.num_embeddings]
     if is_plain and (last is None or last.weight is not whole.weight) and len(used) < MOST_USED * whole.num_embeddings:
         model.set_input_embeddings(UsedRows(whole, torch.from_numpy(used).to(whole.weight.device)))
 

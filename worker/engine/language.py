@@ -20,13 +20,13 @@ from worker.engine import ranks
 from worker.engine.aligning import AnswersAcross, Stream
 from worker.engine.answering import Asked, keep_likeliest
 from worker.engine.blocks import NOWHERE, Blocks, count_bytes_of_texts, read_prompts, read_starts, read_stream
-from worker.engine.data import Batch
+from worker.engine.data import Batch, check_tokens
 from worker.engine.evaluation import Card, Column, Measured, Quality, Row, open_candidates, row_of_answers
 from worker.engine.inference import Answer
 from worker.engine.keeping import KeptLayers, Recorder
 from worker.engine.loading import count_positions, load_language_model, save_language_model
 from worker.engine.measuring import CPU, as_forward, count_bytes, measure_speed, time_singles
-from worker.engine.members import Members, check_tokens, count_tokens, load_members
+from worker.engine.members import Members, count_tokens, load_members
 from worker.engine.next_tokens import predict_next
 from worker.engine.rendering import if_known, percent
 from worker.engine.scores import bootstrap_sums, largest_difference, same_first
@@ -84,9 +84,12 @@ class LanguageModelling:
         """Returns the split in blocks of the task's length; no text is cut."""
         lengths = (self.task.block_tokens, count_positions(model), self._num_positions)
         ids, is_learned = read_stream(path, self.task.columns(), tokenizer, is_chat=self.task.chat)
-        if self.num_common is not None:
-            check_tokens(ids, self.num_common, tokenizer, path.stem, "teacher or the student")
         split = Blocks(ids, is_learned, min(filter(None, lengths)))
+        counts_V = split.count_ids()
+        if self.num_common is not None:
+            check_tokens(counts_V, self.num_common, tokenizer, path.stem, "teacher or the student", SAME_TOKENS)
+        elif not isinstance(model, Members):  # which have checked it, each alone
+            check_tokens(counts_V, model.config.vocab_size, tokenizer, path.stem, "model")
         if not split.is_learned_S[1:].any():
             raise StageFailed("dataset_invalid", f"{path.name} has no token to predict.")
         return split

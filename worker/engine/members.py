@@ -4,15 +4,13 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, cast
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from core.errors import StageFailed
 from core.models.vocabulary import VocabularyDiffers, count_common
 from worker.engine.blocks import Blocks
-from worker.engine.data import Batch
+from worker.engine.data import Batch, check_tokens
 from worker.engine.loading import count_positions
 from worker.kernels.heads import Head
 from worker.kernels.mixtures import Mixture
@@ -55,7 +53,7 @@ class Members(torch.nn.Module):
         """Raises StageFailed if a split has a token that one of the models lacks."""
         role = min(self._num_tokens, key=lambda role: self._num_tokens[role])
         for split, data in splits.items():
-            check_tokens(data.ids_S, self.config.vocab_size, tokenizer, split, _call(role))
+            check_tokens(data.count_ids(), self.config.vocab_size, tokenizer, split, _call(role), SAME_TOKENS)
 
 
 def load_members(ctx: "StageContext") -> tuple[PreTrainedModel | Members, PreTrainedTokenizerBase]:
@@ -79,17 +77,6 @@ def load_members(ctx: "StageContext") -> tuple[PreTrainedModel | Members, PreTra
     models = {role: ctx.place(ctx.load_model(role)) for role in tokenizers}
     num_tokens = {role: count_tokens(model, tokenizers[role]) for role, model in models.items()}
     return Members(models, num_tokens, settings).eval(), tokenizers[first]
-
-
-def check_tokens(
-    ids_S: NDArray[np.int32], num_tokens: int, tokenizer: PreTrainedTokenizerBase, split: str, model: str
-) -> None:
-    """Raises StageFailed if a split has a token that a model lacks, which has the first so many."""
-    largest = int(ids_S.max())
-    if largest >= num_tokens:
-        token = tokenizer.convert_ids_to_tokens(largest)
-        message = f"The {split} split has the token '{token}', which the {model} lacks."
-        raise StageFailed("vocab_incompatible", message, suggestion=SAME_TOKENS)
 
 
 def count_tokens(model: PreTrainedModel | Members, tokenizer: PreTrainedTokenizerBase) -> int:

@@ -19,8 +19,9 @@ from transformers import (
 )
 
 from core.errors import StageFailed
+from worker.engine.alike import answer_online
 from worker.engine.answering import answer_texts
-from worker.engine.classification import SPEED, Classification, answer_online
+from worker.engine.classification import SPEED, Classification
 from worker.engine.data import Batch
 from worker.engine.evaluation import Card, Column, Measured, Quality, Row, as_stored, list_candidates, row_of_answers
 from worker.engine.exporting import EQUAL_LOGITS, MERGED_LOGITS, get_reference, measure
@@ -35,7 +36,7 @@ from worker.engine.task_views import OneHead, PartContext, turn_to
 from worker.engine.tasks import Kept, Scores, TaskHead
 from worker.engine.teaching import AnswersKept, Teaching, kept_as
 from worker.engine.transfer import compare_alone
-from worker.engine.watching import Watched
+from worker.engine.watching import is_causal
 
 if TYPE_CHECKING:
     from worker.engine.context import StageContext
@@ -70,7 +71,7 @@ class MultiTask:
     def load_model(self, folder: Path, **options: Any) -> PreTrainedModel:
         """Returns the folder's model over the labels of all tasks."""
         model = load_classifier(folder, self.ctx.labels, self.auto_class, **options)
-        if any(head.of_first_token for head in self.heads.values()) and Watched(model).is_causal:
+        if any(head.of_first_token for head in self.heads.values()) and is_causal(model):
             message = (
                 f"In a '{model.config.model_type}' the first token of a text, whose tag is its class, sees no other."
             )

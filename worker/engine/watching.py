@@ -35,8 +35,8 @@ class Watched:
 
     @property
     def is_causal(self) -> bool:
-        """Whether a token looks at none after it, as the model's attention tells."""
-        return any(getattr(module, "is_causal", False) for module in self._layers[0].modules())
+        """Whether a token looks at none after it."""
+        return is_causal(self._layers[0])
 
     def ask(self, wanted: Wanted) -> None:
         """Has what is wanted noted in every forward pass."""
@@ -97,6 +97,11 @@ class Watched:
 
         for module in layer.modules():
             vars(module).setdefault(NOTES, []).append(note)
+
+
+def is_causal(model: Module) -> bool:
+    """Returns whether a token looks at none after it, as the attention of a model, or of a layer, tells."""
+    return any(getattr(module, "is_causal", False) for module in model.modules())
 
 
 def watch_attention(model: PreTrainedModel) -> bool:
