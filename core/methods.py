@@ -172,9 +172,9 @@ class Student(Method):
         """Returns what makes this student impossible, made of that model: its source, or the teacher."""
         raise NotImplementedError
 
-    def reuses_layers(self, start: ModelFacts | None = None) -> bool:  # noqa: ARG002 - few kinds do
-        """Returns whether layers have the same weights, made of that model; without it whether they may."""
-        return False
+    def reuses_layers(self, start: ModelFacts | None = None) -> bool:
+        """Returns whether layers have the same weights, made of that model; without it whether they are to."""
+        return start is not None and start.reuses_layers
 
     def count_layers(self, start: ModelFacts) -> int | None:
         """Returns how many layers it will have, made of that model; None if unknown."""

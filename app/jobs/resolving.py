@@ -287,10 +287,14 @@ def _check_layered(spec: JobSpec, start: ModelFacts) -> Problems:
 def _check_depths(spec: JobSpec, facts: dict[str, ModelFacts]) -> Problems:
     """Returns what is wrong with stages that compare layers, as far as it is known how many and how wide these are."""
     start, teacher, wide = facts.get(spec.starts_from), facts["teacher"].num_layers, facts["teacher"].composition
+    stages = [(n, s) for n, s in enumerate(spec.stages) if isinstance(s, ModelStage)]
+    if facts["teacher"].reuses_layers:
+        why = "the teacher's layers have the same weights, and are not compared; leave the losses on layers out"
+        return _of_stages([(n, [Problem("losses", why)]) for n, s in stages if getattr(s, "feature_losses", ())])
     if not start or not teacher:
         return []
     found = []
-    for number, stage in [(n, s) for n, s in enumerate(spec.stages) if isinstance(s, ModelStage)]:
+    for number, stage in stages:
         sizes = stage.sizes_before(spec, start)
         if sizes.num_layers:
             widths = (sizes.widths, wide.widths) if sizes.widths and wide else None

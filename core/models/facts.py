@@ -65,6 +65,11 @@ class ModelFacts(BaseModel):
         layers = self.layer_parameters
         return layers[0] != layers[1] if layers and len(layers) > 1 else self.model_type == "modernbert"
 
+    @property
+    def reuses_layers(self) -> bool:
+        """Whether it has one layer's weights in several places, as an ALBERT unless all of its layers are stored."""
+        return self.model_type == "albert" and not self.layer_parameters
+
 
 def head_of(class_name: str) -> str | None:
     """Returns what a class of classifiers gives labels to: TEXT_HEAD, WORD_HEAD, or None of any other class."""

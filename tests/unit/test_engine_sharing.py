@@ -205,6 +205,30 @@ def test_what_needs_each_layer_alone_is_refused_at_submit(stage: dict[str, Any],
     assert "choose another kind of student" in problem["message"]
 
 
+@pytest.mark.parametrize(("stage", "field"), LAYERED)
+def test_so_it_is_of_a_student_that_comes_with_shared_layers(stage: dict[str, Any], field: str) -> None:
+    spec = load_spec(make_spec([{"kind": "distill"}, stage], student={"kind": "pretrained", "model": "small"}))
+    albert = ModelFacts(model_type="albert", num_layers=6)
+    [problem] = check_models(spec, {"teacher": ModelFacts(model_type="bert", num_layers=6), "base": albert})
+    assert problem["field"] == f"stages.1.{field}"
+    assert "those of a 'pretrained' student have the same weights" in problem["message"]
+
+
+def test_shared_layers_of_a_teacher_are_neither_compared_nor_searched() -> None:
+    albert = ModelFacts(model_type="albert", num_layers=6)
+    losses = [{"kind": "cross_entropy"}, {"kind": "hidden_mse"}]
+    spec = load_spec(
+        make_spec([{"kind": "distill", "losses": losses}], student={"kind": "pretrained", "model": "small"})
+    )
+    [problem] = check_models(spec, {"teacher": albert, "base": ModelFacts(model_type="bert", num_layers=6)})
+    assert problem["field"] == "stages.0.losses"
+    [problem] = check_models(
+        load_spec(make_spec([{"kind": "search"}], student={"kind": "searched"})), {"teacher": albert}
+    )
+    assert problem["field"] == "student.kind"
+    assert "as kind 'fresh'" in problem["message"]
+
+
 WORKING = [stage for stage, field in LAYERED if stage["kind"] != "prune" and field != "gradient_checkpointing"]
 
 

@@ -162,6 +162,16 @@ def test_what_occurs_stays_and_changes_nothing(tmp_path: Path) -> None:
     assert summary["validation"] == pytest.approx(summary["validation_before"], rel=1e-5)
 
 
+def test_special_tokens_that_the_model_lacks_are_told(tmp_path: Path) -> None:
+    bench = Bench(tmp_path).lay()
+    tokenizer = load_tokenizer(bench.inputs / "teacher")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<never>"]})
+    tokenizer.save_pretrained(bench.inputs / "teacher")
+    finished = bench.run(make_spec([{"kind": "trim_vocabulary"}]))
+    assert finished.last["reason"] == "vocab_incompatible", finished.log
+    assert finished.last["message"] == "Special tokens have ids up to 37, and the model has rows for 37 tokens."
+
+
 LAYERS = {"kind": "distill", "losses": [{"kind": "forward_kl"}, {"kind": "hidden_mse"}]}
 
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from core.errors import StageFailed
 from worker.engine.changes import WHOLE, Reader, compare
 from worker.engine.context import StageContext
+from worker.engine.data import NO_ROWS
 from worker.engine.loading import load_tokenizer
 from worker.engine.pieces import keep_tokens, renumber_ids
 from worker.engine.students import load_either
@@ -69,9 +70,13 @@ def keep_rows(model: PreTrainedModel, kept: list[int]) -> PreTrainedModel:
     """Returns a model of the same class with these rows, by their old ids, of its embedding and its last layer.
 
     Raises:
-        StageFailed: `export_unsupported` if other tensors have a row for each token, too.
+        StageFailed: `export_unsupported` if other tensors have a row for each token, too, `vocab_incompatible` if the
+            model lacks rows that are to stay.
     """
     config = copy.deepcopy(model.config)
+    if kept[-1] >= config.vocab_size:  # texts have none of these
+        message = f"Special tokens have ids up to {kept[-1]}, and the model has rows for {config.vocab_size} tokens."
+        raise StageFailed("vocab_incompatible", message, suggestion=NO_ROWS)
     renumber_ids(config, kept)
     config.vocab_size = len(kept)
     trimmed = type(model)._from_config(config, dtype=torch.float32)

@@ -18,7 +18,10 @@ class Searched(Student):
     kind: Literal["searched"] = "searched"
 
     def check(self, start: ModelFacts) -> list[Problem]:
-        """Returns a problem for a teacher whose layers are not known."""
+        """Returns a problem for a teacher whose layers are not known, or not apart."""
+        if start.reuses_layers:
+            why = f"layers of an '{start.model_type}' share their weights, so that none can be left out; name a student"
+            return [Problem("kind", f"{why}, as kind 'fresh'")]
         if start.num_layers is None:
             return [Problem("kind", f"a '{start.model_type}' config names no number of layers")]
         return []
