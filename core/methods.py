@@ -158,6 +158,7 @@ class Student(Method):
 
     family: ClassVar[str] = "students"
     made_by: ClassVar[str | None] = None  # the kind of stage that alone can make it
+    begins_at_random: ClassVar[bool] = False
 
     @property
     def asks_head(self) -> bool:

@@ -247,6 +247,18 @@ def test_layers_that_the_teacher_lacks_are_told_at_submit(layer: int, is_there: 
     assert found == ([] if is_there else [("stages.0.layers.hidden", why)])
 
 
+@pytest.mark.parametrize(("top_k", "rest"), [(59, "samples"), (60, "together"), (60, "samples")])
+def test_a_teacher_of_few_tokens_is_told_at_submit(top_k: int, rest: str) -> None:
+    stages = [{"kind": "answer", "top_k": top_k, "rest": rest}, {"kind": "distill"}]
+    spec = load_spec(make_spec(stages, student=SMALL, task={"kind": "causal_lm"}))
+    facts = ModelFacts(model_type="gpt2", num_layers=3, vocab_size=60)
+    found = [
+        (problem["field"], problem["message"]) for problem in check_models(spec, {"teacher": facts, "base": facts})
+    ]
+    why = "the teacher has 60 tokens, and none is left to draw; choose fewer, or rest 'together'"
+    assert found == ([("stages.0.top_k", why)] if (top_k, rest) == (60, "samples") else [])
+
+
 def test_a_teacher_that_only_answers_has_no_layers_to_keep() -> None:
     teacher = {"kind": "label_space", "model": "big", "prompt": "{text}"}
     with pytest.raises(SpecInvalid) as caught:

@@ -204,6 +204,9 @@ def test_what_cannot_be_pruned_is_said_at_submit() -> None:
     spec: dict[str, Any] = {"teacher": {"model": "m"}, "student": {"kind": "teacher_layers", "keep": [0]}, "data": "d"}
     with pytest.raises(SpecInvalid, match="nothing is to go"):
         load_spec(spec | {"stages": [{"kind": "prune"}]})
+    fresh = {"student": {"kind": "fresh"}, "stages": [{"kind": "finetune"}, {"kind": "prune", "num_layers": 1}]}
+    with pytest.raises(SpecInvalid, match="the student has learned nothing yet"):
+        load_spec(spec | fresh)
     with pytest.raises(SpecInvalid, match="unknown kind 'taylr'"):
         load_spec(spec | {"stages": [{"kind": "prune", "num_layers": 1, "importance": {"kind": "taylr"}}]})
     assert Prune(num_layers=1).reads(load_spec(spec | {"stages": [{"kind": "distill"}]})) == {"teacher"}

@@ -122,8 +122,11 @@ class Answer(Stage):
         ]
 
     def check_model(self, spec: "JobSpec", start: ModelFacts) -> list[Problem]:
-        """Returns which layers of the teacher are not there."""
-        count = start.num_layers
+        """Returns which layers of the teacher are not there, and whether it has too few tokens to draw from."""
+        count, num_tokens = start.num_layers, start.vocab_size
+        if spec.task.shares_tokens and self.rest == "samples" and num_tokens and self.top_k >= num_tokens:
+            why = f"the teacher has {num_tokens} tokens, and none is left to draw; choose fewer, or rest 'together'"
+            return [Problem("top_k", why)]
         if count is None:
             return []
         why = f"names layer {{}}; the teacher has {count} layers, counted from 0; name some of these"

@@ -184,8 +184,12 @@ class Prune(ModelStage):
         return self.find_step(sizes.step or (sizes.widths.inner if sizes.widths else 0))
 
     def check(self, spec: "JobSpec") -> list[Problem]:
-        """Returns a problem when nothing is to go, or sizes are given beside a goal."""
+        """Returns a problem when nothing is to go, nothing counts yet, or sizes are given beside a goal."""
         sizes = [name for name in SIZES if getattr(self, name)]
+        is_trained = any(stage.trains and self.role in stage.writes() for stage in self.earlier(spec))
+        if spec.student.begins_at_random and not is_trained:
+            why = "the student has learned nothing yet, so no part of it counts less; put a stage that trains it first"
+            return [Problem("kind", why)]
         if self.to and sizes:
             return [Problem(sizes[0], "'to' has the sizes found; leave one of the two out")]
         if self.to is None and self.multiple_of:

@@ -1,6 +1,6 @@
 """A student of the teacher's architecture in other sizes, with random weights."""
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
@@ -25,6 +25,8 @@ class Fresh(Student):
     Paper: Jiao et al. 2020, "TinyBERT: Distilling BERT for Natural Language Understanding", section 3 (general
     distillation of a small model that begins at random).
     """
+
+    begins_at_random: ClassVar[bool] = True
 
     kind: Literal["fresh"] = "fresh"
     num_layers: int | None = Field(None, ge=1, le=512, description="Layers; null as many as the teacher.")
