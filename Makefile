@@ -54,7 +54,7 @@ bench: setup ## Measures Banking77 against a plain script, classifiers against T
 	missed=0; for name in banking77 encoder causal_lm compressing loss_alone loss_on_gpu load; do \
 	  $(BIN)/python bench/$$name.py || missed=1; done; exit $$missed
 
-chaos: setup ## Runs the long tests that kill processes
+chaos: setup ## Runs the long tests: what kills processes, and jobs of settings drawn at random
 	$(BIN)/python -m pytest tests/chaos -m chaos -n 2 --maxschedchunk 1
 
 migrate: setup ## Brings the database of STILLHOUSE_DATABASE_URL to the newest schema
