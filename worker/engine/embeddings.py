@@ -56,10 +56,11 @@ def train_used_rows(model: PreTrainedModel, used: NDArray[np.int64]) -> None:
     tokenizer may know some that its model never reads.
     """
     whole, last = model.get_input_embeddings(), model.get_output_embeddings()
-    is_plain = type(whole) is Embedding and whole.weight.requires_grad
-    if is_plain:
-        used = used[used < whole.num_embeddings]
-    if is_plain and (last is None or last.weight is not whole.weight) and len(used) < MOST_USED * whole.num_embeddings:
+    is_last = last is not None and last.weight is whole.weight
+    if type(whole) is not Embedding or not whole.weight.requires_grad or is_last:
+        return
+    used = used[used < whole.num_embeddings]
+    if len(used) < MOST_USED * whole.num_embeddings:
         model.set_input_embeddings(UsedRows(whole, torch.from_numpy(used).to(whole.weight.device)))
 
 
