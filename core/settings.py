@@ -62,7 +62,8 @@ class Settings(BaseSettings):
     checkpoint_s: float = Field(
         60.0,
         ge=0,
-        description="Shortest pause between two checkpoints; it grows until they cost under 3 %.",
+        description="Shortest pause between two checkpoints; it grows until they cost under 3 %. With 0 there is one "
+        "after every step.",
     )
     keep_checkpoints_s: int = Field(
         7 * 24 * 3600, ge=0, description="How long the checkpoints of a job that failed or was cancelled are kept."

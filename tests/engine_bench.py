@@ -187,6 +187,7 @@ class Bench:
                         os.kill(stage.pid, signal.SIGKILL)
                     elif len(found) == after:
                         stage.stdin.write(b'{"order": "stop"}\n')
+        assert len(found) >= after, f"it ended after {len(found)} checkpoints"
         return found[:after] if how == "kill" else found, points
 
     def adopt(self, finished: Finished, ordinal: int, kind: str) -> None:

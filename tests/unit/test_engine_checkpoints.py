@@ -44,11 +44,8 @@ def test_an_interrupted_stage_makes_the_same_bytes(clean, ordinal: int, tmp_path
             spec, ordinal, f"attempt-{attempt}", checkpoint=checkpoint and str(checkpoint), checkpoint_s=0
         )
         found, reported = bench.interrupt(order, 2, how)
-        if not found:
-            break
         seen += reported
         checkpoint = found[-1]
-    assert checkpoint is not None
     finished = bench.run(spec, ordinal, "last", checkpoint=str(checkpoint))
     assert finished.last["type"] == "result", finished.log
     assert contents(finished.outputs) == made[ordinal]

@@ -23,7 +23,10 @@ FREE_RESERVE_BYTES = 64 * 1024 * 1024
 
 
 class Pacer:
-    """Says when the next checkpoint is due: not before the shortest pause, and never too often for what it costs."""
+    """Says when the next checkpoint is due: not before the shortest pause, and never too often for what it costs.
+
+    With a shortest pause of 0 it is due after every step.
+    """
 
     def __init__(self, shortest_s: float) -> None:
         self._shortest_s = shortest_s
@@ -35,7 +38,7 @@ class Pacer:
 
     def note(self, cost_s: float) -> None:
         """Sets the time of the next one, after one that cost so much."""
-        self._due = time.monotonic() + max(self._shortest_s, COST_FACTOR * cost_s)
+        self._due = time.monotonic() + (max(self._shortest_s, COST_FACTOR * cost_s) if self._shortest_s else 0)
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], state: dict[str, Any]) -> None:
