@@ -97,14 +97,15 @@ class Runs:
         return self.run(stages, seed, given, **ENSEMBLE) / "student"
 
 
-def draw(data: Path, name: str, rows: int, folder: Path) -> None:
-    """Lays a data set into a folder with so many of its training texts, the same ones each time."""
+def draw(data: Path, name: str, rows: int, folder: Path) -> Path:
+    """Lays a data set into a folder with so many of its training texts, the same ones each time; returns the folder."""
     lines = (data / name / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     chosen = np.sort(np.random.default_rng(0).permutation(len(lines))[:rows])
-    (folder / name).mkdir(parents=True, exist_ok=True)
+    (folder / name).mkdir(parents=True)
     (folder / name / "train.jsonl").write_text("".join(lines[row] for row in chosen), encoding="utf-8")
     for split in ("validation", "test"):
         shutil.copy(data / name / f"{split}.jsonl", folder / name)
+    return folder
 
 
 def measure(name: str, recipes: list[str], data: Path, work: Path, kept: Path) -> dict[str, Any]:
@@ -188,11 +189,7 @@ def main() -> int:
         kept = arguments.out / "teachers"
         return answer_alone(lambda: measure(arguments.only, arguments.recipe, arguments.data, arguments.work, kept))
     if arguments.rows:
-        whole, arguments.out = arguments.data, arguments.out / f"rows-{arguments.rows}"
-        arguments.data = arguments.out / "data"
-        for name in arguments.set:
-            if (whole / name / "train.jsonl").is_file():
-                draw(whole, name, arguments.rows, arguments.data)
+        arguments.out /= f"rows-{arguments.rows}"
     out = arguments.out / "quality.json"
     seen: dict[str, dict[str, str]] = json.loads(out.read_text()) if out.is_file() else {}
     wanted = {*arguments.recipe}
@@ -200,8 +197,11 @@ def main() -> int:
         if not (arguments.data / name.partition("/")[0] / "train.jsonl").is_file():
             console.print(f"skipped {name}: there is no such folder in {arguments.data}; name it with --data")
         elif not wanted <= {*seen.get(name, {})}:
-            options = ["--data", str(arguments.data), "--out", str(arguments.out), "--recipe", *arguments.recipe]
             with tempfile.TemporaryDirectory(prefix="stillhouse-bench-") as folder:
+                data = arguments.data
+                if arguments.rows:
+                    data = draw(data, name.partition("/")[0], arguments.rows, Path(folder) / "data")
+                options = ["--data", str(data), "--out", str(arguments.out), "--recipe", *arguments.recipe]
                 seen[name] = seen.get(name, {}) | measure_alone(__file__, name, Path(folder), *options)
             arguments.out.mkdir(parents=True, exist_ok=True)
             out.write_text(json.dumps(seen))
