@@ -58,7 +58,7 @@ class Settings(BaseSettings):
     poll_s: float = Field(10.0, gt=0, description="How often an idle worker looks at the table without a hint.")
     reconcile_s: float = Field(5.0, gt=0, description="Pause between two ticks of the reconciler.")
     hint_after_s: int = Field(30, ge=1, description="A queued job without a hint for this long is hinted again.")
-    max_attempts: int = Field(5, ge=1, description="Lost workers in one stage before the job fails as `worker_lost`.")
+    max_attempts: int = Field(5, ge=1, description="Workers lost in a row before the job fails as `worker_lost`.")
     checkpoint_s: float = Field(
         60.0,
         ge=0,

@@ -22,7 +22,7 @@ class Target(StrictModel):
         None,
         gt=0,
         description="Time within which it answers 95 of 100 texts, or as a language model reads blocks, one at a time "
-        "on the worker's processor, in ms.",
+        "on the worker's processor, in ms. What is measured must be a tenth faster, as other moments may be slower.",
         examples=[5.0],
     )
     runtime: str = Field(

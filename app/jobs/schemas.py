@@ -197,7 +197,7 @@ class FileRef(BaseModel):
     """A folder inside a job's artifact."""
 
     artifact: str = Field(examples=["points"])
-    path: str = Field(examples=["3/"])
+    path: str = Field(examples=["3/onnx_int8/"])
 
 
 class PointView(BaseModel):

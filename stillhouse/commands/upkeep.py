@@ -81,7 +81,13 @@ def backup(
 def restore(
     source: Annotated[Path, typer.Argument(help="Folder that `stillhouse backup` wrote to.")],
     name: Annotated[str | None, typer.Option(help="Name of a backup. Default: the newest.")] = None,
-    data_dir: DataDir = None,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for `stillhouse up`, new or empty. Default: as there. With STILLHOUSE_DATABASE_URL and "
+            "STILLHOUSE_STORAGE_DIR set, those are used instead."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Bring a backup back into an empty database and storage, check it, and migrate it to this version.

@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 
 class Evaluate(Stage):
-    """Measures teacher, student and every exported form on the test split, and writes the report and the model card."""
+    """Measures teacher, student and the exported forms that run here on the test split; writes report and model card.
+
+    These are safetensors, the ONNX forms and OpenVINO. The stage `export` compares each of the others with the student.
+    """
 
     reports_on_job: ClassVar[bool] = True
 

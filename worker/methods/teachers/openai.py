@@ -28,9 +28,9 @@ class OpenAI(Teacher):
     A language model's teacher writes what follows each prompt (stage `generate`), whatever its tokens are. Of labels,
     where the API tells the likeliest tokens of an answer, each has the probability of those that begin its word; where
     it does not, the label that the answer names is taken, or with `top_logprobs: 0` those of `votes` answers are
-    counted. Of a text whose answers name none the student hears nothing, and learns its own label at most; in the mean
-    of a step it counts as one on which both agree. Each answer is paid for once: it is kept for the tenant by the
-    content of its request, so that neither a crash nor a second job asks again.
+    counted. Of a text whose answers name none the student hears nothing, and learns its own label at most; losses that
+    hear the teacher do without it. Each answer is paid for once: it is kept for the tenant by the content of its
+    request, so that neither a crash nor a second job asks again.
 
     Paper: Gilardi, Alizadeh, Kubli 2023, "ChatGPT outperforms crowd workers for text-annotation tasks" (labels by an
     API); Hinton, Vinyals, Dean 2015, "Distilling the Knowledge in a Neural Network" (their probabilities as targets).
