@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from app.envelope import REASONS, error_answer
-from core.errors import RangeNotSatisfiable, StillhouseError
+from core.errors import MAX_DETAILS, RangeNotSatisfiable, StillhouseError
 
 RETRY_AFTER_S = "5"
 
@@ -44,22 +44,21 @@ def _stillhouse_error(request: Request, error: Any) -> Response:
     )
 
 
-NEVER_SHOWN = frozenset({"value"})  # of a secret
-
-
 def _invalid_request(request: Request, error: Any) -> Response:
-    details = [_detail(problem) for problem in error.errors()]
+    shows_found = not request.url.path.startswith("/v1/secrets")  # a secret may stand where another field should
+    problems = error.errors()
+    details = [_detail(problem, shows_found=shows_found) for problem in problems[:MAX_DETAILS]]
     first = details[0]
-    more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     message = f"{first['field'] or 'body'}: {first['message']}{more}"
     return error_answer(request, 422, message, param=first["field"] or None, details=details)
 
 
-def _detail(problem: dict[str, Any]) -> dict[str, Any]:
+def _detail(problem: dict[str, Any], *, shows_found: bool) -> dict[str, Any]:
     loc = [str(part) for part in problem["loc"]]
     detail = {"field": ".".join(loc[1:] if len(loc) > 1 else loc), "message": problem["msg"]}
     found = problem.get("input")
-    if isinstance(found, str | int | float | bool) and loc[-1] not in NEVER_SHOWN:
+    if shows_found and isinstance(found, str | int | float | bool):
         detail["found"] = str(found)[:200]
     return detail
 

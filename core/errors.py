@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
+MAX_DETAILS = 20  # that an answer shows of many problems
+
 Reason = Literal[
     "spec_invalid",
     "dataset_invalid",

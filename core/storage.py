@@ -49,8 +49,8 @@ def is_safe_path(path: str) -> bool:
     parts = PurePosixPath(path).parts
     return bool(
         path
-        and len(path) <= 255
         and path.isprintable()
+        and len(path.encode()) <= 255
         and "\\" not in path
         and not path.startswith("/")
         and ".." not in parts

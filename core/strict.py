@@ -22,6 +22,17 @@ def suggest(found: str, known: Iterable[str]) -> str:
     return f"did you mean '{near[0]}'?" if near else f"known: {', '.join(names)}"
 
 
+def is_deeper(data: Any, most: int) -> bool:
+    """Returns whether lists and mappings lie inside each other on more than so many levels; it goes level by level."""
+    level = [data]
+    for _ in range(most):
+        nested = [node.values() if isinstance(node, dict) else node for node in level if isinstance(node, dict | list)]
+        level = [child for children in nested for child in children]
+        if not level:
+            return False
+    return True
+
+
 class StrictModel(BaseModel):
     """A frozen model that refuses unknown fields and says which known one was probably meant."""
 

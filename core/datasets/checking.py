@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from core.datasets.reading import RowProblem, read_lines
-from core.errors import DatasetInvalid
+from core.errors import MAX_DETAILS, DatasetInvalid
 from core.settings import get_settings
 from core.storage import BlobWriter
 from core.strict import suggest
 
-MAX_DETAILS = 20
 MAX_VALUE = 1e9
 MAX_CLASSES = 10_000
 MAX_COLUMNS = 1_000

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from core.errors import DatasetInvalid
+from core.strict import is_deeper
 
 FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".parquet": "parquet"}
 COMPRESSED = (".gz", ".zip", ".zst", ".bz2", ".xz", ".tar", ".7z")
@@ -17,7 +18,10 @@ MAX_LINE_BYTES = 16 * 1024 * 1024
 MAX_ROW_GROUP_BYTES = 1024**3
 MAX_CHUNK_VALUES = 50_000_000  # of one column in a row group: equal ones take next to nothing until they are read
 LARGEST_NUMBER = 64  # bytes: a decimal
+FIXED = "FIXED_LEN_BYTE_ARRAY"
 MAX_ROWS_BYTES = 64 * 1024 * 1024  # of rows that are made Python objects at once
+MAX_DEPTH = 64
+TOO_DEEP = "the JSON is nested too deeply; write a flat object"
 BOM = b"\xef\xbb\xbf"
 csv.field_size_limit(MAX_LINE_BYTES)
 
@@ -95,12 +99,12 @@ def _parse_json(line: bytes) -> dict[str, Any] | RowProblem:
     except json.JSONDecodeError as error:
         return RowProblem(f"malformed JSON at column {error.colno}: {error.msg}; write one JSON object a line")
     except RecursionError:
-        return RowProblem("the JSON is nested too deeply; write a flat object")
+        return RowProblem(TOO_DEEP)
     except ValueError as error:
         return RowProblem(f"malformed JSON: {error}")
     if not isinstance(row, dict):
         return RowProblem(f'the row is {_json_name(row)}, not an object; write it as {{"text": …, "label": …}}')
-    return row
+    return RowProblem(TOO_DEEP) if is_deeper(row, MAX_DEPTH) else row
 
 
 def _refuse_constant(name: str) -> None:
@@ -112,14 +116,17 @@ def _json_name(value: Any) -> str:
 
 
 def _read_csv(source: BinaryIO) -> Iterator[Line]:
-    reader = csv.reader(_decoded(source), strict=True)
+    lines = _RowLines(source)
+    reader = csv.reader(lines, strict=True)
     try:
         header = next(reader, [])
         problem = _header_problem(header)
         if header and problem:
             yield Line(1, problem)
             return
+        lines.num_bytes = 0
         for cells in reader:
+            lines.num_bytes = 0
             if len(cells) == len(header):
                 yield Line(reader.line_num, dict(zip(header, cells, strict=True)))
             elif cells:
@@ -131,13 +138,22 @@ def _read_csv(source: BinaryIO) -> Iterator[Line]:
         yield Line(max(reader.line_num, 1), RowProblem(f"malformed CSV: {error}; check the quotes"))
 
 
-def _decoded(source: BinaryIO) -> Iterator[str]:
-    for number, line in _raw_lines(source):
-        try:
-            yield line.decode("utf-8")
-        except UnicodeDecodeError as error:
-            message = f"bad UTF-8 at byte {error.start + 1} of the line; save the file as UTF-8"
-            raise _Unreadable(number, message) from error
+class _RowLines:
+    """The lines of one CSV row after the other; a row has as few bytes as a line, whatever its cells hold."""
+
+    def __init__(self, source: BinaryIO) -> None:
+        self._lines, self.num_bytes = _raw_lines(source), 0
+
+    def __iter__(self) -> Iterator[str]:
+        for number, line in self._lines:
+            self.num_bytes += len(line)
+            if self.num_bytes > MAX_LINE_BYTES:
+                raise _Unreadable(number, f"the row is longer than {MAX_LINE_BYTES:,} bytes; is a quote never closed?")
+            try:
+                yield line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                message = f"bad UTF-8 at byte {error.start + 1} of the line; save the file as UTF-8"
+                raise _Unreadable(number, message) from error
 
 
 def _header_problem(header: list[str]) -> RowProblem | None:
@@ -154,6 +170,11 @@ def _read_parquet(source: BinaryIO) -> Iterator[Line]:
     try:
         facts = ParquetFile(source).metadata
         leaves = [facts.schema.column(index) for index in range(facts.num_columns)]
+        wide = [leaf.path for leaf in leaves if leaf.physical_type == FIXED and leaf.length > LARGEST_NUMBER]
+        if wide:  # equal ones, too, take next to nothing in the file, and all of their bytes when they are read
+            why = f"values of a fixed size have more than {LARGEST_NUMBER} bytes; write the column as strings"
+            yield Line(1, RowProblem(why, wide[0]))
+            return
         texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
         table = ParquetFile(source, read_dictionary=texts)  # so that a value that all rows share is there once
         groups = [facts.row_group(index) for index in range(facts.num_row_groups)]

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from collections.abc import Container
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import yaml
@@ -10,10 +11,10 @@ from pydantic import ConfigDict, Field, ValidationError, ValidationInfo, field_v
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from core.datasets.refs import DataSpec
-from core.errors import SpecInvalid
+from core.errors import MAX_DETAILS, SpecInvalid
 from core.methods import SPLITS, ModelSource, Problem, Stage, Student, Task, Teacher
 from core.registry import OneOf, list_families, list_methods
-from core.strict import StrictModel, suggest
+from core.strict import StrictModel, is_deeper, suggest
 from core.target import Target
 
 NEEDED = {
@@ -328,18 +329,24 @@ def parse_mapping(body: bytes, fields: str) -> dict[str, Any]:
         raise SpecInvalid(f"The body is neither valid YAML nor JSON: {error}") from error
     if not isinstance(data, dict):
         raise SpecInvalid(f"The body must be a mapping with {fields}.")
-    if _is_deep(data):
+    if is_deeper(data, MAX_DEPTH):  # what recurses over a spec later relies on it
         raise SpecInvalid(f"The body has more than {MAX_DEPTH} levels; no spec needs that.")
+    field = _find_nul(data)
+    if field is not None:  # which no text of a database may hold
+        raise spec_invalid([{"field": field, "message": "holds a NUL character; leave it out"}])
     return data
 
 
-def _is_deep(data: Any) -> bool:
-    """Goes down level by level: what recurses over a spec later relies on it."""
-    level = [data]
-    for _ in range(MAX_DEPTH):
-        nested = [node.values() if isinstance(node, dict) else node for node in level if isinstance(node, dict | list)]
-        level = [child for children in nested for child in children]
-    return bool(level)
+def _find_nul(node: Any, field: str = "") -> str | None:
+    """Returns the field of a text with a NUL, or of the key that has one."""
+    if isinstance(node, str):
+        return field if "\0" in node else None
+    for key, child in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
+        inner = f"{field}.{key}" if field else str(key)
+        found = field if "\0" in str(key) else _find_nul(child, inner)
+        if found is not None:
+            return found
+    return None
 
 
 def load_spec(data: dict[str, Any]) -> JobSpec:
@@ -356,20 +363,21 @@ def validate(model: type[M], data: dict[str, Any]) -> M:
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        raise spec_invalid([_detail(e) for e in error.errors(include_url=False)]) from error
+        problems = [one for one in error.errors(include_url=False) if one["type"] != "default_factory_not_called"]
+        tags = {kind for family in list_families() for kind in list_methods(family)}
+        raise spec_invalid([_detail(one, tags) for one in problems[:MAX_DETAILS]], len(problems)) from error
 
 
-def spec_invalid(details: list[dict[str, Any]]) -> SpecInvalid:
-    """Returns the error for a list of `{field, message}`; its message shows the first."""
-    first = details[0]
-    more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
+def spec_invalid(details: list[dict[str, Any]], num_problems: int | None = None) -> SpecInvalid:
+    """Returns the error for a list of `{field, message}`, or the first of so many; its message shows the first."""
+    first, num_others = details[0], (num_problems or len(details)) - 1
+    more = f" (and {num_others} more)" if num_others else ""
     where = f"{first['field']}: " if first["field"] else ""
-    return SpecInvalid(f"{where}{first['message']}{more}", param=first["field"] or None, details=details)
+    return SpecInvalid(f"{where}{first['message']}{more}", param=first["field"] or None, details=details[:MAX_DETAILS])
 
 
-def _detail(error: ErrorDetails) -> dict[str, Any]:
+def _detail(error: ErrorDetails, tags: Container[str]) -> dict[str, Any]:
     context = error.get("ctx") or {}
-    tags = {kind for family in list_families() for kind in list_methods(family)}
     parts: list[int | str] = []
     is_tag = False
     for part in error["loc"]:  # pydantic adds the chosen kind to the path; a field after it may be called the same

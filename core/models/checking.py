@@ -2,11 +2,12 @@
 
 import json
 import pickletools
+import threading
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from core.errors import ModelInvalid
+from core.errors import MAX_DETAILS, ModelInvalid
 from core.models.facts import ModelFacts, read_facts
 from core.models.safetensors_header import Tensor, read_metadata, read_tensors
 from core.storage import is_safe_path
@@ -24,18 +25,19 @@ TOKENIZER_FILES = {
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 GRIDS = "grids.safetensors"  # beside weights that the stage `quantize` rounded
 MAX_JSON_BYTES = 64 * 1024 * 1024
+MAX_CONFIG_BYTES = 4 * 1024 * 1024
 MAX_TEXT_BYTES = 64 * 1024 * 1024
-MAX_DETAILS = 20
 SNIFF_BYTES = 64 * 1024
 CODE_KEYS = ("auto_map", "trust_remote_code", "custom_pipelines")
 MAGIC = {
-    b"PK": "a zip archive, as torch.save writes it, which holds pickled code",
+    b"PK\x03\x04": "a zip archive, as torch.save writes it, which holds pickled code",
     b"\x89HDF": "an HDF5 file",
     b"\x93NUMPY": "a NumPy file, which may hold pickled code",
     b"GGUF": "a GGUF file",
     b"\x1f\x8b": "a gzip archive",
     b"\x7fELF": "a program",
 }
+PARSING = threading.Lock()  # a JSON file may take 25 times its bytes in memory: one of all uploads at a time
 CODE_OPCODES = {"GLOBAL", "STACK_GLOBAL", "INST"}
 CALL_OPCODES = {"REDUCE", "BUILD", "NEWOBJ", "NEWOBJ_EX", "OBJ", "INST"}
 
@@ -127,7 +129,8 @@ def sniff(location: Path) -> str | None:
 
 
 def _is_pickle(head: bytes) -> bool:
-    if len(head) >= 2 and head[0] == 0x80 and 2 <= head[1] <= 5:  # PROTO: what every modern pickle starts with
+    is_length = head[3:9] == b"\0\0\0\0\0{"  # with which safetensors begin; any bytes may be a length's first ones
+    if len(head) >= 2 and head[0] == 0x80 and 2 <= head[1] <= 5 and not is_length:  # PROTO: every modern pickle's first
         return True
     names: set[str] = set()
     try:
@@ -143,15 +146,17 @@ def _check_content(path: str, location: Path) -> Any:
     if suffix == ".safetensors":
         return read_tensors(location)
     if suffix == ".json":
-        return _check_json(path, location)
+        with PARSING:
+            return _check_json(path, location)
     if suffix == ".model":
         return _check_sentencepiece(location)
     return _check_text(location)
 
 
 def _check_json(path: str, location: Path) -> Any:
-    if location.stat().st_size > MAX_JSON_BYTES:
-        raise ValueError(f"a JSON file has at most {MAX_JSON_BYTES:,} bytes")
+    most = MAX_CONFIG_BYTES if path == "config.json" else MAX_JSON_BYTES
+    if location.stat().st_size > most:
+        raise ValueError(f"a {path if path == 'config.json' else 'JSON file'} has at most {most:,} bytes")
     try:
         data = json.loads(location.read_bytes().decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
@@ -162,7 +167,7 @@ def _check_json(path: str, location: Path) -> Any:
             raise ValueError(f"'{key}' would run code from the model's folder, which is never done; remove it")
     if path in {"config.json", INDEX} and not isinstance(data, dict):
         raise ValueError("the file must hold a JSON object")
-    return data
+    return data if path == "config.json" else None
 
 
 def find_code_key(data: Any) -> str | None:

@@ -90,6 +90,12 @@ BAD_FILES = {
     "label a list": (jsonl([*rows(3), {"text": "x", "label": ["a"]}]), 4, "label", "found list as label"),
     "surrogate": (jsonl(rows(3)) + b'{"text": "\\ud800", "label": "login"}\n', 4, "", "UTF-8 JSON"),
     "too deep": (b"[" * 100_000 + b"\n", 1, "", "nested too deeply"),
+    "deeper than a preview": (
+        jsonl(rows(3)) + b'{"text": "x", "label": "a", "m": ' + b"[" * 70 + b"]" * 70 + b"}\n",
+        4,
+        "",
+        "nested too deeply",
+    ),
     "empty file": (b"", None, "", "the file is empty"),
     "no rows": (b"\n\n", None, "", "the file has no rows"),
     "one class": (jsonl(rows(9, ("only",))), None, "label", "one class only ('only')"),
@@ -121,6 +127,11 @@ CSV_FILES = {
     "twice of many": (b",".join(b"c%d" % n for n in range(200_000)) + b",c7\nx,a\n", 1, "two columns have this name"),
     "nameless": (b"text,\nx,a\n", 1, "a column has no name"),
     "header only": (b"text,label\n", None, "the file has no rows"),
+    "a row without end": (
+        b"text,label\n" + b'"a\n",' * 3_400_000,
+        3_355_445,
+        "the row is longer than 16,777,216 bytes",
+    ),
 }
 
 
@@ -178,6 +189,9 @@ def test_parquet_that_unpacks_to_far_more_than_was_sent_is_refused(api: Api, mon
         "longer than 16,777,216 bytes": as_table(repeat("x" * 17_000_000, 1024)),
         "values in a row group": as_table(pyarrow.array(["x"]), many=many),
         "JSON Lines": as_table(repeat("x" * 10_000, 5000)),
+        "values of a fixed size": as_table(
+            pyarrow.array(["x"] * 1024), same=pyarrow.array([b"x" * 65_536] * 1024, pyarrow.binary(65_536))
+        ),
     }
     settings = get_settings().model_copy(update={"max_upload_bytes": 1_000_000})
     monkeypatch.setattr("core.datasets.checking.get_settings", lambda: settings)

@@ -96,6 +96,12 @@ BAD = {
     "offsets": ({"model.safetensors": _tensor(data_offsets=[4, 8])}, "gap or overlaps"),
     "cut off": ({"model.safetensors": safetensors({"a": (4, 4)})[:-8]}, "may be cut off"),
     "trailing": ({"model.safetensors": safetensors({"a": (4, 4)}) + b"x"}, "may be cut off"),
+    "pickle in place of a length": (
+        {"model.safetensors": b"\x80\x02G\0\0\0\0\0{12" + pickle.dumps(_Evil(), 0)},
+        "a Python pickle",
+    ),
+    "large config": ({"config.json": b'{"a": "' + b"x" * 4_200_000 + b'"}'}, "a config.json has at most 4,194,304"),
+    "name longer than a disk takes": ({"é" * 130 + ".json": b"{}"}, "the path must be"),
     "no config": ({"config.json": None}, "the file is missing"),
     "no tokenizer": ({"tokenizer.json": None}, "no tokenizer"),
     "no weights": ({"model.safetensors": None}, "no weights"),
@@ -104,6 +110,16 @@ BAD = {
         "the file is missing",
     ),
 }
+
+
+@pytest.mark.parametrize("start", [b"\x80\x02", b"\x80\x05", b"PK"])
+def test_a_length_that_begins_as_another_files_magic_is_a_length(api: Api, start: bytes) -> None:
+    plain = safetensors({"embeddings": (10, 4), "pooler": (4, 4), "bias": (4,)})
+    length, wanted = struct.unpack("<Q", plain[:8])[0], int.from_bytes(start, "little")
+    padded = struct.pack("<Q", wanted) + plain[8 : 8 + length] + b" " * (wanted - length) + plain[8 + length :]
+    assert padded.startswith(start)
+    answer = api.push_model(files=model_files() | {"model.safetensors": padded})
+    assert answer.status_code == 201, answer.text
 
 
 @pytest.mark.parametrize("name", BAD)

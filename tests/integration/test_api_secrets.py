@@ -57,6 +57,13 @@ def test_what_no_header_can_hold_is_refused(api: Api, keyed: str, value: str) ->
     assert api("GET", "/v1/secrets").json()["data"] == []
 
 
+@pytest.mark.parametrize("body", [{"Value": VALUE}, {"value": VALUE, "vlaue": VALUE}, VALUE, [VALUE]])
+def test_a_secret_in_the_wrong_place_is_not_shown(api: Api, keyed: str, body: object) -> None:
+    answer = api("PUT", "/v1/secrets/openai-key", json=body)
+    assert answer.status_code == 422
+    assert VALUE not in answer.text
+
+
 def test_the_last_line_break_of_a_file_is_no_part_of_a_key(api: Api, keyed: str) -> None:
     assert api("PUT", "/v1/secrets/openai-key", json={"value": f" {VALUE}\r\n"}).status_code == 200
     assert read(api, "openai-key") == VALUE

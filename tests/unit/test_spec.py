@@ -15,6 +15,35 @@ def problems(data: dict) -> dict[str, str]:
     return {detail["field"]: detail["message"] for detail in caught.value.details}
 
 
+def test_one_mistake_is_one_problem() -> None:
+    assert problems({**SHORT, "teacher": {"modell": "a"}}) == {
+        "teacher.modell": "unknown field 'modell'; did you mean 'model'?"
+    }
+    assert problems({name: SHORT[name] for name in ("teacher", "student")}) == {"data": "Field required"}
+
+
+def test_twenty_of_many_problems_are_shown_and_all_counted() -> None:
+    teacher = {"kind": "openai", "model": "m", "words": {str(n): n for n in range(5000)}}
+    with pytest.raises(SpecInvalid, match="and 4999 more") as caught:
+        load_spec({**SHORT, "teacher": teacher})
+    assert len(caught.value.details) == 20
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ('{"teacher": {"model": "a\\u0000"}, "data": "d"}', "teacher.model"),
+        ('{"stages": [{}, {"kind": "a\\u0000"}]}', "stages.1.kind"),
+        ('{"metadata": {"a\\u0000": "b"}}', "metadata"),
+        ('metadata: {a: "\\0"}', "metadata.a"),
+    ],
+)
+def test_a_nul_is_named(body: str, field: str) -> None:
+    with pytest.raises(SpecInvalid, match="NUL") as caught:
+        parse_spec(body.encode())
+    assert [detail["field"] for detail in caught.value.details] == [field]
+
+
 def test_short_spec_gets_the_whole_pipeline() -> None:
     spec = load_spec(SHORT)
     assert [stage.kind for stage in spec.stages] == ["finetune", "distill", "export", "evaluate"]
