@@ -249,11 +249,15 @@ def redo_stage(session: Session, claim: Claim, role: str, before: int, why: str)
     Its bytes are damaged. What later stages made of them when they were sound stays.
     """
     job = owned(session, claim)
-    makers = [stage for stage in list_done(session, job.id, before) if role in stage.outputs]
+    done = list_done(session, job.id, before)
+    if len(done) < before:  # an earlier try was committed, and only its answer was lost
+        return True
+    makers = [stage for stage in done if role in stage.outputs]
     if not makers:
         return False
     stage = makers[-1]
     stage.state, stage.outputs, stage.reused, stage.cache_key = "pending", {}, None, None
+    stage.started_at, stage.finished_at, stage.summary, stage.step, stage.eta_s = None, None, None, 0, None
     artifact = session.get(Artifact, (job.id, role))
     if artifact is not None and artifact.ordinal == stage.ordinal:
         session.delete(artifact)

@@ -6,7 +6,7 @@ from core.db import session_scope
 from core.ids import new_id
 from core.jobs import ownership, repository
 from core.jobs.creation import create_job
-from core.jobs.models import Job
+from core.jobs.models import Job, StageRun
 from core.jobs.spec import load_spec
 from core.models.repository import files_of, get_manifest, put_manifest
 from core.storage import ManifestFile, get_store
@@ -99,6 +99,24 @@ def test_a_stage_made_again_reads_what_it_read_the_first_time(claim: ownership.C
     assert offered(claim) == {"teacher": "teacher of 2", "student": "student of 1"}
     make(claim, 3)
     assert offered(claim) == {"teacher": "teacher of 2", "student": "student of 3"}
+
+
+def test_a_stage_made_again_has_no_result_until_then(claim: ownership.Claim) -> None:
+    with session_scope() as session:
+        ownership.record_progress(session, claim, 3, None, [], [])
+        session.get_one(StageRun, (claim.job_id, 3)).step = 7
+    assert redo(claim, "student", 4)
+    with session_scope() as session:
+        run = session.get_one(StageRun, (claim.job_id, 3))
+        assert (run.state, run.step, run.started_at, run.finished_at, run.summary) == ("pending", 0, None, None, None)
+
+
+def test_a_second_try_whose_first_was_committed_redoes_no_other_stage(claim: ownership.Claim) -> None:
+    assert redo(claim, "student", 4)
+    assert redo(claim, "student", 4)
+    with session_scope() as session:
+        states = [session.get_one(StageRun, (claim.job_id, ordinal)).state for ordinal in range(4)]
+    assert states == ["succeeded", "succeeded", "succeeded", "pending"]
 
 
 def test_what_was_uploaded_is_not_made_again(claim: ownership.Claim) -> None:
