@@ -142,6 +142,8 @@ def _handler(api: TeacherApi) -> type[BaseHTTPRequestHandler]:
                 self._trickle()
             elif fault == "nonsense":
                 self._send(200, b"<html>busy</html>")
+            elif fault == "utf-16":
+                self._send(404, "<html>not here</html>".encode("utf-16"))
             elif fault == "empty":
                 self._send(200, json.dumps(api.wrap({}, is_chat=True) | {"choices": []}).encode())
             else:

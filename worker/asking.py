@@ -271,7 +271,7 @@ class Asker:
 
     def _show(self, text: str) -> str:
         """Returns the beginning of what is told others, without the key."""
-        return (text.replace(self._secret, "***") if self._secret else text)[:SHOWN]
+        return _sound(text.replace(self._secret, "***") if self._secret else text)[:SHOWN]
 
 
 def find_excess(teacher: Any, spent: Spent, num_open: int) -> str | None:

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from core.db import session_scope
-from core.errors import BlobDamaged, LeaseLost, StageFailed
+from core.db import DatabaseAway, session_scope
+from core.errors import BlobDamaged, LeaseLost, ModelInvalid, PayloadTooLarge, StageFailed, StorageFull
 from core.jobs.checkpoints import list_checkpoints, record_checkpoint, reject_checkpoint
 from core.jobs.models import Metric, StageRun
 from core.jobs.ownership import Claim, list_done, owned
@@ -272,8 +272,11 @@ def ensure_models(claim: Claim, ordinal: int, listen: Callable[[], None]) -> dic
 def _fetch(claim: Claim, role: str, hub: dict[str, str], listen: Callable[[], None]) -> list[ManifestFile]:
     try:
         files = fetch(hub["repo"], hub["commit"], get_store(), listen)
-    except (LeaseLost, StopAsked):
+    except (LeaseLost, StopAsked, StorageFull, *DatabaseAway):
         raise
+    except (ModelInvalid, PayloadTooLarge) as error:
+        message = f"The model {hub['repo']}@{hub['commit'][:12]} is refused: {error.message}"
+        raise StageFailed("spec_invalid", message, suggestion="Choose another model or revision.") from error
     except Exception as error:
         message = f"the model {hub['repo']}@{hub['commit'][:12]} could not be fetched: {error}"
         raise StageFailed(

@@ -12,12 +12,16 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from core.errors import ModelInvalid, Unavailable
+from core.db import session_scope
+from core.errors import ModelInvalid, StageFailed, Unavailable
+from core.ids import new_id
+from core.jobs.models import Job
+from core.jobs.ownership import claim
 from core.models import hub
 from core.settings import Settings
 from core.storage import get_store
 from tests.api import Api, model_files, num_blobs
-from worker.staging import StopAsked
+from worker.staging import Staging, StopAsked
 
 COMMIT = "c" * 40
 REPOS = {
@@ -105,6 +109,19 @@ def test_a_fetch_of_bad_bytes_leaves_nothing() -> None:
     with pytest.raises(ModelInvalid, match="a Python pickle"):
         hub.fetch("org/evil", COMMIT, get_store(), lambda: None)
     assert num_blobs() == before
+
+
+def test_a_model_that_is_refused_is_not_fetched_again(api: Api) -> None:
+    api.push_dataset()
+    job_id, queue = api("POST", "/v1/jobs", json=api.spec(teacher={"model": "hub:org/evil"})).json()["id"], new_id("q")
+    with session_scope() as session:
+        session.get_one(Job, job_id).queue = queue
+    with session_scope() as session:
+        taken = claim(session, "w", [queue])
+    assert taken is not None
+    with pytest.raises(StageFailed, match=r"org/evil@.* is refused: .*a Python pickle") as caught:
+        Staging(taken, 0).find_inputs(lambda: None)
+    assert (caught.value.reason, caught.value.can_retry) == ("spec_invalid", False)
 
 
 def test_a_fetch_that_is_stopped_leaves_nothing() -> None:

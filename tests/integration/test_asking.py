@@ -198,6 +198,22 @@ def test_an_answer_that_trickles_in_has_an_end(claim: Callable[..., ownership.Cl
     assert len(api.seen) == 2
 
 
+def test_what_a_refusal_says_can_be_stored(claim: Callable[..., ownership.Claim]) -> None:
+    api, heard = TeacherApi(), queue.Queue()
+    api.faults.append("utf-16")
+    with api.serving() as url:
+        taken = claim(url)
+        asker = Asker(taken, heard.put)
+        asker.ask(0, BODY)
+        error = heard.get(timeout=60)["error"]
+        asker.close()
+    assert "404" in error["message"]
+    with session_scope() as session:
+        ownership.start_stage(session, taken, 0)
+    with session_scope() as session:
+        ownership.fail_stage(session, taken, 0, error, None)
+
+
 def test_an_error_of_the_client_does_not_show_the_key(
     claim: Callable[..., ownership.Claim], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
