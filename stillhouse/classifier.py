@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,8 +65,8 @@ class Classifier:
         if missing:
             raise InvalidInput(f"{folder} holds no {missing[0]}. Name a downloaded 'onnx' or 'onnx_int8' folder.")
         path = folder / "config.json"
-        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        labels = json.loads((folder / "labels.json").read_text(encoding="utf-8"))
+        config = _opened(path, _read_json) if path.is_file() else {}
+        labels = _opened(folder / "labels.json", _read_json)
         self.heads = {
             task: Head([labels[place].removeprefix(f"{task}/" * bool(task)) for place in found], found, kind)
             for task, kind in config.get("tasks", {"": config.get("problem_type")}).items()
@@ -118,6 +118,10 @@ class Classifier:
         logits = self._session.run(["logits"], inputs)[0][0].astype(np.float64)
         logits_C = logits[0] if self._reads_words else logits  # those of a text are its first token's
         return {task: head.read(logits_C) for task, head in self.heads.items()}
+
+
+def _read_json(path: str) -> Any:
+    return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
 def _opened(path: Path, read: Callable[[str], Opened]) -> Opened:

@@ -13,10 +13,11 @@ from typing import Annotated
 
 import httpx
 import typer
+from pydantic import ValidationError
 
 from stillhouse.commands import datasets, jobs, keys, methods, models, predict, secrets, up, upkeep
 from stillhouse.commands.output import print_error, say
-from stillhouse.errors import ClientError, InvalidInput
+from stillhouse.errors import ClientError, InvalidInput, Unreachable
 
 INTERRUPTED = 130
 HELP = """Make small models out of big ones.
@@ -94,6 +95,10 @@ def _run() -> int:
     except ClientError as error:
         print_error(error, as_json=as_json)
         return error.exit_code
+    except ValidationError as error:
+        message = f"The server's answer cannot be read as a {error.title}; is STILLHOUSE_URL right?"
+        print_error(Unreachable(message), as_json=as_json)
+        return Unreachable.exit_code
     except httpx.HTTPError as error:
         print_error(ClientError(f"The connection broke: {error}. Try again."), as_json=as_json)
         return ClientError.exit_code

@@ -43,7 +43,7 @@ class Client:
 
     def methods(self) -> dict[str, list[Method]]:
         """Returns every method that the server knows, by family, with its JSON schema, defaults and description."""
-        families = self._transport.json("GET", "/v1/methods")["data"]
+        families = self._transport.data("/v1/methods")
         return {family: [Method.model_validate(item) for item in methods] for family, methods in families.items()}
 
     def close(self) -> None:
@@ -136,7 +136,7 @@ class Keys:
 
     def list(self) -> Iterator[Key]:
         """Yields the keys, newest first, without their texts."""
-        return map(Key.model_validate, self._transport.json("GET", "/v1/keys")["data"])
+        return map(Key.model_validate, self._transport.data("/v1/keys"))
 
     def revoke(self, key_id: str) -> None:
         """Revokes a key: from now on it opens nothing."""
@@ -155,7 +155,7 @@ class Secrets:
 
     def list(self) -> Iterator[Secret]:
         """Yields the secrets by name, without their values."""
-        return map(Secret.model_validate, self._transport.json("GET", "/v1/secrets")["data"])
+        return map(Secret.model_validate, self._transport.data("/v1/secrets"))
 
     def delete(self, name: str) -> None:
         """Deletes a secret."""

@@ -92,13 +92,12 @@ class Jobs:
 
     def metrics(self, job_id: str, names: Sequence[str] = (), **query: Any) -> Sequence[Series]:
         """Returns the series of a job; `query` may hold `stage`, `step_from`, `step_to` and `max_points`."""
-        answer = self._transport.json("GET", f"/v1/jobs/{job_id}/metrics", params={"names": list(names)} | query)
-        return [Series.model_validate(item) for item in answer["data"]]
+        found = self._transport.data(f"/v1/jobs/{job_id}/metrics", {"names": list(names)} | query)
+        return [Series.model_validate(item) for item in found]
 
     def pareto(self, job_id: str) -> list[Point]:
         """Returns the students that a search of the job has measured so far."""
-        answer = self._transport.json("GET", f"/v1/jobs/{job_id}/pareto")
-        return [Point.model_validate(item) for item in answer["data"]]
+        return [Point.model_validate(item) for item in self._transport.data(f"/v1/jobs/{job_id}/pareto")]
 
     def log(self, job_id: str, ordinal: int) -> str:
         """Returns the log of a stage."""
@@ -149,8 +148,7 @@ class Jobs:
 
     def artifacts(self, job_id: str) -> list[Artifact]:
         """Returns what the job has published."""
-        answer = self._transport.json("GET", f"/v1/jobs/{job_id}/artifacts")
-        return [Artifact.model_validate(item) for item in answer["data"]]
+        return [Artifact.model_validate(item) for item in self._transport.data(f"/v1/jobs/{job_id}/artifacts")]
 
     def download(
         self,
@@ -192,7 +190,10 @@ class Jobs:
         return map(Job.model_validate, self._transport.pages("/v1/jobs", query, limit))
 
     def _make(self, path: str, body: Any, idempotency_key: str | None) -> Job:
-        headers = {"Idempotency-Key": idempotency_key or str(uuid.uuid4())}
+        key = idempotency_key or str(uuid.uuid4())
+        if not (key.isascii() and key.isprintable()):
+            raise InvalidInput("The idempotency key holds a character that no header may; use letters, digits and '-'.")
+        headers = {"Idempotency-Key": key}
         options = {"headers": headers} if body is None else _json_body(body, headers)
         return Job.model_validate(self._transport.json("POST", path, **options, repeatable=True))
 

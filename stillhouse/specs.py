@@ -111,7 +111,7 @@ def _changed(node: Any, keys: list[str], value: Any, change: str) -> Any:
     if isinstance(node, list):
         if not node:
             raise InvalidInput(f"In '{change}', nothing is there to be changed by '{key}': the list is empty.")
-        if not key.isdigit() or int(key) >= len(node):
+        if not key.isdecimal() or int(key) >= len(node):
             raise InvalidInput(f"In '{change}', '{key}' must be a number from 0 to {len(node) - 1}.")
         return [_changed(item, rest, value, change) if i == int(key) else item for i, item in enumerate(node)]
     if isinstance(node, dict) or node is None:

@@ -27,7 +27,8 @@ class Transport:
     def __init__(self, url: str, api_key: str, retries: int = 4) -> None:
         self.url = url
         self.retries = retries
-        if not api_key.isascii():
+        api_key = api_key.strip()
+        if not (api_key.isascii() and api_key.isprintable()) or " " in api_key:
             raise NotConfigured("The API key holds a character that no key has; copy it again (STILLHOUSE_API_KEY).")
         try:
             local = urlsplit(url).hostname in {"127.0.0.1", "localhost", "::1"}
@@ -68,12 +69,27 @@ class Transport:
         raise AssertionError("unreachable: the last attempt returns or raises")
 
     def json(self, method: str, path: str, **options: Any) -> Any:
-        """Returns the answer's JSON, or None for an empty answer."""
+        """Returns the answer's JSON object, or None for an empty answer."""
         response = self.request(method, path, **options)
         try:
-            return response.json() if response.content else None
+            found = response.json() if response.content else None
         except ValueError as error:
-            raise Unreachable(f"{self.url} does not answer as Stillhouse does; is STILLHOUSE_URL right?") from error
+            raise self._no_stillhouse() from error
+        if not isinstance(found, dict | None):
+            raise self._no_stillhouse()
+        return found
+
+    def data(self, path: str, params: dict[str, Any] | None = None) -> Any:
+        """Returns what a list that has one page holds."""
+        return self._data_of(self.json("GET", path, params=params))
+
+    def _data_of(self, page: Any) -> Any:
+        if not isinstance(page, dict) or not isinstance(page.get("data"), list | dict):
+            raise self._no_stillhouse()
+        return page["data"]
+
+    def _no_stillhouse(self) -> Unreachable:
+        return Unreachable(f"{self.url} does not answer as Stillhouse does; is STILLHOUSE_URL right?")
 
     def pages(self, path: str, params: dict[str, Any] | None = None, limit: int | None = None) -> Iterator[Any]:
         """Yields the items of a list, page by page, at most `limit` of them."""
@@ -82,7 +98,7 @@ class Transport:
         count = 0
         while True:
             page = self.json("GET", path, params=query)
-            for item in page["data"]:
+            for item in self._data_of(page):
                 if limit is not None and count >= limit:
                     return
                 yield item

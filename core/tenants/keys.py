@@ -6,7 +6,7 @@ A secret has 256 random bits, so a plain SHA-256 suffices: there is nothing to g
 import hashlib
 import hmac
 import secrets
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Literal, NamedTuple, get_args
 
 from sqlalchemy import Connection, bindparam, func, or_, select, update
@@ -88,7 +88,9 @@ def authenticate(session: Session | Connection, text: str) -> Principal:
     if row.revoked_at is not None:
         raise Unauthenticated("This API key was revoked; ask for a new one.")
     if row.expired:
-        raise Unauthenticated(f"This API key expired at {row.expires_at:%Y-%m-%d %H:%M} UTC; ask for a new one.")
+        raise Unauthenticated(
+            f"This API key expired at {row.expires_at.astimezone(UTC):%Y-%m-%d %H:%M} UTC; ask for a new one."
+        )
     if row.stale:
         _touch(session, row.id)
     return Principal(row.tenant_id, row.name, row.id, frozenset(row.scopes))

@@ -17,7 +17,9 @@ def create(
     scope: Annotated[
         list[str] | None, typer.Option(help="read, write or keys; repeatable. Default: read, write.")
     ] = None,
-    expires_days: Annotated[int | None, typer.Option(min=1, help="Days until it expires. Default: never.")] = None,
+    expires_days: Annotated[
+        int | None, typer.Option(min=1, max=36_500, help="Days until it expires. Default: never.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Create an API key and print it. This is the only time that it is shown.

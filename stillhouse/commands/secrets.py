@@ -7,6 +7,7 @@ import typer
 
 from stillhouse.commands.output import Json, ago, print_json, print_table, say
 from stillhouse.commands.session import connect
+from stillhouse.errors import InvalidInput
 
 app = typer.Typer(no_args_is_help=True, help="Store keys of other services, such as that of a teacher's API.")
 Name = Annotated[str, typer.Argument(help="The secret's name; a spec refers to it by this.")]
@@ -19,10 +20,17 @@ def put(name: Name, as_json: Json = False) -> None:
     stillhouse secrets set openai-key < key.txt
     """
     is_asked = sys.stdin.isatty()
-    value = typer.prompt("value", hide_input=True, err=True) if is_asked else sys.stdin.read().strip()
+    value = typer.prompt("value", hide_input=True, err=True) if is_asked else _read_stdin()
     with connect() as client:
         secret = client.secrets.put(name, value)
     print_json(secret) if as_json else say(f"stored {secret.name}; its value cannot be read again.")
+
+
+def _read_stdin() -> str:
+    try:
+        return sys.stdin.buffer.read().decode().strip()
+    except UnicodeDecodeError as error:
+        raise InvalidInput("What stdin holds is no text in UTF-8; give the secret's text.") from error
 
 
 @app.command("list")

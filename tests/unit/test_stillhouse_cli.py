@@ -52,6 +52,7 @@ def test_version() -> None:
         (("predict", "/nowhere", "text"), {}, 2, "model.onnx"),
         (("up", "--data-dir", "/dev/null/x"), {}, 5, "--data-dir"),
         (("jobs", "list"), ABSENT | {"STILLHOUSE_URL": "http://localhost:abc"}, 4, "STILLHOUSE_URL"),
+        (("keys", "create", "ci", "--expires-days", "3000000"), ABSENT, 2, "--expires-days"),
         (("fsck",), {"STILLHOUSE_DATABASE_URL": "postgresql://127.0.0.1:9/x"}, 2, "STILLHOUSE_STORAGE_DIR"),
         (
             ("fsck", "--data-dir", "/nowhere"),

@@ -94,6 +94,8 @@ class Odd(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.path.endswith("/events"):
             self.answer(200, b'id: 1\nevent: log\ndata: {"m": "a\xe2\x80\xa8b\xc2\x85c"}\n\n: quiet\n\n')
+        elif self.path.startswith("/other"):
+            self.answer(200, b'[{"status": "ok"}]' if "methods" in self.path else b'{"status": "ok"}')
         else:
             self.answer(200, b"<html>Log in")
 
@@ -125,6 +127,12 @@ def test_what_answers_in_place_of_the_server_did_nothing(odd: str) -> None:
             client.keys.revoke("key_1")
         with pytest.raises(errors.Unreachable, match="does not answer as Stillhouse does"):
             client.jobs.get("job_1")
+        with pytest.raises(errors.InvalidInput, match="idempotency key"):
+            client.jobs.retry("job_1", idempotency_key="clé")
+    with Client(f"{odd}/other", "k\r\n", retries=0) as client:
+        for call in (client.methods, lambda: [*client.jobs.list()], lambda: client.jobs.artifacts("job_1")):
+            with pytest.raises(errors.Unreachable, match="does not answer as Stillhouse does"):
+                call()
 
 
 def test_an_event_keeps_every_character(odd: str) -> None:
@@ -139,6 +147,8 @@ def test_an_event_keeps_every_character(odd: str) -> None:
         ("http://localhost:abc", "k", "STILLHOUSE_URL"),
         ("http://[::1:8500", "k", "STILLHOUSE_URL"),
         ("http://x", "“k”", "STILLHOUSE_API_KEY"),
+        ("http://x", "sk a", "STILLHOUSE_API_KEY"),
+        ("http://x", "sk\ra", "STILLHOUSE_API_KEY"),
     ],
 )
 def test_an_odd_address_or_key_is_named(url: str, key: str, named: str) -> None:

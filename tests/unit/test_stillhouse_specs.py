@@ -34,7 +34,9 @@ def test_a_change_sets_one_value_and_leaves_the_rest(change: str, path: tuple, v
     assert SPEC["stages"][1]["epochs"] == 6, "the given spec was changed"
 
 
-@pytest.mark.parametrize("change", ["seed", "=1", "stages.2.epochs=1", "stages.x=1", "teacher.model.x=1", "seed=[1"])
+@pytest.mark.parametrize(
+    "change", ["seed", "=1", "stages.2.epochs=1", "stages.x=1", "stages.²=1", "teacher.model.x=1", "seed=[1"]
+)
 def test_a_change_that_fits_nowhere_is_refused(change: str) -> None:
     with pytest.raises(InvalidInput):
         with_changes(SPEC, [change])
