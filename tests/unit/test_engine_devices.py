@@ -1,9 +1,17 @@
-"""How attention is computed in training, by the length of the texts."""
+"""How attention is computed in training, by the length of the texts, and what other runtimes leave as it was."""
 
+import multiprocessing
+import sys
+from pathlib import Path
+
+import onnx
+import pytest
 import torch
 import torch.nn.functional as F
+from onnx import helper
 
-from worker.engine.devices import attending
+from worker.engine.devices import attending, keeping_denormals
+from worker.engine.runtimes import open_session
 
 CPU = torch.device("cpu")
 
@@ -33,3 +41,38 @@ def test_short_texts_are_attended_to_by_plain_products() -> None:
     gradients(512, seen)
     assert seen == [False, True]
     assert torch.backends.cuda.flash_sdp_enabled()
+
+
+def flushes() -> bool:
+    return (torch.tensor(1e-40) * 1.0).item() == 0.0
+
+
+@pytest.mark.parametrize("is_flushing", [True, False])
+def test_other_runtimes_keep_denormals_and_leave_ours_as_they_were(is_flushing: bool) -> None:
+    before = flushes()
+    torch.set_flush_denormal(is_flushing)
+    try:
+        with keeping_denormals():
+            assert not flushes()
+        assert flushes() == is_flushing
+    finally:
+        torch.set_flush_denormal(before)
+
+
+def open_first_session(folder: Path) -> None:
+    """Ends the process with 0 if denormals are flushed after the first session of onnxruntime as they were before."""
+    torch.set_flush_denormal(True)
+    open_session(folder, 1)
+    sys.exit(0 if flushes() else 1)
+
+
+def test_the_first_session_of_a_process_changes_nothing_of_ours(tmp_path: Path) -> None:
+    value = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in ("x", "logits")]
+    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["logits"])], "g", value[:1], value[1:])
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), tmp_path / "model.onnx"
+    )
+    child = multiprocessing.get_context("spawn").Process(target=open_first_session, args=(tmp_path,))
+    child.start()
+    child.join()
+    assert child.exitcode == 0

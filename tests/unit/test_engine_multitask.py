@@ -164,7 +164,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Bench, list[Finis
         {"kind": "distill", **FAST},
         {
             "kind": "export",
-            "formats": [{"kind": kind} for kind in ("safetensors", "single_tasks", "onnx", "onnx_int8", "openvino")],
+            "formats": [{"kind": kind} for kind in ("safetensors", "single_tasks", "openvino", "onnx", "onnx_int8")],
         },
         {"kind": "evaluate", "latency_samples": 10},
     ]
@@ -182,7 +182,7 @@ def test_one_model_learns_tasks_of_all_kinds(trained: tuple[Bench, list[Finished
         "logit_mse",
     ]
     rows = {row["name"]: row for row in done[-1].last["summary"]["models"]}
-    assert list(rows) == ["teacher", "student", "safetensors", "onnx", "onnx_int8", "openvino"]
+    assert list(rows) == ["teacher", "student", "safetensors", "openvino", "onnx", "onnx_int8"]
     for row in rows.values():
         shares = [row["tasks"]["intent"]["accuracy"], row["tasks"]["payment"]["accuracy"]]
         shares += [row["tasks"]["topics"]["f1"], row["tasks"]["size"]["pearson"]]

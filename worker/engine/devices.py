@@ -1,6 +1,7 @@
 """Which device computes, and in which precision."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -8,6 +9,8 @@ from torch.utils import deterministic
 
 from worker.engine import ranks
 from worker.kernels.precision import has_fast_bf16
+
+DENORMAL = 1e-40
 
 
 def configure_torch(num_threads: int, *, deterministic_gpu: bool = False) -> None:
@@ -20,6 +23,20 @@ def configure_torch(num_threads: int, *, deterministic_gpu: bool = False) -> Non
     torch.use_deterministic_algorithms(deterministic_gpu or not torch.cuda.is_available())
     deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing here reads it
     torch.backends.cudnn.benchmark = False
+
+
+@contextmanager
+def keeping_denormals() -> Iterator[None]:
+    """Has this thread compute with denormals, as other runtimes need or set it, and afterwards as it did before.
+
+    Where they are flushed OpenVINO loses shapes; the first session of onnxruntime ends the flushing.
+    """
+    was_flushing = (torch.tensor(DENORMAL) * 1.0).item() == 0.0
+    torch.set_flush_denormal(False)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(was_flushing)
 
 
 def choose_device() -> torch.device:

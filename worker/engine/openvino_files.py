@@ -14,6 +14,7 @@ from openvino import properties
 from torch import Tensor
 
 from worker.engine.context import StageContext
+from worker.engine.devices import keeping_denormals
 from worker.engine.exporting import get_reference, make_onnx, measure_agreement, write_companions
 from worker.engine.runtimes import OpenModel
 
@@ -30,12 +31,13 @@ def write_openvino(ctx: StageContext, settings: "Openvino", folder: Path) -> dic
     Raises:
         StageFailed: `goal_missed` when too few labels agree.
     """
-    reference = get_reference(ctx)
-    model = openvino.Core().read_model(make_onnx(ctx))
-    if settings.precision == "int8":
-        model = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_ASYM)
-    _name_nodes(model)
-    openvino.save_model(model, folder / "model.xml", compress_to_fp16=settings.precision == "float16")
+    reference, graph = get_reference(ctx), make_onnx(ctx)
+    with keeping_denormals():
+        model = openvino.Core().read_model(graph)
+        if settings.precision == "int8":
+            model = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_ASYM)
+        _name_nodes(model)
+        openvino.save_model(model, folder / "model.xml", compress_to_fp16=settings.precision == "float16")
     write_companions(ctx, reference, folder)
     forward = open_openvino(folder, ctx.num_threads).forward
     answers = ctx.task.logits(lambda inputs: torch.from_numpy(forward(inputs)), reference.data, ctx.check_stop)
@@ -51,17 +53,20 @@ def _name_nodes(model: openvino.Model) -> None:
 
 def open_openvino(folder: Path, num_threads: int) -> OpenModel:
     """Returns the folder's model, on the processor and in single precision."""
-    core = openvino.Core()
-    model = core.read_model(folder / "model.xml")
-    names = [value.get_any_name() for value in model.inputs]
     settings = {
         properties.hint.inference_precision: openvino.Type.f32,
         properties.inference_num_threads: num_threads,
     }
-    request = core.compile_model(model, "CPU", settings).create_infer_request()
+    with keeping_denormals():
+        core = openvino.Core()
+        model = core.read_model(folder / "model.xml")
+        request = core.compile_model(model, "CPU", settings).create_infer_request()
+    names = [value.get_any_name() for value in model.inputs]
 
     def forward(inputs: dict[str, Tensor]) -> NDArray[np.float32]:
-        logits_BC: NDArray[np.float32] = request.infer({name: inputs[name].numpy() for name in names})["logits"].copy()
+        with keeping_denormals():
+            found = request.infer({name: inputs[name].numpy() for name in names})
+        logits_BC: NDArray[np.float32] = found["logits"].copy()
         return logits_BC
 
     return OpenModel(forward, names, "openvino", _count_parameters(model))

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from worker.engine.devices import keeping_denormals
 from worker.engine.extras import needing
 from worker.engine.loading import OFFLINE, input_names
 from worker.engine.tracing import PAST
@@ -30,7 +31,8 @@ def open_session(folder: Path, num_threads: int) -> "InferenceSession":
     options.intra_op_num_threads = num_threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    return onnxruntime.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
+    with keeping_denormals():
+        return onnxruntime.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
 
 
 def run_session(session: "InferenceSession", inputs: dict[str, Tensor]) -> NDArray[np.float32]:
