@@ -168,7 +168,8 @@ def test_every_token_but_the_first_is_predicted_once_from_the_one_before(num_tok
     split = Blocks(ids, np.ones(num_tokens, dtype=bool), 8)
     labels, rows = [], []
     for batch in split.in_order(CPU):
-        assert batch.inputs["input_ids"].shape == (1, 8)
+        assert batch.inputs["input_ids"].shape == batch.rows.shape == (1, min(8, num_tokens - 1 - len(rows)))
+        assert batch.is_token.all()
         is_row = batch.is_row
         assert (batch.labels[is_row] == batch.inputs["input_ids"][is_row] + 1).all()
         labels += batch.row_labels.tolist()

@@ -72,9 +72,12 @@ class Blocks:
             yield self.batch(order[start : start + batch_size], device)
 
     def in_order(self, device: torch.device) -> Iterator[Batch]:
-        """Yields every block once, one at a time."""
+        """Yields every block once, one at a time, the last one as short as it is.
+
+        Where activations are in few bits all of a block's would hear what fills it up.
+        """
         for block in range(len(self)):
-            yield self.batch(np.array([block]), device)
+            yield self.batch(np.array([block]), device).head(self.num_places - block * self.max_length)
 
     def digest(self) -> str:
         """Returns what only the same stream in the same blocks has."""

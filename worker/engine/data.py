@@ -121,6 +121,13 @@ class Batch(NamedTuple):
         is_there = None if self.is_there is None else self.is_there[some]
         return self._replace(inputs=inputs, labels=self.labels[some], rows=self.rows[some], is_there=is_there)
 
+    def head(self, num_tokens: int) -> "Batch":
+        """Returns the first so many tokens of each sequence, or all of them, of a batch whose rows are tokens."""
+        inputs = {name: ids_BT[:, :num_tokens] for name, ids_BT in self.inputs.items()}
+        is_there = None if self.is_there is None else self.is_there[:, :num_tokens]
+        labels, rows = self.labels[:, :num_tokens], self.rows[:, :num_tokens]
+        return self._replace(inputs=inputs, labels=labels, rows=rows, is_there=is_there)
+
     def without_rows(self) -> "Batch":
         """Returns the same inputs, of which nothing counts."""
         return self._replace(rows=torch.full_like(self.rows, -1), counts=False)
