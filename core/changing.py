@@ -68,7 +68,7 @@ class ModelStage(Stage):
 
     def sizes_before(self, spec: "JobSpec", start: ModelFacts) -> Sizes:
         """Returns the sizes of the model as the stages before this one leave it, made of one with these facts."""
-        num_layers, widths = start.num_layers, start.composition.widths if start.composition else None
+        num_layers, widths = start.num_layers, start.widths
         if self.role == "student":
             num_layers, widths = spec.student.count_layers(start), spec.student.widths(start)
         sizes = Sizes(num_layers, widths, start.embedding_rows or start.vocab_size)

@@ -183,7 +183,7 @@ class Student(Method):
 
     def widths(self, start: ModelFacts) -> Widths | None:
         """Returns how wide it will be, made of that model; None if unknown."""
-        return start.composition.widths if start.composition else None
+        return start.widths
 
     def count_parameters(self, start: ModelFacts) -> int | None:  # noqa: ARG002 - not every kind can tell
         """Returns how many parameters it will have, made of that model, without a new head; None if unknown."""

@@ -286,7 +286,7 @@ def _check_layered(spec: JobSpec, start: ModelFacts) -> Problems:
 
 def _check_depths(spec: JobSpec, facts: dict[str, ModelFacts]) -> Problems:
     """Returns what is wrong with stages that compare layers, as far as it is known how many and how wide these are."""
-    start, teacher, wide = facts.get(spec.starts_from), facts["teacher"].num_layers, facts["teacher"].composition
+    start, teacher, wide = facts.get(spec.starts_from), facts["teacher"].num_layers, facts["teacher"].widths
     stages = [(n, s) for n, s in enumerate(spec.stages) if isinstance(s, ModelStage)]
     if facts["teacher"].reuses_layers:
         why = "the teacher's layers have the same weights, and are not compared; leave the losses on layers out"
@@ -297,7 +297,7 @@ def _check_depths(spec: JobSpec, facts: dict[str, ModelFacts]) -> Problems:
     for number, stage in stages:
         sizes = stage.sizes_before(spec, start)
         if sizes.num_layers:
-            widths = (sizes.widths, wide.widths) if sizes.widths and wide else None
+            widths = (sizes.widths, wide) if sizes.widths and wide else None
             depths = Depths(sizes.num_layers, teacher, sizes.may_be_shallower, widths)
             found.append((number, stage.check_depths(spec, depths)))
     return _of_stages(found)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field
 
 from core.models.safetensors_header import Tensor
-from core.models.widths import Composition, Widths, find_composition
+from core.models.widths import Composition, Widths, find_composition, read_widths
 
 NUMBERED = re.compile(r"(.*?)\.(\d+)\.")
 TABLE = "_embeddings.weight"
@@ -55,9 +55,15 @@ class ModelFacts(BaseModel):
     )
     layer_parameters: list[int] | None = Field(None, description="How many of the parameters each layer has.")
     composition: Composition | None = Field(None, description="How its parameters follow from its widths, if known.")
+    told_widths: Widths | None = Field(None, description="How wide it is by its config.json, if that is known.")
     labels: list[str] | None = None
     has_fixed_weights: bool = Field(False, description="Whether weights are to stay zero, or on grids of few values.")
     grid_bits: list[int] = Field([], description="Bits of the grids that `quantize` put its weights on, each once.")
+
+    @property
+    def widths(self) -> Widths | None:
+        """How wide it is, by its tensors or else by its config.json, as far as it is known."""
+        return self.composition.widths if self.composition else self.told_widths
 
     @property
     def is_first_unlike(self) -> bool:
@@ -116,6 +122,7 @@ def read_facts(
         embedding_size=_find_embedding_size(config, states),
         layer_parameters=_count_layers(weights, num_layers),
         composition=find_composition(config, weights, states, num_heads),
+        told_widths=read_widths(config, states, num_heads),
         labels=[labels[key] for key in sorted(labels, key=int)] if isinstance(labels, dict) and labels else None,
         has_fixed_weights=bool(grid_bits or config.get("keeps_zeros")),
         grid_bits=list(grid_bits),

@@ -82,6 +82,10 @@ KNOWN = {
     for kinds, known in KINDS.items()
     for kind in kinds.split()
 }
+SPLIT_STATES = (  # among heads, where the config does not say how wide these are
+    *("llama", "mistral", "qwen2", "smollm3", "granite", "olmo", "arcee", "exaone4", "stablelm", "nemotron"),
+)
+TOLD = (*KNOWN, "deberta", "deberta-v2", "mpnet")  # whose config tells how wide the matrices of a layer are
 OUTPUTS = ("lm_head.weight", "decoder.weight", "vocab_projector.weight")  # where they are not the embeddings once more
 MULTIPLES = {"q": ("a", 3), "g": ("i", 2)}
 PARTS = {"weight": 0, "gamma": 0, "bias": 1, "beta": 1}  # the Greek ones are those of old files
@@ -192,6 +196,22 @@ def find_composition(
         return None
     other = layers[1] if len(layers) > 1 else None
     return Composition(widths=widths, outside=dict(outside), first_layer=layers[0], other_layer=other)
+
+
+def read_widths(config: dict[str, Any], states: int | None, num_heads: int | None) -> Widths | None:
+    """Returns the widths that a config tells of an architecture whose layers are known; None of any other."""
+    kind = config["model_type"]
+    if kind not in TOLD or not states or not num_heads:
+        return None
+    inner = config.get({"distilbert": "hidden_dim", "gpt2": "n_inner"}.get(kind, "intermediate_size"))
+    if kind == "gpt2" and inner is None:
+        inner = 4 * states
+    splits = KNOWN.get(kind) is not KNOWN["llama"] or kind in SPLIT_STATES
+    head = config.get("head_dim") or (states // num_heads if splits else None)
+    groups = config.get("num_key_value_heads") or num_heads
+    if not all(type(number) is int and number > 0 for number in (states, num_heads, inner, head, groups)):
+        return None
+    return Widths(states=states, inner=inner, head=head, num_heads=num_heads, num_groups=groups)
 
 
 def _add_term(terms: Counter[str], sizes: dict[str, set[int]], axes: str, shape: tuple[int, ...]) -> None:

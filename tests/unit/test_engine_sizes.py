@@ -33,6 +33,7 @@ from core.models.widths import KNOWN
 from tests import pico
 from tests.unit.test_engine_models import CONFIGS, SIZES, make
 from tests.unit.test_engine_narrowing import GROUPED, cut
+from worker.engine.matrices import find_matrices
 from worker.engine.students import keep_layers, make_fresh
 from worker.methods.students.fresh import Fresh
 from worker.methods.students.teacher_layers import Choice, TeacherLayers
@@ -111,6 +112,27 @@ def test_the_told_number_is_that_of_the_student(config: PreTrainedConfig, model:
         ]
         made = cut(keep_layers(teacher, keep), hidden_size, intermediate_size)
         assert told == [count(made)] * 2, asked
+
+
+OTHERS = [config for config in CONFIGS if config.model_type in {"deberta", "deberta-v2", "mpnet"}]
+
+
+@pytest.mark.parametrize(
+    ("config", "model"),
+    [*ALL, *((config, None) for config in OTHERS)],
+    ids=[*NAMES, *(config.model_type for config in OTHERS)],
+)
+def test_a_config_alone_tells_how_wide_the_matrices_are(config: PreTrainedConfig, model: Any, tmp_path: Path) -> None:
+    made = build(config, model)
+    made.save_pretrained(tmp_path)
+    told = read_facts(json.loads((tmp_path / "config.json").read_text())).widths
+    inputs = {matrix.weight_OI.shape[1] for matrices in find_matrices(made) for matrix in matrices}
+    if told is None:  # it does not say how wide a head is
+        assert config.model_type in KNOWN
+        assert KNOWN[config.model_type] is KNOWN["llama"]
+        return
+    assert inputs <= {told.states, told.inner, told.num_heads * told.head}
+    assert facts_of(tmp_path).widths == told
 
 
 def test_every_kind_that_is_said_to_be_known_is_tried() -> None:

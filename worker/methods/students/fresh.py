@@ -61,8 +61,8 @@ class Fresh(Student):
 
     def widths(self, start: ModelFacts) -> Widths | None:
         """Returns its own, or the teacher's in proportion."""
-        made = start.composition
-        return made.widths.resized(self.hidden_size, self.num_heads, self.intermediate_size) if made else None
+        wide = start.widths
+        return wide.resized(self.hidden_size, self.num_heads, self.intermediate_size) if wide else None
 
     def count_layers(self, start: ModelFacts) -> int | None:
         """Returns its own number, or the teacher's."""

@@ -88,8 +88,8 @@ class TeacherLayers(Student):
                 "the model is quantised, and its grids are those of all its layers; name it as it was before 'quantize'"
             )
             return [Problem("model", f"{why}, or use kind 'pretrained', which keeps all of it")]
-        what, widths = "model" if self.model else "teacher", start.composition.widths if start.composition else None
-        narrowed = Narrowed(what, start, start.hidden_size, start.num_heads, widths)
+        what = "model" if self.model else "teacher"
+        narrowed = Narrowed(what, start, start.hidden_size, start.num_heads, start.widths)
         unfit = narrowed.check(self.hidden_size, self.intermediate_size)
         if unfit:
             return unfit
@@ -145,8 +145,7 @@ class TeacherLayers(Student):
 
     def widths(self, start: ModelFacts) -> Widths | None:
         """Returns the model's, or those that are asked for."""
-        made = start.composition
-        return made.widths.narrowed(self.hidden_size, self.intermediate_size) if made else None
+        return start.widths.narrowed(self.hidden_size, self.intermediate_size) if start.widths else None
 
     def _count_narrower(self, start: ModelFacts) -> int | None:
         made, widths = start.composition, self.widths(start)
