@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, PreTrainedConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, PreTrainedConfig, RobertaConfig
 from transformers import AutoModelForSequenceClassification as Classifier
 from transformers import PreTrainedTokenizerFast as Fast
 
@@ -88,7 +88,10 @@ def test_texts_are_read_as_before_and_others_in_pieces(kind: str, tmp_path: Path
     assert [kept[index] for index in again.all_special_ids] == tokenizer.all_special_ids
 
 
-@pytest.mark.parametrize("config", [*CONFIGS, LLAMA], ids=lambda config: config.model_type)
+LATE_PADDING = RobertaConfig(**SIZES | {"pad_token_id": 20, "max_position_embeddings": 40})
+
+
+@pytest.mark.parametrize("config", [*CONFIGS, LLAMA, LATE_PADDING], ids=lambda config: config.model_type)
 def test_a_model_with_fewer_rows_answers_as_before(config: PreTrainedConfig, tmp_path: Path) -> None:
     kept = [*range(10), *range(20, 60, 2)]
     model = make(config)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import Embedding, Module
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from core.errors import StageFailed
@@ -79,6 +79,10 @@ def keep_rows(model: PreTrainedModel, kept: list[int]) -> PreTrainedModel:
         raise StageFailed("vocab_incompatible", message, suggestion=NO_ROWS)
     renumber_ids(config, kept)
     config.vocab_size = len(kept)
+    places, num_lost = _find_places(model), 0
+    if places:  # the first one comes after the padding's number, which may be a smaller one now
+        num_lost = model.config.pad_token_id - config.pad_token_id
+        config.max_position_embeddings -= num_lost
     trimmed = type(model)._from_config(config, dtype=torch.float32)
     trimmed.has_new_head = model.has_new_head
     if model.can_generate():
@@ -87,12 +91,21 @@ def keep_rows(model: PreTrainedModel, kept: list[int]) -> PreTrainedModel:
     rows = torch.tensor(kept)
     owners = [module for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module is not None]
     state = {name: _cut(model, name, tensor, owners, rows) for name, tensor in model.state_dict().items()}
+    if places:
+        state[f"{places}.weight"] = state[f"{places}.weight"][num_lost:]
     try:
         trimmed.load_state_dict(state)
     except RuntimeError as error:
         message = f"A '{model.config.model_type}' keeps its tokens in more places than embedding and last layer."
         raise StageFailed("export_unsupported", message, suggestion="Leave the stage out.") from error
     return trimmed
+
+
+def _find_places(model: PreTrainedModel) -> str | None:
+    """Returns the name of the table of places of a model that counts them from its padding's number, as RoBERTa."""
+    words, padding = model.get_input_embeddings(), model.config.pad_token_id
+    tables = [(name, one) for name, one in model.named_modules() if isinstance(one, Embedding) and one is not words]
+    return next((name for name, one in tables if padding is not None and one.padding_idx == padding), None)
 
 
 def _cut(model: PreTrainedModel, name: str, tensor: Tensor, owners: list[Module], rows: Tensor) -> Tensor:
