@@ -71,7 +71,9 @@ class ModelStage(Stage):
         num_layers, widths = start.num_layers, start.widths
         if self.role == "student":
             num_layers, widths = spec.student.count_layers(start), spec.student.widths(start)
-        sizes = Sizes(num_layers, widths, start.embedding_rows or start.vocab_size)
+        is_most = num_layers is None and spec.student.made_by is not None  # a search makes none that is deeper
+        num_layers = start.num_layers if is_most else num_layers
+        sizes = Sizes(num_layers, widths, start.embedding_rows or start.vocab_size, may_be_shallower=is_most)
         for stage in self.earlier(spec):
             if isinstance(stage, ModelStage) and stage.role in self.roles(spec):
                 sizes = stage.resize(sizes)
@@ -91,9 +93,14 @@ class ModelStage(Stage):
 
     def check_model(self, spec: "JobSpec", start: ModelFacts) -> list[Problem]:
         """Returns whether it would take weights off the grids that they start on."""
-        if not start.grid_bits or not self.starts_from_base(spec) or self.keeps_grids(spec):
+        if not start.grid_bits or self.keeps_grids(spec):
             return []
-        why = f"the student starts from a quantised model, and '{self.kind}' takes weights off their grids; "
+        what = "the student starts from a quantised model"
+        if not self.starts_from_base(spec):
+            what = "the teacher is quantised"
+            if self.trains or is_trained(self, spec, self.roles(spec)):
+                return []
+        why = f"{what}, and '{self.kind}' takes weights off their grids; "
         return [Problem("kind", f"{why}name the model as it was before 'quantize', or leave this stage out")]
 
     def check_depths(self, spec: "JobSpec", depths: Depths) -> list[Problem]:  # noqa: ARG002 - most need not know
@@ -107,6 +114,11 @@ class ModelStage(Stage):
         return [
             Problem("kind", f"nothing trains the {self.role} after it; a 'distill' stage brings back what it loses")
         ]
+
+
+def is_trained(stage: Stage, spec: "JobSpec", roles: set[str]) -> bool:
+    """Returns whether one of these roles is trained before a stage."""
+    return any(other.trains and roles & other.writes() for other in stage.earlier(spec))
 
 
 def find_change(stage: Stage, spec: "JobSpec", made: set[str], of: set[str]) -> str | None:

@@ -129,6 +129,17 @@ class Zeros(StrictModel):
         """How many weights in a row are compared, which must divide its length; 1 without a pattern."""
         return self.numbers[1] if self.numbers else 1
 
+    def find_emptied(self, widths: Widths | None, *, by_row: bool) -> str | None:
+        """Returns what to say where the share would leave nothing of a row, or of a matrix, of such a layer."""
+        if widths is None or self.numbers:
+            return None
+        found = widths.sizes()
+        least = min(found[axis] for axis in "hia") * (1 if by_row else found["h"])
+        if round(self.share * least) < least:
+            return None
+        what = "a row" if by_row else "a matrix"
+        return f"it leaves none of the {least:,} weights of {what}; choose at most {1 - 1 / least:.6f}"
+
     def say_undivided(self, size: int) -> str:
         """Returns what is wrong with a matrix of so many inputs, which the groups do not divide."""
         return f"groups of {self.group} do not divide the {size} inputs of a matrix; choose another pattern, or a share"

@@ -183,6 +183,9 @@ class Training(ModelStage):
         odd, count = sizes.undivided(self.group_size), sizes.num_layers
         if self.sparsity and odd:
             return [Problem("sparsity.pattern", self.sparsity.say_undivided(odd))]
+        emptied = self.sparsity.find_emptied(sizes.widths, by_row=False) if self.sparsity else None
+        if emptied:
+            return [Problem("sparsity.share", emptied)]
         unfit = super().check_model(spec, start) or self._check_adapter(spec, start, count)
         unfit = unfit or self._check_start(spec, start)
         if unfit or count is None:

@@ -198,7 +198,7 @@ BAD_SPECS = [
     ({"student": {"kind": "pretrained", "model": "../../x"}}, "student.model", "names no model"),
     ({"task": SHARING, "data": {"a": "tickets", "b": "tickets"}}, "task.shared", "the student has 2 layers"),
     ({"sead": 1}, "sead", "did you mean 'seed'?"),
-    ({"metadata": {"a": "\x00"}}, "metadata", "NUL"),
+    ({"metadata": {"a": "\x00"}}, "metadata.a", "NUL"),
 ]
 
 

@@ -573,6 +573,9 @@ def test_sizes_that_the_student_cannot_have_are_refused_at_submit(
 TRIM, DISTILL, HALF = {"kind": "trim_vocabulary"}, {"kind": "distill"}, {"to": {"parameters": 0.5}}
 
 
+FINE_HALF = {"to": {"parameters": 0.5}, "multiple_of": 1}
+
+
 def learn(layer: int | str) -> dict[str, Any]:
     """Returns a stage that compares a layer of the student with the teacher's first, or all by a rule."""
     layers = layer if isinstance(layer, str) else [[layer, 0]]
@@ -600,6 +603,8 @@ def adapt(layer: int) -> dict[str, Any]:
         ([HALF, {"kind": "sparsify", "pattern": "1:2"}, {"kind": "quantize", "group": 32}], "0.multiple_of", "of 16"),
         ([TRIM, {"intermediate_size": 99_999}], "1.intermediate_size", "has 48 neurons"),
         ([HALF, {"hidden_size": 20}], "1.hidden_size", "16 wide; choose a multiple"),
+        ([FINE_HALF, DISTILL, FINE_HALF], "2.to.parameters", "has at least"),
+        ([HALF, {"to": {"parameters": 30_000}}], "1.to.parameters", "has at most"),
     ],
 )
 def test_what_earlier_stages_leave_is_known_at_submit(
@@ -613,6 +618,56 @@ def test_what_earlier_stages_leave_is_known_at_submit(
     assert words in found[0][1]
 
 
+TINY = {  # of TinyBERT's 312 states and 1,200 neurons; no tensor of it is at hand
+    "model_type": "bert",
+    "hidden_size": 312,
+    "intermediate_size": 1200,
+    "num_attention_heads": 12,
+    "num_hidden_layers": 4,
+    "vocab_size": 30_522,
+}
+
+
+@pytest.mark.parametrize(
+    ("stage", "field", "words"),
+    [
+        ({"kind": "quantize", "group": 64}, "group", "64 do not divide the 312 inputs"),
+        ({"kind": "sparsify", "pattern": "5:7"}, "pattern", "groups of 7 do not divide the 312 inputs"),
+        ({"hidden_size": 100}, "hidden_size", "26 wide; choose a multiple"),
+        ({"intermediate_size": 99_999}, "intermediate_size", "has 1200 neurons"),
+    ],
+)
+def test_a_hubs_config_tells_what_a_model_cannot_have(stage: dict[str, Any], field: str, words: str) -> None:
+    [(found, message)] = problems_of(read_facts(TINY), stage)
+    assert (found, words in message) == (f"stages.0.{field}", True), message
+    fitting = ({"kind": "quantize", "group": None}, {"kind": "sparsify", "pattern": "2:4"}, {"hidden_size": 104})
+    assert [problems_of(read_facts(TINY), one) for one in fitting] == [[]] * 3
+
+
+def test_a_quantised_teacher_is_not_quantised_again_before_its_student_has_learned() -> None:
+    facts = read_facts(TINY, grid_bits=[4])
+    for stage in ({"kind": "quantize", "group": None}, {"kind": "sparsify"}, {"num_layers": 2}):
+        [(field, message)] = problems_of(facts, stage)
+        assert (field, "the teacher is quantised" in message) == ("stages.0.kind", True)
+        assert problems_of(facts, DISTILL, stage) == []
+
+
+def test_layers_that_no_searched_student_has_are_known_at_submit() -> None:
+    stages = [{"kind": "finetune"}, {"kind": "search", "min_retained": 0.9}, adapt(4)]
+    spec = load_spec({"teacher": {"model": "m"}, "student": {"kind": "searched"}, "data": "d", "stages": stages})
+    [problem] = check_models(spec, {"teacher": read_facts(TINY)})
+    assert (problem["field"], "the student has 4" in problem["message"]) == ("stages.2.adapter.layers", True)
+
+
+def test_what_pruning_undoes_of_a_pattern_is_advised_against() -> None:
+    stages = [{"kind": "sparsify", "pattern": "2:4"}, DISTILL, {"kind": "prune", "intermediate_size": 30}, DISTILL]
+    spec = load_spec(make_spec(stages))
+    [advice] = spec.stages[2].advise(spec)
+    assert "no 2:4 zeros any more, which stage 0, 'sparsify', makes" in advice.message
+    fewer = load_spec(make_spec([*stages[:2], {"kind": "prune", "num_layers": 1}, DISTILL]))
+    assert fewer.stages[2].advise(fewer) == []
+
+
 def test_what_earlier_stages_leave_is_not_guessed(tmp_path: Path) -> None:
     folder = pico.write_model(tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
@@ -622,6 +677,8 @@ def test_what_earlier_stages_leave_is_not_guessed(tmp_path: Path) -> None:
         [HALF, adapt(2)],
         [HALF, learn(2), learn("uniform"), {"num_layers": 2}],
         [HALF, TRIM, {"kind": "quantize", "group": 16}],
+        [HALF, DISTILL, {"to": {"parameters": 0.9}}],
+        [HALF, DISTILL, {"to": {"flops": 0.01}}],
         [HALF, {"intermediate_size": 32}, {"kind": "quantize", "group": 16}],
         [{"intermediate_size": 32}, {"kind": "quantize", "group": 32}],
     ):

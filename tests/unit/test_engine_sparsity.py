@@ -396,6 +396,26 @@ def test_groups_of_growing_zeros_must_divide(tmp_path: Path) -> None:
     assert (last["reason"], "has zeros already" in last["message"]) == ("spec_invalid", True)
 
 
+@pytest.mark.parametrize(
+    ("stage", "field"),
+    [
+        ({"kind": "sparsify", "share": 0.99}, "share"),  # by row: 32 weights
+        ({"kind": "sparsify", "share": 0.9999, "method": {"kind": "magnitude"}}, "share"),
+        ({"kind": "finetune", "sparsity": {"share": 0.9999}}, "sparsity.share"),
+    ],
+)
+def test_a_share_that_leaves_nothing_is_refused_at_submit(tmp_path: Path, stage: dict[str, Any], field: str) -> None:
+    folder = Bench(tmp_path).lay().inputs / "teacher"
+    config = json.loads((folder / "config.json").read_text())
+    spec = load_spec(SPEC | {"stages": [stage]})
+    [problem] = spec.stages[0].check_model(spec, read_facts(config))
+    assert (problem.field, "leaves none of the" in problem.message) == (field, True)
+    most = float(problem.message.rsplit(" ", 1)[1])
+    inner = {"share": most} if field == "share" else {"sparsity": {"share": most}}
+    again = load_spec(SPEC | {"stages": [stage | inner]})
+    assert again.stages[0].check_model(again, read_facts(config)) == []
+
+
 def test_zeros_do_not_grow_with_layers_split(tmp_path: Path) -> None:
     spec = make_spec([{"kind": "finetune", **FAST, "sparsity": {}}])
     last = Bench(tmp_path).lay().run(spec, num_processes=2, shard_layers=True).last

@@ -97,6 +97,11 @@ def test_yaml_and_json_mean_the_same() -> None:
             "stages.0.method.block",
             "groups of 3 do not divide 128",
         ),
+        (
+            {"student": {"kind": "fresh", "num_layers": 1}, "stages": [{"kind": "finetune"}, {"kind": "export"}]},
+            "stages.1.kind",
+            "the student has learned nothing yet",
+        ),
         ({"student": {"kind": "teacher_layers", "kep": [0]}}, "student.kep", "did you mean 'keep'?"),
         ({"stages": [{"kind": "finetune", "epochs": -1}]}, "stages.0.epochs", "greater than 0"),
         ({"stages": [{"kind": "distill", "losses": [{"kind": "kl"}]}]}, "stages.0.losses.0.kind", "forward_kl"),

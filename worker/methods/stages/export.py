@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from core.changing import find_change
+from core.changing import find_change, is_trained
 from core.methods import Exporter, ModelFacts, Problem, Stage, Task
 from core.registry import OneOf
 from core.training import Training
@@ -56,8 +56,11 @@ class Export(Stage):
 
     def check(self, spec: "JobSpec") -> list[Problem]:
         """Returns problems for forms that are named twice, that the task lacks, or that lack an earlier stage."""
+        why = "the student has learned nothing yet; put a stage that trains it first, as 'distill'"
+        is_new = spec.student.begins_at_random and not is_trained(self, spec, {"student"})
         return (
-            check_formats(self.formats, spec.task)
+            [Problem("kind", why)] * is_new
+            + check_formats(self.formats, spec.task)
             + ([] if spec.student.source() else self._check_forms(spec, None))
             + self._check_apart(spec)
         )

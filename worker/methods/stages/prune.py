@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from core.changing import ModelStage, Sizes
+from core.changing import ModelStage, Sizes, is_trained
 from core.compressing import Importance, Narrowed
 from core.methods import ModelFacts, Problem, Stage
 from core.registry import OneOf
@@ -186,8 +186,7 @@ class Prune(ModelStage):
     def check(self, spec: "JobSpec") -> list[Problem]:
         """Returns a problem when nothing is to go, nothing counts yet, or sizes are given beside a goal."""
         sizes = [name for name in SIZES if getattr(self, name)]
-        is_trained = any(stage.trains and self.role in stage.writes() for stage in self.earlier(spec))
-        if spec.student.begins_at_random and not is_trained:
+        if spec.student.begins_at_random and not is_trained(self, spec, {self.role}):
             why = "the student has learned nothing yet, so no part of it counts less; put a stage that trains it first"
             return [Problem("kind", why)]
         if self.to and sizes:
@@ -224,11 +223,13 @@ class Prune(ModelStage):
 
     def _check_goal(self, goal: Goal, spec: "JobSpec", start: ModelFacts, sizes: Sizes) -> list[Problem]:
         """Returns whether a student that has these sizes by now meets the goal as it is, or none of its sizes can."""
-        is_resized = any(stage.resizes for stage in self.earlier(spec))
+        resizing = [stage for stage in self.earlier(spec) if stage.resizes]
+        left = math.prod(stage.left_of(goal.measure) if isinstance(stage, Prune) else 0 for stage in resizing)
         measure, unit = goal.measure, {"parameters": 1, "bytes": PARAMETER_BYTES}.get(goal.measure, 0)
-        whole = unit * (0 if is_resized else spec.student.count_parameters(start) or 0)
+        whole = int(unit * left * (spec.student.count_parameters(start) or 0))  # the most that it can have by now
         if whole and goal.limit(whole) >= whole:
-            return [Problem(f"to.{measure}", f"the student has {whole:,} {measure}; choose fewer, or a share below 1")]
+            has = f"has {'at most ' if resizing else ''}{whole:,} {measure}"
+            return [Problem(f"to.{measure}", f"the student {has}; choose fewer, or a share below 1")]
         if start.composition is None or sizes.widths is None or (goal.share and not whole):
             return []
         step = self._step_of(sizes)
@@ -238,6 +239,20 @@ class Prune(ModelStage):
             return []
         why = f"1 layer of {step} neurons, the least that is left, has at least {least:,} {measure}; ask for more, or "
         return [Problem(f"to.{measure}", f"{why}have fewer states (hidden_size) or tokens (trim_vocabulary) first")]
+
+    def left_of(self, measure: str) -> float:
+        """Returns the most that it leaves of a measure, as a share; 0 if it does not say so."""
+        return self.to.share or 0 if self.to and self.to.measure == measure else 0
+
+    def advise(self, spec: "JobSpec") -> list[Problem]:
+        """Returns whether it takes inputs out of the groups of which some are zero, too."""
+        why = "what is left has no {} zeros any more, which stage {}, '{}', makes; put this stage before it"
+        return super().advise(spec) + [
+            Problem("kind", why.format(pattern, number, stage.kind))
+            for number, stage in enumerate(self.earlier(spec))
+            for pattern in [getattr(getattr(stage, "sparsity", stage), "pattern", None)]
+            if pattern and self.role in stage.writes() and (self.to or self.is_narrower)
+        ]
 
     def _check_depth(self, left: int) -> list[Problem]:
         """Returns a problem when there are fewer layers than are to stay, or no more and nothing else is to go."""

@@ -61,8 +61,11 @@ class Sparsify(Zeros, ModelStage):
 
     def check_model(self, spec: "JobSpec", start: ModelFacts) -> list[Problem]:
         """Returns whether groups do not divide a matrix, as far as it is known how wide it will be."""
-        odd = self.undivided(spec, start)
-        return super().check_model(spec, start) or ([Problem("pattern", self.say_undivided(odd))] if odd else [])
+        sizes = self.sizes_before(spec, start)
+        odd, by_row = sizes.undivided(self.group_size), (self.scope or self.method.scope) == "row"
+        emptied = None if self.scope == "global" else self.find_emptied(sizes.widths, by_row=by_row)
+        unfit = {"pattern": self.say_undivided(odd) if odd else None, "share": emptied}
+        return super().check_model(spec, start) or [Problem(field, why) for field, why in unfit.items() if why]
 
     def calibrates(self) -> list[str]:
         """Returns the method, if it looks at the training split."""
