@@ -287,6 +287,26 @@ def test_an_int8_form_that_disagrees_is_not_published(
     assert "min_agreement" in caught.value.message
 
 
+def test_a_graph_that_does_not_run_is_told(with_student: StageContext, tmp_path: Path) -> None:
+    import onnx
+    from onnx import helper
+
+    from worker.engine.exporting import get_reference, run_onnx
+
+    ids, shape = (
+        helper.make_tensor_value_info(name, onnx.TensorProto.INT64, [None]) for name in ("input_ids", "logits")
+    )
+    node, seven = helper.make_node("Reshape", ["input_ids", "seven"], ["logits"]), onnx.TensorProto.INT64
+    weights = [helper.make_tensor("seven", seven, [1], [7])]
+    ids.type.tensor_type.shape.dim.add()
+    graph = helper.make_graph([node], "g", [ids], [shape], weights)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    onnx.save(model, tmp_path / "model.onnx")
+    with pytest.raises(StageFailed, match="does not run in onnxruntime") as caught:
+        run_onnx(with_student, get_reference(with_student).data, tmp_path)
+    assert caught.value.reason == "export_unsupported"
+
+
 def test_an_onnx_form_beyond_its_tolerance_is_not_published(with_student: StageContext, tmp_path: Path) -> None:
     with pytest.raises(StageFailed) as caught:
         list_methods("exporters")["onnx"](tolerance=1e-12).build(with_student)(tmp_path)

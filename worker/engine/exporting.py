@@ -219,9 +219,19 @@ def make_onnx(ctx: StageContext) -> Path:
 
 
 def run_onnx(ctx: StageContext, data: Any, folder: Path) -> Any:
-    """Returns what a folder with `model.onnx` says of a sample."""
-    session = open_session(folder, ctx.num_threads)
-    return ctx.task.logits(lambda inputs: torch.from_numpy(run_session(session, inputs)), data, ctx.check_stop)
+    """Returns what a folder with `model.onnx` says of a sample.
+
+    Raises:
+        StageFailed: `export_unsupported` when onnxruntime does not run it.
+    """
+    try:
+        session = open_session(folder, ctx.num_threads)
+        return ctx.task.logits(lambda inputs: torch.from_numpy(run_session(session, inputs)), data, ctx.check_stop)
+    except Exception as error:
+        if not type(error).__module__.startswith("onnxruntime."):
+            raise
+        message = f"The student's graph does not run in onnxruntime: {str(error).splitlines()[0]}"
+        raise StageFailed("export_unsupported", message, suggestion="Leave the ONNX forms out.") from error
 
 
 def save_graph(proto: onnx.ModelProto, folder: Path) -> None:
