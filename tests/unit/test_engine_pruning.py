@@ -168,6 +168,23 @@ def test_times_are_told_and_no_file_holds_them(tmp_path: Path) -> None:
     assert f"<td>{4 * told['num_parameters_before']:,} → {4 * told['num_parameters']:,}</td>" in page
 
 
+def test_the_report_tells_where_bytes_went_and_what_zeros_gain(tmp_path: Path) -> None:
+    bench = Bench(tmp_path).lay()
+    spec = make_spec([{"kind": "sparsify", "share": 0.75}, {"kind": "evaluate", "latency_samples": 10}])
+    done = bench.succeed(spec)
+    bench.adopt(done, 0, "sparsify")
+    told = done.last["summary"]
+    account = {"kind": "sparsify", "state": "succeeded", "seconds": 1.0, "summary": told, "reused": None}
+    page = (bench.succeed(spec, 1, earlier=[account]).outputs / "report" / "report.html").read_text()
+    assert told["compressed_bytes"] < told["stored_bytes"]
+    assert told["zeros"] == pytest.approx(0.75)
+    for cell in (f"{told['stored_bytes']:,}", f"{told['compressed_bytes']:,}", "75.00"):
+        assert f"<td>{cell}</td>" in page
+    parts = told["packed_bytes_by_component"]
+    assert sum(parts.values()) == told["packed_bytes"]
+    assert all(f"<td>{size:,} → {size:,}</td>" in page for size in parts.values())
+
+
 def test_each_time_is_that_of_its_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """By a clock that only the models move on, each by a time of its own."""
     now = [0.0]
