@@ -2,12 +2,17 @@
 
 import csv
 import json
+import os
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from core.datasets.parquet import LARGEST_NUMBER, TOO_LARGE
 from core.errors import DatasetInvalid
 from core.strict import is_deeper
 
@@ -15,12 +20,10 @@ FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".parquet": "pa
 COMPRESSED = (".gz", ".zip", ".zst", ".bz2", ".xz", ".tar", ".7z")
 MAGIC = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ": "xz"}
 MAX_LINE_BYTES = 16 * 1024 * 1024
-MAX_ROW_GROUP_BYTES = 1024**3
-MAX_CHUNK_VALUES = 50_000_000  # of one column in a row group: equal ones take next to nothing until they are read
-LARGEST_NUMBER = 64  # bytes: a decimal
-FIXED = "FIXED_LEN_BYTE_ARRAY"
 MAX_ROWS_BYTES = 64 * 1024 * 1024  # of rows that are made Python objects at once
 MAX_DEPTH = 64
+UNPACK = [sys.executable, "-P", "-m", "core.datasets.parquet"]
+KEPT_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH")
 TOO_DEEP = "the JSON is nested too deeply; write a flat object"
 BOM = b"\xef\xbb\xbf"
 csv.field_size_limit(MAX_LINE_BYTES)
@@ -41,9 +44,9 @@ class Line(NamedTuple):
 
 
 class _Unreadable(Exception):
-    def __init__(self, line: int, message: str) -> None:
+    def __init__(self, line: int, message: str, field: str = "") -> None:
         super().__init__(message)
-        self.line = line
+        self.line, self.field = line, field
 
 
 def format_of(filename: str) -> str:
@@ -164,42 +167,46 @@ def _header_problem(header: list[str]) -> RowProblem | None:
 
 
 def _read_parquet(source: BinaryIO) -> Iterator[Line]:
-    from pyarrow.parquet import ParquetFile  # 40 MB that only this format needs
+    number, kept = 0, {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
+    with subprocess.Popen(
+        UNPACK,
+        stdin=source,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=kept | {"ARROW_DEFAULT_MEMORY_POOL": "system"},
+    ) as child:
+        try:
+            for batch in _read_batches(child):
+                widest = sum(map(_widest, batch.columns))
+                if widest > MAX_LINE_BYTES:
+                    why = f"a row may be longer than {MAX_LINE_BYTES:,} bytes; shorten its values"
+                    yield Line(number + 1, RowProblem(why))
+                    return
+                step = max(1, MAX_ROWS_BYTES // max(1, widest))
+                for start in range(0, batch.num_rows, step):
+                    for row in batch.slice(start, step).to_pylist():
+                        number += 1
+                        yield Line(number, row)
+        except _Unreadable as error:
+            yield Line(number + 1, RowProblem(str(error), error.field))
+        finally:
+            child.kill()
 
-    number = 0
+
+def _read_batches(child: subprocess.Popen[bytes]) -> Iterator[Any]:
+    """Yields what the process unpacks, as Arrow batches. Raises _Unreadable where it ends otherwise than well."""
+    from pyarrow import ArrowInvalid, ipc  # 40 MB that only this format needs
+
+    with suppress(ArrowInvalid, OSError):  # cut off, or nothing came
+        yield from ipc.open_stream(child.stdout)
+    if child.wait() == 0:
+        return
+    assert child.stderr is not None  # noqa: S101 - a pipe
     try:
-        facts = ParquetFile(source).metadata
-        leaves = [facts.schema.column(index) for index in range(facts.num_columns)]
-        wide = [leaf.path for leaf in leaves if leaf.physical_type == FIXED and leaf.length > LARGEST_NUMBER]
-        if wide:  # equal ones, too, take next to nothing in the file, and all of their bytes when they are read
-            why = f"values of a fixed size have more than {LARGEST_NUMBER} bytes; write the column as strings"
-            yield Line(1, RowProblem(why, wide[0]))
-            return
-        texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
-        table = ParquetFile(source, read_dictionary=texts)  # so that a value that all rows share is there once
-        groups = [facts.row_group(index) for index in range(facts.num_row_groups)]
-        if max((group.total_byte_size for group in groups), default=0) > MAX_ROW_GROUP_BYTES:
-            yield Line(1, RowProblem("a row group is larger than 1 GiB; write the file with smaller row groups"))
-            return
-        if any(
-            group.column(index).num_values > MAX_CHUNK_VALUES for group in groups for index in range(group.num_columns)
-        ):
-            yield Line(1, RowProblem(f"a column has more than {MAX_CHUNK_VALUES:,} values in a row group; write less"))
-            return
-        for batch in table.iter_batches(batch_size=1024):
-            widest = sum(map(_widest, batch.columns))
-            if widest > MAX_LINE_BYTES:
-                yield Line(
-                    number + 1, RowProblem(f"a row may be longer than {MAX_LINE_BYTES:,} bytes; shorten its values")
-                )
-                return
-            step = max(1, MAX_ROWS_BYTES // max(1, widest))
-            for start in range(0, batch.num_rows, step):
-                for row in batch.slice(start, step).to_pylist():
-                    number += 1
-                    yield Line(number, row)
-    except Exception as error:  # pyarrow raises its own types, OSError, ValueError and more
-        yield Line(number + 1, RowProblem(f"malformed Parquet: {str(error).splitlines()[0][:200]}"))
+        found = json.loads(child.stderr.read().splitlines()[-1])
+    except (ValueError, IndexError):  # it was ended, by whatever was short of memory
+        found = {"message": TOO_LARGE, "field": ""}
+    raise _Unreadable(0, **found)
 
 
 def _widest(column: Any) -> int:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from core.datasets.reading import read_lines
+from core.datasets.reading import RowProblem, read_lines
 from core.settings import get_settings
 from tests.api import SPLITS, Api, jsonl, num_blobs, rows
 
@@ -200,6 +201,35 @@ def test_parquet_that_unpacks_to_far_more_than_was_sent_is_refused(api: Api, mon
         answer = api("POST", "/v1/datasets", data={"name": "x"}, files=[("train", ("t.parquet", data))])
         assert answer.status_code == 422, answer.text
         assert why in answer.json()["error"]["message"]
+
+
+LIMITED = """
+import sys
+from core.datasets import parquet
+parquet.MAX_MEMORY_BYTES = 600 * 1024**2
+sys.exit(parquet.main())
+"""
+
+
+@pytest.mark.parametrize("program", [LIMITED, "import os; os.kill(os.getpid(), 9)"], ids=["too large", "killed"])
+def test_parquet_is_unpacked_where_it_takes_no_memory_of_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str
+) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    text = pyarrow.array(["x" * 65_536] * 6000)  # of which the file has next to nothing
+    parquet.write_table(
+        pyarrow.table({"text": text}),
+        tmp_path / "t.parquet",
+        compression="zstd",
+        use_dictionary=False,
+        data_page_size=2**30,
+    )
+    assert (tmp_path / "t.parquet").stat().st_size < 1_000_000
+    monkeypatch.setattr("core.datasets.reading.UNPACK", [sys.executable, "-c", program])
+    [line] = read_lines(tmp_path / "t.parquet", "parquet")
+    assert line == (1, RowProblem("the file unpacks to more than fits into memory; write it with smaller row groups"))
 
 
 def test_a_first_row_without_fields_is_refused(api: Api) -> None:
