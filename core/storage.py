@@ -13,7 +13,7 @@ from typing import BinaryIO, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
-from core.errors import BlobDamaged, NotFound, StorageFull
+from core.errors import BlobDamaged, StorageFull
 from core.settings import get_settings
 
 CHUNK_BYTES = 1024 * 1024
@@ -135,10 +135,10 @@ class ArtifactStore:
         return self.root / "sha256" / sha256[:2] / sha256
 
     def get_path(self, sha256: str) -> Path:
-        """Returns the blob's path. Raises NotFound when there is no such blob."""
+        """Returns the blob's path. Raises BlobDamaged when there is no such blob."""
         path = self.path_of(sha256)
         if not path.is_file():
-            raise NotFound(f"The stored bytes {sha256[:12]}… are missing from the server's storage.")
+            raise BlobDamaged(sha256)
         return path
 
     def writer(self) -> BlobWriter:

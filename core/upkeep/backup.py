@@ -192,7 +192,7 @@ def copy_blobs(
             try:
                 if not has_size(target, blob) or (verify and not target.verify(blob.sha256)):
                     copy_blob(source, target, blob)
-            except (BlobDamaged, NotFound):
+            except BlobDamaged:
                 unsound.append(blob.sha256)
             done += blob.size_bytes
             on_progress(done, total_bytes)
@@ -200,7 +200,7 @@ def copy_blobs(
 
 
 def copy_blob(source: ArtifactStore, target: ArtifactStore, blob: Blob) -> None:
-    """Copies one blob. Raises NotFound, or BlobDamaged when the bytes are not those that its name promises."""
+    """Copies one blob. Raises BlobDamaged when it is missing, or not what its name promises."""
     with source.get_path(blob.sha256).open("rb") as file, target.writer() as writer:
         for chunk in read_chunks(file):
             writer.write(chunk)

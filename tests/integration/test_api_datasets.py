@@ -13,6 +13,7 @@ import pytest
 
 from core.datasets.reading import RowProblem, read_lines
 from core.settings import get_settings
+from core.storage import get_store
 from tests.api import SPLITS, Api, jsonl, num_blobs, rows
 
 
@@ -336,6 +337,13 @@ def test_lists_page(api: Api) -> None:
     second = api("GET", "/v1/datasets", params={"limit": 3, "after": first["next_cursor"]}).json()
     assert [d["name"] for d in first["data"] + second["data"]] == names[::-1]
     assert second["next_cursor"] is None
+
+
+def test_rows_whose_bytes_are_gone_are_no_unknown_ones(api: Api) -> None:
+    splits = api.push_dataset(splits={"train": jsonl(rows(30, start=9000))}).json()["splits"]
+    get_store().path_of(splits["train"]["sha256"]).unlink()
+    answer = api("GET", "/v1/datasets/tickets/preview", params={"split": "train"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (500, "blob_damaged"), answer.text
 
 
 def test_previews_are_bounded(api: Api) -> None:
