@@ -129,8 +129,12 @@ class Zeros(StrictModel):
         """How many weights in a row are compared, which must divide its length; 1 without a pattern."""
         return self.numbers[1] if self.numbers else 1
 
-    def find_emptied(self, widths: Widths | None, *, by_row: bool) -> str | None:
-        """Returns what to say where the share would leave nothing of a row, or of a matrix, of such a layer."""
+    def find_unfit(self, odd: int | None, widths: Widths | None, *, by_row: bool) -> list[Problem]:
+        """Returns whether its groups do not divide so many inputs, or it leaves nothing of a row, or of a matrix."""
+        why = {"pattern": self._say_undivided(odd) if odd else None, "share": self._find_emptied(widths, by_row=by_row)}
+        return [Problem(field, message) for field, message in why.items() if message]
+
+    def _find_emptied(self, widths: Widths | None, *, by_row: bool) -> str | None:
         if widths is None or self.numbers:
             return None
         found = widths.sizes()
@@ -140,8 +144,7 @@ class Zeros(StrictModel):
         what = "a row" if by_row else "a matrix"
         return f"it leaves none of the {least:,} weights of {what}; choose at most {1 - 1 / least:.6f}"
 
-    def say_undivided(self, size: int) -> str:
-        """Returns what is wrong with a matrix of so many inputs, which the groups do not divide."""
+    def _say_undivided(self, size: int) -> str:
         return f"groups of {self.group} do not divide the {size} inputs of a matrix; choose another pattern, or a share"
 
 

@@ -181,11 +181,9 @@ class Training(ModelStage):
         """Returns whether layers are frozen, or get an adapter, that are not there, or have no groups for zeros."""
         sizes = self.sizes_before(spec, start)
         odd, count = sizes.undivided(self.group_size), sizes.num_layers
-        if self.sparsity and odd:
-            return [Problem("sparsity.pattern", self.sparsity.say_undivided(odd))]
-        emptied = self.sparsity.find_emptied(sizes.widths, by_row=False) if self.sparsity else None
-        if emptied:
-            return [Problem("sparsity.share", emptied)]
+        zeros = self.sparsity.find_unfit(odd, sizes.widths, by_row=False) if self.sparsity else []
+        if zeros:
+            return [Problem(f"sparsity.{one.field}", one.message) for one in zeros]
         unfit = super().check_model(spec, start) or self._check_adapter(spec, start, count)
         unfit = unfit or self._check_start(spec, start)
         if unfit or count is None:

@@ -63,9 +63,8 @@ class Sparsify(Zeros, ModelStage):
         """Returns whether groups do not divide a matrix, as far as it is known how wide it will be."""
         sizes = self.sizes_before(spec, start)
         odd, by_row = sizes.undivided(self.group_size), (self.scope or self.method.scope) == "row"
-        emptied = None if self.scope == "global" else self.find_emptied(sizes.widths, by_row=by_row)
-        unfit = {"pattern": self.say_undivided(odd) if odd else None, "share": emptied}
-        return super().check_model(spec, start) or [Problem(field, why) for field, why in unfit.items() if why]
+        compared = None if self.scope == "global" else sizes.widths
+        return super().check_model(spec, start) or self.find_unfit(odd, compared, by_row=by_row)
 
     def calibrates(self) -> list[str]:
         """Returns the method, if it looks at the training split."""
