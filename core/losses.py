@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from core.jobs.spec import JobSpec
 
 LayerPart = Literal["first_token", "hidden", "query", "key", "value"]  # of what a layer computes
+Reduction = Literal["mean", "sum", "sequence_mean"]
 EMBEDDINGS = -1  # in place of a layer's number: the states that the first one gets
 
 

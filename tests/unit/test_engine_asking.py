@@ -126,11 +126,11 @@ def test_a_text_that_was_given_no_label_teaches_nothing(tmp_path: Path) -> None:
     about = {"split": "", "temperature": 1.0, "scores": None, "rest": "together"}
     save_file({"logits": logits_NC}, tmp_path / ANSWERS_FILE, {"about": json.dumps(about)})
     teaching, batch = AnswersKept(tmp_path), SimpleNamespace(row_numbers=torch.arange(3), task="")
-    student_NC, num_heard = torch.tensor([[2.0, -1.0, 0.5]]).repeat(3, 1), teaching.count_heard(batch)
+    student_NC, is_heard_N = torch.tensor([[2.0, -1.0, 0.5]]).repeat(3, 1), teaching.find_heard(batch)
     objective = Objective([Term("forward_kl", 1.0, ForwardKL(temperature=1.0).build(None))])
-    gradient_NC, numbers = objective(student_NC, teaching.answer(batch), torch.zeros(3), 3, num_heard=num_heard)
+    gradient_NC, numbers = objective(student_NC, teaching.answer(batch), torch.zeros(3), 3, heard=2 / 3)
     q_C, p_NC = (x.softmax(-1).numpy() for x in (student_NC[0], logits_NC[[0, 2]]))
-    assert num_heard == 2
+    assert is_heard_N.tolist() == [True, False, True]
     assert numbers["forward_kl"] == pytest.approx(rel_entr(p_NC, q_C).sum() / 2, rel=1e-5)
     np.testing.assert_allclose(gradient_NC[[0, 2]], (q_C - p_NC) / 2, atol=1e-6)
     assert not gradient_NC[1].any()

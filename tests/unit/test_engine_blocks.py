@@ -30,15 +30,15 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 def test_texts_are_closed_by_the_end_token_once(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     path = write(tmp_path / "train.jsonl", [{"text": "refund my money"}, {"text": "late <end>"}])
-    ids, is_learned = read_stream(path, {"text": "text"}, tokenizer)
+    ids, learned = read_stream(path, {"text": "text"}, tokenizer)
     assert tokenizer.convert_ids_to_tokens(ids) == ["refund", "my", "money", "<end>", "late", "<end>"]
-    assert is_learned.all()
+    assert learned.all()
 
 
 def test_prompts_are_read_and_not_learned(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     path = write(tmp_path / "train.jsonl", [{"q": "my parcel is", "a": "late"}, {"q": "refund", "a": "paid back"}])
-    ids, is_learned = read_stream(path, {"text": "a", "prompt": "q"}, tokenizer)
-    batch = Blocks(ids, is_learned, 64).batch(np.array([0]), CPU)
+    ids, learned = read_stream(path, {"text": "a", "prompt": "q"}, tokenizer)
+    batch = Blocks(ids, learned, 64).batch(np.array([0]), CPU)
     pairs = [
         (tokenizer.convert_ids_to_tokens(int(seen)), tokenizer.convert_ids_to_tokens(int(label)))
         for seen, label in zip(batch.inputs["input_ids"][batch.is_row], batch.row_labels, strict=True)
@@ -60,10 +60,10 @@ def test_a_prompt_is_not_ended(tmp_path: Path) -> None:
     tokenizer = load_closing_tokenizer(tmp_path / "model")
     path = write(tmp_path / "train.jsonl", [{"q": "my parcel is", "a": "late"}, {"q": "refund", "a": "paid"}])
     columns = {"text": "a", "prompt": "q"}
-    ids, is_learned = read_stream(path, columns, tokenizer)
+    ids, learned = read_stream(path, columns, tokenizer)
     words = tokenizer.convert_ids_to_tokens(ids)
     assert words == ["<unk>", "my", "parcel", "is", "late", "<end>", "<unk>", "refund", "paid", "<end>"]
-    assert len(read_starts(path, columns, tokenizer)) == len(ids) == len(is_learned)
+    assert len(read_starts(path, columns, tokenizer)) == len(ids) == len(learned)
     assert tokenizer.convert_ids_to_tokens(read_prompts(path, columns, tokenizer, 9)[0]) == words[:4]
 
 
@@ -80,21 +80,37 @@ def test_a_cut_text_has_no_end_and_nothing_is_learned_as_if_it_went_on(
 ) -> None:
     rows = [{"text": "refund my", "is_cut": True}, {"text": "late parcel", "is_cut": False}, {"text": "please <end>"}]
     path = write(tmp_path / "train.jsonl", [*rows, {"text": "money <end>", "is_cut": True}])
-    ids, is_learned = read_stream(path, {"text": "text"}, tokenizer)
+    ids, learned = read_stream(path, {"text": "text"}, tokenizer)
     tokens = np.array(tokenizer.convert_ids_to_tokens(ids))
     assert " ".join(tokens) == "refund my late parcel <end> please <end> money"
-    assert " ".join(tokens[~is_learned]) == "late"
+    assert " ".join(tokens[learned == 0]) == "late"
     assert read_starts(path, {"text": "text"}, tokenizer).tolist() == [0, 7, 10, 15, 21, 22, 34, 35]
 
 
 def test_a_cut_text_is_learned_after_its_prompt(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     rows = [{"q": "my", "a": "late parcel", "is_cut": True}, {"q": "", "a": "paid back"}, {"q": "is", "a": "late"}]
     path, columns = write(tmp_path / "train.jsonl", rows), {"text": "a", "prompt": "q"}
-    ids, is_learned = read_stream(path, columns, tokenizer)
+    ids, learned = read_stream(path, columns, tokenizer)
     tokens = np.array(tokenizer.convert_ids_to_tokens(ids))
     assert " ".join(tokens) == "my late parcel paid back <end> is late <end>"
-    assert " ".join(tokens[~is_learned]) == "my paid is"
+    assert " ".join(tokens[learned == 0]) == "my paid is"
     assert len(read_starts(path, columns, tokenizer)) == len(ids)
+
+
+@pytest.mark.parametrize("length", [3, 64])
+def test_the_rows_of_each_text_weigh_as_much_as_a_text(
+    length: int, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Also where blocks cut it, and where its first token is not learned, as it follows nothing or a cut text."""
+    rows = [{"text": "refund my money"}, {"text": "late"}, {"text": "my parcel is", "is_cut": True}]
+    path = write(tmp_path / "train.jsonl", [*rows, {"text": "paid back"}])
+    blocks = Blocks(*read_stream(path, {"text": "text"}, tokenizer), length)
+    batch = blocks.batch(np.arange(len(blocks)), CPU)
+    weights_S = torch.zeros(blocks.num_places + 1)
+    weights_S[batch.row_numbers + 1] = batch.weights
+    assert weights_S.tolist() == pytest.approx([0, *[1 / 3] * 3, *[1 / 2] * 2, *[1 / 3] * 3, 0, *[1 / 2] * 2])
+    parts = [part.weights for part in batch.parts(1)]
+    assert torch.cat(parts).tolist() == batch.weights.tolist()
 
 
 def test_a_sample_begins_where_something_is_learned() -> None:
@@ -132,10 +148,10 @@ def test_a_chat_is_read_by_the_template_and_the_answer_learned_to_its_end(tmp_pa
     tokenizer = load_tokenizer(pico.write_language_model(tmp_path / "model"))
     tokenizer.chat_template = TEMPLATE
     path = write(tmp_path / "train.jsonl", [{"q": "refund", "a": "paid back"}, {"q": "my parcel", "a": "late"}])
-    ids, is_learned = read_stream(path, {"text": "a", "prompt": "q"}, tokenizer, is_chat=True)
+    ids, learned = read_stream(path, {"text": "a", "prompt": "q"}, tokenizer, is_chat=True)
     tokens = np.array(tokenizer.convert_ids_to_tokens(ids))
     assert " ".join(tokens) == "please refund and the paid back <end> please my parcel and the late <end>"
-    assert " ".join(tokens[is_learned]) == "paid back <end> late <end>"
+    assert " ".join(tokens[learned > 0]) == "paid back <end> late <end>"
 
 
 def test_a_cut_answer_of_a_chat_has_no_end(tmp_path: Path) -> None:
@@ -143,10 +159,10 @@ def test_a_cut_answer_of_a_chat_has_no_end(tmp_path: Path) -> None:
     tokenizer.chat_template = TEMPLATE
     rows = [{"q": "refund", "a": "paid back", "is_cut": True}, {"q": "my parcel", "a": "late"}]
     path = write(tmp_path / "train.jsonl", rows)
-    ids, is_learned = read_stream(path, {"text": "a", "prompt": "q"}, tokenizer, is_chat=True)
+    ids, learned = read_stream(path, {"text": "a", "prompt": "q"}, tokenizer, is_chat=True)
     tokens = np.array(tokenizer.convert_ids_to_tokens(ids))
     assert " ".join(tokens) == "please refund and the paid back please my parcel and the late <end>"
-    assert " ".join(tokens[is_learned]) == "paid back late <end>"
+    assert " ".join(tokens[learned > 0]) == "paid back late <end>"
 
 
 @pytest.mark.parametrize(

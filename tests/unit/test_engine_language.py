@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -114,6 +116,40 @@ def test_measured_loss_is_that_of_stock_transformers(run_through: tuple[Bench, l
         total += torch.nn.functional.cross_entropy(logits, block[1:], reduction="sum").item()
     rows = {row["name"]: row for row in stages[4].last["summary"]["models"]}
     assert rows["safetensors"]["loss"] == pytest.approx(total / (len(ids_S) - 1), rel=1e-5)
+
+
+def test_the_loss_can_be_a_mean_over_texts(run_through: tuple[Bench, list[Finished]], tmp_path: Path) -> None:
+    """All texts are in one step here; the oracle reads its blocks with stock transformers, and cuts them into texts."""
+    bench = without(run_through[0].copy(tmp_path / "bench"), "answers")
+    (bench.inputs / "student").rename(bench.inputs / "base")
+    path = bench.inputs / "data" / "train.jsonl"
+    texts = [json.loads(line)["text"] for line in path.read_text().splitlines()]
+    texts = [text if number % 2 else text.split()[0] for number, text in enumerate(texts)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    distill = {"kind": "distill", "epochs": 1, "batch_size": 4096, "losses": [{"kind": "cross_entropy"}, *KL]}
+    found = {}
+    for reduction in ("mean", "sequence_mean"):
+        stages = [{"kind": "finetune"}, {**distill, "reduction": reduction}]
+        spec = make_spec(stages, task=TASK, student={"kind": "pretrained", "model": "base"})
+        finished = bench.run(spec, 1, name=reduction, labels=[])
+        assert finished.last["type"] == "result", finished.log
+        [(_, found[reduction])] = finished.series("loss/total")
+    student, teacher = (AutoModelForCausalLM.from_pretrained(bench.inputs / role) for role in ("base", "teacher"))
+    tokenizer = AutoTokenizer.from_pretrained(bench.inputs / "base")
+    ids_S = torch.tensor(tokenizer(" ".join(f"{text} <end>" for text in texts))["input_ids"])
+    loss_N = []
+    for start in range(0, len(ids_S) - 1, TASK["block_tokens"]):
+        block = ids_S[start : start + TASK["block_tokens"] + 1]
+        with torch.no_grad():
+            z_NC, u_NC = (model.eval()(input_ids=block[None, :-1]).logits[0] for model in (student, teacher))
+        kl_N = torch.nn.functional.kl_div(z_NC.log_softmax(-1), u_NC.softmax(-1), reduction="none").sum(-1)
+        loss_N += (torch.nn.functional.cross_entropy(z_NC, block[1:], reduction="none") + kl_N).tolist()
+    ends = [0, *(ids_S[1:] == tokenizer.eos_token_id).nonzero().flatten().add(1).tolist()]
+    alone = [fmean(loss_N[start:end]) for start, end in pairwise(ends)]
+    assert len(alone) == len(texts)
+    assert found["sequence_mean"] == pytest.approx(fmean(alone), rel=1e-3)
+    assert found["mean"] == pytest.approx(fmean(loss_N), rel=1e-3)
+    assert fmean(alone) != pytest.approx(fmean(loss_N), rel=0.1)
 
 
 def test_kept_answers_teach_as_the_teacher_itself_does(

@@ -25,10 +25,10 @@ def draw(seed: int) -> Tensor:
     return 2 * torch.randn(N, C, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def make(*, is_sum: bool = False) -> Objective:
+def make(reduction: str = "mean") -> Objective:
     terms = [Term("cross_entropy", 0.5, LOSSES["cross_entropy"]().build(None))]
     terms.append(Term("forward_kl", 2.0, LOSSES["forward_kl"](temperature=3.0).build(None)))
-    return Objective(terms, is_sum=is_sum)
+    return Objective(terms, reduction)
 
 
 def expected(z_NC: Tensor, u_NC: Tensor, labels_N: Tensor, reduction: str) -> Tensor:
@@ -42,7 +42,7 @@ def expected(z_NC: Tensor, u_NC: Tensor, labels_N: Tensor, reduction: str) -> Te
 @pytest.mark.parametrize("cuts", [[0, 8], [0, 1, 8], [0, 3, 3, 4, 8], list(range(9))])
 def test_every_partition_of_a_step_has_the_gradient_of_the_whole(cuts: list[int], reduction: str) -> None:
     z_NC, u_NC, labels_N = draw(0).requires_grad_(), draw(1), torch.arange(N) % C
-    objective, numbers, gradients = make(is_sum=reduction == "sum"), {}, []
+    objective, numbers, gradients = make(reduction), {}, []
     for rows in (slice(*cut) for cut in pairwise(cuts)):
         gradient, added = objective(z_NC[rows], DenseSignal(u_NC[rows]), labels_N[rows], N)
         gradients.append(gradient)
@@ -51,6 +51,33 @@ def test_every_partition_of_a_step_has_the_gradient_of_the_whole(cuts: list[int]
     total.backward()
     torch.testing.assert_close(torch.cat(gradients), z_NC.grad)
     assert numbers["total"] == pytest.approx(total.item())
+
+
+@pytest.mark.parametrize("size", [5, 2, 1])
+def test_a_mean_over_texts_counts_a_long_one_no_more_than_a_short_one(size: int) -> None:
+    """The oracle takes torch's mean of each text alone, and the mean of these; one of the five texts has no rows."""
+    is_row_BT = torch.tensor([[1, 1, 1], [0, 0, 1], [0, 0, 0], [1, 1, 0], [1, 0, 1]]).bool()
+    numbers_BT = torch.arange(15).view(5, 3)
+    batch = Batch({"input_ids": numbers_BT}, numbers_BT % C, torch.where(is_row_BT, numbers_BT, -1))
+    z_BTC, u_BTC = torch.cat([draw(seed) for seed in range(4)])[:30].view(2, 5, 3, C)
+    z_BTC.requires_grad_()
+    alone = []
+    for z_TC, u_TC, labels_T, is_row_T in zip(z_BTC, u_BTC, batch.labels, is_row_BT, strict=True):
+        if is_row_T.any():
+            z_NC, u_NC = z_TC[is_row_T], u_TC[is_row_T]
+            kl = F.kl_div(F.log_softmax(z_NC / 3, -1), F.softmax(u_NC / 3, -1), reduction="batchmean")
+            alone.append(0.5 * F.cross_entropy(z_NC, labels_T[is_row_T]) + 2.0 * 9 * kl)
+    expected = torch.stack(alone).mean()
+    [expected_BTC] = torch.autograd.grad(expected, z_BTC)
+    objective, numbers = make("sequence_mean"), {}
+    for part in batch.parts(size):
+        rows = part.inputs["input_ids"][:, 0] // 3
+        z_NC, u_NC = (x_BTC[rows][part.is_row] for x_BTC in (z_BTC, u_BTC))
+        num_rows_N = objective.weigh(batch).sum() / objective.weigh(part)
+        added = backward(z_NC, objective, DenseSignal(u_NC), part.row_labels, num_rows_N)
+        numbers = add_numbers(numbers, added)
+    assert numbers["total"] == pytest.approx(expected.item())
+    torch.testing.assert_close(z_BTC.grad, expected_BTC)
 
 
 @pytest.mark.parametrize("kind", sorted(kind for kind, loss in LOSSES.items() if not issubclass(loss, FeatureLoss)))
@@ -77,17 +104,19 @@ def test_micro_batches_and_processes_have_the_gradient_of_the_whole(kind: str) -
 
 
 @pytest.mark.parametrize("kind", sorted(kind for kind, loss in LOSSES.items() if not issubclass(loss, FeatureLoss)))
-@pytest.mark.parametrize("is_sum", [False, True])
-def test_rows_of_which_the_teacher_says_nothing_leave_its_sum_and_its_count(kind: str, *, is_sum: bool) -> None:
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_rows_of_which_the_teacher_says_nothing_leave_its_sum_and_its_count(kind: str, reduction: str) -> None:
     """The oracle has never seen these rows; labels are learned of all of them."""
     z_NC, u_NC, labels_N, is_heard_N = draw(0), draw(1), torch.arange(N) % C, torch.arange(N) % 3 > 0
     loss, is_of_labels = LOSSES[kind]().build(SimpleNamespace(is_own_text=False)), LOSSES[kind].is_of_labels
-    objective = Objective([Term(kind, 0.5, loss, is_of_labels)], is_sum=is_sum)
+    objective = Objective([Term(kind, 0.5, loss, is_of_labels)], reduction)
     u_NC[~is_heard_N] = 0
     found_NC, numbers = torch.zeros_like(z_NC), {}
     for rows in (slice(0, 3), slice(3, 4), slice(4, N)):
         signal = GappedSignal(u_NC[rows])
-        found_NC[rows], added = objective(z_NC[rows], signal, labels_N[rows], N, num_heard=int(is_heard_N.sum()))
+        found_NC[rows], added = objective(
+            z_NC[rows], signal, labels_N[rows], N, heard=float(is_heard_N.double().mean())
+        )
         numbers = add_numbers(numbers, added)
     is_seen_N = torch.ones_like(is_heard_N) if is_of_labels else is_heard_N
     seen = z_NC[is_seen_N], DenseSignal(u_NC[is_seen_N]), labels_N[is_seen_N]
@@ -100,7 +129,7 @@ def test_rows_of_which_the_teacher_says_nothing_leave_its_sum_and_its_count(kind
 def test_a_teacher_of_other_tokens_counts_where_it_is_heard() -> None:
     z_NC, u_NC, index_N = draw(0), draw(1)[:3], torch.tensor([-1, 2, -1, -1, 0, 1, -1, -1])
     objective = Objective([Term("uld", 1.0, LOSSES["uld"]().build(None))])
-    gradient_NC, numbers = objective(z_NC, AcrossSignal(u_NC, index_N), torch.zeros(N).long(), N, num_heard=3)
+    gradient_NC, numbers = objective(z_NC, AcrossSignal(u_NC, index_N), torch.zeros(N).long(), N, heard=3 / N)
     p_NC, q_NC = (x_NC.softmax(-1).sort(-1).values for x_NC in (u_NC[[2, 0, 1]], z_NC[[1, 4, 5]]))
     assert numbers["uld"] == pytest.approx((p_NC - q_NC).abs().sum().item() / 3)
     assert gradient_NC.any(-1).tolist() == (index_N >= 0).tolist()

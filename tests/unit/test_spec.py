@@ -88,6 +88,19 @@ def test_yaml_and_json_mean_the_same() -> None:
             "losses on layers are means",
         ),
         (
+            {
+                "stages": [
+                    {
+                        "kind": "distill",
+                        "reduction": "sequence_mean",
+                        "losses": [{"kind": "forward_kl"}, {"kind": "hidden_mse"}],
+                    }
+                ]
+            },
+            "stages.0.reduction",
+            "losses on layers are means",
+        ),
+        (
             {"data": {"train": "toy/train"}, "stages": [{"kind": "trim_vocabulary", "splits": ["validation"]}]},
             "stages.0.splits",
             "the job has no validation split",

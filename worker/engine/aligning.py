@@ -82,9 +82,9 @@ class AnswersAcross(Stateless):
             found = self._answer(self._model, {"input_ids": ids_BT.to(device)}, is_row_BT.to(device))
         return AcrossSignal(found, torch.from_numpy(np.concatenate(index_N)))
 
-    def count_heard(self, batch: Batch) -> int:
-        """Returns how many rows have a place of the teacher's."""
-        return sum(int(self._look_up(rows_T)[2].sum()) for rows_T in batch.rows.numpy())
+    def find_heard(self, batch: Batch) -> Tensor:
+        """Returns which rows have a place of the teacher's."""
+        return torch.from_numpy(np.concatenate([self._look_up(rows_T)[2] for rows_T in batch.rows.numpy()]))
 
     def _look_up(self, rows_T: NDArray[np.int64]) -> tuple[int, NDArray[np.int64], NDArray[np.bool_]]:
         """Returns for a block where the teacher begins to read, where each row is from there, and if it reads it."""

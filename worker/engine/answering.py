@@ -234,7 +234,7 @@ class Draft:
 
     def mean_rest(self) -> float:
         """Returns the mean probability of the tokens that are not kept, of the rows that are learned."""
-        learned_N = torch.from_numpy(self._data.is_learned_S[1:])
+        learned_N = torch.from_numpy(self._data.is_learned[1:])
         parts = learned_N.split(self._num_blocks * self._data.max_length)
         whole = shards.Shards(self._ctx.output("answers"), ANSWERS)
         sums = [kept["log_rest"][part].exp().double().sum() for kept, part in zip(whole, parts, strict=True)]

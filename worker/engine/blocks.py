@@ -30,15 +30,23 @@ class Written(NamedTuple):
 
 @dataclass(frozen=True)
 class Blocks:
-    """A split as one stream of tokens, in blocks: `is_learned` says of each token whether it is to be predicted."""
+    """A split as one stream of tokens, in blocks.
+
+    Of a token that is to be predicted, `learned_S` is the number of those in its text; of others it is 0.
+    """
 
     ids_S: NDArray[np.int32]
-    is_learned_S: NDArray[np.bool_]
+    learned_S: NDArray[np.int32]
     max_length: int
     num_cut: int = 0
 
     def __len__(self) -> int:
         return -(-self.num_places // self.max_length)
+
+    @property
+    def is_learned(self) -> NDArray[np.bool_]:
+        """Which tokens are to be predicted, is_learned_S."""
+        return self.learned_S > 0
 
     @property
     def num_places(self) -> int:
@@ -54,12 +62,13 @@ class Blocks:
         places_BT = blocks[:, None] * self.max_length + np.arange(self.max_length)
         is_there_BT = places_BT < self.num_places
         places_BT = np.where(is_there_BT, places_BT, 0)
-        is_row_BT = is_there_BT & self.is_learned_S[places_BT + 1]
+        learned_BT = np.where(is_there_BT, self.learned_S[places_BT + 1], 0)
         seen = (self.ids_S[places].astype(np.int64) for places in (places_BT, places_BT + 1))
         ids_BT, labels_BT = (torch.from_numpy(ids) for ids in seen)
-        rows_BT = torch.from_numpy(np.where(is_row_BT, places_BT, -1))
-        is_there = torch.from_numpy(is_there_BT).to(device)
-        return Batch({"input_ids": ids_BT.to(device)}, labels_BT.to(device), rows_BT, is_there=is_there)
+        rows_BT = torch.from_numpy(np.where(learned_BT > 0, places_BT, -1))
+        is_there, in_text = torch.from_numpy(is_there_BT).to(device), torch.from_numpy(learned_BT)
+        inputs = {"input_ids": ids_BT.to(device)}
+        return Batch(inputs, labels_BT.to(device), rows_BT, is_there=is_there, in_text=in_text)
 
     def single(self, row: int) -> dict[str, Tensor]:
         """Returns the inputs of one block, a batch of one."""
@@ -81,7 +90,7 @@ class Blocks:
 
     def digest(self) -> str:
         """Returns what only the same stream in the same blocks has."""
-        parts = (self.ids_S.tobytes(), self.is_learned_S.tobytes(), str(self.max_length).encode())
+        parts = (self.ids_S.tobytes(), self.is_learned.tobytes(), str(self.max_length).encode())
         return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
 
     def count_ids(self) -> NDArray[np.int64]:
@@ -94,23 +103,23 @@ class Blocks:
         They are shorter than these where one has more tokens than that: logits of all its tokens take memory.
         """
         length = min(self.max_length, num_tokens)
-        start = int(np.flatnonzero(self.is_learned_S[1:])[0]) // length * length
+        start = int(np.flatnonzero(self.learned_S[1:])[0]) // length * length
         some = slice(start, start + num_tokens // length * length + 1)
-        return Blocks(self.ids_S[some], self.is_learned_S[some], length, self.num_cut)
+        return Blocks(self.ids_S[some], self.learned_S[some], length, self.num_cut)
 
     def spread(self, num_tokens: int, max_length: int) -> "Blocks":
         """Returns blocks from all over the stream, of at most so many tokens together, and none longer than that."""
         length = min(self.max_length, max_length)
         if self.num_places <= num_tokens:
-            return Blocks(self.ids_S, self.is_learned_S, length, self.num_cut)
+            return Blocks(self.ids_S, self.learned_S, length, self.num_cut)
         chosen_N = np.array(spread_rows(self.num_places // length, max(1, num_tokens // length)))
         places_NT = chosen_N[:, None] * length + np.arange(length)
-        is_learned_NT = self.is_learned_S[places_NT]
-        is_learned_NT[:, 0] = False  # what comes before it is another block's end
+        learned_NT = self.learned_S[places_NT]
+        learned_NT[:, 0] = 0  # what comes before it is another block's end
         last = places_NT[-1, -1] + 1
         return Blocks(
             np.append(self.ids_S[places_NT], self.ids_S[last]),
-            np.append(is_learned_NT, self.is_learned_S[last]),
+            np.append(learned_NT, self.learned_S[last]),
             length,
             self.num_cut,
         )
@@ -118,11 +127,12 @@ class Blocks:
 
 def read_stream(
     path: Path, columns: dict[str, str], tokenizer: PreTrainedTokenizerBase, *, is_chat: bool = False
-) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """Returns the tokens of a split's texts, each with its prompt before it and, unless it is cut, the end token after.
 
-    The second array says which of them are learned: all but the prompts, and what would come right after a cut text
-    as if it went on there. In a chat, prompt and text are what a user says and an assistant answers, in the form of
+    The second array is 0 of those that are not learned: the prompts, and what would come right after a cut text as if
+    it went on there. Of each other one it is how many of its text are; the split's first token, which comes after
+    nothing, is not counted. In a chat, prompt and text are what a user says and an assistant answers, in the form of
     the tokenizer's chat template.
 
     Raises:
@@ -130,7 +140,7 @@ def read_stream(
     """
     texts, prompts, are_cut = _read_columns(path, columns)
     ids: list[NDArray[np.int32]] = []
-    is_learned: list[NDArray[np.bool_]] = []
+    learned: list[NDArray[np.int32]] = []
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     follows_cut = False
     for start in range(0, len(texts), TOKENIZE_CHUNK):
@@ -144,9 +154,11 @@ def read_stream(
             body = text[:-1] if text[-1:] == end else text
             row = prompt + body if is_cut else prompt + body + end
             ids.append(np.array(row, dtype=np.int32))
-            is_learned.append(np.arange(len(row)) >= max(len(prompt), int(follows_cut)))
+            is_learned_T = np.arange(len(row)) >= max(len(prompt), int(follows_cut))
+            num_learned = is_learned_T[int(len(ids) == 1) :].sum()
+            learned.append(is_learned_T * np.int32(max(1, num_learned)))
             follows_cut = is_cut
-    return np.concatenate(ids), np.concatenate(is_learned)
+    return np.concatenate(ids), np.concatenate(learned)
 
 
 def read_starts(path: Path, columns: dict[str, str], tokenizer: PreTrainedTokenizerBase) -> NDArray[np.int64]:

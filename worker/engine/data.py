@@ -76,7 +76,8 @@ class Batch(NamedTuple):
     `labels` is labels_B, labels_BT or labels_BC. `rows`, of the same shape and on the processor, is the number that
     each row has in the whole split, and -1 where there is none. One that does not count is there because another
     process has one at that moment; it has no rows. Of several tasks it is about one, whose models give numbers or not.
-    `is_there`, is_there_BT, says where a token is if the inputs have no attention mask that does.
+    `is_there`, is_there_BT, says where a token is if the inputs have no attention mask that does. `in_text`, in_text_BT
+    on the processor, is how many rows there are in the text of each row, if texts are not examples.
     """
 
     inputs: dict[str, Tensor]
@@ -86,6 +87,7 @@ class Batch(NamedTuple):
     task: str = ""
     gives_values: bool | None = None
     is_there: Tensor | None = None
+    in_text: Tensor | None = None
 
     @property
     def is_row(self) -> Tensor:
@@ -107,6 +109,15 @@ class Batch(NamedTuple):
         """The numbers of the rows."""
         return self.rows[self.rows >= 0]
 
+    @property
+    def weights(self) -> Tensor:
+        """How much each row counts if all texts count alike, weight_N: the rows of a whole text together are 1."""
+        is_row = self.rows >= 0
+        if self.in_text is not None:
+            return 1 / self.in_text[is_row]
+        num_rows_B = is_row.flatten(1).sum(dim=1) if is_row.dim() > 1 else is_row.long()
+        return 1 / num_rows_B.repeat_interleave(num_rows_B)
+
     def row_logits(self, logits: Tensor) -> Tensor:
         """Returns the rows of what a model answers, logits_NC.
 
@@ -116,17 +127,15 @@ class Batch(NamedTuple):
         found = logits[(self.rows >= 0).to(logits.device)]
         return found if found.dim() > 1 else torch.stack([torch.zeros_like(found), found], dim=-1)
 
-    def _take(self, some: slice) -> "Batch":
+    def _take(self, some: slice | tuple[slice, slice]) -> "Batch":
         inputs = {name: ids_BT[some] for name, ids_BT in self.inputs.items()}
-        is_there = None if self.is_there is None else self.is_there[some]
-        return self._replace(inputs=inputs, labels=self.labels[some], rows=self.rows[some], is_there=is_there)
+        known = {"is_there": self.is_there, "in_text": self.in_text}
+        others: dict[str, Any] = {name: x_BT[some] for name, x_BT in known.items() if x_BT is not None}
+        return self._replace(inputs=inputs, labels=self.labels[some], rows=self.rows[some], **others)
 
     def head(self, num_tokens: int) -> "Batch":
         """Returns the first so many tokens of each sequence, or all of them, of a batch whose rows are tokens."""
-        inputs = {name: ids_BT[:, :num_tokens] for name, ids_BT in self.inputs.items()}
-        is_there = None if self.is_there is None else self.is_there[:, :num_tokens]
-        labels, rows = self.labels[:, :num_tokens], self.rows[:, :num_tokens]
-        return self._replace(inputs=inputs, labels=labels, rows=rows, is_there=is_there)
+        return self._take((slice(None), slice(num_tokens)))
 
     def without_rows(self) -> "Batch":
         """Returns the same inputs, of which nothing counts."""

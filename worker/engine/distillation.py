@@ -51,7 +51,7 @@ def make_trainer(
         student,
         tokenizer,
         settings,
-        Objective(terms, is_sum=settings.reduction == "sum", uncertainty=find_uncertainty(ctx)),
+        Objective(terms, settings.reduction, find_uncertainty(ctx)),
         teaching,
         Features(ctx, compared, Watched(student), teaching.layers) if compared and teaching.layers else None,
         make_rollouts(ctx, student, tokenizer, settings),

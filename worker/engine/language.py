@@ -83,14 +83,14 @@ class LanguageModelling:
     ) -> Blocks:
         """Returns the split in blocks of the task's length; no text is cut."""
         lengths = (self.task.block_tokens, count_positions(model), self._num_positions)
-        ids, is_learned = read_stream(path, self.task.columns(), tokenizer, is_chat=self.task.chat)
-        split = Blocks(ids, is_learned, min(filter(None, lengths)))
+        ids, learned = read_stream(path, self.task.columns(), tokenizer, is_chat=self.task.chat)
+        split = Blocks(ids, learned, min(filter(None, lengths)))
         counts_V = split.count_ids()
         if self.num_common is not None:
             check_tokens(counts_V, self.num_common, tokenizer, path.stem, "teacher or the student", SAME_TOKENS)
         elif not isinstance(model, Members):  # which have checked it, each alone
             check_tokens(counts_V, model.config.vocab_size, tokenizer, path.stem, "model")
-        if not split.is_learned_S[1:].any():
+        if not split.learned_S[1:].any():
             raise StageFailed("dataset_invalid", f"{path.name} has no token to predict.")
         return split
 
@@ -263,7 +263,7 @@ class LanguageModelling:
         if "test" in read:
             sums_BJ = self._sum_up({"teacher": model}, {"teacher": read["test"]}, [["teacher"]])["teacher"]
             tensors["test"] = torch.from_numpy(sums_BJ)
-        num_rows = int(train.is_learned_S[1:].sum())
+        num_rows = int(train.is_learned[1:].sum())
         summary = {"num_rows": num_rows, "top_k": width, "kept_probability": kept_probability}
         return Kept(tensors, train.digest(), scores, summary, train.num_places)
 

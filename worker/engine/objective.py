@@ -9,6 +9,7 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
+from core.losses import Reduction
 from core.methods import Loss
 from core.registry import OneOf
 from worker.engine.context import StageContext
@@ -62,10 +63,12 @@ def label_objective(ctx: StageContext) -> "Objective":
 
 
 class Objective:
-    """L = Σ_j w_j · (Σ_i D_ij) / M over the rows i of one optimiser step.
+    """L = Σ_j w_j · Σ_i D_ij / M_i over the rows i of one optimiser step.
 
-    M is the number of rows of the whole step, whatever the parts in which they are computed, or 1 for the plain sum. Of
-    a loss on the teacher's answers, rows of which it says nothing are in neither the sum nor M.
+    M_i is the number of rows of the whole step, whatever the parts in which they are computed, or 1 for the plain sum.
+    For `sequence_mean` it is the number of rows of i's text times that of texts, so that L is the mean over these of
+    the means over their rows. Of a loss on the teacher's answers, rows of which it says nothing are in neither sum nor
+    number.
 
     A term without a weight gets one with which the norm of its gradient by the logits is the mean of those of the
     weighted terms, both averaged over the steps so far. Terms that have had no gradient yet, as those that rest, do not
@@ -76,8 +79,10 @@ class Objective:
         norms: Of each term's gradient without its weight, as far as it is known; a run that goes on needs them.
     """
 
-    def __init__(self, terms: Sequence[Term], *, is_sum: bool = False, uncertainty: Uncertainty | None = None) -> None:
-        self.terms, self.is_sum, self.uncertainty = terms, is_sum, uncertainty
+    def __init__(
+        self, terms: Sequence[Term], reduction: Reduction = "mean", uncertainty: Uncertainty | None = None
+    ) -> None:
+        self.terms, self.reduction, self.uncertainty = terms, reduction, uncertainty
         self.norms: dict[str, float] = {}
 
     @property
@@ -106,6 +111,10 @@ class Objective:
         """Returns whether a term hears the teacher that does not rest."""
         return any(not term.is_of_labels and term.name not in resting for term in self.terms)
 
+    def weigh(self, batch: Batch) -> Tensor:
+        """Returns how much each row of a batch counts beside the others, weight_N on the processor."""
+        return batch.weights if self.reduction == "sequence_mean" else torch.ones(len(batch.row_numbers))
+
     def scale(self, batch: Batch) -> float:
         """Returns the weight of a batch's task."""
         return self.uncertainty.weight(batch.task) if self.uncertainty else 1.0
@@ -122,9 +131,9 @@ class Objective:
         student_NC: Tensor,
         signal: Signal | None,
         labels_N: Tensor,
-        num_rows: int,
+        num_rows: float | Tensor,
         *,
-        num_heard: int | None = None,
+        heard: float = 1.0,
         resting: Container[str] = (),
         scale: float = 1.0,
     ) -> tuple[Tensor, dict[str, float]]:
@@ -137,12 +146,13 @@ class Objective:
             student_NC: The student's logits of the part; they are not changed.
             signal: What the teacher says of these rows; None if no term hears one.
             labels_N: Their classes.
-            num_rows: Rows of the whole step.
-            num_heard: Those of them of which the teacher says anything; None for all.
+            num_rows: Rows of the whole step, or num_rows_N of each row: it is one of so many.
+            heard: The share of these of which the teacher says anything.
             resting: The names of the terms that have nothing to say of this part; they add zeros.
             scale: What the gradient is multiplied with; the numbers are not.
         """
         is_heard_N = None if signal is None else signal.is_heard
+        num_rows = num_rows.to(student_NC.device) if isinstance(num_rows, Tensor) else num_rows
         logits_NC = widen(student_NC.detach()).requires_grad_()
         gradient_NC: Tensor | None = None
         numbers_J2, weights = [], self.weights()
@@ -150,11 +160,11 @@ class Objective:
             if term.name in resting:
                 numbers_J2 += [logits_NC.new_zeros(())] * 2
                 continue
-            value_N, count = term.loss(logits_NC, signal, labels_N), num_rows
+            value_N, share = term.loss(logits_NC, signal, labels_N), 1.0
             if not term.is_of_labels:
                 value_N = value_N if is_heard_N is None else value_N * is_heard_N.to(value_N.device)
-                count = num_rows if num_heard is None else num_heard
-            value = value_N.sum() / (1 if self.is_sum else max(1, count))
+                share = heard or 1.0
+            value = (value_N if self.reduction == "sum" else value_N / (share * num_rows)).sum()
             [term_NC] = torch.autograd.grad(weights[term.name] * value, logits_NC)
             numbers_J2 += [value.detach(), torch.linalg.vector_norm(term_NC).square()]
             gradient_NC = term_NC if gradient_NC is None else gradient_NC.add_(term_NC)

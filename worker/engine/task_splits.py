@@ -133,9 +133,9 @@ class TaughtTasks:
         """Returns what the teacher of the batch's task says of its rows."""
         return self._parts[batch.task].answer(batch)
 
-    def count_heard(self, batch: Batch) -> int:
-        """Returns of how many of the batch's rows the teacher of its task says anything."""
-        return self._parts[batch.task].count_heard(batch)
+    def find_heard(self, batch: Batch) -> Tensor | None:
+        """Returns of which of the batch's rows the teacher of its task says anything."""
+        return self._parts[batch.task].find_heard(batch)
 
     def score(self, validation: TaskSplits | None) -> "Scores | None":
         """Returns the teachers' scores on the validation splits."""

@@ -45,8 +45,8 @@ class Teaching(Protocol):
     def answer(self, batch: Batch) -> Signal:
         """Returns what the teacher says of the batch's rows."""
 
-    def count_heard(self, batch: Batch) -> int:
-        """Returns of how many of the batch's rows the teacher says anything."""
+    def find_heard(self, batch: Batch) -> Tensor | None:
+        """Returns of which of the batch's rows the teacher says anything, is_heard_N; None for all."""
 
     def score(self, validation: Any) -> "Scores | None":
         """Returns how well the teacher does on the validation split, as the student reads it; None if unknown."""
@@ -115,9 +115,9 @@ class AnswersAhead:
         """Returns the rows' logits."""
         return _say(self._take(batch))
 
-    def count_heard(self, batch: Batch) -> int:
-        """Returns how many rows it gave any logits."""
-        return int(find_heard(self._take(batch)).sum())
+    def find_heard(self, batch: Batch) -> Tensor:
+        """Returns which rows it gave any logits."""
+        return find_heard(self._take(batch))
 
     def _take(self, batch: Batch) -> Tensor:
         """Returns the rows' logits_NC; has the teacher answer the split where it has not."""
@@ -227,10 +227,10 @@ class AnswersKept(Stateless):
             return SampledSignal.renormalised(classes_NK.long(), log_p_NK, self._temperature)
         return SparseSignal(classes_NK.long(), log_p_NK, log_rest_N, self._temperature)
 
-    def count_heard(self, batch: Batch) -> int:
-        """Returns how many rows have logits; of tokens, all have something."""
+    def find_heard(self, batch: Batch) -> Tensor | None:
+        """Returns which rows have logits; of tokens, all have something."""
         logits_NC = self._take(batch)
-        return len(batch.row_numbers) if logits_NC is None else int(find_heard(logits_NC).sum())
+        return None if logits_NC is None else find_heard(logits_NC)
 
     def _take(self, batch: Batch) -> Tensor | None:
         """Returns the rows' logits_NC, if whole ones were kept."""
@@ -263,9 +263,8 @@ class AnswersOnline(Stateless):
             answer = self._ctx.task.answer(self._model, batch)
         return HeadSignal(answer) if isinstance(answer, Head) else DenseSignal(answer)
 
-    def count_heard(self, batch: Batch) -> int:
-        """Returns the number of rows: a model answers all that it reads."""
-        return len(batch.row_numbers)
+    def find_heard(self, batch: Batch) -> None:
+        """Returns None: a model answers all that it reads."""
 
     def score(self, validation: Any) -> "Scores | None":
         """Returns the scores of its answers to the split."""

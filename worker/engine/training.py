@@ -277,10 +277,10 @@ class Trainer:
         scale = self.objective.scale(batch)
         resting = self.objective.resting(batch, is_own=is_own)
         teaching = self.teaching if self.features or self.objective.hears_teacher(resting) else None
-        num_heard = teaching.count_heard(batch) if teaching else None
-        objective = partial(self.objective, num_heard=num_heard, resting=resting, scale=scale)
+        weight_N, is_heard_N = self.objective.weigh(batch), teaching.find_heard(batch) if teaching else None
+        heard = 1.0 if is_heard_N is None else float(weight_N[is_heard_N].sum() / weight_N.sum())
+        objective = partial(self.objective, heard=heard, resting=resting, scale=scale)
         ranks.seed_step(self.ctx.seed, self._step)
-        num_rows = int(batch.is_row.sum())
         self.ctx.share_done, self.ctx.is_own_text = self._step / max(1, self.num_steps - 1), is_own
         numbers = dict.fromkeys(self._names, 0.0)
         self.optimizer.zero_grad(set_to_none=True)
@@ -291,7 +291,8 @@ class Trainer:
                     answer = self.task.answer(self.model, part)
                 beside, values = self.features.compare(part, batch) if self.features else (None, {})
                 others = () if beside is None else (scale * beside,)
-                added = backward(answer, objective, signal, part.row_labels, num_rows, others) | values
+                num_rows_N = weight_N.sum() / self.objective.weigh(part)
+                added = backward(answer, objective, signal, part.row_labels, num_rows_N, others) | values
             added["total"] += 0.0 if beside is None else beside.item()
             numbers = add_numbers(numbers, added)
         trained = [*self.model.parameters(), *self.beside.parameters()]

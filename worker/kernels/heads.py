@@ -15,7 +15,7 @@ CHUNK_ELEMENTS = 2**24  # of logits, 64 MB: enough rows for a processor's matrix
 GPU_CHUNK_ELEMENTS = 2**26  # of logits, 256 MB: enough for a GPU's
 BLOCK_ELEMENTS = 2**19  # of logits, 2 MB: what a loss makes of them stays in a processor's cache
 
-Objective = Callable[[Tensor, Signal | None, Tensor, int], tuple[Tensor, dict[str, float]]]
+Objective = Callable[[Tensor, Signal | None, Tensor, float | Tensor], tuple[Tensor, dict[str, float]]]
 
 
 @dataclass(slots=True, eq=False)
@@ -121,7 +121,7 @@ def backward(
     objective: Objective,
     signal: Signal | None,
     labels_N: Tensor,
-    num_rows: int,
+    num_rows: float | Tensor,
     beside: Sequence[Tensor] = (),
 ) -> dict[str, float]:
     """Goes backwards from the objective through the student's logits, or what makes them; returns its numbers.
@@ -131,7 +131,7 @@ def backward(
         objective: Gives `(gradient_NC, numbers)` for `(logits_NC, signal, labels_N, num_rows)`, both sums over rows.
         signal: What the teacher says of the rows.
         labels_N: Their classes.
-        num_rows: Rows of the whole optimiser step.
+        num_rows: Rows of the whole optimiser step, or num_rows_N of each row: it is one of so many.
         beside: Other losses of the same forward pass.
     """
     if isinstance(answer, Head):
@@ -146,7 +146,7 @@ def backward_through_head(
     objective: Objective,
     signal: Signal | None,
     labels_N: Tensor,
-    num_rows: int,
+    num_rows: float | Tensor,
     chunk_rows: int | None = None,
     beside: Sequence[Tensor] = (),
 ) -> dict[str, float]:
@@ -161,7 +161,7 @@ def backward_through_head(
         objective: Gives `(gradient_NC, numbers)` for `(logits_NC, signal, labels_N, num_rows)`, both sums over rows.
         signal: What the teacher says of the rows.
         labels_N: Their classes.
-        num_rows: Rows of the whole optimiser step.
+        num_rows: Rows of the whole optimiser step, or num_rows_N of each row: it is one of so many.
         chunk_rows: Rows at a time; None chooses them by the size of their logits.
         beside: Other losses of the same forward pass.
 
@@ -177,7 +177,7 @@ def backward_through_head(
     for start in range(0, max(1, len(frozen.hidden_ND)), chunk):
         rows = slice(start, start + chunk)
         heard = None if signal is None else signal.take(rows)
-        by_logits_NC, numbers = _by_logits(frozen.logits(rows), objective, heard, labels_N[rows], num_rows)
+        by_logits_NC, numbers = _by_logits(frozen.logits(rows), objective, heard, labels_N[rows], _take(num_rows, rows))
         gradients.hidden_ND[rows] = by_logits_NC.to(rounded_CD.dtype) @ rounded_CD
         with tf32():
             gradients.weight_CD.addmm_(by_logits_NC.T, frozen.hidden_ND[rows])
@@ -191,8 +191,12 @@ def backward_through_head(
     return sums
 
 
+def _take(num_rows: float | Tensor, rows: slice) -> float | Tensor:
+    return num_rows[rows] if isinstance(num_rows, Tensor) else num_rows
+
+
 def _by_logits(
-    logits_NC: Tensor, objective: Objective, signal: Signal | None, labels_N: Tensor, num_rows: int
+    logits_NC: Tensor, objective: Objective, signal: Signal | None, labels_N: Tensor, num_rows: float | Tensor
 ) -> tuple[Tensor, dict[str, float]]:
     """Returns the objective's gradient and numbers; the gradient takes the place of the logits.
 
@@ -205,7 +209,7 @@ def _by_logits(
     for start in range(0, max(1, num_logits), block):
         rows = slice(start, start + block)
         heard = None if signal is None else signal.take(rows)
-        gradient_NC, numbers = objective(logits_NC[rows], heard, labels_N[rows], num_rows)
+        gradient_NC, numbers = objective(logits_NC[rows], heard, labels_N[rows], _take(num_rows, rows))
         logits_NC[rows] = gradient_NC
         sums = add_numbers(sums, numbers)
     return logits_NC, sums

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from core.losses import FeatureLoss
+from core.losses import FeatureLoss, Reduction
 from core.methods import Depths, Loss, ModelFacts, Problem, Task
 from core.prompts import check_places
 from core.registry import Method, OneOf, list_methods
@@ -90,8 +90,11 @@ class Distill(Training):
         "the logits. One whose share of the gradient stays below 1 % or above 99 % is warned of; beside losses on "
         "layers the gradient has no shares, and that of the loss is watched.",
     )
-    reduction: Literal["mean", "sum"] = Field(
-        "mean", description="Over the examples of a step; `sum` makes the learning rate depend on batch_size."
+    reduction: Reduction = Field(
+        "mean",
+        description="Over the rows of a step, as texts, or tokens or words of them: their mean, their `sum`, which "
+        "makes the learning rate depend on batch_size, or `sequence_mean`, the mean over the texts of the means over "
+        "their rows, so that a long one counts no more than a short one.",
     )
 
     deletion_probability: float = Field(
@@ -140,8 +143,8 @@ class Distill(Training):
         if self.feature_losses and not spec.teacher.is_model:
             kind = self.feature_losses[0].kind
             return [Problem("losses", f"'{kind}' compares layers, and this teacher only answers; leave it out")]
-        if self.feature_losses and self.reduction == "sum":
-            why = "losses on layers are means over a step; use 'mean', or leave them out"
+        if self.feature_losses and self.reduction != "mean":
+            why = "losses on layers are means over a step's tokens or texts; use 'mean', or leave them out"
             return [Problem("reduction", why)]
         if self.feature_losses and self.freeze:
             return [Problem("freeze", "losses on layers are for layers that learn; leave one of them out")]
