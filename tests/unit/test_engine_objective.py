@@ -126,6 +126,22 @@ def test_rows_of_which_the_teacher_says_nothing_leave_its_sum_and_its_count(kind
     assert not found_NC[~is_seen_N].any()
 
 
+def test_a_mean_over_texts_is_over_what_the_teacher_says_of_each() -> None:
+    """Two texts, of two rows and of six; the oracle is torch's own divergence of each heard row, weighed by hand."""
+    z_NC, u_NC, is_heard_N = draw(0), draw(1), torch.arange(N) % 3 > 0
+    weight_N = torch.tensor([1 / 2] * 2 + [1 / 6] * 6, dtype=torch.float64)
+    u_NC[~is_heard_N] = 0
+    objective = Objective([Term("forward_kl", 1.0, LOSSES["forward_kl"](temperature=1.0).build(None))], "sequence_mean")
+    heard, num_rows_N = float(weight_N[is_heard_N].sum() / weight_N.sum()), weight_N.sum() / weight_N
+    gradient_NC, numbers = objective(z_NC, GappedSignal(u_NC), torch.zeros(N).long(), num_rows_N, heard=heard)
+    teacher, student = (torch.distributions.Categorical(logits=x_NC[is_heard_N]) for x_NC in (u_NC, z_NC))
+    kl_N = torch.distributions.kl_divergence(teacher, student)
+    assert numbers["forward_kl"] == pytest.approx(
+        float((weight_N[is_heard_N] * kl_N).sum() / weight_N[is_heard_N].sum())
+    )
+    assert gradient_NC.any(-1).tolist() == is_heard_N.tolist()
+
+
 def test_a_teacher_of_other_tokens_counts_where_it_is_heard() -> None:
     z_NC, u_NC, index_N = draw(0), draw(1)[:3], torch.tensor([-1, 2, -1, -1, 0, 1, -1, -1])
     objective = Objective([Term("uld", 1.0, LOSSES["uld"]().build(None))])
