@@ -152,7 +152,6 @@ class Objective:
             scale: What the gradient is multiplied with; the numbers are not.
         """
         is_heard_N = None if signal is None else signal.is_heard
-        num_rows = num_rows.to(student_NC.device) if isinstance(num_rows, Tensor) else num_rows
         logits_NC = widen(student_NC.detach()).requires_grad_()
         gradient_NC: Tensor | None = None
         numbers_J2, weights = [], self.weights()

@@ -278,7 +278,8 @@ class Trainer:
         resting = self.objective.resting(batch, is_own=is_own)
         teaching = self.teaching if self.features or self.objective.hears_teacher(resting) else None
         weight_N, is_heard_N = self.objective.weigh(batch), teaching.find_heard(batch) if teaching else None
-        heard = 1.0 if is_heard_N is None else float(weight_N[is_heard_N].sum() / weight_N.sum())
+        weight = weight_N.sum()
+        heard = 1.0 if is_heard_N is None else float(weight_N[is_heard_N].sum() / weight)
         objective = partial(self.objective, heard=heard, resting=resting, scale=scale)
         ranks.seed_step(self.ctx.seed, self._step)
         self.ctx.share_done, self.ctx.is_own_text = self._step / max(1, self.num_steps - 1), is_own
@@ -291,7 +292,7 @@ class Trainer:
                     answer = self.task.answer(self.model, part)
                 beside, values = self.features.compare(part, batch) if self.features else (None, {})
                 others = () if beside is None else (scale * beside,)
-                num_rows_N = weight_N.sum() / self.objective.weigh(part)
+                num_rows_N = (weight / self.objective.weigh(part)).to(self.ctx.device)
                 added = backward(answer, objective, signal, part.row_labels, num_rows_N, others) | values
             added["total"] += 0.0 if beside is None else beside.item()
             numbers = add_numbers(numbers, added)
