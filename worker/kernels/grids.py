@@ -98,11 +98,8 @@ def _half(scale_OG: Tensor) -> Tensor:
 def encode(weight_OI: Tensor, grid: Grid) -> Tensor:
     """Returns the code of the grid's value that is nearest to each weight, codes_OI, whole numbers as floats."""
     groups_OGN = weight_OI.unflatten(1, (grid.scale_OG.shape[1], -1))
-    return _encode(groups_OGN, grid.scale_OG[..., None], grid.zero_OG[..., None], grid.bits).flatten(1)
-
-
-def _encode(x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
-    return ((x / scale).round() + zero).clamp(0, 2**bits - 1)
+    codes_OGN = (groups_OGN / grid.scale_OG[..., None]).round() + grid.zero_OG[..., None]
+    return codes_OGN.clamp(0, 2**grid.bits - 1).flatten(1)
 
 
 def decode(codes_OI: Tensor, grid: Grid) -> Tensor:
@@ -114,11 +111,6 @@ def decode(codes_OI: Tensor, grid: Grid) -> Tensor:
 def nearest(weight_OI: Tensor, grid: Grid) -> Tensor:
     """Returns the grid's value that is nearest to each weight, weight_OI."""
     return decode(encode(weight_OI, grid), grid)
-
-
-def nearest_value(x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
-    """Returns the same of each x, with a scale and a zero of its own; shapes as torch broadcasts them."""
-    return (_encode(x, scale, zero, bits) - zero) * scale
 
 
 def round_through(weight_OI: Tensor, grid: Grid) -> Tensor:

@@ -11,11 +11,11 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from worker.kernels.grids import Fit, Grid, join, nearest_value
+from worker.kernels.grids import Fit, Grid, join
 
 BLOCK = 128
 Choose: TypeAlias = Callable[[Tensor], Tensor]  # of scores, which weights stay
-Change: TypeAlias = Callable[[int, Tensor], Tensor]
+Change: TypeAlias = Callable[[int, Tensor, Tensor], object]
 Begin: TypeAlias = Callable[[slice, Tensor, Tensor], Change]
 
 
@@ -49,8 +49,8 @@ def change_in_order(weight_OI: Tensor, gram_II: Tensor, begin: Begin, damping: f
         weight_OI: The matrix.
         gram_II: Σ x xᵀ over its inputs.
         begin: Called at each block with which inputs it has, their weights left_OB as they are by then, and the
-            diagonal of the factor factor_B; what it returns is called with a place in the block and its weights
-            column_O, and returns what becomes of them.
+            diagonal of the factor factor_B; what it returns is called with a place in the block, its weights column_O,
+            and where to write what becomes of them.
         damping: See `inverse_factor`.
         block: Inputs in a block.
     """
@@ -63,9 +63,9 @@ def change_in_order(weight_OI: Tensor, gram_II: Tensor, begin: Begin, damping: f
         inputs, later = slice(start, start + block), slice(start + block, None)
         left_BO, result_BO, share_BB = left_IO[inputs], result_IO[inputs], share_II[inputs, inputs]
         change, error_BO = begin(inputs, left_BO.T, diagonal_I[inputs]), torch.empty_like(left_BO)
-        for place, column_O in enumerate(left_BO):
-            result_BO[place] = change(place, column_O)
-            error_O = torch.sub(column_O, result_BO[place], out=error_BO[place])
+        for place, (column_O, changed_O, error_O) in enumerate(zip(left_BO, result_BO, error_BO, strict=True)):
+            change(place, column_O, changed_O)
+            torch.sub(column_O, changed_O, out=error_O)
             left_BO[place + 1 :].addr_(share_BB[place, place + 1 :], error_O, alpha=-1)
         left_IO[later].addmm_(share_II[inputs, later].T, error_BO, alpha=-1)
     return result_IO.T
@@ -91,11 +91,11 @@ def prune_in_order(
     def begin(_: slice, left_OB: Tensor, factor_B: Tensor) -> Change:
         stays_BO = torch.empty_like(left_OB.T, dtype=torch.bool)
 
-        def change(place: int, column_O: Tensor) -> Tensor:
+        def change(place: int, column_O: Tensor, changed_O: Tensor) -> None:
             if place % width == 0:
                 some = slice(place, place + width)
                 stays_BO[some] = choose((left_OB[:, some] / factor_B[some]).square()).T
-            return column_O * stays_BO[place]
+            torch.mul(column_O, stays_BO[place], out=changed_O)
 
         return change
 
@@ -132,7 +132,13 @@ def round_in_order(
             group_B = torch.zeros_like(group_B)
         scale_OG, zero_OG, bits = grids[-1]
         scale_BO, zero_BO = scale_OG.T[group_B], zero_OG.T[group_B]
-        return lambda place, column_O: nearest_value(column_O, scale_BO[place], zero_BO[place], bits) * stays_BO[place]
+        least_BO, most_BO = -zero_BO * stays_BO, (2**bits - 1 - zero_BO) * stays_BO
+
+        def change(place: int, column_O: Tensor, changed_O: Tensor) -> None:
+            scale_O = scale_BO[place]
+            torch.div(column_O, scale_O, out=changed_O).round_().clamp_(least_BO[place], most_BO[place]).mul_(scale_O)
+
+        return change
 
     block = width if fixed is None else BLOCK
     rounded_OI = change_in_order(weight_OI[:, order_I], gram_II[order_I][:, order_I], begin, damping, block)
