@@ -6,6 +6,7 @@ from pydantic import Field, field_validator
 from pydantic_core import PydanticCustomError
 
 from core.methods import ModelFacts, Problem, Widths
+from core.models.widths import DIVIDED_STATES, OWN_HEADS
 from core.registry import Method
 from core.strict import StrictModel
 
@@ -34,7 +35,7 @@ class Importance(Method):
 
 
 class Narrowed(NamedTuple):
-    """A model that is to have fewer states or neurons, as far as it is known: what it is called, and its sizes.
+    """A model that is to have fewer states, heads or neurons, as far as it is known: what it is called, and its sizes.
 
     `start` is what it is made of.
     """
@@ -45,36 +46,60 @@ class Narrowed(NamedTuple):
     num_heads: int | None
     widths: Widths | None
 
-    def check(self, hidden_size: int | None, intermediate_size: int | None) -> list[Problem]:
+    def check(self, hidden_size: int | None, num_heads: int | None, intermediate_size: int | None) -> list[Problem]:
         """Returns the first width that it cannot have; fields are those."""
-        states, num_heads, widths = self.states, self.num_heads, self.widths
-        kind, field = self.start.model_type, "hidden_size" if hidden_size else "intermediate_size"
-        if (hidden_size and kind in STATES_STAY) or (kind in NEVER_NARROWED and (hidden_size or intermediate_size)):
+        asked = {"hidden_size": hidden_size, "num_heads": num_heads, "intermediate_size": intermediate_size}
+        field, kind = next((name for name, size in asked.items() if size), None), self.start.model_type
+        if field is None:
+            return []
+        if kind in NEVER_NARROWED or (hidden_size and kind in STATES_STAY):
             why = f"a '{kind}' is built in a way in which this cannot be narrowed"
             return [Problem(field, f"{why}; leave it out, or keep fewer layers")]
-        if hidden_size and hidden_size == self.start.embedding_size != states:
+        unfit = self._check_states(hidden_size, num_heads) if hidden_size else None
+        if unfit:
+            return [Problem("hidden_size", unfit)]
+        unfit = self._check_heads(num_heads, hidden_size or self.states) if num_heads else None
+        if unfit:
+            return [Problem("num_heads", unfit)]
+        return self._check_known(self.widths, field, asked) if self.widths else []
+
+    def _check_states(self, hidden_size: int, num_heads: int | None) -> str | None:
+        states, heads = self.states, self.num_heads
+        if hidden_size == self.start.embedding_size != states:
             why = "so wide are its embeddings, and the map from them to the states has no place then"
-            return [Problem("hidden_size", f"{why}; choose another number")]
-        if hidden_size and states and hidden_size > states:
-            why = f"the {self.role} has {states} states, and what is left of it cannot be wider; choose at most as many"
-            return [Problem("hidden_size", why)]
-        if hidden_size and states and num_heads and (hidden_size * num_heads) % states:
-            why = f"heads of the {self.role} are {states // num_heads} wide; choose a multiple of that"
-            return [Problem("hidden_size", why)]
-        if widths is None or not (hidden_size or intermediate_size):
-            return []
-        if intermediate_size and intermediate_size > widths.inner:
+            return f"{why}; choose another number"
+        if states and hidden_size > states:
+            why = f"the {self.role} has {states} states, and what is left of it cannot be wider"
+            return f"{why}; choose at most as many"
+        if states and heads and not num_heads and (hidden_size * heads) % states:
+            return f"heads of the {self.role} are {states // heads} wide; choose a multiple of that"
+        return None
+
+    def _check_heads(self, num_heads: int, states: int | None) -> str | None:
+        kind = self.start.model_type
+        if kind not in OWN_HEADS:
+            why = f"a '{kind}' is not known to have a width of a head in its config, so that heads go with states alone"
+            return f"{why}; leave it out, or set hidden_size"
+        if self.num_heads and num_heads > self.num_heads:
+            return f"the {self.role} has {self.num_heads} heads; choose at most as many"
+        if kind in DIVIDED_STATES and states and states % num_heads:
+            return f"heads of a '{kind}' divide its states, of which there are {states}; choose a divisor"
+        return None
+
+    def _check_known(self, widths: Widths, field: str, asked: dict[str, int | None]) -> list[Problem]:
+        if (asked["intermediate_size"] or 0) > widths.inner:
             why = f"a layer of the {self.role} has {widths.inner} neurons; choose at most as many"
             return [Problem("intermediate_size", why)]
         if not widths.are_distinct:
             why = f"in a layer of {widths.states} states and {widths.inner} neurons they cannot be told apart"
-            return [Problem("hidden_size" if hidden_size else "intermediate_size", f"{why}; leave it out")]
-        if widths.narrowed(hidden_size, None) is None:
-            why = (
-                f"heads share keys in groups of {widths.states // widths.num_groups} states; choose a multiple of that"
-            )
-            return [Problem("hidden_size", why)]
-        return []
+            return [Problem(field, f"{why}; leave it out")]
+        if widths.narrowed(asked["hidden_size"], None, asked["num_heads"]):
+            return []
+        if asked["num_heads"]:
+            why = f"{widths.num_heads // widths.num_groups} heads share keys; choose a multiple of that"
+            return [Problem("num_heads", why)]
+        why = f"heads share keys in groups of {widths.states // widths.num_groups} states; choose a multiple of that"
+        return [Problem("hidden_size", why)]
 
 
 class Sparsity(Method):

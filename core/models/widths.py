@@ -82,6 +82,11 @@ KNOWN = {
     for kinds, known in KINDS.items()
     for kind in kinds.split()
 }
+OWN_HEADS = (  # whose config says how wide a head is, so that there can be fewer of them beside as many states
+    *("llama", "mistral", "ministral3", "qwen3", "gemma", "gemma2", "gemma3_text", "cohere2", "arcee", "ernie4_5"),
+    *("seed_oss", "nemotron"),
+)
+DIVIDED_STATES = ("llama", "gemma2", "gemma3_text", "arcee")  # whose config has heads divide the states all the same
 SPLIT_STATES = (  # among heads, where the config does not say how wide these are
     *("llama", "mistral", "qwen2", "smollm3", "granite", "olmo", "arcee", "exaone4", "stablelm", "nemotron"),
 )
@@ -109,12 +114,16 @@ class Widths(BaseModel):
         """Whether states and neurons can be told apart by how many there are, also where a gate lies beside these."""
         return self.states not in (self.inner, 2 * self.inner)
 
-    def narrowed(self, states: int | None, inner: int | None) -> "Widths | None":
-        """Returns those of a narrower model, with heads as wide as these; None where the widths cannot be."""
+    def narrowed(self, states: int | None, inner: int | None, num_heads: int | None = None) -> "Widths | None":
+        """Returns those of a narrower model, with heads as wide as these; None where the widths cannot be.
+
+        Of heads there are as many as asked for, or as is their share of the states.
+        """
         width, inner = states or self.states, inner or self.inner
-        heads, lost = divmod(self.num_heads * width, self.states)
-        groups, lost_too = divmod(self.num_groups * width, self.states)
-        if width > self.states or inner > self.inner or lost or lost_too or not groups:
+        heads, lost = (num_heads, 0) if num_heads else divmod(self.num_heads * width, self.states)
+        groups, lost_too = divmod(self.num_groups * heads, self.num_heads)
+        is_wider = width > self.states or inner > self.inner or heads > self.num_heads
+        if is_wider or lost or lost_too or not groups:
             return None
         return Widths(states=width, inner=inner, head=self.head, num_heads=heads, num_groups=groups)
 

@@ -112,9 +112,9 @@ def context() -> Any:
     )
 
 
-def cut(model: Any, hidden_size: int | None, intermediate_size: int | None, by: str = "activation") -> Any:
-    settings = {"hidden_size": hidden_size, "intermediate_size": intermediate_size, "importance": {"kind": by}}
-    return narrow(context(), model, None, TeacherLayers(keep=[0], **settings))  # type: ignore[arg-type]
+def cut(model: Any, hidden_size: int | None, intermediate_size: int | None, num_heads: int | None = None) -> Any:
+    asked = {"hidden_size": hidden_size, "intermediate_size": intermediate_size, "num_heads": num_heads}
+    return narrow(context(), model, None, TeacherLayers(keep=[0], **asked))  # type: ignore[arg-type]
 
 
 def parts_of(model: torch.nn.Module) -> list[Any]:

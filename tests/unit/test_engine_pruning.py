@@ -705,9 +705,9 @@ def test_what_earlier_stages_leave_is_not_guessed(tmp_path: Path) -> None:
 def test_heads_that_share_keys_go_together() -> None:
     widths = Widths(states=64, inner=96, head=16, num_heads=4, num_groups=2)
     narrowed = Narrowed("student", ModelFacts(model_type="llama"), 64, 4, widths)
-    [problem] = narrowed.check(16, None)
+    [problem] = narrowed.check(16, None, None)
     assert (problem.field, "groups of 32 states" in problem.message) == ("hidden_size", True)
-    assert narrowed.check(32, None) == []
+    assert narrowed.check(32, None, None) == []
 
 
 def test_a_kind_of_model_that_cannot_be_narrowed_is_refused_at_submit() -> None:

@@ -29,10 +29,10 @@ from transformers import (
 from core.errors import StageFailed
 from core.models.facts import ModelFacts, read_facts
 from core.models.safetensors_header import Tensor, read_tensors
-from core.models.widths import KNOWN
+from core.models.widths import KNOWN, OWN_HEADS
 from tests import pico
 from tests.unit.test_engine_models import CONFIGS, SIZES, make
-from tests.unit.test_engine_narrowing import GROUPED, cut
+from tests.unit.test_engine_narrowing import GROUPED, cut, logits, parts_of, weight_of
 from worker.engine.matrices import find_matrices
 from worker.engine.students import keep_layers, make_fresh
 from worker.methods.students.fresh import Fresh
@@ -112,6 +112,51 @@ def test_the_told_number_is_that_of_the_student(config: PreTrainedConfig, model:
         ]
         made = cut(keep_layers(teacher, keep), hidden_size, intermediate_size)
         assert told == [count(made)] * 2, asked
+
+
+@pytest.mark.parametrize("config", [*CONFIGS, *DECODERS], ids=lambda config: config.model_type)
+def test_heads_go_alone_where_the_config_can_say_so(config: PreTrainedConfig, tmp_path: Path) -> None:
+    """Of each layer other groups of heads say nothing; without these the model says what it said."""
+    model = build(config, AutoModelForCausalLM if config in [GPT2, *DECODERS] else AutoModelForMaskedLM)
+    half = config.num_attention_heads // 2
+    for number, part in enumerate(parts_of(model)):
+        into = weight_of(part.out)
+        with torch.no_grad():
+            (into[: len(into) // 2] if number % 2 else into[len(into) // 2 :]).zero_()
+    model.save_pretrained(tmp_path / "whole")
+    asked, facts = TeacherLayers(keep=[*range(config.num_hidden_layers)], num_heads=half), facts_of(tmp_path / "whole")
+    if config.model_type not in OWN_HEADS:
+        [problem] = asked.check(facts)
+        assert (problem.field, "not known to have a width of a head" in problem.message) == ("num_heads", True)
+        with pytest.raises(StageFailed, match="no width of a head of its own"):
+            cut(model, None, None, half)
+        return
+    assert asked.check(facts) == []
+    student = cut(model, None, None, half)
+    assert student.config.num_attention_heads == half
+    assert asked.count_parameters(facts) == count(student) < count(model)
+    torch.testing.assert_close(logits(student), logits(model))
+    student.save_pretrained(tmp_path / "made")
+    again, info = AutoModelForCausalLM.from_pretrained(tmp_path / "made", output_loading_info=True)
+    assert not info["missing_keys"] | info["unexpected_keys"]
+    torch.testing.assert_close(logits(again), logits(student))
+
+
+@pytest.mark.parametrize(
+    ("config", "num_heads", "words"),
+    [
+        (GROUPED, 8, "has 4 heads; choose at most as many"),
+        (GROUPED, 1, "2 heads share keys; choose a multiple"),
+        (LlamaConfig(**HEADS | {"num_key_value_heads": 4}), 3, "there are 32; choose a divisor"),
+    ],
+)
+def test_heads_that_cannot_be_are_refused_at_submit(
+    config: PreTrainedConfig, num_heads: int, words: str, tmp_path: Path
+) -> None:
+    model = build(config, AutoModelForCausalLM)
+    model.save_pretrained(tmp_path)
+    [problem] = TeacherLayers(keep=[0], num_heads=num_heads).check(facts_of(tmp_path))
+    assert (problem.field, words in problem.message) == ("num_heads", True)
 
 
 OTHERS = [config for config in CONFIGS if config.model_type in {"deberta", "deberta-v2", "mpnet"}]

@@ -52,6 +52,10 @@ class Narrower(Protocol):
         """States to keep; None for all."""
 
     @property
+    def num_heads(self) -> int | None:
+        """Heads to keep; None for the share of the states that are kept."""
+
+    @property
     def intermediate_size(self) -> int | None:
         """Neurons to keep inside each feed-forward layer; None for all."""
 
@@ -66,7 +70,7 @@ def narrow(
     """Returns a model of the same class that has the most important places of each width, so that stock code loads it.
 
     States count by their mean size after each layer, heads and neurons as they are asked to. The width of a head stays;
-    with fewer states there are fewer heads, whole groups of those that share keys.
+    with fewer states there are fewer heads, unless their number is asked for; those that share keys stay together.
 
     Paper: Muralidharan et al. 2024, "Compact Language Models via Pruning and Knowledge Distillation", section 2.2
     (importance by activations, of width).
@@ -79,7 +83,7 @@ def narrow(
     parts = {name: _find_part(layer, model.config) for name, layer in layers.items()}
     _check_order(model, parts[f"{stack}.0"])
     widths = read_widths(model.config)
-    config = _narrow_config(model.config, widths, settings.hidden_size, settings.intermediate_size)
+    config = _narrow_config(model.config, widths, settings)
     new = read_widths(config)
     seen = _look(ctx, model, take_sample(ctx, model, tokenizer), parts, settings.importance)
     kept = Seen(
@@ -103,20 +107,23 @@ def narrow(
     return student
 
 
-def _narrow_config(
-    config: PreTrainedConfig, old: Widths, hidden_size: int | None, intermediate_size: int | None
-) -> PreTrainedConfig:
-    new = old.narrowed(hidden_size, intermediate_size)
+def _narrow_config(config: PreTrainedConfig, old: Widths, settings: Narrower) -> PreTrainedConfig:
+    states, num_heads, inner = settings.hidden_size, settings.num_heads, settings.intermediate_size
+    new = old.narrowed(states, inner, num_heads)
     if new is None:
         message = (
             f"A '{config.model_type}' of {old.states} states, {old.num_heads} heads in {old.num_groups} groups and "
-            f"{old.inner} neurons cannot have {hidden_size or old.states} states and {intermediate_size or old.inner} "
-            "neurons."
+            f"{old.inner} neurons cannot have {states or old.states} states, {num_heads or 'fewer'} heads and "
+            f"{inner or old.inner} neurons."
         )
         step = old.states // old.num_groups
-        raise StageFailed("spec_invalid", message, suggestion=f"Choose fewer; a number of states is {step} times some.")
+        hint = f"Choose fewer; a number of states is {step} times some, one of heads {old.num_heads // old.num_groups}."
+        raise StageFailed("spec_invalid", message, suggestion=hint)
     narrower = copy.deepcopy(config)
     set_widths(narrower, new)
+    if read_widths(narrower).head != new.head:
+        message = f"The config of a '{config.model_type}' has no width of a head of its own, so all of its heads stay."
+        raise StageFailed("spec_invalid", message, suggestion="Leave num_heads out, or set hidden_size.")
     return narrower
 
 

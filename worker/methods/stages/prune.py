@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from worker.engine.context import StageContext
 
 
-SIZES = ("num_layers", "intermediate_size", "hidden_size")
+SIZES = ("num_layers", "intermediate_size", "num_heads", "hidden_size")
 PARAMETER_BYTES = 4
 WIDTH_STEP = 64  # in which the usual groups of a `quantize` fit
 LARGEST_SHARE = 0.999999
@@ -91,8 +91,18 @@ class Prune(ModelStage):
     intermediate_size: int | None = Field(
         None, ge=1, le=262_144, description="Neurons to keep inside each feed-forward layer."
     )
+    num_heads: int | None = Field(
+        None,
+        ge=1,
+        le=4096,
+        description="Attention heads to keep in each layer, with those that share their keys; of architectures whose "
+        "config has a width of a head of its own, such as Llama's.",
+    )
     hidden_size: int | None = Field(
-        None, ge=1, le=65_536, description="States to keep, with heads of the same width; a multiple of a head's."
+        None,
+        ge=1,
+        le=65_536,
+        description="States to keep, and with them their share of the heads, as wide as before.",
     )
     to: Goal | None = Field(
         None,
@@ -158,7 +168,7 @@ class Prune(ModelStage):
     @property
     def is_narrower(self) -> bool:
         """Whether widths change."""
-        return bool(self.hidden_size or self.intermediate_size)
+        return bool(self.hidden_size or self.num_heads or self.intermediate_size)
 
     def layered(self) -> list[str]:
         """Returns that all of it changes the layers one by one."""
@@ -171,7 +181,7 @@ class Prune(ModelStage):
         widths, num_layers = sizes.widths, sizes.num_layers
         return sizes._replace(
             num_layers=min(self.num_layers or num_layers, num_layers) if num_layers else None,
-            widths=widths.narrowed(self.hidden_size, self.intermediate_size) if widths else None,
+            widths=widths.narrowed(self.hidden_size, self.intermediate_size, self.num_heads) if widths else None,
             step=None if self.intermediate_size else sizes.step,
         )
 
@@ -195,7 +205,7 @@ class Prune(ModelStage):
             return [Problem("multiple_of", "it is of a goal; set 'to', or leave it out")]
         if self.to or sizes:
             return self._check_multiple(spec, self.width_step) if self.to else []
-        return [Problem("kind", "nothing is to go; set num_layers, intermediate_size or hidden_size, or a goal in to")]
+        return [Problem("kind", f"nothing is to go; set one of {', '.join(SIZES)}, or a goal in to")]
 
     def _check_multiple(self, spec: "JobSpec", step: int) -> list[Problem]:
         """Returns whether a later stage takes weights in groups that may not divide neurons found in such steps."""
@@ -219,7 +229,7 @@ class Prune(ModelStage):
         unfit = self._check_depth(sizes.num_layers) if sizes.num_layers else []
         known = (sizes.widths.states, sizes.widths.num_heads, sizes.widths) if sizes.widths else (None, None, None)
         narrowed = Narrowed("student", start, *known)
-        return unfit + narrowed.check(self.hidden_size, self.intermediate_size)
+        return unfit + narrowed.check(self.hidden_size, self.num_heads, self.intermediate_size)
 
     def _check_goal(self, goal: Goal, spec: "JobSpec", start: ModelFacts, sizes: Sizes) -> list[Problem]:
         """Returns whether a student that has these sizes by now meets the goal as it is, or none of its sizes can."""

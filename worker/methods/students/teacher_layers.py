@@ -55,7 +55,17 @@ class TeacherLayers(Student):
     )
 
     hidden_size: int | None = Field(
-        None, ge=1, le=65_536, description="Width of the states, with heads as wide as before; null as wide as before."
+        None,
+        ge=1,
+        le=65_536,
+        description="Width of the states, with their share of the heads, as wide as before; null as wide as before.",
+    )
+    num_heads: int | None = Field(
+        None,
+        ge=1,
+        le=4096,
+        description="Attention heads in each layer, of architectures whose config has a width of a head of its own; "
+        "null as many as before, or as is their share of the states.",
     )
     intermediate_size: int | None = Field(
         None, ge=1, le=262_144, description="Neurons inside each feed-forward layer; null as many as before."
@@ -69,7 +79,7 @@ class TeacherLayers(Student):
     @property
     def is_narrower(self) -> bool:
         """Whether it has widths of its own."""
-        return bool(self.hidden_size or self.intermediate_size)
+        return bool(self.hidden_size or self.num_heads or self.intermediate_size)
 
     @property
     def asks_head(self) -> bool:
@@ -90,7 +100,7 @@ class TeacherLayers(Student):
             return [Problem("model", f"{why}, or use kind 'pretrained', which keeps all of it")]
         what = "model" if self.model else "teacher"
         narrowed = Narrowed(what, start, start.hidden_size, start.num_heads, start.widths)
-        unfit = narrowed.check(self.hidden_size, self.intermediate_size)
+        unfit = narrowed.check(self.hidden_size, self.num_heads, self.intermediate_size)
         if unfit:
             return unfit
         if start.num_layers is None:
@@ -145,7 +155,8 @@ class TeacherLayers(Student):
 
     def widths(self, start: ModelFacts) -> Widths | None:
         """Returns the model's, or those that are asked for."""
-        return start.widths.narrowed(self.hidden_size, self.intermediate_size) if start.widths else None
+        asked = self.hidden_size, self.intermediate_size, self.num_heads
+        return start.widths.narrowed(*asked) if start.widths else None
 
     def _count_narrower(self, start: ModelFacts) -> int | None:
         made, widths = start.composition, self.widths(start)
