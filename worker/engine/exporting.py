@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from core.errors import StageFailed
 from worker.engine.context import StageContext
+from worker.engine.fusing import fuse
 from worker.engine.inference import as_answer
 from worker.engine.loading import save_labels, save_tokenizer
 from worker.engine.portable import write_model
@@ -116,15 +117,21 @@ def write_onnx_int8(ctx: StageContext, settings: "OnnxInt8", folder: Path) -> di
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    graph, coded = make_onnx(ctx), ctx.scratch_dir / "int8.onnx"
+    graph, coded, reference = make_onnx(ctx), ctx.scratch_dir / "int8.onnx", get_reference(ctx)
+    if settings.fuse and not reference.model.can_generate():
+        fused = ctx.scratch_dir / "fused"
+        fused.mkdir(exist_ok=True)
+        save_graph(fuse(onnx.load(graph), reference.model.config), fused)
+        graph = fused / "model.onnx"
     quantize_dynamic(
         graph,
         coded,
         weight_type=QuantType.QUInt8 if settings.weights == "uint8" else QuantType.QInt8,
         per_channel=settings.per_channel,
         reduce_range=settings.reduce_range,
-        op_types_to_quantize=["MatMul", "Gemm", "Gather"],
+        op_types_to_quantize=["MatMul", "Gemm", "Gather", "Attention"],
         use_external_data_format=True,
+        extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},  # after what is fused, types are not known
     )
     proto = onnx.load(coded)
     for tied in find_tied(onnx.load(graph).graph):

@@ -28,6 +28,11 @@ class OnnxInt8(Exporter):
         "processors without VNNI needs `reduce_range` not to overflow.",
     )
     per_channel: bool = Field(True, description="One scale for each output column instead of one for each matrix.")
+    fuse: bool = Field(
+        True,
+        description="Make one operator of each layer's attention, as onnxruntime has it: a fourth less time for one "
+        "text. false keeps to operators of the ONNX standard, for other runtimes.",
+    )
     reduce_range: bool = Field(False, description="Use 7 bits of a weight, so that sums of 'int8' products fit.")
 
     def build(self, ctx: "StageContext") -> Callable[[Path], dict[str, float]]:
