@@ -53,7 +53,7 @@ CONTENDERS = [f"{what} {who}" for what in TIMED for who in ("ours", "peer")]
 GOALS = {f"{what}: {cost} over peer's": (1.0, "at most") for what in TIMED for cost in ("seconds", "memory")} | {
     "neurons: accuracy above peer's": (0.0, "at least"),
     "codes: error over peer's": (1.0, "at most"),
-    "int8: p50 over plain calls'": (1.05, "at most"),  # the same kernels, so that only noise tells them apart
+    "int8: p50 over plain calls'": (0.9, "at most"),  # its kernels, in fewer operators
 }
 
 
