@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 SPLITS = ("train", "validation", "test")
 ONNX_FORMS = ("onnx", "onnx_fp16", "onnx_int8", "onnx_int8_static", "onnx_int4")
+UNTRACED = ("fnet", "funnel", "longformer", "tapas")  # encoders that no graph of ONNX says the same as
 ENCODER_FORMS = ("safetensors", *ONNX_FORMS, "openvino", "executorch", "triton", "kserve", "compressed_tensors")
 
 
@@ -218,14 +219,15 @@ class Loss(Method):
 class Exporter(Method):
     """One deployable form of the student; `bytes_per_parameter` is about what it takes to store one.
 
-    `model_types` are the architectures that it is known for, all if there are none; `is_default`: a job writes it
-    unless it says so; `is_measured`: a stage can run it; `calibrates`: it looks at the training split; `has_no_codes`:
-    it stores weights that are on grids as it does all others.
+    `model_types` are the architectures that it is known for, all but `lacking_types` if there are none; `is_default`: a
+    job writes it unless it says so; `is_measured`: a stage can run it; `calibrates`: it looks at the training split;
+    `has_no_codes`: it stores weights that are on grids as it does all others.
     """
 
     family: ClassVar[str] = "exporters"
     bytes_per_parameter: ClassVar[float]
     model_types: ClassVar[tuple[str, ...]] = ()
+    lacking_types: ClassVar[tuple[str, ...]] = ()
     is_default: ClassVar[bool] = True
     is_measured: ClassVar[bool] = True
     calibrates: ClassVar[bool] = False

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from core.agreement import Agreement
-from core.methods import Exporter
+from core.methods import UNTRACED, Exporter
 
 if TYPE_CHECKING:
     from worker.engine.context import StageContext
@@ -25,6 +25,7 @@ class Executorch(Exporter):
     takes some seconds a layer. The worker needs the extra `executorch`.
     """
 
+    lacking_types: ClassVar[tuple[str, ...]] = (*UNTRACED, "canine")
     is_default: ClassVar[bool] = False
     is_measured: ClassVar[bool] = False
     has_no_codes: ClassVar[bool] = True

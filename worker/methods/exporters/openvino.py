@@ -23,6 +23,7 @@ class Openvino(Exporter):
     have what was measured. The worker needs the extra `openvino`.
     """
 
+    lacking_types: ClassVar[tuple[str, ...]] = ("flaubert", "fnet", "funnel", "longformer", "xlm")
     is_default: ClassVar[bool] = False
     has_no_codes: ClassVar[bool] = True
 

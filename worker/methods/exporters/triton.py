@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from core.methods import Exporter
+from core.methods import UNTRACED, Exporter
 from core.registry import OneOf
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ class Triton(Exporter):
     Source: NVIDIA Triton Inference Server, "Model Configuration".
     """
 
+    lacking_types: ClassVar[tuple[str, ...]] = UNTRACED
     is_default: ClassVar[bool] = False
     is_measured: ClassVar[bool] = False
 

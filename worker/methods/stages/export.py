@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from core.changing import find_change, is_trained
-from core.methods import Exporter, ModelFacts, Problem, Stage, Task
+from core.methods import UNTRACED, Exporter, ModelFacts, Problem, Stage, Task
 from core.registry import OneOf
 from core.training import Training
 from worker.methods.stages.quantize import Quantize
@@ -38,7 +38,8 @@ def check_types(formats: Sequence[Exporter], task: Task, start: ModelFacts) -> l
         Problem(f"formats.{index}", f"'{form.kind}' is not written for a '{start.model_type}'; leave it out")
         for index, form in enumerate(formats)
         for known in [form.model_types or (task.graph_types if form.is_graph else ())]
-        if known and start.model_type not in known
+        for lacking in [form.lacking_types + (UNTRACED if form.is_graph else ())]
+        if start.model_type in lacking or (known and start.model_type not in known)
     ]
 
 
