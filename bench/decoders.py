@@ -99,10 +99,12 @@ def measure(client: Client, name: str, base: dict[str, Any], epochs: int) -> dic
         job, _ = run(client, base | {"name": f"{name} {row}", "stages": [stage]})
         seen = job.stages[0].summary
         found |= {"whole": math.exp(seen["validation_before"]["loss"]), row: math.exp(seen["validation"]["loss"])}
+        console.print(f"{name} {row}: {found[row]:.3f}, whole {found['whole']:.3f}")
     again = {"kind": "distill", "epochs": 0.25, "learning_rate": 5e-4, "batch_size": 16}
     for row in (f"{rough} {kind}" for rough, kind in RECOVERED.items() if f"{rough} {kind}" in rows):
         job, _ = run(client, base | {"name": f"{name} {row} recovers", "stages": [ROWS[row], again]})
         found[f"{row}, distilled"] = math.exp(job.stages[1].summary["validation"]["loss"])
+        console.print(f"{name} {row}, distilled: {found[f'{row}, distilled']:.3f}")
     return found
 
 
