@@ -15,7 +15,7 @@ from worker.kernels.grids import Fit, Grid, join
 
 BLOCK = 128
 Choose: TypeAlias = Callable[[Tensor], Tensor]  # of scores, which weights stay
-Change: TypeAlias = Callable[[int, Tensor, Tensor], object]
+Change: TypeAlias = Callable[[int, Tensor, Tensor], None]
 Begin: TypeAlias = Callable[[slice, Tensor, Tensor], Change]
 
 
@@ -132,7 +132,7 @@ def round_in_order(
             group_B = torch.zeros_like(group_B)
         scale_OG, zero_OG, bits = grids[-1]
         scale_BO, zero_BO = scale_OG.T[group_B], zero_OG.T[group_B]
-        least_BO, most_BO = -zero_BO * stays_BO, (2**bits - 1 - zero_BO) * stays_BO
+        least_BO, most_BO = -zero_BO * stays_BO, (2**bits - 1 - zero_BO) * stays_BO  # both 0 of what stays zero
 
         def change(place: int, column_O: Tensor, changed_O: Tensor) -> None:
             scale_O = scale_BO[place]
