@@ -64,6 +64,15 @@ class Narrower(Protocol):
         """Which neurons and heads count most."""
 
 
+class Narrowing(NamedTuple):
+    """Such settings, where no spec says them."""
+
+    hidden_size: int | None
+    intermediate_size: int | None
+    importance: Importance
+    num_heads: int | None = None
+
+
 def narrow(
     ctx: StageContext, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Narrower
 ) -> PreTrainedModel:

@@ -6,7 +6,6 @@ import logging
 import shutil
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
@@ -25,7 +24,7 @@ from worker.engine.exporting import get_reference
 from worker.engine.failures import CheckpointUnfit
 from worker.engine.loading import find_layers, load_tokenizer
 from worker.engine.measuring import count_bytes, time_singles
-from worker.engine.narrowing import narrow
+from worker.engine.narrowing import Narrowing, narrow
 from worker.engine.pieces import keep_tokens
 from worker.engine.runtimes import Running
 from worker.engine.shapes import HALVING_COSTS, WRITING_COSTS, Shape, choose, list_shapes, narrowed_to, shape_of
@@ -215,7 +214,7 @@ class Hunt:
         student = keep_layers(self.teacher, keep) if len(keep) < count else copy.deepcopy(self.teacher)
         if shape._replace(num_layers=count) == self.whole:
             return student
-        sizes = SimpleNamespace(
+        sizes = Narrowing(
             hidden_size=shape.hidden_size if shape.hidden_size < self.whole.hidden_size else None,
             intermediate_size=shape.intermediate_size,
             importance=cast("Importance", list_methods("pruning")["taylor"].model_validate({"kind": "taylor"})),
