@@ -112,9 +112,15 @@ def context() -> Any:
     )
 
 
-def cut(model: Any, hidden_size: int | None, intermediate_size: int | None, num_heads: int | None = None) -> Any:
-    asked = {"hidden_size": hidden_size, "intermediate_size": intermediate_size, "num_heads": num_heads}
-    return narrow(context(), model, None, TeacherLayers(keep=[0], **asked))  # type: ignore[arg-type]
+def cut(
+    model: Any,
+    hidden_size: int | None,
+    intermediate_size: int | None,
+    by: str = "activation",
+    num_heads: int | None = None,
+) -> Any:
+    sizes = {"hidden_size": hidden_size, "num_heads": num_heads, "intermediate_size": intermediate_size}
+    return narrow(context(), model, None, TeacherLayers(keep=[0], **sizes, importance={"kind": by}))  # type: ignore[arg-type]
 
 
 def parts_of(model: torch.nn.Module) -> list[Any]:

@@ -129,10 +129,10 @@ def test_heads_go_alone_where_the_config_can_say_so(config: PreTrainedConfig, tm
         [problem] = asked.check(facts)
         assert (problem.field, "not known to have a width of a head" in problem.message) == ("num_heads", True)
         with pytest.raises(StageFailed, match="no width of a head of its own"):
-            cut(model, None, None, half)
+            cut(model, None, None, num_heads=half)
         return
     assert asked.check(facts) == []
-    student = cut(model, None, None, half)
+    student = cut(model, None, None, num_heads=half)
     assert student.config.num_attention_heads == half
     assert asked.count_parameters(facts) == count(student) < count(model)
     torch.testing.assert_close(logits(student), logits(model))
