@@ -14,7 +14,7 @@ from transformers import AlbertConfig, DebertaV2Config, MPNetConfig, PreTrainedC
 from tests.engine_bench import Bench, make_spec
 from tests.unit.test_engine_models import CONFIGS, SIZES, make
 from worker.engine.fusing import fuse
-from worker.engine.tracing import describe_classifier
+from worker.engine.tracing import describe_classifier, write_graph
 
 UNKNOWN: list[PreTrainedConfig] = [  # whose attention is none that the library knows, or shared
     next(config for config in CONFIGS if config.model_type == "modernbert"),
@@ -27,19 +27,10 @@ IDS_BT = torch.arange(4, 40).reshape(3, 12)
 MASK_BT = torch.tensor([[1] * 12, [1] * 7 + [0] * 5, [0] * 3 + [1, 1, 0, 1] + [1] * 5])
 
 
-def write_graph(model: Any, path: Path) -> dict[str, np.ndarray]:
+def write_classifier(model: Any, path: Path) -> dict[str, np.ndarray]:
     """Writes a model as ONNX; returns inputs of it, of which tokens are left out behind, before and between."""
     graph = describe_classifier(model, {"input_ids": IDS_BT, "attention_mask": MASK_BT}, {})
-    torch.onnx.export(
-        graph.function,
-        tuple(graph.inputs.values()),
-        str(path),
-        input_names=list(graph.inputs),
-        output_names=graph.outputs,
-        dynamic_axes=graph.axes,
-        opset_version=17,
-        dynamo=False,
-    )
+    write_graph(graph, path)
     return {name: tensor.numpy() for name, tensor in graph.inputs.items()}
 
 
@@ -51,7 +42,7 @@ def test_a_fused_graph_says_what_the_model_says(config: PreTrainedConfig, tmp_pa
         for parameter in model.parameters():  # all unlike, for a graph holds equal ones but once
             parameter.add_(torch.randn_like(parameter) * 0.1)
         expected = model(input_ids=IDS_BT, attention_mask=MASK_BT).logits
-    inputs = write_graph(model, tmp_path / "plain.onnx")
+    inputs = write_classifier(model, tmp_path / "plain.onnx")
     fused = fuse(onnx.load(tmp_path / "plain.onnx"), model.config)
     onnx.checker.check_model(fused)
     session = onnxruntime.InferenceSession(fused.SerializeToString(), providers=["CPUExecutionProvider"])

@@ -15,7 +15,7 @@ from app.jobs.resolving import check_models
 from core.jobs.spec import load_spec
 from core.methods import UNTRACED
 from core.models.facts import ModelFacts
-from tests.unit.test_engine_fusing import write_graph
+from tests.unit.test_engine_fusing import write_classifier
 from tests.unit.test_engine_models import SIZES
 
 CONFIGS: list[PreTrainedConfig] = [
@@ -41,7 +41,7 @@ def test_no_graph_says_what_the_model_says(config: PreTrainedConfig, tmp_path: P
         expected = model(input_ids=LONGER_BT, attention_mask=MASK_BT).logits
     inputs = {"input_ids": LONGER_BT.numpy(), "attention_mask": MASK_BT.numpy()}
     try:
-        write_graph(model, tmp_path / "plain.onnx")
+        write_classifier(model, tmp_path / "plain.onnx")
         session = onnxruntime.InferenceSession(tmp_path / "plain.onnx", providers=["CPUExecutionProvider"])
         found = session.run(["logits"], {node.name: inputs[node.name] for node in session.get_inputs()})[0]
     except (RuntimeError, Fail):  # exporter or runtime know better

@@ -24,7 +24,7 @@ from worker.engine.loading import save_labels, save_tokenizer
 from worker.engine.portable import write_model
 from worker.engine.runtimes import continue_greedily, open_session, run_session
 from worker.engine.students import take_sample
-from worker.engine.tracing import describe_classifier, describe_decoder
+from worker.engine.tracing import describe_classifier, describe_decoder, write_graph
 from worker.engine.tying import find_tied, share_codes, share_table
 
 if TYPE_CHECKING:
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from worker.methods.exporters.safetensors import Safetensors
     from worker.methods.stages.export import Export
 
-OPSET = 17
 EQUAL_LOGITS = 1e-5  # the same weights in the same library; only the attention kernel may differ
 MERGED_LOGITS = 1e-3  # or what lay beside them was added to them
 MAX_GRAPH_BYTES = 2**31 - 2**24  # a protobuf message ends at 2 GiB, with the nodes
@@ -257,16 +256,7 @@ def _export_graph(ctx: StageContext, reference: Reference, folder: Path) -> Path
         batch = next(iter(reference.data.shuffled(2, [0], 0, torch.device("cpu"))))
         graph = describe_classifier(reference.model, batch.inputs, ctx.task.heads)
     try:
-        torch.onnx.export(
-            graph.function,
-            tuple(graph.inputs.values()),
-            str(path),
-            input_names=list(graph.inputs),
-            output_names=graph.outputs,
-            dynamic_axes=graph.axes,
-            opset_version=OPSET,
-            dynamo=False,
-        )
+        write_graph(graph, path)
     except (RuntimeError, TypeError, ValueError) as error:
         message = f"A '{reference.model.config.model_type}' cannot be exported to ONNX: {str(error).splitlines()[0]}"
         raise StageFailed("export_unsupported", message, suggestion="Leave the ONNX forms out.") from error

@@ -1,6 +1,7 @@
 """Models as functions from named tensors to named tensors, as what writes graphs follows them."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from core.errors import StageFailed
 from worker.engine.loading import find_rope, find_window
 from worker.engine.tasks import TaskHead
 
+OPSET = 17
 FIXED_ROPE = ("default", "linear", "llama3", "yarn")  # whose angles do not depend on how long a text is
 BOTH = {0: "batch", 1: "sequence"}
 READ, SEEN = "sequence_length", "past_sequence_length + sequence_length"  # Optimum's names, which readers look for
@@ -117,3 +119,21 @@ def describe_decoder(model: PreTrainedModel) -> Traceable:
             axes[f"present.{number}.{part}"] = {0: "batch_size", 2: SEEN}
             kept.append(f"present.{number}.{part}")
     return Traceable(Cached(model).eval(), inputs, ["logits", *kept], axes)
+
+
+def write_graph(graph: Traceable, path: Path) -> None:
+    """Writes a function as ONNX.
+
+    Raises:
+        RuntimeError: It does what the format has no operator for; what it computes may raise others as it is followed.
+    """
+    torch.onnx.export(
+        graph.function,
+        tuple(graph.inputs.values()),
+        str(path),
+        input_names=list(graph.inputs),
+        output_names=graph.outputs,
+        dynamic_axes=graph.axes,
+        opset_version=OPSET,
+        dynamo=False,
+    )
