@@ -3,6 +3,7 @@
 import json
 import shutil
 import threading
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +189,38 @@ def test_sizes_that_cannot_meet_it_are_not_trained(bench: Bench, tmp_path: Path)
     assert refused
     assert all("and max_bytes is 1,000" in event["message"] for event in refused)
     assert not finished.series("trial/1/loss/total")
+
+
+def test_where_all_tokens_of_the_data_are_too_many_those_that_are_rare_are_left_out(
+    bench: Bench, tmp_path: Path
+) -> None:
+    bench = bench.copy(tmp_path / "job")
+    splits = [bench.inputs / "data" / f"{name}.jsonl" for name in ("train", "validation")]
+    once = {"money": "back", "courier": "ship", "code": "locked", "paid": "charge", "box": "parcel"}
+    for word, other in once.items():
+        for path in splits:
+            path.write_text(path.read_text().replace(word, other))
+        splits[0].write_text(splits[0].read_text().replace(other, word, 1))
+    settings = {"min_retained": 0.1, "margin": 0.0, "max_trials": 1}
+    [large] = bench.succeed(searching(**settings), 0, "large").last["summary"]["points"]
+    found = bench.succeed(searching(**settings, max_bytes=large["size_bytes"] - 80), 0, "small")
+    [small] = found.last["summary"]["points"]
+    assert small["sizes"] == large["sizes"]
+    assert small["meets"]
+    assert small["num_tokens"] < large["num_tokens"]
+    folder = found.outputs / "onnx_int8"
+    assert sum(path.stat().st_size for path in folder.iterdir()) == small["size_bytes"]
+    texts = [json.loads(line)["text"] for path in splits for line in path.read_text().splitlines()]
+    whole, left = (AutoTokenizer.from_pretrained(path) for path in (bench.inputs / "teacher", folder))
+    counts = Counter(token for text in texts for token in whole.tokenize(text))
+    rare = {token for token, count in counts.items() if count == 1}
+    assert rare == {*once}
+    assert not rare & set(left.get_vocab())
+    assert {token for token in counts if token not in rare} <= set(left.get_vocab())
+    validation = bench.inputs / "data" / "validation.jsonl"
+    assert right_answers(folder, validation) == pytest.approx(small["score"])
+    model = AutoModelForSequenceClassification.from_pretrained(found.outputs / "student")
+    assert (model.config.vocab_size, model.num_parameters()) == (small["num_tokens"], small["num_parameters"])
 
 
 def test_a_teacher_that_cannot_be_made_narrower_gets_students_of_fewer_layers(bench: Bench, tmp_path: Path) -> None:

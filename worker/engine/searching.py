@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import math
 import shutil
 import time
 from pathlib import Path
@@ -107,7 +108,8 @@ class Hunt:
         if self.whole_score <= 0:
             message = f"The teacher's validation {ctx.task.share} is {self.whole_score:.3f}: nothing to keep."
             raise StageFailed("spec_invalid", message, suggestion="Train the teacher longer.")
-        self.vocabulary = self._trim() if settings.trim else None
+        self.vocabularies = self._trim() if settings.trim else []
+        self.place = 0  # of the vocabulary of the student that is at hand
         self.whole = shape_of(self.teacher)
         self.shapes = {shape: self._count_parameters(shape) for shape in list_shapes(self.teacher)}
         self.refused: set[Shape] = set()  # too large or too slow, and so is what contains them
@@ -116,13 +118,23 @@ class Hunt:
         self._began, self._before = time.monotonic(), 0.0
         self._restore()
 
-    def _trim(self) -> Vocabulary:
+    def _trim(self) -> list[Vocabulary]:
+        """Returns the tokens that the data use, and, of models that only read, those that they use twice."""
         counts_V = count_tokens(self.ctx, self.teacher, self.tokenizer, ("train", "validation"))
-        kept = keep_tokens(self.tokenizer, np.flatnonzero(counts_V).tolist(), self.ctx.scratch_dir / "tokenizer")
-        tokenizer = load_tokenizer(self.ctx.scratch_dir / "tokenizer")
-        tokenizer.model_max_length = self.tokenizer.model_max_length
-        log.info("%d of %d tokens are kept", len(kept), self.teacher.config.vocab_size)
-        return Vocabulary(kept, tokenizer)
+        found = []
+        for least in (1,) if self.ctx.spec.task.shares_tokens else (1, 2):
+            folder = self.ctx.scratch_dir / f"tokenizer-{least}"
+            kept = keep_tokens(self.tokenizer, np.flatnonzero(counts_V >= least).tolist(), folder)
+            tokenizer = load_tokenizer(folder)
+            tokenizer.model_max_length = self.tokenizer.model_max_length
+            found.append(Vocabulary(kept, tokenizer))
+            log.info("%d of %d tokens are used %d times", len(kept), self.teacher.config.vocab_size, least)
+        return found
+
+    @property
+    def vocabulary(self) -> Vocabulary | None:
+        """The tokens of the student that is at hand; None for the teacher's."""
+        return self.vocabularies[self.place] if self.vocabularies else None
 
     @property
     def seconds(self) -> float:
@@ -195,11 +207,20 @@ class Hunt:
         self._checkpoint()
 
     def _is_refused(self, shape: Shape, student: PreTrainedModel, number: int) -> bool:
-        """Measures the forms of a student that has learned nothing; tells if all are too large or too slow."""
-        with Trial(self.ctx, number, self.settings.max_trials) as trial:
-            self._save(trial, student)
-            kinds = self._write_forms(trial)
-            too = {kind: self._find_excess(self._cost(trial, kind, *self._open(trial, kind))) for kind in kinds}
+        """Measures the forms of a student that has learned nothing; tells if all are too large or too slow.
+
+        It has the most tokens with which one of them is small enough.
+        """
+        most = self.settings.max_bytes or math.inf
+        too: dict[str, str] = {}
+        for place in range(max(1, len(self.vocabularies))):
+            self.place = place
+            with Trial(self.ctx, number, self.settings.max_trials) as trial:
+                self._save(trial, student)
+                costs = {kind: self._cost(trial, kind, *self._open(trial, kind)) for kind in self._write_forms(trial)}
+            too = {kind: self._find_excess(cost) for kind, cost in costs.items()}
+            if any(cost["size_bytes"] <= most for cost in costs.values()):
+                break
         if not all(too.values()):
             return False
         self.refused.add(shape)
@@ -283,7 +304,7 @@ class Hunt:
             "form": kind,
             "sizes": shape._asdict(),
             "num_tokens": len(self.vocabulary.kept) if self.vocabulary else self.teacher.config.vocab_size,
-            "num_parameters": self.shapes[shape],
+            "num_parameters": self._count_parameters(shape),
             "score": scores[task.share],
             "retained": retained,
             **cost,
@@ -336,7 +357,7 @@ class Hunt:
         refused = [shape._asdict() for shape in sorted(self.refused)]
         failed = [{"sizes": shape._asdict(), "report": report} for shape, report in self.failed.items()]
         state = {"points": self.points, "refused": refused, "failed": failed, "seconds": self.seconds}
-        state["half"] = half and half.state
+        state |= {"half": half and half.state, "place": self.place}
         step = MOST_STEPS * self._count() + (half.state["step"] if half else 0)
         self.ctx.save_checkpoint(step, tensors | checkpoints.add_prefix(HALF, half.tensors if half else {}), state)
 
@@ -350,7 +371,7 @@ class Hunt:
             raise CheckpointUnfit(f"It lacks {error}.") from error
 
     def _go_on_from(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        self.points, self._before = state["points"], state["seconds"]
+        self.points, self._before, self.place = state["points"], state["seconds"], state["place"]
         self.refused = {Shape(**sizes) for sizes in state["refused"]}
         self.failed = {Shape(**one["sizes"]): one["report"] for one in state["failed"]}
         folders = {POINTS: self.ctx.output(POINTS), "student": self.student_folder}

@@ -48,8 +48,9 @@ class Search(Target, ModelStage):
     )
     trim: bool = Field(
         True,
-        description="Leave tokens out that the training and validation splits do not use; of a language model, which "
-        "writes them, only where this is said.",
+        description="Leave tokens out that the training and validation splits do not use, and where a student is too "
+        "large with the others, those that they use once; of a language model, which writes them, only where this is "
+        "said, and only those that they do not use.",
     )
     formats: list[Annotated[Exporter, OneOf(only="is_graph")]] = Field(
         default=[{"kind": "onnx_int8"}, {"kind": "onnx_int4"}],
