@@ -299,6 +299,29 @@ def test_forms_need_not_agree_with_the_student(bench: Bench, tmp_path: Path, mon
     assert all(point["meets"] == (point["retained"] >= 0.905) for point in whole["points"])
 
 
+def test_a_form_that_was_disturbed_is_timed_again(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every second look at a form finds it slow; no more than three are taken of one that always is."""
+    bench = bench.copy(tmp_path / "job")
+    times_ms = iter([900.0, 5.0] * 1000)
+    seen: list[float] = []
+
+    def look(*_: Any) -> list[dict[str, float]]:
+        seen.append(next(times_ms))
+        return [{"latency_p50_ms": 1.0, "latency_p95_ms": seen[-1]}]
+
+    monkeypatch.setattr("worker.engine.searching.time_singles", look)
+    whole, told = run_here(bench.write_order(searching(max_p95_ms=10.0), 0, "whole"), monkeypatch, [])
+    assert {point["latency_p95_ms"] for point in whole["points"]} == {5.0}
+    assert not [event for event in told if event["type"] == "trial.refused"]
+    times_ms, looks = iter([900.0] * 1000), len(seen)
+    with pytest.raises(StageFailed, match="too large or too slow"):
+        run_here(bench.write_order(searching(max_p95_ms=10.0), 0, "slow"), monkeypatch, [])
+    refused = (tmp_path / "job" / "slow" / "told").read_text().count("trial.refused")
+    assert len(seen) - looks == 3 * refused > 0
+
+
 def test_where_every_student_fails_the_last_ones_reason_is_told(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

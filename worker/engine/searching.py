@@ -7,12 +7,12 @@ import math
 import shutil
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from core.compressing import Importance
 from core.errors import StageFailed
@@ -23,33 +23,25 @@ from worker.engine.context import StageContext
 from worker.engine.distillation import make_trainer
 from worker.engine.exporting import get_reference
 from worker.engine.failures import CheckpointUnfit
-from worker.engine.loading import find_layers, load_tokenizer
+from worker.engine.loading import find_layers
 from worker.engine.measuring import count_bytes, time_singles
 from worker.engine.narrowing import Narrowing, narrow
-from worker.engine.pieces import keep_tokens
 from worker.engine.runtimes import Running
 from worker.engine.shapes import HALVING_COSTS, WRITING_COSTS, Shape, choose, list_shapes, narrowed_to, shape_of
 from worker.engine.students import keep_layers, set_widths, with_layers
 from worker.engine.trials import Half, Trial
-from worker.engine.trimming import count_tokens, keep_rows
+from worker.engine.trimming import Vocabulary, keep_rows, list_vocabularies
 
 if TYPE_CHECKING:
     from worker.methods.stages.search import Search
 
-LATENCY_SAMPLES = 200
+LATENCY_SAMPLES, TIMINGS = 200, 3
 TIME_RESERVE = 1.1
 ANY = -1.0  # agreement with the student that is accepted
 FILES, HALF = "files/", "half"
 FAILURES = ("loss_not_finite", "export_unsupported")  # of one student, where another may do
 MOST_STEPS = 10**8  # of a training, so that checkpoints of a later student have higher numbers
 log = logging.getLogger(__name__)
-
-
-class Vocabulary(NamedTuple):
-    """The tokens that students are left with, by their old ids, and the tokenizer that knows only these."""
-
-    kept: list[int]
-    tokenizer: PreTrainedTokenizerBase
 
 
 def search(ctx: StageContext, settings: "Search") -> dict[str, Any]:
@@ -108,7 +100,7 @@ class Hunt:
         if self.whole_score <= 0:
             message = f"The teacher's validation {ctx.task.share} is {self.whole_score:.3f}: nothing to keep."
             raise StageFailed("spec_invalid", message, suggestion="Train the teacher longer.")
-        self.vocabularies = self._trim() if settings.trim else []
+        self.vocabularies = list_vocabularies(ctx, self.teacher, self.tokenizer) if settings.trim else []
         self.place = 0  # of the vocabulary of the student that is at hand
         self.whole = shape_of(self.teacher)
         self.shapes = {shape: self._count_parameters(shape) for shape in list_shapes(self.teacher)}
@@ -117,19 +109,6 @@ class Hunt:
         self.half: Half | None = None  # of the student that was in training when the search was interrupted
         self._began, self._before = time.monotonic(), 0.0
         self._restore()
-
-    def _trim(self) -> list[Vocabulary]:
-        """Returns the tokens that the data use, and, of models that only read, those that they use twice."""
-        counts_V = count_tokens(self.ctx, self.teacher, self.tokenizer, ("train", "validation"))
-        found = []
-        for least in (1,) if self.ctx.spec.task.shares_tokens else (1, 2):
-            folder = self.ctx.scratch_dir / f"tokenizer-{least}"
-            kept = keep_tokens(self.tokenizer, np.flatnonzero(counts_V >= least).tolist(), folder)
-            tokenizer = load_tokenizer(folder)
-            tokenizer.model_max_length = self.tokenizer.model_max_length
-            found.append(Vocabulary(kept, tokenizer))
-            log.info("%d of %d tokens are used %d times", len(kept), self.teacher.config.vocab_size, least)
-        return found
 
     @property
     def vocabulary(self) -> Vocabulary | None:
@@ -272,9 +251,11 @@ class Hunt:
         return written
 
     def _cost(self, trial: "Trial", kind: str, running: Running, data: Any) -> dict[str, Any]:
-        """Returns bytes and times of a form, on a split."""
-        times = time_singles([(running.forward, data)], LATENCY_SAMPLES, self.ctx.check_stop)[0]
-        return {"size_bytes": count_bytes(trial.form_folder(kind)), **times}
+        """Returns bytes and times of a form, on a split; it is timed again where it was too slow, or was disturbed."""
+        size, seen = count_bytes(trial.form_folder(kind)), cast("list[dict[str, float]]", [])
+        while len(seen) < TIMINGS and (not seen or self._is_slow(seen[-1])):
+            seen += time_singles([(running.forward, data)], LATENCY_SAMPLES, self.ctx.check_stop)
+        return {"size_bytes": size, **min(seen, key=lambda times: times["latency_p95_ms"])}
 
     def _open(self, trial: "Trial", kind: str) -> tuple[Running, Any]:
         """Returns a form in its runtime, and the validation split as it reads it."""
@@ -284,12 +265,15 @@ class Hunt:
         data = trial.seen.remember("validation", lambda: self.ctx.task.encode(*encoding))
         return Running(trial.form_folder(kind), self.settings.num_threads), data
 
+    def _is_slow(self, times: dict[str, Any]) -> bool:
+        return times["latency_p95_ms"] * TIME_RESERVE > (self.settings.max_p95_ms or math.inf)
+
     def _find_excess(self, cost: dict[str, Any]) -> str:
         """Returns what of the cost is more than the goal allows."""
         settings, size, p95_ms = self.settings, cost["size_bytes"], cost["latency_p95_ms"]
         if settings.max_bytes and size > settings.max_bytes:
             return f"{size:,} bytes, and max_bytes is {settings.max_bytes:,}"
-        if settings.max_p95_ms and p95_ms * TIME_RESERVE > settings.max_p95_ms:
+        if settings.max_p95_ms and self._is_slow(cost):
             return f"p95 is {p95_ms:.2f} ms, and {settings.max_p95_ms / TIME_RESERVE:.2f} leaves a tenth of max_p95_ms"
         return ""
 

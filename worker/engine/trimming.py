@@ -3,7 +3,8 @@
 import copy
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +27,13 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
+class Vocabulary(NamedTuple):
+    """The tokens that a model is left with, by their old ids, and the tokenizer that knows only these."""
+
+    kept: list[int]
+    tokenizer: PreTrainedTokenizerBase
+
+
 def trim(ctx: StageContext, settings: "TrimVocabulary") -> dict[str, Any]:
     """Leaves out of a model and its tokenizer what the data do not use; returns the stage's summary.
 
@@ -34,9 +42,8 @@ def trim(ctx: StageContext, settings: "TrimVocabulary") -> dict[str, Any]:
     """
     model, tokenizer = load_either(ctx, settings.of)
     wanted = choose_tokens(count_tokens(ctx, model, tokenizer, settings.splits), settings)
-    kept = keep_tokens(tokenizer, wanted.tolist(), ctx.scratch_dir / "tokenizer")
-    trimmed, trimmed_tokenizer = keep_rows(model, kept), load_tokenizer(ctx.scratch_dir / "tokenizer")
-    trimmed_tokenizer.model_max_length = tokenizer.model_max_length
+    kept, trimmed_tokenizer = keep_only(tokenizer, wanted, ctx.scratch_dir / "tokenizer")
+    trimmed = keep_rows(model, kept)
     ctx.task.save_model(trimmed, trimmed_tokenizer, ctx.output(settings.of))
     log.info("%d of %d tokens are kept", len(kept), model.config.vocab_size)
     return {
@@ -57,6 +64,26 @@ def count_tokens(
             counts_V[: len(found)] += found
         ctx.check_stop()
     return counts_V
+
+
+def list_vocabularies(
+    ctx: StageContext, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> list[Vocabulary]:
+    """Returns the tokens that the data use, and then, for models that only read, those that they use twice."""
+    counts_V = count_tokens(ctx, model, tokenizer, ("train", "validation"))
+    leasts = (1,) if ctx.spec.task.shares_tokens else (1, 2)
+    found = [keep_only(tokenizer, np.flatnonzero(counts_V >= n), ctx.scratch_dir / f"tokenizer-{n}") for n in leasts]
+    for least, vocabulary in zip(leasts, found, strict=True):
+        log.info("%d of %d tokens are used %d times", len(vocabulary.kept), model.config.vocab_size, least)
+    return found
+
+
+def keep_only(tokenizer: PreTrainedTokenizerBase, wanted: NDArray[np.int64], folder: Path) -> Vocabulary:
+    """Returns the wanted tokens, by their ids, with those that they need; the tokenizer is written into the folder."""
+    kept = keep_tokens(tokenizer, wanted.tolist(), folder)
+    smaller = load_tokenizer(folder)
+    smaller.model_max_length = tokenizer.model_max_length
+    return Vocabulary(kept, smaller)
 
 
 def choose_tokens(counts_V: NDArray[np.int64], settings: "TrimVocabulary") -> NDArray[np.int64]:
