@@ -9,7 +9,7 @@ one job a row makes half of the layers' weights zero, or 2 of 4, or 4 of 8, by m
 them 8, 4 and 3 bits with a scale a row, by rounding to the nearest, GPTQ and AWQ. The last rows train one with each
 pattern of zeros, and one of 3 bits, for a quarter of an epoch by distillation from what it was. Shown is the perplexity
 of the validation split. Without the data the bench says so and ends. Prints a table and writes `decoders.json`. Takes
-about an hour and a half on one core.
+about an hour and a half on two cores.
 """
 
 import argparse
@@ -90,7 +90,7 @@ def write_stories(model_folder: Path, folder: Path) -> dict[str, Path]:
 def measure(client: Client, name: str, base: dict[str, Any], epochs: int) -> dict[str, float]:
     """Returns the perplexity of each row for one model; `base` is what all its jobs have in common."""
     if name != "stories":
-        # at a third of the rate, for half as long, weights stay near what they were drawn as: any zeros cost as much
+        # at a third of the rate, for two epochs, weights stay near what they were drawn as: any zeros cost as much
         stages = [{"kind": "finetune", "epochs": epochs, "learning_rate": 3e-3, "batch_size": 16}]
         job, _ = run(client, base | {"name": f"{name} learns", "stages": stages})
         base = base | {"teacher": {"model": f"job:{job.id}/teacher"}}
@@ -149,7 +149,7 @@ def main() -> int:
     parser.add_argument("--models", type=Path, default=SHARED / "models" / "stories260k")
     names = ["gpt2", "llama", "stories"]
     parser.add_argument("--only", nargs="+", choices=names, default=names, help="measure only these models")
-    parser.add_argument("--epochs", type=int, default=4, help="of learning WikiText-2")
+    parser.add_argument("--epochs", type=int, default=8, help="of learning WikiText-2")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out")
     arguments = parser.parse_args()
     missing = [path for path in (arguments.data, arguments.models) if not path.is_dir()]
