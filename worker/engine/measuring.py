@@ -19,7 +19,7 @@ from worker.engine.inference import Answer, answer_rows
 if TYPE_CHECKING:
     from worker.engine.runtimes import Forward  # whose import starts a thread
 
-ROUNDS = 5
+PARTS, TIMINGS = 5, 3
 WARM_UP_RUNS = 5
 THROUGHPUT_BATCH = 32
 SPEED_BLOCKS = 8
@@ -79,24 +79,26 @@ def time_singles(
 ) -> list[dict[str, float]]:
     """Returns each model's median and 95th percentile of the latency at batch size 1, in milliseconds.
 
-    The texts are spread evenly over the split, each without padding. The models take turns in several rounds, each with
-    a warm-up, so that a busy moment of the machine falls on all of them.
+    The texts are spread evenly over the split, each without padding. Each is timed three times, of which the middle one
+    counts, as a pause that the machine made is none of the model's. The models take turns, part of the texts after
+    part, each with a warm-up, so that a busy moment falls on all of them.
     """
-    times_ms: list[list[float]] = [[] for _ in models]
     rows = np.linspace(0, len(models[0][1]) - 1, num_samples).astype(np.int64)
-    for some in np.array_split(rows, ROUNDS):
-        for (forward, data), found in zip(models, times_ms, strict=True):
-            singles = [data.single(row) for row in some]
-            for inputs in singles[:WARM_UP_RUNS]:
-                forward(inputs)
-            for inputs in singles:
-                began = time.perf_counter()
-                forward(inputs)
-                found.append((time.perf_counter() - began) * 1e3)
-            between()
+    times_ms = np.empty((len(models), TIMINGS, num_samples))
+    for timing in range(TIMINGS):
+        for places in np.array_split(np.arange(num_samples), PARTS):
+            for (forward, data), found in zip(models, times_ms[:, timing], strict=True):
+                singles = [data.single(rows[place]) for place in places]
+                for inputs in singles[:WARM_UP_RUNS]:
+                    forward(inputs)
+                for place, inputs in zip(places, singles, strict=True):
+                    began = time.perf_counter()
+                    forward(inputs)
+                    found[place] = (time.perf_counter() - began) * 1e3
+                between()
     return [
         dict(zip(("latency_p50_ms", "latency_p95_ms"), np.percentile(found, [50, 95]).tolist(), strict=True))
-        for found in times_ms
+        for found in np.median(times_ms, axis=1)
     ]
 
 

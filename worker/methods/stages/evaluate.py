@@ -26,7 +26,12 @@ class Evaluate(Stage):
     confidence: float = Field(
         0.95, gt=0.5, lt=1, description="Level of the confidence intervals (bootstrap over examples)."
     )
-    latency_samples: int = Field(100, ge=10, le=10_000, description="Texts timed one by one at batch size 1.")
+    latency_samples: int = Field(
+        100,
+        ge=10,
+        le=10_000,
+        description="Texts timed one by one at batch size 1, each three times, of which the middle one counts.",
+    )
     alone: dict[str, ModelRef] = Field(
         {},
         max_length=8,
