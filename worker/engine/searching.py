@@ -35,7 +35,7 @@ from worker.engine.trimming import Vocabulary, keep_rows, list_vocabularies
 if TYPE_CHECKING:
     from worker.methods.stages.search import Search
 
-LATENCY_SAMPLES, TIMINGS = 200, 3
+LATENCY_SAMPLES, LOOKS = 200, 3
 TIME_RESERVE = 1.1
 ANY = -1.0  # agreement with the student that is accepted
 FILES, HALF = "files/", "half"
@@ -253,7 +253,7 @@ class Hunt:
     def _cost(self, trial: "Trial", kind: str, running: Running, data: Any) -> dict[str, Any]:
         """Returns bytes and times of a form, on a split; it is timed again where it was too slow, or was disturbed."""
         size, seen = count_bytes(trial.form_folder(kind)), cast("list[dict[str, float]]", [])
-        while len(seen) < TIMINGS and (not seen or self._is_slow(seen[-1])):
+        while len(seen) < LOOKS and (not seen or self._is_slow(seen[-1])):
             seen += time_singles([(running.forward, data)], LATENCY_SAMPLES, self.ctx.check_stop)
         return {"size_bytes": size, **min(seen, key=lambda times: times["latency_p95_ms"])}
 
