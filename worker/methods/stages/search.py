@@ -53,7 +53,7 @@ class Search(Target, ModelStage):
         "said, and only those that they do not use.",
     )
     formats: list[Annotated[Exporter, OneOf(only="is_graph")]] = Field(
-        default=[{"kind": "onnx_int8"}, {"kind": "onnx_int4"}],
+        default=[{"kind": "onnx_int8", "weights": "int8"}, {"kind": "onnx_int4"}],
         validate_default=True,
         min_length=1,
         max_length=8,
