@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -84,18 +85,17 @@ def time_singles(
     part, each with a warm-up, so that a busy moment falls on all of them.
     """
     rows = np.linspace(0, len(models[0][1]) - 1, num_samples).astype(np.int64)
+    asked = [(forward, [data.single(row) for row in rows]) for forward, data in models]
     times_ms = np.empty((len(models), TIMINGS, num_samples))
-    for timing in range(TIMINGS):
-        for places in np.array_split(np.arange(num_samples), PARTS):
-            for (forward, data), found in zip(models, times_ms[:, timing], strict=True):
-                singles = [data.single(rows[place]) for place in places]
-                for inputs in singles[:WARM_UP_RUNS]:
-                    forward(inputs)
-                for place, inputs in zip(places, singles, strict=True):
-                    began = time.perf_counter()
-                    forward(inputs)
-                    found[place] = (time.perf_counter() - began) * 1e3
-                between()
+    for timing, places in product(range(TIMINGS), np.array_split(np.arange(num_samples), PARTS)):
+        for (forward, singles), found in zip(asked, times_ms[:, timing], strict=True):
+            for place in places[:WARM_UP_RUNS]:
+                forward(singles[place])
+            for place in places:
+                began = time.perf_counter()
+                forward(singles[place])
+                found[place] = (time.perf_counter() - began) * 1e3
+            between()
     return [
         dict(zip(("latency_p50_ms", "latency_p95_ms"), np.percentile(found, [50, 95]).tolist(), strict=True))
         for found in np.median(times_ms, axis=1)
