@@ -3,7 +3,6 @@
 import copy
 import json
 import logging
-import math
 import shutil
 import time
 from pathlib import Path
@@ -188,17 +187,21 @@ class Hunt:
     def _is_refused(self, shape: Shape, student: PreTrainedModel, number: int) -> bool:
         """Measures the forms of a student that has learned nothing; tells if all are too large or too slow.
 
-        It has the most tokens with which one of them is small enough.
+        Its tokens are the most with which one of them is small enough. What is too large is not timed.
         """
-        most = self.settings.max_bytes or math.inf
         too: dict[str, str] = {}
         for place in range(max(1, len(self.vocabularies))):
             self.place = place
             with Trial(self.ctx, number, self.settings.max_trials) as trial:
                 self._save(trial, student)
-                costs = {kind: self._cost(trial, kind, *self._open(trial, kind)) for kind in self._write_forms(trial)}
-            too = {kind: self._find_excess(cost) for kind, cost in costs.items()}
-            if any(cost["size_bytes"] <= most for cost in costs.values()):
+                large = {
+                    kind: self._find_large(count_bytes(trial.form_folder(kind))) for kind in self._write_forms(trial)
+                }
+                too = {
+                    kind: excess or self._find_slow(self._time(*self._open(trial, kind)))
+                    for kind, excess in large.items()
+                }
+            if not all(large.values()):
                 break
         if not all(too.values()):
             return False
@@ -250,12 +253,12 @@ class Hunt:
             raise lacking
         return written
 
-    def _cost(self, trial: "Trial", kind: str, running: Running, data: Any) -> dict[str, Any]:
-        """Returns bytes and times of a form, on a split; it is timed again where it was too slow, or was disturbed."""
-        size, seen = count_bytes(trial.form_folder(kind)), cast("list[dict[str, float]]", [])
-        while len(seen) < LOOKS and (not seen or self._is_slow(seen[-1])):
+    def _time(self, running: Running, data: Any) -> dict[str, float]:
+        """Returns times of a form, on a split; they are taken again where it was too slow, or was disturbed."""
+        seen: list[dict[str, float]] = []
+        while len(seen) < LOOKS and (not seen or self._find_slow(seen[-1])):
             seen += time_singles([(running.forward, data)], LATENCY_SAMPLES, self.ctx.check_stop)
-        return {"size_bytes": size, **min(seen, key=lambda times: times["latency_p95_ms"])}
+        return min(seen, key=lambda times: times["latency_p95_ms"])
 
     def _open(self, trial: "Trial", kind: str) -> tuple[Running, Any]:
         """Returns a form in its runtime, and the validation split as it reads it."""
@@ -265,23 +268,23 @@ class Hunt:
         data = trial.seen.remember("validation", lambda: self.ctx.task.encode(*encoding))
         return Running(trial.form_folder(kind), self.settings.num_threads), data
 
-    def _is_slow(self, times: dict[str, Any]) -> bool:
-        return times["latency_p95_ms"] * TIME_RESERVE > (self.settings.max_p95_ms or math.inf)
+    def _find_large(self, size: int) -> str:
+        """Returns what of the bytes is more than the goal allows."""
+        most = self.settings.max_bytes
+        return f"{size:,} bytes, and max_bytes is {most:,}" if most and size > most else ""
 
-    def _find_excess(self, cost: dict[str, Any]) -> str:
-        """Returns what of the cost is more than the goal allows."""
-        settings, size, p95_ms = self.settings, cost["size_bytes"], cost["latency_p95_ms"]
-        if settings.max_bytes and size > settings.max_bytes:
-            return f"{size:,} bytes, and max_bytes is {settings.max_bytes:,}"
-        if settings.max_p95_ms and self._is_slow(cost):
-            return f"p95 is {p95_ms:.2f} ms, and {settings.max_p95_ms / TIME_RESERVE:.2f} leaves a tenth of max_p95_ms"
-        return ""
+    def _find_slow(self, times: dict[str, float]) -> str:
+        """Returns what of the times is more than the goal allows."""
+        most_ms, p95_ms = self.settings.max_p95_ms, times["latency_p95_ms"]
+        if not most_ms or p95_ms * TIME_RESERVE <= most_ms:
+            return ""
+        return f"p95 is {p95_ms:.2f} ms, and {most_ms / TIME_RESERVE:.2f} leaves a tenth of max_p95_ms"
 
     def _note(self, trial: "Trial", shape: Shape, kind: str, seconds: float) -> None:
         """Measures a trained student's form, and makes a point of it."""
         task, (running, data) = self.ctx.task, self._open(trial, kind)
         scores = task.score(cast("PreTrainedModel", running), data, self.ctx.check_stop)
-        cost = self._cost(trial, kind, running, data)
+        size, times = count_bytes(trial.form_folder(kind)), self._time(running, data)
         retained = scores[task.share] / self.whole_score
         point = {
             "number": trial.number,
@@ -291,8 +294,9 @@ class Hunt:
             "num_parameters": self._count_parameters(shape),
             "score": scores[task.share],
             "retained": retained,
-            **cost,
-            "meets": retained >= self._least() and not self._find_excess(cost),
+            "size_bytes": size,
+            **times,
+            "meets": retained >= self._least() and not self._find_large(size) and not self._find_slow(times),
             "seconds": round(seconds, 1),
         }
         is_best = point["meets"] and all(

@@ -71,7 +71,7 @@ def list_vocabularies(
 ) -> list[Vocabulary]:
     """Returns the tokens that the data use, and then, for models that only read, those that they use at least twice."""
     counts_V = count_tokens(ctx, model, tokenizer, ("train", "validation"))
-    leasts = (1,) if ctx.spec.task.shares_tokens else (1, 2)
+    leasts = (1, 2) if (counts_V == 1).any() and not ctx.spec.task.shares_tokens else (1,)
     found = [keep_only(tokenizer, np.flatnonzero(counts_V >= n), ctx.scratch_dir / f"tokenizer-{n}") for n in leasts]
     for least, vocabulary in zip(leasts, found, strict=True):
         log.info("%d of %d tokens are used at least %d times", len(vocabulary.kept), model.config.vocab_size, least)
