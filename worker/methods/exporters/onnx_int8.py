@@ -24,7 +24,7 @@ class OnnxInt8(Exporter):
     min_agreement: Agreement = 0.95
     weights: Literal["uint8", "int8"] = Field(
         "uint8",
-        description="Type of the weights. 'uint8' agrees best and never overflows; 'int8' is 10 to 20 % faster, and on "
+        description="Type of the weights. 'uint8' agrees best and never overflows; 'int8' is 10 to 60 % faster, and on "
         "processors without VNNI needs `reduce_range` not to overflow.",
     )
     per_channel: bool = Field(True, description="One scale for each output column instead of one for each matrix.")
