@@ -78,6 +78,15 @@ def test_a_search_needs_few_students_where_the_guess_is_right() -> None:
     assert (best, len(tried)) == (smallest, 1)
 
 
+@pytest.mark.parametrize(("kept", "is_tried"), [(0.9743, True), (0.96, False)])
+def test_a_miss_within_the_noise_rules_no_smaller_student_out(kept: float, is_tried: bool) -> None:
+    """One that is as wide and less deep may keep enough where the deeper one lacked a few texts of the split."""
+    shapes = {shape: size for shape, size in SHAPES.items() if shape.hidden_size == 384 and shape.num_layers <= 5}
+    missed = {Shape(5, 1536, 384): {"retained": kept, "meets": False}}
+    found = choose(WHOLE, shapes, missed, [], 0.975, HALVING_COSTS)
+    assert (found is not None) == is_tried
+
+
 def test_costs_are_those_of_bayesian_regression() -> None:
     """With one student in each direction the posterior is the mean of guess and measure, weighted by precision."""
     tried = {
