@@ -12,7 +12,7 @@ from core.models.widths import Widths
 from worker.engine.loading import find_layers
 from worker.engine.students import read_widths
 
-INNER_SHARES, STATE_SHARES = (1.0, 0.5, 0.25), (1.0, 0.5)
+INNER_SHARES, STATE_SHARES = (1.0, 0.75, 0.5, 0.375, 0.25), (1.0, 0.5)
 HALVING_COSTS = np.array([0.012, 0.006, 0.03])  # as `fit_costs` has them, of classifiers; a guess to begin with
 WRITING_COSTS = np.array([0.3, 0.15, 0.4])  # of language models
 NOISE = 0.006  # of the logarithm of what is kept, on a thousand texts

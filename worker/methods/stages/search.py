@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class Search(Target, ModelStage):
     """Finds the smallest student of the teacher that meets a goal: its layers, neurons, states, tokens, and its form.
 
-    Students have any number of the teacher's layers, all or half of its states, and all, half or a quarter of its
+    Students have any number of the teacher's layers, all or half of its states, and all, 3/4, 1/2, 3/8 or 1/4 of its
     neurons. A form's bytes and time do not depend on what its model has learned, so those of a size are measured before
     it is trained, and only what is small and fast enough is. What sizes cost in quality is told by a linear model of
     what was trained so far, with a cautious guess at first; the next one is the smallest that it says will do. Quality
