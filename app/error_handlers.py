@@ -25,7 +25,8 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(PoolTimeout, _database_error)
 
 
-def _stillhouse_error(request: Request, error: Any) -> Response:
+def headers_of(error: StillhouseError) -> dict[str, str]:
+    """Returns the headers that an error's answer has."""
     headers = {}
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
@@ -33,6 +34,10 @@ def _stillhouse_error(request: Request, error: Any) -> Response:
         headers["Content-Range"] = f"bytes */{error.details[0]['size_bytes']}"
     if error.retryable:
         headers["Retry-After"] = RETRY_AFTER_S
+    return headers
+
+
+def _stillhouse_error(request: Request, error: Any) -> Response:
     return error_answer(
         request,
         error.status,
@@ -40,7 +45,7 @@ def _stillhouse_error(request: Request, error: Any) -> Response:
         code=error.code,
         param=error.param,
         details=error.details,
-        headers=headers,
+        headers=headers_of(error),
     )
 
 

@@ -126,6 +126,7 @@ class Job(Result):
     name: str
     state: str
     metadata: dict[str, str]
+    repo: str
     parent_id: str | None = None
     content_sha256: str | None = None
     envelope_sha256: str | None = None

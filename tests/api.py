@@ -5,7 +5,7 @@ import struct
 from dataclasses import dataclass, field
 from typing import Any
 
-from starlette.testclient import TestClient
+import httpx
 
 LABELS = ("refund", "delivery", "login")
 
@@ -57,9 +57,9 @@ SPLITS = {"train": jsonl(rows(30)), "validation": jsonl(rows(6, start=100)), "te
 
 @dataclass
 class Api:
-    """The app in this process, asked as one tenant."""
+    """The app, asked as one tenant."""
 
-    client: TestClient
+    client: httpx.Client
     tenant_id: str
     key: str
     headers: dict[str, str] = field(default_factory=dict)

@@ -58,6 +58,10 @@ class JobSummary(BaseModel):
     state: JobState
     metadata: dict[str, str]
     queue: str
+    repo: str = Field(
+        description="What `huggingface_hub` and `transformers` call what it makes, with `HF_ENDPOINT=<server>/hub`.",
+        examples=["acme/support-tickets-0197f0c2a1b37cc0a1b2c3d4e5f60718"],
+    )
     parent_id: str | None = Field(description="The job that this one retries or forks.", examples=[None])
     content_sha256: str | None = Field(
         description="Names what a succeeded job made, but for measured times; no interruption changes it.",

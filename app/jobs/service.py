@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from sqlalchemy.orm import Session
 
+from app.hub.repos import repo_name
 from app.jobs.resolving import Plan, find_sources, resolve
 from app.jobs.sampling import Point, downsample
 from app.jobs.schemas import (
@@ -31,6 +32,7 @@ from core.pareto import POINTS, find_front
 from core.settings import get_settings
 from core.storage import Blob
 from core.tenants.keys import Principal
+from core.tenants.models import Tenant
 
 
 class Accepted(NamedTuple):
@@ -86,9 +88,9 @@ def create(session: Session, tenant_id: str, spec: JobSpec, made: Plan) -> JobVi
     return view(session, create_job(session, tenant_id, spec, made.inputs, named=made.inputs))
 
 
-def summary(job: Job) -> JobSummary:
+def summary(session: Session, job: Job) -> JobSummary:
     """Returns a job as lists show it."""
-    return JobSummary.model_validate(_fields(job))
+    return JobSummary.model_validate(_fields(session, job))
 
 
 def view(session: Session, job: Job) -> JobView:
@@ -97,7 +99,7 @@ def view(session: Session, job: Job) -> JobView:
     progress = sum(stage.progress for stage in stages) / max(len(stages), 1)
     extra = {name: getattr(job, name) for name in ("spec", "inputs", "retries", "envelope_sha256")}
     extra |= {"progress": round(progress, 6), "stages": stages}
-    return JobView.model_validate(_fields(job) | extra)
+    return JobView.model_validate(_fields(session, job) | extra)
 
 
 def refreshed(session: Session, job: Job) -> JobView:
@@ -107,10 +109,11 @@ def refreshed(session: Session, job: Job) -> JobView:
     return view(session, job)
 
 
-def _fields(job: Job) -> dict[str, Any]:
+def _fields(session: Session, job: Job) -> dict[str, Any]:
     names = ["id", "name", "state", "queue", "error", "parent_id", "content_sha256"]
     times = ["created_at", "started_at", "finished_at"]
-    return {name: getattr(job, name) for name in names + times} | {"metadata": job.labels}
+    repo = f"{session.get_one(Tenant, job.tenant_id).name}/{repo_name(job)}"
+    return {name: getattr(job, name) for name in names + times} | {"metadata": job.labels, "repo": repo}
 
 
 def _stage_view(stage: StageRun) -> StageView:

@@ -43,6 +43,12 @@ def get_manifest(session: Session, tenant_id: str, manifest_id: str) -> Manifest
     return manifest
 
 
+def list_manifests(session: Session, tenant_id: str, manifest_ids: Iterable[str]) -> dict[str, Manifest]:
+    """Returns those of these manifests that are the tenant's, by id."""
+    query = select(Manifest).where(Manifest.tenant_id == tenant_id, Manifest.id.in_(manifest_ids))
+    return {manifest.id: manifest for manifest in session.scalars(query)}
+
+
 def files_of(manifest: Manifest, folder: str = "") -> list[ManifestFile]:
     """Returns the manifest's files, or those in one of its folders by their paths there."""
     start = f"{folder}/" if folder else ""

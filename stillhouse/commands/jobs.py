@@ -110,7 +110,7 @@ def show(job: JobRef, as_json: Json = False) -> None:
     if as_json:
         print_json(found)
         return
-    names = ["name", "id", "parent_id", "state", "created_at", "started_at", "finished_at"]
+    names = ["name", "id", "repo", "parent_id", "state", "created_at", "started_at", "finished_at"]
     names += ["content_sha256", "envelope_sha256"]
     print_fields({name: getattr(found, name) for name in names} | (found.error or {}))
     rows = [(stage.ordinal, stage.kind, stage.status, f"{stage.progress:.0%}") for stage in found.stages]

@@ -2,11 +2,9 @@
 
 import hashlib
 import socket
-import threading
 from collections.abc import Iterator
 
 import pytest
-import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -21,6 +19,7 @@ from core.models import hub
 from core.settings import Settings
 from core.storage import get_store
 from tests.api import Api, model_files, num_blobs
+from tests.serving import served
 from worker.staging import Staging, StopAsked
 
 COMMIT = "c" * 40
@@ -56,13 +55,8 @@ def endpoint() -> Iterator[str]:
         Route("/api/models/{org}/{name}/revision/{revision}", _info),
         Route("/{org}/{name}/resolve/{revision}/{path:path}", _file),
     ]
-    listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(Starlette(routes=routes), log_level="error"))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    server.should_exit = True
-    thread.join()
+    with served(Starlette(routes=routes)) as url:
+        yield url
 
 
 @pytest.fixture(autouse=True)

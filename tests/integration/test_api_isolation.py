@@ -6,7 +6,13 @@ from app.main import app
 from core.ids import new_id
 from tests.api import Api, run_job
 
-RANDOM = {"job_id": new_id("job"), "key_id": new_id("key"), "dataset": new_id("ds"), "model": new_id("mdl")}
+RANDOM = {
+    "job_id": new_id("job"),
+    "key_id": new_id("key"),
+    "dataset": new_id("ds"),
+    "model": new_id("mdl"),
+    "owner": new_id("t"),
+}
 WITHOUT_IDS = {"family", "kind", "secret_name"}  # a secret's name is its tenant's own
 BODIES = {"/v1/jobs/{job_id}/fork": {"from_stage": 0}}
 
@@ -28,6 +34,10 @@ def _fill(path: str, ids: dict[str, str]) -> str:
         r"/artifacts/\{name\}": "/artifacts/student",
         r"\{name:ref\}": ref,
         r"\{path:path\}": "config.json",
+        r"\{folder:path\}": "1_Pooling",
+        r"\{kind\}/\{owner\}/\{repo\}": f"models/{ids['owner']}/minilm",
+        r"\{owner\}/\{repo\}": f"{ids['owner']}/minilm",
+        r"\{revision\}": "main",
         r"\{ordinal\}": "0",
     }.items():
         path = re.sub(pattern, value, path)
@@ -43,6 +53,7 @@ def _own_ids(api: Api) -> dict[str, str]:
         "key_id": api("GET", "/v1/keys").json()["data"][0]["id"],
         "dataset": api("GET", "/v1/datasets/tickets").json()["id"],
         "model": api("GET", "/v1/models/minilm").json()["id"],
+        "owner": api("GET", "/hub/api/whoami-v2").json()["name"],
     }
 
 
