@@ -5,11 +5,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TESTS ?=
+CLIENTS := huggingface_hub==0.36.2 huggingface_hub==1.33.0 huggingface_hub==2.4.0
 
-.PHONY: help setup demo up test older browser lint bench chaos migrate format constraints
+.PHONY: help setup demo up test test-clients older browser lint bench chaos migrate format constraints
 
 help: ## Shows this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
 
 setup: $(READY) ## Makes .venv with everything, at the pinned versions
 
@@ -28,6 +29,12 @@ up: setup ## Starts the whole stack on this machine, with an embedded Postgres a
 
 test: setup ## Runs every test, or TESTS; set STILLHOUSE_DATABASE_URL and STILLHOUSE_REDIS_URL to use servers
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
+
+test-clients: setup ## Drives this server by the clients of others, each version in an environment of its own
+	for client in $(CLIENTS); do \
+	  test -x .venv-clients/$$client/bin/python || $(PYTHON) -m venv .venv-clients/$$client; \
+	  .venv-clients/$$client/bin/pip install --quiet $$client || exit 1; done
+	$(BIN)/python -m pytest tests/clients -rs
 
 older: setup ## Reads folders as jobs write them with transformers 4.57, in an environment of its own
 	test -x .venv-transformers-4/bin/python || $(PYTHON) -m venv .venv-transformers-4

@@ -1,0 +1,95 @@
+"""`huggingface_hub` of three major versions, its command `hf`, and `transformers` of two, as they are."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForSequenceClassification
+
+from tests.api import Api, model_files, run_job, safetensors
+from tests.clients.conftest import ROOT, Recorder, python_of, run
+from tests.pico import write_model
+from worker.engine.loading import load_tokenizer, save_classifier
+
+DRIVER = Path(__file__).parent / "hub_driving.py"
+HUBS = ("huggingface_hub==0.36.2", "huggingface_hub==1.33.0", "huggingface_hub==2.4.0")
+KEPT_BYTES = 10 * 1024 * 1024  # a client writes so much at once, and forgets what it has not written
+BIG = safetensors({"embeddings": (16, 1024, 1024)})
+STUDENT = model_files(2)
+ONNX = {"model.onnx": bytes(50_000), "labels.json": b'["a"]'}
+LOAD = """
+import sys
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, __version__
+model = AutoModelForSequenceClassification.from_pretrained(sys.argv[1])
+tokens = AutoTokenizer.from_pretrained(sys.argv[1])("my parcel is late", return_tensors="pt")
+print(__version__, tuple(model(**tokens).logits.shape))
+"""
+
+
+def _digests(files: dict[str, bytes]) -> dict[str, str]:
+    return {path: hashlib.sha256(data).hexdigest() for path, data in files.items()}
+
+
+def _place(recorder: Recorder, api: Api, home: Path) -> dict[str, str]:
+    return {"HF_ENDPOINT": f"{recorder.url}/hub", "HF_TOKEN": api.key, "HF_HOME": str(home)}
+
+
+def _make_job(api: Api, outputs: dict[str, dict[str, bytes]]) -> str:
+    """Returns the repository of a job that has ended well."""
+    job_id = api.make_job()
+    run_job(job_id, outputs)
+    return str(api("GET", f"/v1/jobs/{job_id}").json()["repo"])
+
+
+@pytest.mark.parametrize("client", HUBS)
+def test_every_read(client: str, api: Api, recorder: Recorder, tmp_path: Path) -> None:
+    python = python_of(client)
+    repo = _make_job(api, {"student": STUDENT, "onnx_int8": ONNX})
+    owner = repo.partition("/")[0]
+    assert api.push_model("big", model_files() | {"extra.safetensors": BIG}).status_code == 201
+    cut = recorder.cuts["extra.safetensors"] = len(BIG) * 37 // 100
+    names = [repo, f"{owner}/tickets", f"{owner}/big", str(tmp_path / "files")]
+    seen = json.loads(run([python, DRIVER, *names], **_place(recorder, api, tmp_path)).splitlines()[-1])
+    assert seen["version"] == client.partition("==")[2]
+    assert seen["whoami"] == owner
+    assert set(seen["branches"]) == {"main", "student", "onnx-int8", "stage-finetune"}
+    assert seen["sha"] == seen["branches"]["main"]
+    assert seen["siblings"] == sorted([path, len(data)] for path, data in STUDENT.items())
+    assert seen["files"] == sorted(STUDENT)
+    assert (seen["folder"], seen["paths"]) == (["1_Pooling/config.json"], ["config.json"])
+    assert seen["tensors"] == ["bias", "embeddings", "pooler"]
+    assert seen["snapshot"] == _digests(STUDENT)
+    assert seen["onnx"] == seen["by commit"] == _digests(ONNX)
+    assert seen["dataset"] == ["test.jsonl", "train.jsonl", "validation.jsonl"]
+    errors = [seen[name] for name in ("no repo", "no revision", "no file", "no key")]
+    expected = ["RepositoryNotFoundError", "RevisionNotFoundError", "EntryNotFoundError", "RepositoryNotFoundError"]
+    assert errors == expected
+    assert seen["verified"] == (None if seen["version"].startswith("0.") else [len(STUDENT), 0, 0])
+    kept = cut // KEPT_BYTES * KEPT_BYTES
+    assert recorder.ranges["extra.safetensors"] == [None, f"bytes={kept}-"]
+    assert recorder.sent["extra.safetensors"] == cut + len(BIG) - kept  # nothing that was kept came again
+
+
+@pytest.mark.parametrize("client", HUBS)
+def test_the_hf_command(client: str, api: Api, recorder: Recorder, tmp_path: Path) -> None:
+    hf = python_of(client).with_name("hf")
+    repo = _make_job(api, {"student": STUDENT, "onnx_int8": ONNX})
+    place = _place(recorder, api, tmp_path)
+    assert repo.partition("/")[0] in run([hf, "auth", "whoami"], **place)
+    run([hf, "download", repo, "--revision", "onnx-int8", "--local-dir", str(tmp_path / "onnx")], **place)
+    assert {path: (tmp_path / "onnx" / path).read_bytes() for path in ONNX} == ONNX
+
+
+@pytest.mark.parametrize("environment", [".venv-transformers-4", ".venv"])
+def test_transformers(environment: str, api: Api, recorder: Recorder, tmp_path: Path) -> None:
+    python = ROOT / environment / "bin" / "python"
+    if not python.is_file():
+        pytest.skip("transformers 4.57 is not there; `make older` fetches it")
+    teacher = write_model(tmp_path / "pico")
+    model = AutoModelForSequenceClassification.from_pretrained(teacher, num_labels=3)
+    save_classifier(model, load_tokenizer(teacher), ["a", "b", "c"], tmp_path / "student")
+    repo = _make_job(api, {"student": {path.name: path.read_bytes() for path in (tmp_path / "student").iterdir()}})
+    told = run([python, "-c", LOAD, repo], **_place(recorder, api, tmp_path))
+    version, shape = told.splitlines()[-1].split(" ", 1)
+    assert (version[0], shape) == ("4" if environment.endswith("-4") else "5", "(1, 3)")
