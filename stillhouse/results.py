@@ -126,7 +126,7 @@ class Job(Result):
     name: str
     state: str
     metadata: dict[str, str]
-    repo: str
+    repo: str | None = None
     parent_id: str | None = None
     content_sha256: str | None = None
     envelope_sha256: str | None = None
