@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry, ProcessCollector
 from app import error_handlers, openapi
 from app.datasets.endpoints import router as datasets
 from app.hub.endpoints import router as hub
+from app.hub.upload_endpoints import router as hub_uploads
 from app.jobs.endpoints import router as jobs
 from app.jobs.output_endpoints import router as job_outputs
 from app.jobs.watching import Watcher
@@ -26,7 +27,7 @@ from app.operations.endpoints import router as operations
 from app.secrets.endpoints import router as secrets
 from core.queue import prepare
 
-ROUTERS = (jobs, job_outputs, datasets, models, methods, keys, secrets, operations, hub)
+ROUTERS = (jobs, job_outputs, datasets, models, methods, keys, secrets, operations, hub, hub_uploads)
 
 
 @asynccontextmanager

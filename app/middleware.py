@@ -16,7 +16,7 @@ from core.settings import get_settings
 
 SANE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/+=-]{0,127}")
 SMALL_BODY_BYTES = 1024 * 1024
-UPLOAD_PATHS = frozenset({"/v1/datasets", "/v1/models"})
+UPLOAD_PATHS = re.compile(r"/v1/(datasets|models)/?|/hub/lfs/.*|/hub/api/[^/]+/[^/]+/[^/]+/commit/[^/]+")
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 LATENCY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 120)
 log = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ class Gate:
             self.metrics.observe(scope, status, time.perf_counter() - started)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send, headers: Headers) -> None:
-        limit = get_settings().max_upload_bytes if scope["path"].rstrip("/") in UPLOAD_PATHS else SMALL_BODY_BYTES
+        limit = get_settings().max_upload_bytes if UPLOAD_PATHS.fullmatch(scope["path"]) else SMALL_BODY_BYTES
         declared = headers.get("Content-Length", "0")
         if declared.isdigit() and int(declared) > limit:
             answer = error_answer(Request(scope), 413, f"The body is larger than {limit:,} bytes.")

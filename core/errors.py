@@ -109,6 +109,10 @@ class ModelInvalid(Invalid):
     code = "model_invalid"
 
 
+class ModelLacking(ModelInvalid):
+    """The model is not whole; `details` names each file that is missing."""
+
+
 class IdempotencyMismatch(Invalid):
     """This Idempotency-Key was used before with another body. Use a new key for a new request."""
 

@@ -12,7 +12,7 @@ from app.uploads import Upload, UploadedFile
 from core.datasets.checking import Columns, Problems, Split, SplitFile, check_between, check_split, report_of
 from core.datasets.models import Dataset
 from core.datasets.reading import format_of
-from core.datasets.repository import create_dataset, get_dataset
+from core.datasets.repository import create_dataset, get_dataset, set_dataset
 from core.errors import DatasetInvalid, NotFound
 from core.storage import BlobWriter, get_store
 from core.strict import suggest
@@ -30,15 +30,29 @@ class Checked(NamedTuple):
     blobs: dict[str, BlobWriter]
     found: dict[str, Split]
 
+    def splits(self) -> dict[str, Any]:
+        """Returns what is stored of each split."""
+        return {name: _stored(split, self.blobs[name]) for name, split in self.found.items()}
+
+    def publish(self) -> None:
+        """Publishes the bytes."""
+        for writer in self.blobs.values():
+            writer.commit()
+
 
 def check_upload(upload: Upload, stack: ExitStack) -> Checked:
     """Returns the checked splits of an upload; `stack` drops what is not published. Raises DatasetInvalid."""
     upload.refuse_unknown(FIELDS)
     name = upload.name()
     wanted = Columns(upload.field("text"), upload.field("label"))
+    return check_files(name, [_split_file(file) for file in _one_a_split(upload)], wanted, stack)
+
+
+def check_files(name: str, sources: list[SplitFile], wanted: Columns, stack: ExitStack) -> Checked:
+    """Returns the checked splits of some files; `stack` drops what is not published. Raises DatasetInvalid."""
     problems = Problems()
     blobs, found = {}, {}
-    for source in [_split_file(file) for file in _one_a_split(upload)]:
+    for source in sources:
         writer = stack.enter_context(get_store().writer())
         found[source.split] = check_split(source, writer, wanted, problems)
         blobs[source.split] = writer
@@ -70,11 +84,15 @@ def _split_file(file: UploadedFile) -> SplitFile:
 
 def create(session: Session, tenant_id: str, checked: Checked) -> Dataset:
     """Returns the new data set, its bytes published. Raises Conflict when the name is taken."""
-    splits = {name: _stored(split, checked.blobs[name]) for name, split in checked.found.items()}
-    dataset = create_dataset(session, tenant_id, checked.name, splits, report_of(checked.found))
-    for writer in checked.blobs.values():  # after the name is ours, and before the commit makes them visible
-        writer.commit()
+    dataset = create_dataset(session, tenant_id, checked.name, checked.splits(), report_of(checked.found))
+    checked.publish()  # after the name is ours, and before the commit makes them visible
     return dataset
+
+
+def replace(session: Session, tenant_id: str, checked: Checked) -> None:
+    """Makes these splits the data set of that name, whether there was one or not, their bytes published."""
+    set_dataset(session, tenant_id, checked.name, checked.splits(), report_of(checked.found))
+    checked.publish()
 
 
 def _stored(split: Split, writer: BlobWriter) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from app.deps import DbSession, Reader
 from app.files import file_answer
 from app.hub.errors import EntryNotFound, HubRoute
 from app.hub.git import Entry, list_entries, pointer
-from app.hub.repos import MAIN, MODELS, Repo, Revision, get_repo
+from app.hub.repos import MAIN, Repo, Revision, get_repo
+from core.repos.repository import MODELS
 from core.storage import Blob
 
 router = APIRouter(prefix="/hub", route_class=HubRoute, include_in_schema=False)
@@ -25,7 +26,8 @@ class Asked(NamedTuple):
 def find_repo(session: DbSession, principal: Reader, request: Request) -> Repo:
     """Returns the repository that the address names. Raises RepoNotFound."""
     address = request.path_params
-    return get_repo(session, principal, address.get("kind", MODELS), address["owner"], address["repo"])
+    kind, revision = address.get("kind", MODELS), address.get("revision", MAIN)
+    return get_repo(session, principal, kind, address["owner"], address["repo"], revision)
 
 
 FoundRepo = Annotated[Repo, Depends(find_repo)]

@@ -2,7 +2,7 @@
 
 import re
 from datetime import datetime
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sqlalchemy.orm import Session
 
@@ -13,11 +13,12 @@ from core.datasets.repository import find_dataset
 from core.errors import Gone, NotFound
 from core.jobs.models import Job
 from core.jobs.repository import get_job, list_artifacts, list_stages
+from core.models.models import Model
 from core.models.repository import files_of, find_model, get_manifest, list_manifests
+from core.repos.repository import DATASETS, MODELS, find_commit, find_newest
 from core.storage import ManifestFile
 from core.tenants.keys import Principal
 
-MODELS, DATASETS = "models", "datasets"
 MAIN = "main"
 MAIN_ARTIFACTS = ("safetensors", "student", "teacher")  # the first that a job has is its branch `main`
 STAGE_OUTPUTS = ("student", "teacher")
@@ -50,6 +51,7 @@ class Repo(NamedTuple):
 
     Attributes:
         id: `tenant/name`.
+        older: The revision that was asked for, if that is a commit that no branch holds any more.
         pipeline: What its models do, as the Hub calls it.
     """
 
@@ -57,11 +59,13 @@ class Repo(NamedTuple):
     created_at: datetime
     changed_at: datetime
     branches: dict[str, Revision]
+    older: Revision | None = None
     pipeline: str | None = None
 
     def get_revision(self, name: str) -> Revision:
         """Returns the files of a branch or commit. Raises RevisionNotFound."""
-        by_commit = {revision.commit: revision for revision in self.branches.values()}
+        known = [*self.branches.values(), *([self.older] if self.older else [])]
+        by_commit = {revision.commit: revision for revision in known}
         found = self.branches.get(name.replace("_", "-")) or by_commit.get(name)
         if found is None:
             there = ", ".join(self.branches) or "none yet"
@@ -75,29 +79,61 @@ def repo_name(job: Job) -> str:
     return f"{name}-{job.id.removeprefix('job_')}"
 
 
-def get_repo(session: Session, principal: Principal, kind: str, owner: str, name: str) -> Repo:
-    """Returns a repository of the tenant. Raises RepoNotFound."""
+def get_repo(session: Session, principal: Principal, kind: str, owner: str, name: str, revision: str = MAIN) -> Repo:
+    """Returns a repository of the tenant, its branches and, if it has it, that revision. Raises RepoNotFound."""
     found = None
     if owner == principal.tenant_name:
-        found = _find_repo(session, principal.tenant_id, kind, name)
+        found = find_stored(session, principal.tenant_id, kind, name, revision)
+    if found is None and owner == principal.tenant_name and kind == MODELS:
+        job = _find_job(session, principal.tenant_id, name)
+        found = _job_repo(session, job) if job is not None else None
     if found is None:
         raise RepoNotFound(f"There is no repository '{owner}/{name}' among the {kind} of your tenant.")
     return found._replace(id=f"{owner}/{name}")
 
 
-def _find_repo(session: Session, tenant_id: str, kind: str, name: str) -> Repo | None:
-    if kind == DATASETS:
-        dataset = find_dataset(session, tenant_id, name)
-        return _dataset_repo(dataset) if dataset is not None and dataset.name == name else None
-    if kind != MODELS:
+def find_stored(session: Session, tenant_id: str, kind: str, name: str, revision: str = MAIN) -> Repo | None:
+    """Returns the repository of a model or data set, or of what is to become one, or None."""
+    row = find_row(session, tenant_id, kind, name)
+    newest = find_newest(session, tenant_id, kind, name)
+    if newest is not None:
+        main = Revision(newest[0].oid, files_of(newest[1]))
+        changed_at = newest[0].committed_at
+    elif row is not None:
+        main = _revision(_files(session, row))
+        changed_at = row.created_at
+    else:
         return None
-    model = find_model(session, tenant_id, name)
-    if model is not None and model.name == name:
-        branches = {MAIN: _revision(files_of(get_manifest(session, tenant_id, model.manifest_id)))}
-        ends = (HEADS[end] for name in model.facts["architectures"] for end in HEADS if name.endswith(end))
-        return Repo("", model.created_at, model.created_at, branches, next(ends, None))
-    job = _find_job(session, tenant_id, name)
-    return _job_repo(session, job) if job is not None else None
+    older = find_commit(session, tenant_id, kind, name, revision) if newest and revision != MAIN else None
+    return Repo(
+        name,
+        row.created_at if row else changed_at,
+        changed_at,
+        {MAIN: main},
+        Revision(revision, files_of(older)) if older else None,
+        _pipeline(row) if isinstance(row, Model) else None,
+    )
+
+
+def find_row(session: Session, tenant_id: str, kind: str, name: str) -> Model | Dataset | None:
+    """Returns the model or data set of that name, or None."""
+    find: Any = {MODELS: find_model, DATASETS: find_dataset}.get(kind, lambda *_: None)
+    row: Model | Dataset | None = find(session, tenant_id, name)
+    return row if row is not None and row.name == name else None  # it may be found by its id
+
+
+def _files(session: Session, row: Model | Dataset) -> list[ManifestFile]:
+    if isinstance(row, Model):
+        return files_of(get_manifest(session, row.tenant_id, row.manifest_id))
+    return [
+        ManifestFile(path=f"{split}.jsonl", sha256=stored["sha256"], size_bytes=stored["size_bytes"])
+        for split, stored in row.splits.items()
+    ]
+
+
+def _pipeline(model: Model) -> str | None:
+    """Returns what a model does, as the ends of its classes' names tell."""
+    return next((HEADS[end] for name in model.facts["architectures"] for end in HEADS if name.endswith(end)), None)
 
 
 def _find_job(session: Session, tenant_id: str, name: str) -> Job | None:
@@ -107,14 +143,6 @@ def _find_job(session: Session, tenant_id: str, name: str) -> Job | None:
     except (NotFound, Gone):
         return None
     return job if job is not None and repo_name(job) == name else None
-
-
-def _dataset_repo(dataset: Dataset) -> Repo:
-    files = [
-        ManifestFile(path=f"{split}.jsonl", sha256=stored["sha256"], size_bytes=stored["size_bytes"])
-        for split, stored in dataset.splits.items()
-    ]
-    return Repo("", dataset.created_at, dataset.created_at, {MAIN: _revision(files)})
 
 
 def _job_repo(session: Session, job: Job) -> Repo:
@@ -131,7 +159,7 @@ def _job_repo(session: Session, job: Job) -> Repo:
     manifests = list_manifests(session, job.tenant_id, branches.values())
     found = {name: _revision(files_of(manifests[manifest_id])) for name, manifest_id in branches.items()}
     changed_at = job.finished_at or job.started_at or job.created_at
-    return Repo("", job.created_at, changed_at, found, PIPELINES.get(job.spec["task"]["kind"]))
+    return Repo("", job.created_at, changed_at, found, pipeline=PIPELINES.get(job.spec["task"]["kind"]))
 
 
 def _revision(files: list[ManifestFile]) -> Revision:

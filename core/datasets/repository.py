@@ -10,6 +10,7 @@ from core.datasets.models import Dataset
 from core.errors import Conflict, NotFound
 from core.ids import new_id
 from core.jobs.repository import find_unfinished_user
+from core.repos.repository import DATASETS, delete_commits
 
 FIND = select(Dataset).where(  # every job asks this, so it is put together once
     Dataset.tenant_id == bindparam("tenant_id"), or_(Dataset.name == bindparam("ref"), Dataset.id == bindparam("ref"))
@@ -29,6 +30,16 @@ def create_dataset(
     if dataset_id is None:
         raise Conflict(f"You have a data set '{name}' already; choose another name, or delete it first.", param="name")
     return session.get_one(Dataset, dataset_id)
+
+
+def set_dataset(session: Session, tenant_id: str, name: str, splits: dict[str, Any], report: dict[str, Any]) -> None:
+    """Makes these splits the data set of that name, whether there was one or not."""
+    values = {"splits": splits, "report": report}
+    session.execute(
+        insert(Dataset)
+        .values(id=new_id("ds"), tenant_id=tenant_id, name=name, **values)
+        .on_conflict_do_update(index_elements=["tenant_id", "name"], set_=values)
+    )
 
 
 def find_dataset(session: Session, tenant_id: str, ref: str, *, lock: bool = False) -> Dataset | None:
@@ -61,9 +72,10 @@ def list_datasets(session: Session, tenant_id: str, *, after: str | None, limit:
 
 
 def delete_dataset(session: Session, tenant_id: str, ref: str) -> None:
-    """Deletes a data set. Raises NotFound, or Conflict while a job that has not ended uses it."""
+    """Deletes a data set and its commits. Raises NotFound, or Conflict while a job that has not ended uses it."""
     dataset = get_dataset(session, tenant_id, ref, lock=True)
     job_id = find_unfinished_user(session, tenant_id, "$.data.*.dataset_id", dataset.id)
     if job_id:
         raise Conflict(f"The job '{job_id}' uses this data set and has not ended; wait for it or cancel it first.")
+    delete_commits(session, tenant_id, DATASETS, dataset.name)
     session.delete(dataset)

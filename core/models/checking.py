@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from core.errors import MAX_DETAILS, ModelInvalid
+from core.errors import MAX_DETAILS, ModelInvalid, ModelLacking
 from core.models.facts import ModelFacts, read_facts
 from core.models.safetensors_header import Tensor, read_metadata, read_tensors
 from core.storage import is_safe_path
@@ -60,7 +60,12 @@ def check_path(path: str) -> str | None:
 
 
 def check_model(files: Mapping[str, Path]) -> ModelFacts:
-    """Returns the facts of a model folder, given as path -> location. Raises ModelInvalid with every problem."""
+    """Returns the facts of a model folder, given as path -> location.
+
+    Raises:
+        ModelInvalid: There are files that are no good; with every problem.
+        ModelLacking: All files are good, and some are missing.
+    """
     details: list[dict[str, Any]] = []
     tensors: dict[str, list[Tensor]] = {}
     config: dict[str, Any] = {}
@@ -82,8 +87,10 @@ def check_model(files: Mapping[str, Path]) -> ModelFacts:
             config = found
         elif path.endswith(".safetensors"):
             tensors[path] = found
-    details += _check_whole(files, details, tensors)
-    raise_details(details)
+    lacking = _check_whole(files, details, tensors)
+    raise_details(details + lacking if details else [])
+    if lacking:
+        raise _invalid(lacking, ModelLacking)
     try:
         weights = [tensor for shard in _weights(tensors) for tensor in shard]
         return read_facts(config, tensors=weights, grid_bits=grid_bits)
@@ -108,12 +115,10 @@ def raise_details(details: list[dict[str, Any]]) -> None:
         raise _invalid(details)
 
 
-def _invalid(details: list[dict[str, Any]]) -> ModelInvalid:
+def _invalid(details: list[dict[str, Any]], kind: type[ModelInvalid] = ModelInvalid) -> ModelInvalid:
     first = details[0]
     more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
-    return ModelInvalid(
-        f"{first['file']}: {first['message']}{more}", param=first["file"], details=details[:MAX_DETAILS]
-    )
+    return kind(f"{first['file']}: {first['message']}{more}", param=first["file"], details=details[:MAX_DETAILS])
 
 
 def sniff(location: Path) -> str | None:

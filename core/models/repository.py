@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from sqlalchemy import bindparam, func, or_, select
+from sqlalchemy import bindparam, func, or_, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
@@ -11,7 +11,8 @@ from core.ids import new_id
 from core.jobs.repository import find_unfinished_user
 from core.models.facts import ModelFacts
 from core.models.models import Manifest, Model
-from core.storage import ManifestFile, manifest_digest
+from core.repos.repository import MODELS, delete_commits
+from core.storage import Blob, ManifestFile, manifest_digest
 
 FIND = select(Model).where(  # every job asks this, so it is put together once
     Model.tenant_id == bindparam("tenant_id"), or_(Model.name == bindparam("ref"), Model.id == bindparam("ref"))
@@ -49,6 +50,23 @@ def list_manifests(session: Session, tenant_id: str, manifest_ids: Iterable[str]
     return {manifest.id: manifest for manifest in session.scalars(query)}
 
 
+def keep_uploaded(session: Session, tenant_id: str, blob: Blob) -> None:
+    """Notes that the tenant has sent these bytes, as a manifest, so that the collection leaves them for a while."""
+    put_manifest(session, tenant_id, [_alone(blob)])
+
+
+def find_uploaded(session: Session, tenant_id: str, blobs: Iterable[Blob]) -> set[Blob]:
+    """Returns those of the bytes that the tenant has sent, and makes them as young as this transaction."""
+    by_digest = {manifest_digest([_alone(blob)]): blob for blob in blobs}
+    wanted = (Manifest.tenant_id == tenant_id, Manifest.sha256.in_(by_digest))
+    touched = update(Manifest).where(*wanted).values(created_at=func.now()).returning(Manifest.sha256)
+    return {by_digest[digest] for digest in session.scalars(touched)}
+
+
+def _alone(blob: Blob) -> ManifestFile:
+    return ManifestFile(path="uploaded", sha256=blob.sha256, size_bytes=blob.size_bytes)
+
+
 def files_of(manifest: Manifest, folder: str = "") -> list[ManifestFile]:
     """Returns the manifest's files, or those in one of its folders by their paths there."""
     start = f"{folder}/" if folder else ""
@@ -71,6 +89,16 @@ def create_model(
     if model_id is None:
         raise Conflict(f"You have a model '{name}' already; choose another name, or delete it first.", param="name")
     return session.get_one(Model, model_id)
+
+
+def set_model(session: Session, tenant_id: str, name: str, manifest: Manifest, facts: ModelFacts) -> None:
+    """Makes these files the model of that name, whether there was one or not."""
+    values = {"manifest_id": manifest.id, "facts": facts.model_dump()}
+    session.execute(
+        insert(Model)
+        .values(id=new_id("mdl"), tenant_id=tenant_id, name=name, **values)
+        .on_conflict_do_update(index_elements=["tenant_id", "name"], set_=values)
+    )
 
 
 def find_model(session: Session, tenant_id: str, ref: str, *, lock: bool = False) -> Model | None:
@@ -101,9 +129,10 @@ def list_models(session: Session, tenant_id: str, *, after: str | None, limit: i
 
 
 def delete_model(session: Session, tenant_id: str, ref: str) -> None:
-    """Deletes a model. Raises NotFound, or Conflict while a job that has not ended uses it."""
+    """Deletes a model and its commits. Raises NotFound, or Conflict while a job that has not ended uses it."""
     model = get_model(session, tenant_id, ref, lock=True)
     job_id = find_unfinished_user(session, tenant_id, "$.*.model_id", model.id)
     if job_id:
         raise Conflict(f"The job '{job_id}' uses this model and has not ended; wait for it or cancel it first.")
+    delete_commits(session, tenant_id, MODELS, model.name)
     session.delete(model)

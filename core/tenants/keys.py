@@ -109,6 +109,17 @@ def _touch(session: Session | Connection, key_id: str) -> None:
     session.execute(touch, execution_options={"synchronize_session": False})
 
 
+def sign(session: Session, key_id: str, text: str) -> str:
+    """Returns what only this server can make of a text and a key, for addresses that are used without the key itself.
+
+    Raises Unauthenticated where the key is no longer good.
+    """
+    key = session.get(ApiKey, key_id)
+    if key is None or not is_valid(session, key_id):
+        raise Unauthenticated()
+    return hmac.new(key.secret_sha256.encode(), text.encode(), "sha256").hexdigest()
+
+
 def list_keys(session: Session, tenant_id: str) -> list[ApiKey]:
     """Returns the tenant's keys, newest first."""
     return list(session.scalars(select(ApiKey).where(ApiKey.tenant_id == tenant_id).order_by(ApiKey.id.desc())))

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 MANIFESTS = f"""
     select manifest_id, tenant_id, 'model ' || id as place from models
     union all
+    select manifest_id, tenant_id, 'commit ' || oid || ' to ' || name from commits
+    union all
     select manifest_id, tenant_id, 'artifact ' || job_id || '/' || name from artifacts
     union all
     select output.value, s.tenant_id, 'stage ' || s.job_id || '/' || s.ordinal || ' ' || output.key

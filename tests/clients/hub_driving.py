@@ -45,15 +45,26 @@ def keep_at_it(repo: str, path: str, folder: Path) -> int:
     raise SystemExit("the file never came")
 
 
+def push(api: HfApi, repo: str, source: str, kind: str) -> str:
+    """Returns the commit of a folder that was pushed."""
+    api.create_repo(repo, repo_type=kind, exist_ok=True)
+    api.create_repo(repo, repo_type=kind, exist_ok=True)
+    api.upload_folder(repo_id=repo, repo_type=kind, folder_path=source)
+    return api.repo_info(repo, repo_type=kind).sha
+
+
 def main(model: str, dataset: str, big: str, place: str) -> dict[str, Any]:
     """Returns what was found."""
     api, folder = HfApi(), Path(place)
     info = api.model_info(model, files_metadata=True)
     branches = {branch.name: branch.target_commit for branch in api.list_repo_refs(model).branches}
+    owner = api.whoami()["name"]
+    snapshot = snapshot_download(model, cache_dir=folder)
+    rows = snapshot_download(dataset, repo_type="dataset", cache_dir=folder)
     found = {
         "version": huggingface_hub.__version__,
         "verified": None,
-        "whoami": api.whoami()["name"],
+        "whoami": owner,
         "sha": info.sha,
         "siblings": sorted([sibling.rfilename, sibling.size] for sibling in info.siblings),
         "branches": branches,
@@ -61,10 +72,12 @@ def main(model: str, dataset: str, big: str, place: str) -> dict[str, Any]:
         "folder": [entry.path for entry in api.list_repo_tree(model, "1_Pooling")],
         "paths": [entry.path for entry in api.get_paths_info(model, ["config.json", "nothing"])],
         "tensors": sorted(api.get_safetensors_metadata(model).weight_map),
-        "snapshot": read(snapshot_download(model, cache_dir=folder)),
+        "snapshot": read(snapshot),
         "onnx": read(snapshot_download(model, revision="onnx-int8", cache_dir=folder)),
         "by commit": read(snapshot_download(model, revision=branches["onnx-int8"], cache_dir=folder / "other")),
-        "dataset": sorted(read(snapshot_download(dataset, repo_type="dataset", cache_dir=folder))),
+        "dataset": sorted(read(rows)),
+        "pushed": push(api, f"{owner}/pushed", snapshot, "model"),
+        "pushed rows": push(api, f"{owner}/pushed-rows", rows, "dataset"),
         "calls": keep_at_it(big, "extra.safetensors", folder / "big"),
         "no repo": failing(lambda: api.model_info(f"{model}x")),
         "no revision": failing(lambda: api.model_info(model, revision="v9")),

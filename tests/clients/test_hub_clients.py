@@ -43,7 +43,7 @@ def _make_job(api: Api, outputs: dict[str, dict[str, bytes]]) -> str:
 
 
 @pytest.mark.parametrize("client", HUBS)
-def test_every_read(client: str, api: Api, recorder: Recorder, tmp_path: Path) -> None:
+def test_every_call(client: str, api: Api, recorder: Recorder, tmp_path: Path) -> None:
     python = python_of(client)
     repo = _make_job(api, {"student": STUDENT, "onnx_int8": ONNX})
     owner = repo.partition("/")[0]
@@ -62,6 +62,9 @@ def test_every_read(client: str, api: Api, recorder: Recorder, tmp_path: Path) -
     assert seen["snapshot"] == _digests(STUDENT)
     assert seen["onnx"] == seen["by commit"] == _digests(ONNX)
     assert seen["dataset"] == ["test.jsonl", "train.jsonl", "validation.jsonl"]
+    assert seen["pushed"] == seen["sha"]  # equal files are the same commit
+    assert {file["path"] for file in api("GET", "/v1/models/pushed").json()["files"]} == set(STUDENT)
+    assert api("GET", "/v1/datasets/pushed-rows").json()["splits"]["train"]["num_rows"] == 30
     errors = [seen[name] for name in ("no repo", "no revision", "no file", "no key")]
     expected = ["RepositoryNotFoundError", "RevisionNotFoundError", "EntryNotFoundError", "RepositoryNotFoundError"]
     assert errors == expected

@@ -1,0 +1,1 @@
+"""What was committed to models and data sets, file by file."""
