@@ -22,12 +22,27 @@ from app.keys.endpoints import router as keys
 from app.methods.endpoints import router as methods
 from app.middleware import Gate, HttpMetrics
 from app.models.endpoints import router as models
+from app.openai.file_endpoints import router as openai_files
+from app.openai.job_endpoints import router as openai_jobs
 from app.operations.collector import JobsCollector
 from app.operations.endpoints import router as operations
 from app.secrets.endpoints import router as secrets
 from core.queue import prepare
 
-ROUTERS = (jobs, job_outputs, datasets, models, methods, keys, secrets, operations, hub, hub_uploads)
+ROUTERS = (
+    jobs,
+    job_outputs,
+    datasets,
+    models,
+    methods,
+    keys,
+    secrets,
+    operations,
+    hub,
+    hub_uploads,
+    openai_files,
+    openai_jobs,
+)
 
 
 @asynccontextmanager

@@ -16,7 +16,11 @@ from core.settings import get_settings
 
 SANE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/+=-]{0,127}")
 SMALL_BODY_BYTES = 1024 * 1024
-UPLOAD_PATHS = re.compile(r"/v1/(datasets|models)/?|/hub/lfs/.*|/hub/api/[^/]+/[^/]+/[^/]+/commit/[^/]+")
+UPLOAD_PATHS = re.compile(
+    r"/v1/(datasets|models)/?"
+    r"|/hub/(lfs/.*|api/[^/]+/[^/]+/[^/]+/commit/[^/]+)"
+    r"|/openai/v1/(files|uploads/[^/]+/parts)"
+)
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 LATENCY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 120)
 log = logging.getLogger(__name__)

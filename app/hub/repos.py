@@ -11,7 +11,7 @@ from app.hub.git import commit_oid
 from core.datasets.models import Dataset
 from core.datasets.repository import find_dataset
 from core.errors import Gone, NotFound
-from core.jobs.models import Job
+from core.jobs.models import Artifact, Job
 from core.jobs.repository import get_job, list_artifacts, list_stages
 from core.models.models import Model
 from core.models.repository import files_of, find_model, get_manifest, list_manifests
@@ -85,7 +85,7 @@ def get_repo(session: Session, principal: Principal, kind: str, owner: str, name
     if owner == principal.tenant_name:
         found = find_stored(session, principal.tenant_id, kind, name, revision)
     if found is None and owner == principal.tenant_name and kind == MODELS:
-        job = _find_job(session, principal.tenant_id, name)
+        job = find_job_named(session, principal.tenant_id, name)
         found = _job_repo(session, job) if job is not None else None
     if found is None:
         raise RepoNotFound(f"There is no repository '{owner}/{name}' among the {kind} of your tenant.")
@@ -136,7 +136,8 @@ def _pipeline(model: Model) -> str | None:
     return next((HEADS[end] for name in model.facts["architectures"] for end in HEADS if name.endswith(end)), None)
 
 
-def _find_job(session: Session, tenant_id: str, name: str) -> Job | None:
+def find_job_named(session: Session, tenant_id: str, name: str) -> Job | None:
+    """Returns the job whose repository has that name, or None."""
     match = JOB_REPO.fullmatch(name)
     try:
         job = get_job(session, tenant_id, f"job_{match.group(1)}") if match else None
@@ -149,9 +150,9 @@ def _job_repo(session: Session, job: Job) -> Repo:
     """`main` is what a job that has succeeded made to be deployed; each artifact and stage has a branch of its own."""
     artifacts = list_artifacts(session, job.tenant_id, job.id)
     branches = {artifact.name.replace("_", "-"): artifact.manifest_id for artifact in artifacts}
-    best = next((branches[name] for name in MAIN_ARTIFACTS if name in branches), None)
-    if best is not None and job.state == "succeeded":
-        branches = {MAIN: best} | branches
+    best = find_main(job, artifacts)
+    if best is not None:
+        branches = {MAIN: best.manifest_id} | branches
     for stage in list_stages(session, job.tenant_id, job.id) if job.state != "cancelled" else ():
         made = next((stage.outputs[role] for role in STAGE_OUTPUTS if role in stage.outputs), None)
         if made is not None and stage.state in {"succeeded", "cached"}:
@@ -160,6 +161,12 @@ def _job_repo(session: Session, job: Job) -> Repo:
     found = {name: _revision(files_of(manifests[manifest_id])) for name, manifest_id in branches.items()}
     changed_at = job.finished_at or job.started_at or job.created_at
     return Repo("", job.created_at, changed_at, found, pipeline=PIPELINES.get(job.spec["task"]["kind"]))
+
+
+def find_main(job: Job, artifacts: list[Artifact]) -> Artifact | None:
+    """Returns what a job that has succeeded made for `transformers`, or None."""
+    by_name = {artifact.name: artifact for artifact in artifacts if job.state == "succeeded"}
+    return next((by_name[name] for name in MAIN_ARTIFACTS if name in by_name), None)
 
 
 def _revision(files: list[ManifestFile]) -> Revision:

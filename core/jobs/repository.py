@@ -175,6 +175,16 @@ def list_events(session: Session, tenant_id: str, job_id: str, *, after: int = 0
     return _page(session, query, limit, lambda event: str(event.seq))
 
 
+def list_newest_events(
+    session: Session, tenant_id: str, job_id: str, *, before: int | None = None, limit: int = 20
+) -> list[Event]:
+    """Returns some of the job's events, newest first, from `before` (exclusive)."""
+    query = select(Event).where(Event.tenant_id == tenant_id, Event.job_id == job_id)
+    if before is not None:
+        query = query.where(Event.seq < before)
+    return list(session.scalars(query.order_by(Event.seq.desc()).limit(limit)))
+
+
 def list_measured(session: Session, tenant_id: str, job_id: str) -> list[Event]:
     """Returns what searches among the job's stages have told of their students, oldest first."""
     query = select(Event).where(Event.tenant_id == tenant_id, Event.job_id == job_id, Event.type == MEASURED)

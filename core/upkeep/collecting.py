@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session
 from core import db
 from core.jobs.models import Checkpoint, Job, TeacherAnswer, TeacherRequest
 from core.jobs.state import TERMINAL
+from core.openai.models import File
 from core.settings import get_settings
 from core.storage import ArtifactStore, get_store
 from core.tenants.models import Tenant
@@ -67,6 +68,7 @@ def collect() -> Collected | None:
             num_checkpoints = drop_checkpoints(session)
         with db.session_scope() as session:
             drop_answers(session)
+            drop_files(session)
         with db.session_scope() as session:
             num_manifests = drop_manifests(session)
         store.empty_trash()
@@ -116,6 +118,12 @@ def drop_answers(session: Session) -> None:
     some = select(TeacherAnswer.tenant_id, TeacherAnswer.key).where(TeacherAnswer.created_at < oldest).limit(MAX_ROWS)
     session.execute(delete(TeacherAnswer).where(tuple_(TeacherAnswer.tenant_id, TeacherAnswer.key).in_(some)))
     session.execute(delete(TeacherRequest).where(TeacherRequest.asked_until < func.now() - timedelta(days=1)))
+
+
+def drop_files(session: Session) -> None:
+    """Forgets files whose time is over, and what has come of them."""
+    some = select(File.id).where(File.expires_at < func.now()).limit(MAX_ROWS)
+    session.execute(delete(File).where(File.id.in_(some)))
 
 
 def drop_manifests(session: Session) -> int:

@@ -26,6 +26,10 @@ MANIFESTS = f"""
     union all
     select manifest_id, tenant_id, 'commit ' || oid || ' to ' || name from commits
     union all
+    select manifest_id, tenant_id, 'file ' || id from files where manifest_id is not null
+    union all
+    select manifest_id, tenant_id, 'part of ' || file_id from file_parts
+    union all
     select manifest_id, tenant_id, 'artifact ' || job_id || '/' || name from artifacts
     union all
     select output.value, s.tenant_id, 'stage ' || s.job_id || '/' || s.ordinal || ' ' || output.key

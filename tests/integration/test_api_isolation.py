@@ -1,10 +1,11 @@
 """Two tenants: whatever one has, the other sees nothing of it, on every route that takes an id."""
 
 import re
+from typing import Any
 
 from app.main import app
 from core.ids import new_id
-from tests.api import Api, run_job
+from tests.api import Api, jsonl, rows, run_job
 
 RANDOM = {
     "job_id": new_id("job"),
@@ -12,14 +13,19 @@ RANDOM = {
     "dataset": new_id("ds"),
     "model": new_id("mdl"),
     "owner": new_id("t"),
+    "file": new_id("file").replace("_", "-"),
+    "upload": new_id("upload"),
+    "fine_tune": new_id("ftjob").replace("_", "-"),
 }
 WITHOUT_IDS = {"family", "kind", "secret_name"}  # a secret's name is its tenant's own
 SIGNED = {"oid", "size", "until", "signer", "signature"}  # of an address that this server made for one upload
-BODIES = {
-    "/v1/jobs/{job_id}/fork": {"from_stage": 0},
-    "/hub/api/{kind}/{owner}/{repo}/preupload/{revision}": {"files": []},
-    "/hub/{kind}/{owner}/{repo}.git/info/lfs/objects/batch": {"operation": "upload", "objects": []},
-    "/hub/{owner}/{repo}.git/info/lfs/objects/batch": {"operation": "upload", "objects": []},
+BODIES: dict[str, dict[str, Any]] = {
+    "/v1/jobs/{job_id}/fork": {"json": {"from_stage": 0}},
+    "/hub/api/{kind}/{owner}/{repo}/preupload/{revision}": {"json": {"files": []}},
+    "/hub/{kind}/{owner}/{repo}.git/info/lfs/objects/batch": {"json": {"operation": "upload", "objects": []}},
+    "/hub/{owner}/{repo}.git/info/lfs/objects/batch": {"json": {"operation": "upload", "objects": []}},
+    "/openai/v1/uploads/{upload_id}/parts": {"files": [("data", ("part", b"bytes"))]},
+    "/openai/v1/uploads/{upload_id}/complete": {"json": {"part_ids": ["part_1"]}},
 }
 REFUSED = {"/hub/api/{kind}/{owner}/{repo}/xet-write-token/{revision}": 422}  # to its owner, too
 
@@ -36,6 +42,10 @@ def _routes() -> list[tuple[str, str]]:
 def _fill(path: str, ids: dict[str, str]) -> str:
     ref = ids["dataset"] if path.startswith("/v1/datasets") else ids["model"]
     for pattern, value in {
+        r"/fine_tuning/jobs/\{job_id\}": f"/fine_tuning/jobs/{ids['fine_tune']}",
+        r"\{file_id\}": ids["file"],
+        r"\{upload_id\}": ids["upload"],
+        r"/openai/v1/models/\{name:path\}": f"/openai/v1/models/{ids['owner']}/minilm",
         r"\{job_id\}": ids["job_id"],
         r"\{key_id\}": ids["key_id"],
         r"/artifacts/\{name\}": "/artifacts/student",
@@ -64,13 +74,25 @@ def _own_ids(api: Api) -> dict[str, str]:
     }
 
 
+def _all_ids(api: Api) -> dict[str, str]:
+    """Returns also those of a file, of an upload that is not complete, and of a job that learns from the file."""
+    own = _own_ids(api)
+    sent = {"data": {"purpose": "fine-tune"}, "files": [("file", ("rows.jsonl", jsonl(rows(30))))]}
+    file = api("POST", "/openai/v1/files", **sent).json()["id"]
+    wanted = {"bytes": 9, "filename": "a.jsonl", "purpose": "fine-tune", "mime_type": "application/jsonl"}
+    upload = api("POST", "/openai/v1/uploads", json=wanted).json()["id"]
+    job = api("POST", "/openai/v1/fine_tuning/jobs", json={"model": "minilm", "training_file": file})
+    assert job.status_code == 200, job.text
+    return own | {"file": file, "upload": upload, "fine_tune": job.json()["id"]}
+
+
 def test_a_foreign_id_is_as_unknown_as_a_random_one(api: Api, other: Api) -> None:
-    theirs = _own_ids(other)
+    theirs = _all_ids(other)
     routes = _routes()
     assert len(routes) >= 20
     for method, path in routes:
-        foreign = api(method, _fill(path, theirs), json=BODIES.get(path))
-        random = api(method, _fill(path, RANDOM), json=BODIES.get(path))
+        foreign = api(method, _fill(path, theirs), **BODIES.get(path, {}))
+        random = api(method, _fill(path, RANDOM), **BODIES.get(path, {}))
         assert foreign.status_code == random.status_code == 404, (method, path, foreign.text)
         assert _neutral(foreign, theirs) == _neutral(random, RANDOM), (method, path)
 
@@ -84,7 +106,7 @@ def _neutral(answer: object, ids: dict[str, str]) -> str:
 
 def test_every_route_works_for_its_owner(api: Api) -> None:
     """Shows that the test above asks for things that exist."""
-    ids = _own_ids(api)
+    ids = _all_ids(api)
     for method, path in _routes():
         if method in {"GET", "HEAD"}:
             assert api(method, _fill(path, ids)).status_code == REFUSED.get(path, 200), (method, path)

@@ -1,0 +1,1 @@
+"""The fine-tuning API of OpenAI, as its own client speaks it."""

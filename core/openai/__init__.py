@@ -1,0 +1,1 @@
+"""What the door for OpenAI's clients keeps beside jobs and data sets."""
