@@ -27,6 +27,7 @@ from app.openai.job_endpoints import router as openai_jobs
 from app.operations.collector import JobsCollector
 from app.operations.endpoints import router as operations
 from app.secrets.endpoints import router as secrets
+from app.webhooks.endpoints import router as webhooks
 from core.queue import prepare
 
 ROUTERS = (
@@ -37,6 +38,7 @@ ROUTERS = (
     methods,
     keys,
     secrets,
+    webhooks,
     operations,
     hub,
     hub_uploads,

@@ -25,6 +25,7 @@ TAGS = [
     {"name": "methods", "description": "Everything that a job spec can name, with its schema."},
     {"name": "keys", "description": "API keys of your tenant."},
     {"name": "secrets", "description": "Keys of other services that jobs use; stored encrypted, never shown."},
+    {"name": "webhooks", "description": "Addresses that are told what happens to jobs, in signed messages."},
     {"name": "operations", "description": "Health and metrics of the service itself."},
 ]
 

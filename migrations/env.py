@@ -2,12 +2,6 @@
 
 from alembic import context
 
-import core.datasets.models
-import core.jobs.models
-import core.models.models
-import core.openai.models
-import core.repos.models
-import core.tenants.models  # noqa: F401
 from core.db import Base, get_engine
 
 with get_engine().connect() as connection:

@@ -8,6 +8,7 @@ from core.db import DatabaseAway
 from core.queue import TASK_RUN, get_celery
 from core.settings import get_settings
 from core.upkeep.collecting import collect_when_due
+from core.webhooks.sending import send_due
 from worker.reconciler import tick
 from worker.supervisor import Supervisor
 
@@ -22,11 +23,18 @@ def run(queue: str) -> None:  # noqa: ARG001 - the message says where to look, t
 
 
 def start_loops() -> None:
-    """Starts polling, reconciling and collecting, each in a thread of its own."""
+    """Starts polling, reconciling, sending and collecting, each in a thread of its own."""
     settings = get_settings()
     _start("poll", supervisor.run_available, settings.poll_s)
     _start("reconcile", tick, settings.reconcile_s)
+    _start("send", send_all, settings.poll_s)
     _start("collect", collect_when_due, settings.collect_every_s)
+
+
+def send_all() -> None:
+    """Sends webhooks until none is due."""
+    while send_due() and not supervisor.draining.is_set():
+        pass
 
 
 def _start(name: str, action: Callable[[], object], pause_s: float) -> None:

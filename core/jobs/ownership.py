@@ -21,6 +21,7 @@ from core.jobs.state import DONE, OWNED
 from core.models.repository import put_manifest
 from core.settings import get_settings
 from core.storage import Blob, ManifestFile
+from core.webhooks.announcing import announce_newest
 
 USAGE_WINDOW_S = 300
 RETRY_AFTER_S = 10
@@ -67,7 +68,11 @@ class Point(NamedTuple):
 def claim(session: Session, worker: str, queues: list[str]) -> Claim | None:
     """Returns the oldest queued job of these queues, now owned by `worker`, or None."""
     claimed = session.execute(CLAIM, {"worker": worker, "queues": queues, "lease": _lease()}).one_or_none()
-    return Claim(*claimed) if claimed else None
+    if claimed is None:
+        return None
+    made = Claim(*claimed)
+    announce_newest(session, made.job_id)
+    return made
 
 
 def owned(session: Session, claim: Claim) -> Job:

@@ -12,6 +12,7 @@ from core.errors import Conflict, Gone, IdempotencyMismatch, NotFound
 from core.jobs.models import Artifact, Checkpoint, Event, IdempotencyKey, Job, JobLabel, Metric, StageRun, Usage
 from core.jobs.state import TERMINAL, UNFINISHED, can_change
 from core.pareto import MEASURED
+from core.webhooks.announcing import announce
 
 # Who polls a job asks these again and again, so they are put together once.
 STAGES = (
@@ -310,6 +311,7 @@ def add_event(
     event = Event(job_id=job.id, seq=job.event_seq, tenant_id=job.tenant_id, type=type, level=level)
     event.message, event.data = message[:2000], data or {}
     session.add(event)
+    announce(session, job, event)
 
 
 def _page(session: Session, query: Select[Any], limit: int, cursor: Any) -> Page:

@@ -21,7 +21,7 @@ MAX_LISTED = 1000
 
 def put_secret(session: Session, tenant_id: str, name: str, value: str) -> Secret:
     """Stores a secret, in place of one of that name. Raises Unavailable when this server has no key for secrets."""
-    row = {"tenant_id": tenant_id, "name": name, "ciphertext": _box().encrypt(value.encode()).decode()}
+    row = {"tenant_id": tenant_id, "name": name, "ciphertext": encrypt(value)}
     statement = insert(Secret).values(row)
     changed = {"ciphertext": statement.excluded.ciphertext, "changed_at": func.now()}
     statement = statement.on_conflict_do_update(index_elements=["tenant_id", "name"], set_=changed)
@@ -36,17 +36,10 @@ def list_secrets(session: Session, tenant_id: str) -> list[Secret]:
 
 def read_secret(session: Session, tenant_id: str, name: str) -> str:
     """Returns a secret's value. Raises NotFound, or Unavailable when it was encrypted under another key."""
-    from cryptography.fernet import InvalidToken
-
     row = session.get(Secret, (tenant_id, name))
     if row is None:
         raise NotFound(f"There is no secret '{name}' in your tenant; set it with `stillhouse secrets set {name}`.")
-    try:
-        return _box().decrypt(row.ciphertext.encode()).decode()
-    except InvalidToken as error:
-        raise Unavailable(
-            f"The secret '{name}' was encrypted under a key that this server does not have; set it again."
-        ) from error
+    return decrypt(row.ciphertext, f"secret '{name}'")
 
 
 def delete_secret(session: Session, tenant_id: str, name: str) -> None:
@@ -54,6 +47,23 @@ def delete_secret(session: Session, tenant_id: str, name: str) -> None:
     statement = delete(Secret).where(Secret.tenant_id == tenant_id, Secret.name == name).returning(Secret.name)
     if session.execute(statement).first() is None:
         raise NotFound(f"There is no secret '{name}' in your tenant.")
+
+
+def encrypt(value: str) -> str:
+    """Returns what only this server can read. Raises Unavailable when it has no key for secrets."""
+    return _box().encrypt(value.encode()).decode()
+
+
+def decrypt(ciphertext: str, what: str) -> str:
+    """Returns what was encrypted; `what` names it where it cannot be. Raises Unavailable then."""
+    from cryptography.fernet import InvalidToken
+
+    try:
+        return _box().decrypt(ciphertext.encode()).decode()
+    except InvalidToken as error:
+        raise Unavailable(
+            f"The {what} was encrypted under a key that this server does not have; set it again."
+        ) from error
 
 
 def _box() -> "MultiFernet":

@@ -19,6 +19,8 @@ from core.storage import ArtifactStore, get_store
 from core.tenants.models import Tenant
 from core.upkeep.lock import deleting
 from core.upkeep.references import MANIFESTS, stream_blobs, without
+from core.webhooks.models import Delivery
+from core.webhooks.sending import KEPT
 
 MAX_ROWS = 1_000  # the rest, of these and of the blobs, is for the next round
 MAX_BLOBS = 100_000
@@ -69,6 +71,7 @@ def collect() -> Collected | None:
         with db.session_scope() as session:
             drop_answers(session)
             drop_files(session)
+            drop_deliveries(session)
         with db.session_scope() as session:
             num_manifests = drop_manifests(session)
         store.empty_trash()
@@ -124,6 +127,13 @@ def drop_files(session: Session) -> None:
     """Forgets files whose time is over, and what has come of them."""
     some = select(File.id).where(File.expires_at < func.now()).limit(MAX_ROWS)
     session.execute(delete(File).where(File.id.in_(some)))
+
+
+def drop_deliveries(session: Session) -> None:
+    """Forgets what was sent to webhooks long ago."""
+    oldest = func.now() - KEPT
+    some = select(Delivery.id).where(Delivery.created_at < oldest, Delivery.state != "due").limit(MAX_ROWS)
+    session.execute(delete(Delivery).where(Delivery.id.in_(some)))
 
 
 def drop_manifests(session: Session) -> int:

@@ -3,8 +3,12 @@
 import re
 from typing import Any
 
+import pytest
+from cryptography.fernet import Fernet
+
 from app.main import app
 from core.ids import new_id
+from core.settings import get_settings
 from tests.api import Api, jsonl, rows, run_job
 
 RANDOM = {
@@ -16,6 +20,8 @@ RANDOM = {
     "file": new_id("file").replace("_", "-"),
     "upload": new_id("upload"),
     "fine_tune": new_id("ftjob").replace("_", "-"),
+    "webhook": new_id("whe"),
+    "delivery": new_id("msg"),
 }
 WITHOUT_IDS = {"family", "kind", "secret_name"}  # a secret's name is its tenant's own
 SIGNED = {"oid", "size", "until", "signer", "signature"}  # of an address that this server made for one upload
@@ -24,6 +30,8 @@ BODIES: dict[str, dict[str, Any]] = {
     "/hub/api/{kind}/{owner}/{repo}/preupload/{revision}": {"json": {"files": []}},
     "/hub/{kind}/{owner}/{repo}.git/info/lfs/objects/batch": {"json": {"operation": "upload", "objects": []}},
     "/hub/{owner}/{repo}.git/info/lfs/objects/batch": {"json": {"operation": "upload", "objects": []}},
+    "/v1/webhooks/{webhook_id}": {"json": {}},
+    "/v1/webhooks/{webhook_id}/replay": {"json": {"job_id": RANDOM["job_id"]}},
     "/openai/v1/uploads/{upload_id}/parts": {"files": [("data", ("part", b"bytes"))]},
     "/openai/v1/uploads/{upload_id}/complete": {"json": {"part_ids": ["part_1"]}},
 }
@@ -44,6 +52,8 @@ def _fill(path: str, ids: dict[str, str]) -> str:
     for pattern, value in {
         r"/fine_tuning/jobs/\{job_id\}": f"/fine_tuning/jobs/{ids['fine_tune']}",
         r"\{file_id\}": ids["file"],
+        r"\{webhook_id\}": ids["webhook"],
+        r"\{delivery_id\}": ids["delivery"],
         r"\{upload_id\}": ids["upload"],
         r"/openai/v1/models/\{name:path\}": f"/openai/v1/models/{ids['owner']}/minilm",
         r"\{job_id\}": ids["job_id"],
@@ -60,6 +70,12 @@ def _fill(path: str, ids: dict[str, str]) -> str:
         path = re.sub(pattern, value, path)
     assert "{" not in path, f"teach this test the new parameter of {path}"
     return path
+
+
+@pytest.fixture(autouse=True)
+def _keeps_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    key = get_settings().model_copy(update={"secret_key": Fernet.generate_key().decode()})
+    monkeypatch.setattr("core.tenants.secrets.get_settings", lambda: key)
 
 
 def _own_ids(api: Api) -> dict[str, str]:
@@ -83,7 +99,10 @@ def _all_ids(api: Api) -> dict[str, str]:
     upload = api("POST", "/openai/v1/uploads", json=wanted).json()["id"]
     job = api("POST", "/openai/v1/fine_tuning/jobs", json={"model": "minilm", "training_file": file})
     assert job.status_code == 200, job.text
-    return own | {"file": file, "upload": upload, "fine_tune": job.json()["id"]}
+    webhook = api("POST", "/v1/webhooks", json={"url": "https://example.org/"}).json()["id"]
+    delivery = api("POST", f"/v1/webhooks/{webhook}/test").json()["id"]
+    made = {"file": file, "upload": upload, "fine_tune": job.json()["id"], "webhook": webhook, "delivery": delivery}
+    return own | made
 
 
 def test_a_foreign_id_is_as_unknown_as_a_random_one(api: Api, other: Api) -> None:

@@ -1,0 +1,111 @@
+"""Sends what is due; any number of processes may do so at once.
+
+Origin: the Standard Webhooks specification, "Signature scheme" and "Deliverability and reliability".
+"""
+
+import hmac
+import random
+from base64 import b64decode, b64encode
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import httpcore
+from sqlalchemy import func, select, text
+from sqlalchemy.orm import Session
+
+from core.db import session_scope
+from core.tenants.secrets import decrypt
+from core.webhooks.guard import TIMEOUT_S, Answer, NotAllowed, post
+from core.webhooks.models import Delivery, WebhookEndpoint
+
+PAUSES_S = (5, 300, 1800, 7200, 18_000, 36_000, 50_400, 72_000, 86_400)  # after the first attempt, and so on
+JITTER = 0.2  # so that what failed together does not come back together
+HELD_S = 3 * TIMEOUT_S  # what a sender that died held is sent by another one then
+MAX_AT_ONCE = 16
+MAX_OF_ONE = 4  # endpoint, so that one that hangs does not hold up the others
+GONE = 410
+KEPT = timedelta(days=30)
+CLAIM = text(
+    """
+    update webhook_deliveries set next_attempt_at = now() + make_interval(secs => :held_s)
+     where id in (
+       select id from webhook_deliveries where id in (
+         select id from (
+           select id, next_attempt_at, row_number() over (partition by endpoint_id order by next_attempt_at) as place
+             from webhook_deliveries where state = 'due' and next_attempt_at <= now()
+         ) as waiting where place <= :most_of_one order by next_attempt_at limit :most
+       ) and state = 'due' and next_attempt_at <= now() for update skip locked
+     ) returning id
+    """
+)
+LIMITS = {"held_s": HELD_S, "most_of_one": MAX_OF_ONE, "most": MAX_AT_ONCE}
+
+
+def send_due() -> int:
+    """Sends some of what is due, and returns how many messages that were."""
+    with session_scope() as session:
+        due = [str(row.id) for row in session.execute(CLAIM, LIMITS)]
+    if due:
+        with ThreadPoolExecutor(MAX_AT_ONCE) as pool:
+            list(pool.map(_send, due))
+    return len(due)
+
+
+def sign(secrets: list[str], message_id: str, at: datetime, body: str) -> str:
+    """Returns the signatures of a message, one by each secret."""
+    signed = f"{message_id}.{int(at.timestamp())}.{body}".encode()
+    keys = [b64decode(secret.removeprefix("whsec_")) for secret in secrets]
+    return " ".join(f"v1,{b64encode(hmac.digest(key, signed, 'sha256')).decode()}" for key in keys)
+
+
+def _send(delivery_id: str) -> None:
+    with session_scope() as session:
+        delivery = session.get(Delivery, delivery_id)
+        endpoint = session.get(WebhookEndpoint, delivery.endpoint_id) if delivery else None
+    if delivery is None or endpoint is None:
+        return  # deleted meanwhile
+    at = datetime.now(UTC)
+    answer = _attempt(endpoint, delivery, at)
+    with session_scope() as session:
+        _note(session, delivery_id, at, answer)
+
+
+def _attempt(endpoint: WebhookEndpoint, delivery: Delivery, at: datetime) -> Answer | str:
+    """Returns what the endpoint answered, or why there is no answer."""
+    in_use = endpoint.secrets if endpoint.overlap_until and endpoint.overlap_until > at else endpoint.secrets[:1]
+    keys = [decrypt(secret, f"secret of the webhook '{endpoint.id}'") for secret in in_use]
+    headers = [
+        ("content-type", "application/json"),
+        ("user-agent", "Stillhouse"),
+        ("webhook-id", delivery.id),
+        ("webhook-timestamp", str(int(at.timestamp()))),
+        ("webhook-signature", sign(keys, delivery.id, at, delivery.body)),
+    ]
+    try:
+        return post(endpoint.url, headers, delivery.body.encode())
+    except NotAllowed as error:
+        return f"not sent: {error}"
+    except (OSError, httpcore.NetworkError, httpcore.TimeoutException, httpcore.ProtocolError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"[:500]
+
+
+def _note(session: Session, delivery_id: str, at: datetime, answer: Answer | str) -> None:
+    """Writes down what became of an attempt, and when the next one is."""
+    delivery = session.scalar(select(Delivery).where(Delivery.id == delivery_id).with_for_update())
+    if delivery is None:
+        return
+    took_s = (datetime.now(UTC) - at).total_seconds()
+    told: dict[str, Any] = {"at": at.isoformat(), "seconds": round(took_s, 3)}
+    told |= {"error": answer} if isinstance(answer, str) else {"status": answer.status, "answer": answer.text}
+    count = len(delivery.attempts)
+    delivery.attempts = [*delivery.attempts, told]
+    if isinstance(answer, Answer) and 200 <= answer.status < 300:
+        delivery.state = "delivered"
+    elif count >= len(PAUSES_S) or (isinstance(answer, Answer) and answer.status == GONE):
+        delivery.state = "failed"
+    else:
+        pause_s = PAUSES_S[count] * random.uniform(1 - JITTER, 1 + JITTER)  # noqa: S311 (no secret)
+        delivery.next_attempt_at = func.now() + timedelta(seconds=pause_s)
+    if isinstance(answer, Answer) and answer.status == GONE:  # so an endpoint says that it wants no more
+        session.get_one(WebhookEndpoint, delivery.endpoint_id).is_enabled = False
