@@ -5,7 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TESTS ?=
-CLIENTS := huggingface_hub==0.36.2 huggingface_hub==1.33.0 huggingface_hub==2.4.0 openai==1.109.1 openai==3.57.0
+CLIENTS := huggingface_hub==0.36.2 huggingface_hub==1.33.0 huggingface_hub==2.4.0 openai==1.109.1 openai==3.57.0 \
+  standardwebhooks==1.1.0
 
 .PHONY: help setup demo up test test-clients older browser lint bench chaos migrate format constraints
 

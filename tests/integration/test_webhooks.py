@@ -10,21 +10,16 @@ from typing import Any
 
 import httpcore
 import pytest
-from cryptography.fernet import Fernet
 from sqlalchemy import func, text, update
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import PlainTextResponse, RedirectResponse, Response
-from starlette.routing import Route
+from starlette.responses import PlainTextResponse, RedirectResponse
 
 from core.db import session_scope
 from core.settings import Settings
-from core.tenants import secrets
 from core.webhooks import guard
-from core.webhooks.models import Delivery, WebhookEndpoint
+from core.webhooks.models import WebhookEndpoint
 from core.webhooks.sending import PAUSES_S, send_due
 from tests.api import Api, claim_job, jsonl, rows, run_job
-from tests.serving import served
+from tests.receiving import Receiver, receiving, send_all
 
 HOSTILE_HOSTS = (
     "127.0.0.1", "127.1", "127.0.1", "0", "0.0.0.0", "2130706433", "0x7f000001", "0x7f.1", "017700000001", "0177.0.0.1",
@@ -46,30 +41,9 @@ UNREADABLE = (
 )  # fmt: skip
 
 
-class Receiver:
-    """An endpoint that answers as it is told to, and remembers all that came."""
-
-    def __init__(self) -> None:
-        self.url = ""
-        self.answers: list[Response] = []
-        self.seen: list[tuple[dict[str, str], bytes]] = []
-        self.app = Starlette(routes=[Route("/hook", self.take, methods=["POST"])])
-
-    async def take(self, request: Request) -> Response:
-        self.seen.append((dict(request.headers), await request.body()))
-        return self.answers.pop(0) if self.answers else PlainTextResponse("thanks")
-
-
 @pytest.fixture
 def receiver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Receiver]:
-    made = Receiver()
-    settings = Settings(webhook_hosts="127.0.0.1", secret_key=Fernet.generate_key().decode())
-    monkeypatch.setattr(guard, "get_settings", lambda: settings)
-    monkeypatch.setattr(secrets, "get_settings", lambda: settings)
-    with session_scope() as session:  # what other tests left due is not to be sent here
-        session.execute(text("delete from webhook_endpoints"))
-    with served(made.app) as address:
-        made.url = f"{address}/hook"
+    with receiving(monkeypatch) as made:
         yield made
 
 
@@ -83,15 +57,6 @@ def _deliveries(api: Api, webhook: dict[str, Any], **query: str) -> list[dict[st
     return list(api("GET", f"/v1/webhooks/{webhook['id']}/deliveries", params=query).json()["data"])
 
 
-def _send_all(rounds: int = 1) -> None:
-    """Sends what is due, as if the pauses between attempts were over."""
-    for _ in range(rounds):
-        with session_scope() as session:
-            session.execute(update(Delivery).where(Delivery.state == "due").values(next_attempt_at=func.now()))
-        while send_due():
-            pass
-
-
 def _expected(secret: str, headers: dict[str, str], body: bytes) -> str:
     """Returns the signature by the specification's own words: id, time and body, joined by dots."""
     signed = b".".join([headers["webhook-id"].encode(), headers["webhook-timestamp"].encode(), body])
@@ -102,7 +67,7 @@ def test_a_job_that_ends_is_told_once_and_signed(api: Api, receiver: Receiver) -
     webhook = _create(api, receiver.url)
     job_id = api.make_job(name="told", metadata={"team": "nlp"})
     run_job(job_id)
-    _send_all(2)
+    send_all(2)
     assert len(receiver.seen) == 1
     headers, body = receiver.seen[0]
     told = json.loads(body)
@@ -135,10 +100,10 @@ def test_an_endpoint_that_fails_five_times_gets_the_message_in_the_end(api: Api,
     receiver.answers = [PlainTextResponse("no", code) for code in (500, 503, 429, 404, 301)]
     api("POST", f"/v1/webhooks/{webhook['id']}/test")
     for count in range(1, 6):
-        _send_all()
+        send_all()
         (delivery,) = _deliveries(api, webhook)
         assert (delivery["state"], len(delivery["attempts"]), len(receiver.seen)) == ("due", count, count)
-    _send_all()
+    send_all()
     (delivery,) = _deliveries(api, webhook)
     assert delivery["state"] == "delivered"
     assert [one["status"] for one in delivery["attempts"]] == [500, 503, 429, 404, 301, 200]
@@ -153,20 +118,20 @@ def test_pauses_grow_and_attempts_end(api: Api, receiver: Receiver) -> None:
     api("POST", f"/v1/webhooks/{webhook['id']}/test")
     pauses = []
     for _ in range(9):
-        _send_all()
+        send_all()
         with session_scope() as session:
             left = session.execute(text("select extract(epoch from next_attempt_at - now()) from webhook_deliveries"))
             pauses.append(float(left.scalar_one()))
         assert send_due() == 0  # nothing is sent before its time
     shares = [pause / wanted for pause, wanted in zip(pauses, PAUSES_S, strict=True)]
     assert (min(shares) > 0.6, max(shares) < 1.21, len(set(shares))) == (True, True, 9)
-    _send_all(3)
+    send_all(3)
     (delivery,) = _deliveries(api, webhook, state="failed")
     assert (len(delivery["attempts"]), len(receiver.seen)) == (10, 10)
     receiver.answers = []
     again = api("POST", f"/v1/webhooks/{webhook['id']}/deliveries/{delivery['id']}/redeliver")
     assert (again.status_code, again.json()["state"]) == (202, "due")
-    _send_all()
+    send_all()
     assert (receiver.seen[-1][0]["webhook-id"], len(receiver.seen)) == (delivery["id"], 11)
 
 
@@ -174,7 +139,7 @@ def test_an_endpoint_that_is_gone_is_disabled(api: Api, receiver: Receiver) -> N
     webhook = _create(api, receiver.url)
     receiver.answers = [PlainTextResponse("", 410)]
     api("POST", f"/v1/webhooks/{webhook['id']}/test")
-    _send_all(2)
+    send_all(2)
     assert len(receiver.seen) == 1
     assert api("GET", f"/v1/webhooks/{webhook['id']}").json()["is_enabled"] is False
     run_job(api.make_job())
@@ -207,7 +172,7 @@ def test_an_endpoint_that_hangs_or_drips_is_given_up_in_time(
         thread.start()
         webhook = _create(api, f"http://127.0.0.1:{listener.getsockname()[1]}/")
         api("POST", f"/v1/webhooks/{webhook['id']}/test")
-        _send_all()
+        send_all()
         stop.set()
         listener.shutdown(socket.SHUT_RDWR)
         thread.join()
@@ -221,7 +186,7 @@ def test_a_redirect_inward_is_not_followed(api: Api, receiver: Receiver) -> None
     webhook = _create(api, receiver.url)
     receiver.answers = [RedirectResponse("/hook", 307)]
     api("POST", f"/v1/webhooks/{webhook['id']}/test")
-    _send_all()
+    send_all()
     assert len(receiver.seen) == 1
     assert _deliveries(api, webhook)[0]["attempts"][0]["status"] == 307
 
@@ -231,11 +196,11 @@ def test_for_a_day_after_a_rotation_both_secrets_sign(api: Api, receiver: Receiv
     rotated = api("POST", f"/v1/webhooks/{webhook['id']}/rotate").json()
     assert rotated["secret"] != webhook["secret"]
     api("POST", f"/v1/webhooks/{webhook['id']}/test")
-    _send_all()
+    send_all()
     with session_scope() as session:
         session.execute(update(WebhookEndpoint).values(overlap_until=func.now()))
     api("POST", f"/v1/webhooks/{webhook['id']}/test")
-    _send_all()
+    send_all()
     (both, body), (one, later) = receiver.seen
     secrets_in_use = (rotated["secret"], webhook["secret"])
     assert both["webhook-signature"].split() == [_expected(secret, both, body) for secret in secrets_in_use]
@@ -253,7 +218,7 @@ def test_events_are_replayed_from_one_on(api: Api, receiver: Receiver) -> None:
     replayed = api("POST", f"/v1/webhooks/{webhook['id']}/replay", json={"job_id": job_id, "after": 1})
     assert replayed.status_code == 202
     assert [(one["type"], one["seq"]) for one in replayed.json()["data"]] == [(e["type"], e["seq"]) for e in wanted]
-    _send_all()
+    send_all()
     times = {json.loads(body)["data"]["event"]["seq"]: json.loads(body)["timestamp"] for _, body in receiver.seen}
     assert {seq: at[:19] for seq, at in times.items()} == {event["seq"]: event["at"][:19] for event in wanted}
 
@@ -271,7 +236,7 @@ def test_openais_form_is_sent_where_it_is_named(api: Api, receiver: Receiver) ->
     assert _deliveries(api, webhook) == []  # it is told once the worker has stopped
     other = api("POST", "/openai/v1/fine_tuning/jobs", json=asked | {"seed": 1}).json()
     api("POST", f"/openai/v1/fine_tuning/jobs/{other['id']}/cancel")
-    _send_all()
+    send_all()
     ((_, body),) = receiver.seen
     told = json.loads(body)
     assert (told["type"], told["object"], told["data"]) == ("fine_tuning.job.cancelled", "event", {"id": other["id"]})
