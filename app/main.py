@@ -24,6 +24,7 @@ from app.middleware import Gate, HttpMetrics
 from app.models.endpoints import router as models
 from app.openai.file_endpoints import router as openai_files
 from app.openai.job_endpoints import router as openai_jobs
+from app.openai.webhook_endpoints import router as openai_webhooks
 from app.operations.collector import JobsCollector
 from app.operations.endpoints import router as operations
 from app.secrets.endpoints import router as secrets
@@ -44,6 +45,7 @@ ROUTERS = (
     hub_uploads,
     openai_files,
     openai_jobs,
+    openai_webhooks,
 )
 
 

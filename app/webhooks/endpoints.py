@@ -185,10 +185,15 @@ def delete(webhook_id: EndpointId, session: DbSession, principal: Writer) -> Non
 
 
 @router.post("/{webhook_id}/rotate", operation_id="rotate_webhook_secret", responses=errors(404))
-def rotate(webhook_id: EndpointId, session: DbSession, principal: Writer) -> WebhookWithSecret:
-    """Makes a new secret; for a day messages are signed with the old one, too."""
+def rotate(
+    webhook_id: EndpointId,
+    session: DbSession,
+    principal: Writer,
+    keep_old: Annotated[bool, Query(description="Sign with the old secret, too, for a day.")] = True,
+) -> WebhookWithSecret:
+    """Makes a new secret, in place of one that others may know, or beside it for a day."""
     endpoint = repository.get_endpoint(session, principal.tenant_id, webhook_id, lock=True)
-    secret = repository.rotate_secret(endpoint)
+    secret = repository.rotate_secret(endpoint, keep_old=keep_old)
     session.flush()
     return _with_secret(endpoint, secret)
 

@@ -58,11 +58,11 @@ def list_endpoints(session: Session, tenant_id: str) -> list[WebhookEndpoint]:
     return list(session.scalars(query.order_by(WebhookEndpoint.id.desc())))
 
 
-def rotate_secret(endpoint: WebhookEndpoint) -> str:
-    """Returns a new secret of a locked endpoint; for a day the old one signs, too, so that no message is lost."""
+def rotate_secret(endpoint: WebhookEndpoint, *, keep_old: bool) -> str:
+    """Returns a new secret of a locked endpoint; the old one signs, too, for a day if it is kept."""
     secret = new_secret()
-    endpoint.secrets = [encrypt(secret), *endpoint.secrets[:1]]
-    endpoint.overlap_until = datetime.now(UTC) + OVERLAP
+    endpoint.secrets = [encrypt(secret), *(endpoint.secrets[:1] if keep_old else [])]
+    endpoint.overlap_until = datetime.now(UTC) + OVERLAP if keep_old else None
     return secret
 
 

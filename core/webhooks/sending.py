@@ -66,13 +66,14 @@ def _send(delivery_id: str) -> None:
     if delivery is None or endpoint is None:
         return  # deleted meanwhile
     at = datetime.now(UTC)
-    answer = _attempt(endpoint, delivery, at)
+    answer = attempt(endpoint, delivery)
     with session_scope() as session:
         _note(session, delivery_id, at, answer)
 
 
-def _attempt(endpoint: WebhookEndpoint, delivery: Delivery, at: datetime) -> Answer | str:
-    """Returns what the endpoint answered, or why there is no answer."""
+def attempt(endpoint: WebhookEndpoint, delivery: Delivery) -> Answer | str:
+    """Returns what the endpoint answered to a message, or why there is no answer."""
+    at = datetime.now(UTC)
     in_use = endpoint.secrets if endpoint.overlap_until and endpoint.overlap_until > at else endpoint.secrets[:1]
     keys = [decrypt(secret, f"secret of the webhook '{endpoint.id}'") for secret in in_use]
     headers = [

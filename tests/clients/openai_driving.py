@@ -1,6 +1,6 @@
 """What a user does with `openai`, of any version: prints as JSON what it found. Needs nothing of this project.
 
-python openai_driving.py LANGUAGE_MODEL FOLDER
+python openai_driving.py LANGUAGE_MODEL FOLDER URL_OF_A_RECEIVER
 """
 
 import json
@@ -121,7 +121,27 @@ def run_jobs(client: OpenAI, model: str, file: str, pairs: str) -> dict[str, Any
     }
 
 
-def main(model: str, place: str) -> dict[str, Any]:
+def run_webhooks(client: OpenAI, url: str) -> dict[str, Any]:
+    """Makes, changes and deletes a webhook, as versions from 3 on can."""
+    webhooks = client.webhooks
+    types = ["fine_tuning.job.succeeded", "fine_tuning.job.failed"]
+    made = webhooks.create(name="ours", url=url, event_types=types)  # type: ignore[arg-type]
+    other = webhooks.create(name="other", url=url, event_types=types)  # type: ignore[arg-type]
+    rotated = webhooks.rotate_secret(made.id, keep_old_secret_active_for_24_hours=True)
+    return {
+        "types": webhooks.event_types.list().data,
+        "secrets": [made.signing_secret[:6], rotated.signing_secret != made.signing_secret],
+        "changed": webhooks.update(made.id, name="renamed").name,
+        "shown": webhooks.retrieve(made.id).event_types,
+        "listed": [one.id for one in webhooks.list(limit=1)] == [other.id, made.id],
+        "tested": webhooks.test(made.id, event_type="fine_tuning.job.succeeded").status_code,
+        "deleted": webhooks.delete(other.id).deleted,
+        "inward": failing(lambda: webhooks.create(name="in", url="http://10.0.0.1/", event_types=types)),
+        "unknown": failing(lambda: webhooks.create(name="in", url=url, event_types=["batch.failed"])),
+    }
+
+
+def main(model: str, place: str, url: str) -> dict[str, Any]:
     """Returns what was found."""
     client = OpenAI()
     files = make_files(client, Path(place))
@@ -130,6 +150,7 @@ def main(model: str, place: str) -> dict[str, Any]:
     return {
         "version": openai.__version__,
         "files": files,
+        "webhooks": run_webhooks(client, url) if hasattr(client.webhooks, "create") else None,
         "jobs": run_jobs(client, model, files["file"], files["pairs"]),
         "errors": {
             "no job": failing(lambda: jobs.retrieve("ftjob-nothing")),

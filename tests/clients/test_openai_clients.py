@@ -10,8 +10,10 @@ from tests.api import Api
 from tests.clients.conftest import Recorder, python_of, run
 from tests.e2e.stack import Stack
 from tests.pico import write_language_model
+from tests.receiving import receiving
 
 DRIVER = Path(__file__).parent / "openai_driving.py"
+CANCELLED = "fine_tuning.job.cancelled"
 CLIENTS = ("openai==1.109.1", "openai==3.57.0")
 LOAD = """
 import sys
@@ -23,18 +25,19 @@ print(model(**tokens).logits.shape[0])
 
 
 @pytest.mark.parametrize("client", CLIENTS)
-def test_every_call(client: str, api: Api, recorder: Recorder, tmp_path: Path) -> None:
+def test_every_call(client: str, api: Api, recorder: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     python = python_of(client)
     folder = write_language_model(tmp_path / "gpt")
     assert api.push_model("gpt", {path.name: path.read_bytes() for path in folder.iterdir()}).status_code == 201
     owner = api("GET", "/hub/api/whoami-v2").json()["name"]
     worker = Stack(tmp_path, api.key, urlsplit(recorder.url).port)
     place = {"OPENAI_BASE_URL": f"{recorder.url}/openai/v1", "OPENAI_API_KEY": api.key}
-    try:
-        worker.start_worker()
-        told = run([python, DRIVER, f"{owner}/gpt", str(tmp_path)], **place)
-    finally:
-        worker.stop()
+    with receiving(monkeypatch) as receiver:
+        try:
+            worker.start_worker()
+            told = run([python, DRIVER, f"{owner}/gpt", str(tmp_path), receiver.url], **place)
+        finally:
+            worker.stop()
     seen = json.loads(told.splitlines()[-1])
     assert seen["version"] == client.partition("==")[2]
     files, jobs = seen["files"], seen["jobs"]
@@ -65,5 +68,14 @@ def test_every_call(client: str, api: Api, recorder: Recorder, tmp_path: Path) -
         "bad stage": ["BadRequestError", "spec_invalid", "stages.1.kind", True],
         "no key": ["AuthenticationError", "unauthenticated", None, True],
     }
+    webhooks = seen["webhooks"]
+    assert (webhooks is None) == client.startswith("openai==1")  # which cannot make any
+    if webhooks is not None:
+        types = ["fine_tuning.job.failed", "fine_tuning.job.succeeded"]
+        assert (webhooks["shown"], sorted(webhooks["types"])) == (types, [CANCELLED, *types])
+        assert (webhooks["secrets"], webhooks["changed"], webhooks["listed"]) == (["whsec_", True], "renamed", True)
+        assert (webhooks["tested"], webhooks["deleted"], len(receiver.seen)) == (200, True, 1)
+        assert webhooks["inward"] == ["BadRequestError", "invalid", "url", True]
+        assert webhooks["unknown"] == ["BadRequestError", "invalid", "event_types.0", True]
     hub = {"HF_ENDPOINT": f"{recorder.url}/hub", "HF_TOKEN": api.key, "HF_HOME": str(tmp_path / "home")}
     assert run([Path(".venv/bin/python").absolute(), "-c", LOAD, jobs["done"][2]], **hub).splitlines()[-1] == "1"

@@ -32,6 +32,9 @@ BODIES: dict[str, dict[str, Any]] = {
     "/hub/{owner}/{repo}.git/info/lfs/objects/batch": {"json": {"operation": "upload", "objects": []}},
     "/v1/webhooks/{webhook_id}": {"json": {}},
     "/v1/webhooks/{webhook_id}/replay": {"json": {"job_id": RANDOM["job_id"]}},
+    "/openai/v1/webhook_endpoints/{webhook_id}": {"json": {}},
+    "/openai/v1/webhook_endpoints/{webhook_id}/rotate_secret": {"json": {}},
+    "/openai/v1/webhook_endpoints/{webhook_id}/test": {"json": {"event_type": "fine_tuning.job.failed"}},
     "/openai/v1/uploads/{upload_id}/parts": {"files": [("data", ("part", b"bytes"))]},
     "/openai/v1/uploads/{upload_id}/complete": {"json": {"part_ids": ["part_1"]}},
 }
