@@ -27,7 +27,7 @@ def python_of(client: str) -> Path:
 def run(command: list[str | Path], **environment: str) -> str:
     """Returns what a program printed; fails the test with what it said where it failed."""
     done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, (done.stderr + done.stdout)[-3000:]
     return done.stdout
 
 
