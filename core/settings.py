@@ -77,6 +77,9 @@ class Settings(BaseSettings):
     max_upload_bytes: int = Field(20 * 1024**3, description="Largest body of one upload.")
     max_rows: int = Field(5_000_000, description="Most rows in one split of a data set.")
     max_text_chars: int = Field(100_000, description="Longest text in a data set, in characters.")
+    public_url: str = Field(
+        "http://127.0.0.1:8500", description="Where clients reach this server, as other services are told."
+    )
     webhook_hosts: str = Field(
         "",
         description="Hosts that webhooks may be sent to although they are not public, as 'ci.internal:8080,10.0.0.7', "

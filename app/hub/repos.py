@@ -15,6 +15,7 @@ from core.jobs.models import Artifact, Job
 from core.jobs.repository import get_job, list_artifacts, list_stages
 from core.models.models import Model
 from core.models.repository import files_of, find_model, get_manifest, list_manifests
+from core.repos.naming import repo_name
 from core.repos.repository import DATASETS, MODELS, find_commit, find_newest
 from core.storage import ManifestFile
 from core.tenants.keys import Principal
@@ -22,7 +23,6 @@ from core.tenants.keys import Principal
 MAIN = "main"
 MAIN_ARTIFACTS = ("safetensors", "student", "teacher")  # the first that a job has is its branch `main`
 STAGE_OUTPUTS = ("student", "teacher")
-NAME_CHARS = 30  # the clients take at most 96 characters for tenant, job's name and id together
 JOB_REPO = re.compile(r".*-([0-9a-f]{32})")
 PIPELINES = {
     "text_classification": "text-classification",
@@ -71,12 +71,6 @@ class Repo(NamedTuple):
             there = ", ".join(self.branches) or "none yet"
             raise RevisionNotFound(f"'{self.id}' has no revision '{name}'; its branches: {there}.")
         return found
-
-
-def repo_name(job: Job) -> str:
-    """Returns the name of a job's repository: what the job is called, made fit for the clients, and its id."""
-    name = re.sub(r"[^A-Za-z0-9]+", "-", job.name)[:NAME_CHARS].strip("-") or "job"
-    return f"{name}-{job.id.removeprefix('job_')}"
 
 
 def get_repo(session: Session, principal: Principal, kind: str, owner: str, name: str, revision: str = MAIN) -> Repo:

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 from sqlalchemy.orm import Session
 
-from app.hub.repos import repo_name
 from app.jobs.resolving import Plan, find_sources, resolve
 from app.jobs.sampling import Point, downsample
 from app.jobs.schemas import (
@@ -29,6 +28,7 @@ from core.jobs.spec import JobSpec
 from core.models.models import Manifest
 from core.models.repository import files_of, get_manifest
 from core.pareto import POINTS, find_front
+from core.repos.naming import repo_name
 from core.settings import get_settings
 from core.storage import Blob
 from core.tenants.keys import Principal

@@ -8,13 +8,13 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
-from app.hub.repos import repo_name
 from core.errors import Gone, NotFound
 from core.jobs.models import Event, Job, StageRun
 from core.jobs.repository import get_job, list_metrics, list_stages
 from core.jobs.state import DONE, TERMINAL
 from core.models.models import Model
 from core.openai.models import File, FilePart, FineTune
+from core.repos.naming import repo_name
 from core.tenants.keys import Principal
 
 LEVELS = {"warning": "warn"}

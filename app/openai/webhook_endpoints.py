@@ -15,6 +15,7 @@ from app.webhooks.endpoints import Url
 from core.db import read_scope
 from core.errors import Invalid
 from core.ids import new_id
+from core.sinks.webhook import Webhook
 from core.webhooks import repository
 from core.webhooks.models import Delivery, WebhookEndpoint
 from core.webhooks.sending import attempt
@@ -75,7 +76,7 @@ def list_types(_: Reader) -> dict[str, Any]:
 def create(new: NewEndpoint, session: DbSession, principal: Writer) -> dict[str, Any]:
     """Makes a webhook; its secret is shown this once."""
     types: list[str] = [*new.event_types]
-    endpoint, secret = repository.create_endpoint(session, principal.tenant_id, new.name, new.url, types)
+    endpoint, secret = repository.create_endpoint(session, principal.tenant_id, new.name, new.url, types, Webhook())
     return _view(endpoint) | {"signing_secret": secret}
 
 

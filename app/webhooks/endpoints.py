@@ -2,6 +2,8 @@
 
 import json
 from datetime import datetime
+from functools import reduce
+from operator import or_
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Path, Query, Response
@@ -10,9 +12,13 @@ from pydantic_core import PydanticCustomError
 
 from app.deps import After, DbSession, Limit, Reader, Writer, page
 from app.envelope import errors
+from core.errors import Invalid
 from core.ids import new_id
 from core.jobs.repository import get_job
+from core.sinks.registry import list_sinks
+from core.sinks.webhook import Webhook
 from core.strict import one_message
+from core.tenants.models import Secret
 from core.webhooks import repository
 from core.webhooks.guard import NotAllowed, check_url
 from core.webhooks.models import Delivery, WebhookEndpoint
@@ -41,6 +47,9 @@ Url = Annotated[str, AfterValidator(_checked_url)]
 URL = "Where messages are sent: a public http or https address. Redirects are not followed."
 
 
+AnySink: Any = reduce(or_, list_sinks().values())
+
+
 class NewWebhook(BaseModel):
     """An address that is to be told of events."""
 
@@ -60,6 +69,16 @@ class NewWebhook(BaseModel):
         "is not told; whoever made it knows.",
     )
     name: str = Field("", max_length=120, description="What it is called in lists.")
+    sink: Annotated[AnySink, Field(discriminator="kind")] = Field(
+        default_factory=Webhook,
+        description="The form in which the address is told: a signed webhook, a CloudEvent, a run event of "
+        "OpenLineage, or runs and model versions of an MLflow tracking server.",
+    )
+    secret: str | None = Field(
+        None,
+        max_length=96,
+        description="Name of a secret of yours that OpenLineage or MLflow is asked with: a token, or 'user:password'.",
+    )
 
 
 class WebhookChange(BaseModel):
@@ -76,12 +95,14 @@ class WebhookChange(BaseModel):
 class WebhookView(BaseModel):
     """A webhook, without its secret."""
 
-    model_config = ConfigDict(from_attributes=True)
+    model_config = ConfigDict(from_attributes=True, populate_by_name=True)
 
     id: str
     name: str
     url: str
     event_types: list[str]
+    sink: dict[str, Any] = Field(validation_alias="settings", description="The form in which it is told.")
+    secret_name: str | None = Field(description="Of the secret that it is asked with.")
     is_enabled: bool = Field(description="An endpoint that answers 410 is disabled.")
     overlap_until: datetime | None = Field(description="Until when messages are signed with the old secret, too.")
     created_at: datetime
@@ -150,7 +171,11 @@ def create(new: NewWebhook, session: DbSession, principal: Writer, response: Res
     Messages are signed as the Standard Webhooks specification says, and sent until a 2xx answers, ten times in three
     days.
     """
-    made = repository.create_endpoint(session, principal.tenant_id, new.name, new.url, new.event_types)
+    if new.secret is not None and session.get(Secret, (principal.tenant_id, new.secret)) is None:
+        raise Invalid(f"There is no secret '{new.secret}' in your tenant; store it first.", param="secret")
+    made = repository.create_endpoint(
+        session, principal.tenant_id, new.name, new.url, new.event_types, new.sink, new.secret
+    )
     response.headers["Location"] = f"/v1/webhooks/{made[0].id}"
     return _with_secret(*made)
 

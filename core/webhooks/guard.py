@@ -4,7 +4,7 @@ import ipaddress
 import socket
 import ssl
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -139,20 +139,23 @@ class Guarded(httpcore.SyncBackend):
         raise NotAllowed(f"'{path}' is no address of a network")
 
 
-def post(url: str, headers: Iterable[tuple[str, str]], body: bytes) -> Answer:
-    """Returns the answer to a POST; a redirect is an answer, and is not followed.
+def request(
+    method: str, url: str, headers: Mapping[str, str], body: bytes, most_bytes: int = MAX_ANSWER_BYTES
+) -> Answer:
+    """Returns the answer, and of it at most so many bytes; a redirect is an answer, and is not followed.
 
     Raises NotAllowed, OSError, or an error of httpcore where there is no answer in time.
     """
     check_url(url)
     timeouts = dict.fromkeys(("connect", "read", "write", "pool"), float(TIMEOUT_S))
+    sent = [("user-agent", "Stillhouse"), *headers.items()]
     with (
         httpcore.ConnectionPool(network_backend=Guarded(), max_connections=1) as pool,
-        pool.stream("POST", url, headers=list(headers), content=body, extensions={"timeout": timeouts}) as answer,
+        pool.stream(method, url, headers=sent, content=body, extensions={"timeout": timeouts}) as answer,
     ):
         text = b""
         for chunk in answer.iter_stream():
             text += chunk
-            if len(text) > MAX_ANSWER_BYTES:
+            if len(text) > most_bytes:
                 break
-        return Answer(answer.status, text[:MAX_ANSWER_BYTES].decode("utf-8", "replace").replace("\x00", "�"))
+        return Answer(answer.status, text[:most_bytes].decode("utf-8", "replace").replace("\x00", "�"))

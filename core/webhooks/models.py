@@ -11,7 +11,7 @@ from core.tenants.models import Tenant
 
 
 class WebhookEndpoint(Base):
-    """An address that is told of some types of events.
+    """An address that is told of some types of events, in the form of its kind of sink.
 
     `secrets` are encrypted, the newest first; after a rotation an older one signs, too, until `overlap_until`.
     """
@@ -22,6 +22,9 @@ class WebhookEndpoint(Base):
     tenant_id: Mapped[str] = mapped_column(ForeignKey(Tenant.id), index=True)
     name: Mapped[str]
     url: Mapped[str]
+    kind: Mapped[str] = mapped_column(server_default="webhook")
+    settings: Mapped[dict[str, Any]] = mapped_column(server_default="{}")
+    secret_name: Mapped[str | None]
     event_types: Mapped[list[str]]
     secrets: Mapped[list[str]]
     overlap_until: Mapped[datetime | None]

@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session
 from core.errors import Conflict, NotFound
 from core.ids import new_id
 from core.jobs.models import Event, Job
+from core.sinks.sink import Sink
 from core.tenants.secrets import encrypt
 from core.webhooks.announcing import messages_for
 from core.webhooks.models import Delivery, WebhookEndpoint
@@ -27,7 +28,13 @@ def new_secret() -> str:
 
 
 def create_endpoint(
-    session: Session, tenant_id: str, name: str, url: str, event_types: list[str]
+    session: Session,
+    tenant_id: str,
+    name: str,
+    url: str,
+    event_types: list[str],
+    sink: Sink,
+    secret_name: str | None = None,
 ) -> tuple[WebhookEndpoint, str]:
     """Returns the new endpoint and its secret, which is shown this once. Raises Conflict where there are too many."""
     count = select(func.count()).select_from(WebhookEndpoint).where(WebhookEndpoint.tenant_id == tenant_id)
@@ -35,7 +42,15 @@ def create_endpoint(
         raise Conflict(f"A tenant has at most {MAX_ENDPOINTS} webhooks; delete one first.")
     secret = new_secret()
     endpoint = WebhookEndpoint(
-        id=new_id("whe"), tenant_id=tenant_id, name=name, url=url, event_types=event_types, secrets=[encrypt(secret)]
+        id=new_id("whe"),
+        tenant_id=tenant_id,
+        name=name,
+        url=url,
+        event_types=event_types,
+        secrets=[encrypt(secret)],
+        kind=sink.kind,
+        settings=sink.model_dump(mode="json"),
+        secret_name=secret_name,
     )
     session.add(endpoint)
     session.flush()

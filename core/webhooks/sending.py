@@ -1,11 +1,9 @@
 """Sends what is due; any number of processes may do so at once.
 
-Origin: the Standard Webhooks specification, "Signature scheme" and "Deliverability and reliability".
+Origin: the Standard Webhooks specification, "Deliverability and reliability".
 """
 
-import hmac
 import random
-from base64 import b64decode, b64encode
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -14,9 +12,13 @@ import httpcore
 from sqlalchemy import func, select, text
 from sqlalchemy.orm import Session
 
-from core.db import session_scope
-from core.tenants.secrets import decrypt
-from core.webhooks.guard import TIMEOUT_S, Answer, NotAllowed, post
+from core.db import read_scope, session_scope
+from core.errors import StillhouseError
+from core.sinks.facts import find_facts
+from core.sinks.registry import find_sink
+from core.sinks.sink import Message
+from core.tenants.secrets import decrypt, read_secret
+from core.webhooks.guard import TIMEOUT_S, Answer, NotAllowed
 from core.webhooks.models import Delivery, WebhookEndpoint
 
 PAUSES_S = (5, 300, 1800, 7200, 18_000, 36_000, 50_400, 72_000, 86_400)  # after the first attempt, and so on
@@ -52,13 +54,6 @@ def send_due() -> int:
     return len(due)
 
 
-def sign(secrets: list[str], message_id: str, at: datetime, body: str) -> str:
-    """Returns the signatures of a message, one by each secret."""
-    signed = f"{message_id}.{int(at.timestamp())}.{body}".encode()
-    keys = [b64decode(secret.removeprefix("whsec_")) for secret in secrets]
-    return " ".join(f"v1,{b64encode(hmac.digest(key, signed, 'sha256')).decode()}" for key in keys)
-
-
 def _send(delivery_id: str) -> None:
     with session_scope() as session:
         delivery = session.get(Delivery, delivery_id)
@@ -73,22 +68,33 @@ def _send(delivery_id: str) -> None:
 
 def attempt(endpoint: WebhookEndpoint, delivery: Delivery) -> Answer | str:
     """Returns what the endpoint answered to a message, or why there is no answer."""
-    at = datetime.now(UTC)
-    in_use = endpoint.secrets if endpoint.overlap_until and endpoint.overlap_until > at else endpoint.secrets[:1]
-    keys = [decrypt(secret, f"secret of the webhook '{endpoint.id}'") for secret in in_use]
-    headers = [
-        ("content-type", "application/json"),
-        ("user-agent", "Stillhouse"),
-        ("webhook-id", delivery.id),
-        ("webhook-timestamp", str(int(at.timestamp()))),
-        ("webhook-signature", sign(keys, delivery.id, at, delivery.body)),
-    ]
     try:
-        return post(endpoint.url, headers, delivery.body.encode())
+        return find_sink(endpoint.kind, endpoint.settings).send(_message(endpoint, delivery))
     except NotAllowed as error:
         return f"not sent: {error}"
     except (OSError, httpcore.NetworkError, httpcore.TimeoutException, httpcore.ProtocolError, ValueError) as error:
         return f"{type(error).__name__}: {error}"[:500]
+    except StillhouseError as error:  # a secret that was deleted, or a key that this server does not have
+        return f"not sent: {error.message}"
+
+
+def _message(endpoint: WebhookEndpoint, delivery: Delivery) -> Message:
+    now = datetime.now(UTC)
+    in_use = endpoint.secrets if endpoint.overlap_until and endpoint.overlap_until > now else endpoint.secrets[:1]
+    message = Message(
+        id=delivery.id,
+        tenant_id=endpoint.tenant_id,
+        type=delivery.type,
+        body=delivery.body,
+        url=endpoint.url,
+        secrets=[decrypt(secret, f"secret of the webhook '{endpoint.id}'") for secret in in_use],
+    )
+    with read_scope() as session:
+        if endpoint.secret_name is not None:
+            message = message._replace(token=read_secret(session, endpoint.tenant_id, endpoint.secret_name))
+        if delivery.job_id is not None and find_sink(endpoint.kind, endpoint.settings).needs_job:
+            message = message._replace(job=find_facts(session, endpoint.tenant_id, delivery.job_id))
+    return message
 
 
 def _note(session: Session, delivery_id: str, at: datetime, answer: Answer | str) -> None:

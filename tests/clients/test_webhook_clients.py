@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from core.webhooks.sending import sign
+from core.sinks.sink import sign
 from tests.api import Api, jsonl, rows
 from tests.clients.conftest import python_of, run
 from tests.receiving import receiving, send_all
@@ -34,8 +34,9 @@ def test_messages_are_accepted_and_others_refused(
     (first, body), second = receiver.seen
     messages: list[Any] = [(first, body.decode()), (second[0], second[1].decode()), (first, body.decode() + " ")]
     old = datetime.now(UTC) - timedelta(minutes=6)
-    signature = sign([webhook["secret"]], first["webhook-id"], old, body.decode())
-    aged = {"webhook-timestamp": str(int(old.timestamp())), "webhook-signature": signature}
+    seconds = int(old.timestamp())
+    signature = sign([webhook["secret"]], first["webhook-id"], seconds, body.decode())
+    aged = {"webhook-timestamp": str(seconds), "webhook-signature": signature}
     messages.append((first | aged, body.decode()))
     (tmp_path / "messages.json").write_text(json.dumps({"secret": webhook["secret"], "messages": messages}))
     name = client.partition("==")[0]

@@ -255,7 +255,7 @@ def test_no_connection_is_made_to_an_address_that_is_not_public(
     assert len(urls) >= 150
     for url in urls:
         with pytest.raises((guard.NotAllowed, OSError, ValueError)):
-            guard.post(url, [], b"{}")
+            guard.request("POST", url, {}, b"{}")
     for url in UNREADABLE:
         with pytest.raises(guard.NotAllowed):
             guard.check_url(url)
@@ -277,10 +277,10 @@ def test_a_name_that_means_another_address_later_is_asked_where_it_was_looked_at
 
     monkeypatch.setattr(socket, "create_connection", connect)
     with pytest.raises(httpcore.ConnectError):
-        guard.post(f"http://rebinding.example:{port}/hook", [], b"{}")
+        guard.request("POST", f"http://rebinding.example:{port}/hook", {}, b"{}")
     assert asked == [("93.184.215.14", port)]
     with pytest.raises(guard.NotAllowed, match=r"means 127\.0\.0\.1"):
-        guard.post(f"http://rebinding.example:{port}/hook", [], b"{}")
+        guard.request("POST", f"http://rebinding.example:{port}/hook", {}, b"{}")
     assert (asked, receiver.seen) == ([("93.184.215.14", port)], [])
 
 
