@@ -38,10 +38,8 @@ def test_each_queue_has_workers_that_take_its_jobs_in_time() -> None:
         (container,) = _containers(f"worker-{queue}")
         assert f"--queues={queue}" in container["args"]
         assert container["env"] == [{"name": "STILLHOUSE_QUEUES", "value": queue}]
-        (deployment,) = (
-            one for one in MANIFESTS if one["metadata"]["name"] == f"worker-{queue}" and "template" in one["spec"]
-        )
-        assert deployment["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] > grace_s
+        (pod,) = (one["spec"]["template"]["spec"] for one in FILES[f"worker-{queue}.yaml"])
+        assert pod["terminationGracePeriodSeconds"] > grace_s
         assert f"queue = '{queue}'" in str(FILES["scaling.yaml"])
 
 
