@@ -36,12 +36,14 @@ def require(scope: Scope) -> Callable[..., Principal]:
     """Returns a dependency that authenticates and demands a scope."""
 
     def principal(
+        request: Request,
         credentials: Annotated[HTTPAuthorizationCredentials | None, Security(bearer)],
     ) -> Principal:
         if credentials is None:
             raise Unauthenticated()
         with get_autocommit_engine().connect() as connection:
             found = authenticate(connection, credentials.credentials)
+        request.state.tenant_id = found.tenant_id
         if scope not in found.scopes:
             raise Forbidden(f"This API key lacks the scope '{scope}'; it has: {', '.join(sorted(found.scopes))}.")
         return found

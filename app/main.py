@@ -29,6 +29,7 @@ from app.operations.collector import JobsCollector
 from app.operations.endpoints import router as operations
 from app.secrets.endpoints import router as secrets
 from app.webhooks.endpoints import router as webhooks
+from core.logs import configure
 from core.queue import prepare
 
 ROUTERS = (
@@ -52,6 +53,7 @@ ROUTERS = (
 @asynccontextmanager
 async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Any]]:
     """Keeps what runs beside the requests in this event loop, which is not the only one that the app may run in."""
+    configure()
     watcher = Watcher()
     await run_sync(prepare)
     gc.collect()

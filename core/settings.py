@@ -3,6 +3,7 @@
 import math
 from functools import cache
 from pathlib import Path
+from typing import Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, ValidationError, ValidationInfo, field_validator
@@ -77,6 +78,9 @@ class Settings(BaseSettings):
     max_upload_bytes: int = Field(20 * 1024**3, description="Largest body of one upload.")
     max_rows: int = Field(5_000_000, description="Most rows in one split of a data set.")
     max_text_chars: int = Field(100_000, description="Longest text in a data set, in characters.")
+    log_format: Literal["text", "json"] = Field(
+        "text", description="`json` has a line be an object with the ids of request, tenant, job and stage."
+    )
     public_url: str = Field(
         "http://127.0.0.1:8500", description="Where clients reach this server, as other services are told."
     )

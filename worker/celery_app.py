@@ -1,11 +1,11 @@
 """What `celery -A worker.celery_app worker` loads."""
 
-import logging
 from typing import Any
 
 from celery.signals import setup_logging, worker_init, worker_shutdown, worker_shutting_down
 
 import worker.tasks
+from core.logs import configure
 from core.queue import get_celery
 from worker.child import get_fork_server
 
@@ -15,7 +15,7 @@ app = get_celery()
 @setup_logging.connect
 def configure_logging(**_: Any) -> None:
     """Sets one log format for Celery and for us."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    configure()
 
 
 @worker_init.connect

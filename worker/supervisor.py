@@ -31,6 +31,7 @@ from core.jobs.ownership import (
 )
 from core.jobs.reuse import find_reusable, reuse_stage
 from core.jobs.state import DONE
+from core.logs import about
 from core.models.repository import files_of, get_manifest
 from core.settings import get_settings
 from core.storage import get_store
@@ -71,6 +72,10 @@ class Supervisor:
 
     def run_job(self, taken: Claim) -> None:
         """Runs the stages that are left of a claimed job; whatever goes wrong, the job ends or is handed back."""
+        with about(tenant_id=taken.tenant_id, job_id=taken.job_id):
+            self._run_job(taken)
+
+    def _run_job(self, taken: Claim) -> None:
         log.info("running %s with fence %d", taken.job_id, taken.fence)
         try:
             with Lease(taken) as lease:
@@ -90,7 +95,7 @@ class Supervisor:
 
     def _run_stage(self, taken: Claim, lease: Lease, ordinal: int) -> bool:
         """Runs one stage, or takes over an identical one's result; returns whether the job goes on here."""
-        with Staging(taken, ordinal) as staging:
+        with about(stage=str(ordinal)), Staging(taken, ordinal) as staging:
             try:
                 staging.make()
                 inputs = staging.find_inputs(self._make_listener(taken, lease))
