@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from app.envelope import REASONS, error_answer
-from core.errors import MAX_DETAILS, RangeNotSatisfiable, StillhouseError
+from core.errors import MAX_DETAILS, Invalid, RangeNotSatisfiable, StillhouseError
 
 RETRY_AFTER_S = "5"
 
@@ -57,6 +57,16 @@ def _invalid_request(request: Request, error: Any) -> Response:
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     message = f"{first['field'] or 'body'}: {first['message']}{more}"
     return error_answer(request, 422, message, param=first["field"] or None, details=details)
+
+
+def first_problem(error: RequestValidationError) -> Invalid:
+    """Returns the first problem of a request, for clients that have room for one."""
+    problem = error.errors()[0]
+    field = ".".join(str(part) for part in problem["loc"][1:])
+    message = str(problem["msg"])
+    if problem["type"] == "extra_forbidden":
+        message = f"Unrecognized request argument supplied: {field}"
+    return Invalid(message if field in message else f"{message} (at '{field}')", param=field or None)
 
 
 def _detail(problem: dict[str, Any], *, shows_found: bool) -> dict[str, Any]:

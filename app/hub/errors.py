@@ -4,12 +4,13 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 from urllib.parse import quote
 
+from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from starlette.requests import Request
 from starlette.responses import Response
 
 from app.envelope import ErrorResponse
-from app.error_handlers import headers_of
+from app.error_handlers import first_problem, headers_of
 from core.errors import NotFound, StillhouseError, Unauthenticated
 
 
@@ -39,6 +40,8 @@ class HubRoute(APIRoute):
         async def answer(request: Request) -> Response:
             try:
                 return await handle(request)
+            except RequestValidationError as error:
+                return _answer(request, first_problem(error))
             except StillhouseError as error:
                 return _answer(request, error)
 

@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from app.envelope import ErrorResponse
-from app.error_handlers import headers_of
+from app.error_handlers import first_problem, headers_of
 from core.errors import Conflict, Invalid, NotFound, StillhouseError
 
 TYPES = {
@@ -32,21 +32,11 @@ class OpenAIRoute(APIRoute):
             try:
                 return await handle(request)
             except RequestValidationError as error:
-                return _answer(_first(error))
+                return _answer(first_problem(error))
             except StillhouseError as error:
                 return _answer(error)
 
         return answer
-
-
-def _first(error: RequestValidationError) -> Invalid:
-    """Returns the first of a body's problems, as a client has room for one."""
-    problem = error.errors()[0]
-    field = ".".join(str(part) for part in problem["loc"][1:])
-    message = problem["msg"]
-    if problem["type"] == "extra_forbidden":
-        message = f"Unrecognized request argument supplied: {field}"
-    return Invalid(f"{message} (at '{field}')" if field not in message else message, param=field or None)
 
 
 def _answer(error: StillhouseError) -> Response:

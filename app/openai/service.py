@@ -11,7 +11,7 @@ from app.hub.repos import find_job_named, find_main
 from app.jobs import service as jobs
 from app.jobs.schemas import JobView
 from app.openai.requests import FineTuneRequest, make_spec
-from app.openai.training_data import Form, find_form, find_source, put_dataset
+from app.openai.training_data import Form, find_form, find_source, name_dataset, put_dataset
 from core.db import read_scope, session_scope
 from core.errors import Invalid
 from core.jobs.repository import list_artifacts
@@ -91,9 +91,10 @@ def _make_spec(principal: Principal, asked: FineTuneRequest) -> JobSpec:
     form = find_form(files["train"])
     named = models[asked.model]
     learns_labels = form == "label" or (form == "completion" and not named.writes)
-    data = put_dataset(principal.tenant_id, files, form, learns_labels=learns_labels)
+    data = name_dataset(files, form, learns_labels=learns_labels)
     task = _task(form, named) if not learns_labels else {"kind": "text_classification"}
     spec = load_spec(make_spec(asked, {name: model.ref for name, model in models.items()}, task, data))
+    put_dataset(principal.tenant_id, data, files, form, learns_labels=learns_labels)
     return _set_rates(spec, asked)
 
 

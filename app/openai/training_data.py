@@ -53,16 +53,22 @@ def find_form(source: TrainingFile) -> Form:
     raise Invalid(f"The file {source.id} has no rows; write {FORMS}, one a line.", param=source.field)
 
 
-def put_dataset(tenant_id: str, sources: dict[str, TrainingFile], form: Form, *, learns_labels: bool) -> str:
-    """Returns the name of the data set that has these files as its splits, which is made if there is none.
+def name_dataset(sources: dict[str, TrainingFile], form: Form, *, learns_labels: bool) -> str:
+    """Returns the name of the data set that has these files as its splits."""
+    said = [form, learns_labels, *((split, source.sha256) for split, source in sorted(sources.items()))]
+    return f"openai-{hashlib.sha256(json.dumps(said).encode()).hexdigest()[:32]}"
+
+
+def put_dataset(
+    tenant_id: str, name: str, sources: dict[str, TrainingFile], form: Form, *, learns_labels: bool
+) -> None:
+    """Makes the data set of that name, if there is none.
 
     Raises Invalid, naming the file and the line, for rows of another form.
     """
-    said = [form, learns_labels, *((split, source.sha256) for split, source in sorted(sources.items()))]
-    name = f"openai-{hashlib.sha256(json.dumps(said).encode()).hexdigest()[:32]}"
     with session_scope() as session:
         if find_dataset(session, tenant_id, name) is not None:
-            return name
+            return
     with ExitStack() as stack:
         splits = []
         for split, source in sources.items():
@@ -75,7 +81,6 @@ def put_dataset(tenant_id: str, sources: dict[str, TrainingFile], form: Form, *,
             raise Invalid(error.message, param=sources["train"].field, details=error.details) from error
         with session_scope() as session:
             datasets.replace(session, tenant_id, checked)
-    return name
 
 
 def _convert(source: TrainingFile, writer: BlobWriter, form: Form, *, learns_labels: bool) -> None:

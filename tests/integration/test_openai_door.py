@@ -131,6 +131,7 @@ def test_what_is_refused_names_its_field(api: Api, body: dict[str, Any], param: 
     assert (told["type"], set(told)) == ("invalid_request_error", {"message", "type", "param", "code"})
     assert str(told["param"]).startswith(param)
     assert words in told["message"]
+    assert [row["name"] for row in api("GET", "/v1/datasets").json()["data"]] == []
 
 
 def test_a_request_that_is_sent_again_makes_one_job(api: Api) -> None:
