@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from sqlalchemy.orm import Session
@@ -181,8 +181,11 @@ def _check_files(kind: str, files: list[ManifestFile]) -> None:
     if len(files) > MAX_FILES or sum(file.size_bytes for file in files) > get_settings().max_upload_bytes:
         limit = f"{MAX_FILES:,} files and {get_settings().max_upload_bytes:,} bytes"
         raise PayloadTooLarge(f"A model or data set has at most {limit}.")
+    folders = {str(folder) for file in files for folder in PurePosixPath(file.path).parents}
     for file in files:
         check_path(kind, file.path)
+        if file.path in folders:
+            raise Invalid(f"{file.path}: other files lie in a folder of this name", param=file.path)
 
 
 class Made(NamedTuple):
@@ -210,10 +213,13 @@ def _check_dataset(name: str, files: list[ManifestFile], stack: ExitStack) -> Ma
     store = get_store()
     sources = []
     for file in files:
+        form = FORMATS.get(Path(file.path).suffix.lower())
+        if form is None:
+            continue
         match = SPLIT.fullmatch(file.path)
-        if match and Path(file.path).suffix.lower() in FORMATS:
-            place = store.get_path(file.sha256)
-            sources.append(SplitFile(match[1], file.path, place, FORMATS[Path(file.path).suffix.lower()]))
+        if match is None:
+            raise DatasetInvalid(f"'{file.path}' names no split; call it train, validation or test", param=file.path)
+        sources.append(SplitFile(match[1], file.path, store.get_path(file.sha256), form))
     if not sources:
         return _lacking(DATASETS, name, DatasetInvalid("there is no split; name a file train.jsonl, .csv or .parquet"))
     names = [source.split for source in sources]

@@ -118,6 +118,17 @@ def test_files_become_the_splits_of_a_data_set(api: Api, client: HfApi, owner: s
     twice = CommitOperationAdd("train.csv", b"text,label\na,b\n")
     with pytest.raises(errors.HfHubHTTPError, match="several files for the split 'train'"):
         client.create_commit(repo, [twice], commit_message="twice", repo_type="dataset")
+    for path, words in (
+        ("data/my-rows.csv", "names no split"),
+        ("rows.bin", "files of this kind"),
+        ("data", "in a folder of this name"),
+    ):
+        odd = CommitOperationAdd(path, b"text,label\na,b\n")
+        with pytest.raises(errors.HfHubHTTPError, match=words):
+            client.create_commit(repo, [odd], commit_message="odd", repo_type="dataset")
+    inside = [CommitOperationAdd(path, b"a") for path in ("notes.md", "notes.md/more.md")]
+    with pytest.raises(errors.HfHubHTTPError, match="in a folder of this name"):
+        client.create_commit(repo, inside, commit_message="inside", repo_type="dataset")
     bad = CommitOperationAdd("data/train.jsonl", b'{"text": "a"}\nno json\n')
     with pytest.raises(errors.HfHubHTTPError, match="line 2"):
         client.create_commit(repo, [bad], commit_message="bad", repo_type="dataset")
