@@ -15,7 +15,7 @@ import httpx
 import typer
 from pydantic import ValidationError
 
-from stillhouse.commands import datasets, importing, jobs, keys, methods, models, predict, secrets, up, upkeep
+from stillhouse.commands import datasets, importing, jobs, keys, methods, models, predict, secrets, up, upkeep, webhooks
 from stillhouse.commands.output import print_error, say
 from stillhouse.errors import ClientError, InvalidInput, Unreachable
 
@@ -41,6 +41,7 @@ app.add_typer(datasets.app, name="datasets")
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(keys.app, name="keys")
 app.add_typer(secrets.app, name="secrets")
+app.add_typer(webhooks.app, name="webhooks")
 app.add_typer(importing.app, name="import")
 app.command()(up.up)
 app.command()(predict.predict)
@@ -57,7 +58,7 @@ def _keep_examples(group: typer.Typer) -> None:
         command.help = re.sub(r"\n\n(?=(?:stillhouse|cat) )", "\n\n\b\n", text)
 
 
-for _group in (app, models.app, datasets.app, jobs.app, keys.app, secrets.app, importing.app):
+for _group in (app, models.app, datasets.app, jobs.app, keys.app, secrets.app, importing.app, webhooks.app):
     _keep_examples(_group)
 
 

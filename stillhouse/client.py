@@ -11,6 +11,7 @@ from stillhouse.jobs import Jobs
 from stillhouse.results import Dataset, Key, Method, Model, Preview, Secret
 from stillhouse.transport import Transport
 from stillhouse.uploads import model_files, open_parts
+from stillhouse.webhooks import Webhooks
 
 UPLOAD_TIMEOUT_S = 3600.0
 
@@ -35,6 +36,7 @@ class Client:
         self.jobs = Jobs(self._transport)
         self.keys = Keys(self._transport)
         self.secrets = Secrets(self._transport)
+        self.webhooks = Webhooks(self._transport)
 
     @property
     def url(self) -> str:

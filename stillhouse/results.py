@@ -217,6 +217,36 @@ class Secret(Result):
     changed_at: datetime
 
 
+class Webhook(Result):
+    """An address that is told of events; `secret` signs messages, and only creation and rotation show it."""
+
+    id: str
+    name: str
+    url: str
+    event_types: list[str]
+    sink: dict[str, Any]
+    is_enabled: bool
+    created_at: datetime
+    secret: str | None = None
+
+
+class Delivery(Result):
+    """A message to a webhook, and what became of each attempt to send it."""
+
+    id: str
+    type: str
+    state: str
+    job_id: str | None
+    attempts: list[dict[str, Any]]
+    created_at: datetime
+
+    @property
+    def outcome(self) -> str:
+        """What the last attempt came to: a status, or why there was none."""
+        last = self.attempts[-1] if self.attempts else {}
+        return str(last.get("status") or last.get("error") or "")
+
+
 class Point(Result):
     """A form of a student that a search of a job has trained and measured."""
 

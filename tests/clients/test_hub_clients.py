@@ -25,6 +25,12 @@ model = AutoModelForSequenceClassification.from_pretrained(sys.argv[1])
 tokens = AutoTokenizer.from_pretrained(sys.argv[1])("my parcel is late", return_tensors="pt")
 print(__version__, tuple(model(**tokens).logits.shape))
 """
+PUSH = """
+import sys
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+AutoModelForSequenceClassification.from_pretrained(sys.argv[1]).push_to_hub(sys.argv[2])
+AutoTokenizer.from_pretrained(sys.argv[1]).push_to_hub(sys.argv[2])
+"""
 
 
 def _digests(files: dict[str, bytes]) -> dict[str, str]:
@@ -82,6 +88,13 @@ def test_the_hf_command(client: str, api: Api, recorder: Recorder, tmp_path: Pat
     assert repo.partition("/")[0] in run([hf, "auth", "whoami"], **place)
     run([hf, "download", repo, "--revision", "onnx-int8", "--local-dir", str(tmp_path / "onnx")], **place)
     assert {path: (tmp_path / "onnx" / path).read_bytes() for path in ONNX} == ONNX
+    for path, data in STUDENT.items():
+        (tmp_path / "own" / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "own" / path).write_bytes(data)
+    owner = repo.partition("/")[0]
+    run([hf, "repo", "create", f"{owner}/own"], **place)
+    run([hf, "upload", f"{owner}/own", str(tmp_path / "own")], **place)
+    assert {file["path"] for file in api("GET", "/v1/models/own").json()["files"]} == set(STUDENT)
 
 
 @pytest.mark.parametrize("environment", [".venv-transformers-4", ".venv"])
@@ -96,3 +109,6 @@ def test_transformers(environment: str, api: Api, recorder: Recorder, tmp_path: 
     told = run([python, "-c", LOAD, repo], **_place(recorder, api, tmp_path))
     version, shape = told.splitlines()[-1].split(" ", 1)
     assert (version[0], shape) == ("4" if environment.endswith("-4") else "5", "(1, 3)")
+    owner = repo.partition("/")[0]
+    run([python, "-c", PUSH, repo, f"{owner}/pushed"], **_place(recorder, api, tmp_path))
+    assert api("GET", "/v1/models/pushed").json()["facts"]["num_layers"] == 3
