@@ -92,7 +92,6 @@ def test_the_hf_command(client: str, api: Api, recorder: Recorder, tmp_path: Pat
         (tmp_path / "own" / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "own" / path).write_bytes(data)
     owner = repo.partition("/")[0]
-    run([hf, "repo", "create", f"{owner}/own"], **place)
     run([hf, "upload", f"{owner}/own", str(tmp_path / "own")], **place)
     assert {file["path"] for file in api("GET", "/v1/models/own").json()["files"]} == set(STUDENT)
 
