@@ -61,6 +61,8 @@ class MLflow(Sink):
                 self._end_run(server, run_id, message.job, ENDS[message.type])
         except Refused as refused:
             return refused.answer
+        except (LookupError, TypeError) as error:
+            raise ValueError(f"{message.url} does not answer as MLflow does: {error!r}") from error
         return Answer(200, "")
 
     def _find_experiment(self, server: "_Server") -> str:

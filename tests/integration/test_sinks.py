@@ -6,10 +6,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
 from core.sinks.registry import list_sinks
 from tests.api import Api, run_job
 from tests.receiving import Receiver, receiving, send_all
+from tests.serving import served
 
 
 @pytest.fixture
@@ -56,6 +61,20 @@ def test_openlineage_is_told_of_inputs_and_outputs(api: Api, receiver: Receiver)
     artifacts = api("GET", f"/v1/jobs/{job_id}/artifacts").json()["data"]
     assert [one["name"] for one in done["outputs"]] == [f"{job_id}/{made['name']}" for made in artifacts]
     assert {"eventTime", "producer", "schemaURL"} <= done.keys()
+
+
+@pytest.mark.parametrize("answer", ["{}", "[]", "null", "thanks"])
+def test_a_server_that_is_no_mlflow_is_told_in_the_log(api: Api, receiver: Receiver, answer: str) -> None:
+    async def answer_all(_: Request) -> Response:
+        return Response(answer, media_type="application/json")
+
+    with served(Starlette(routes=[Route("/{path:path}", answer_all, methods=["GET", "POST"])])) as url:
+        webhook = _create(api, url, {"kind": "mlflow"}).json()
+        api("POST", f"/v1/webhooks/{webhook['id']}/test")
+        send_all()
+    (delivery,) = api("GET", f"/v1/webhooks/{webhook['id']}/deliveries").json()["data"]
+    assert (delivery["state"], len(delivery["attempts"])) == ("due", 1)
+    assert "Error" in delivery["attempts"][0]["error"]
 
 
 def test_a_secret_that_is_gone_is_told_in_the_log(api: Api, receiver: Receiver) -> None:
