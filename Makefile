@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TESTS ?=
+OLDER := .venv-transformers-4/.ready
 CLIENTS := huggingface_hub==0.36.2 huggingface_hub==1.33.0 huggingface_hub==2.4.0 openai==1.109.1 openai==3.57.0 \
   standardwebhooks==1.1.0 openapi-python-client==0.29.1 mlflow==3.17.2 \
   kubernetes-validate==1.37.0
@@ -32,16 +33,19 @@ up: setup ## Starts the whole stack on this machine, with an embedded Postgres a
 test: setup ## Runs every test, or TESTS; set STILLHOUSE_DATABASE_URL and STILLHOUSE_REDIS_URL to use servers
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
 
-test-clients: setup ## Drives this server by the clients of others, each version in an environment of its own; needs npm
+test-clients: setup $(OLDER) ## Drives this server by the clients of others, each version in an environment of its own; needs npm
 	for client in $(CLIENTS); do \
 	  test -x .venv-clients/$$client/bin/python || $(PYTHON) -m venv .venv-clients/$$client; \
 	  .venv-clients/$$client/bin/pip install --quiet $$client || exit 1; done
 	npm ci --prefix tests/clients/typescript --ignore-scripts --no-audit --no-fund
 	$(BIN)/python -m pytest tests/clients -rs
 
-older: setup ## Reads folders as jobs write them with transformers 4.57, in an environment of its own
+$(OLDER):
 	test -x .venv-transformers-4/bin/python || $(PYTHON) -m venv .venv-transformers-4
 	.venv-transformers-4/bin/pip install --quiet torch==2.13.0 transformers==4.57.6
+	touch $@
+
+older: setup $(OLDER) ## Reads folders as jobs write them with transformers 4.57, in an environment of its own
 	$(BIN)/python -m pytest tests/e2e/test_transformers_4.py -rs
 
 browser: setup ## Runs ONNX forms in Chromium, which must be installed, and npm with it
