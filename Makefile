@@ -63,9 +63,9 @@ format: setup ## Formats the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: setup ## Measures Banking77 against a plain script, classifiers against TextBrewer and a Trainer, language models against TRL, pruning and quantising against four libraries, losses, and the API under load; writes bench/out/
+bench: setup ## Measures Banking77 against a plain script, classifiers against TextBrewer and a Trainer, language models against TRL, pruning and quantising against four libraries, losses, the API under load, and a large file read by many; writes bench/out/
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,bench]'
-	missed=0; for name in banking77 encoder causal_lm compressing loss_alone loss_on_gpu load; do \
+	missed=0; for name in banking77 encoder causal_lm compressing loss_alone loss_on_gpu load readers; do \
 	  $(BIN)/python bench/$$name.py || missed=1; done; exit $$missed
 
 chaos: setup ## Runs the long tests: what kills processes, and jobs of settings drawn at random
