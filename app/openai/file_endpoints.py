@@ -1,12 +1,11 @@
 """`/openai/v1/files` and `/openai/v1/uploads`."""
 
 import re
-from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request, Response
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, ValidationError
 from sqlalchemy.orm import Session
 
 from app.deps import DbSession, Reader, Writer
@@ -26,7 +25,6 @@ from core.storage import Blob, ManifestFile, get_store, read_chunks
 router = APIRouter(prefix="/openai/v1", route_class=OpenAIRoute, include_in_schema=False)
 FIELDS = frozenset({"purpose", "expires_after[anchor]", "expires_after[seconds]"})
 FILENAME = re.compile(r"[^\x00-\x1f\x7f]{1,255}")
-PURPOSE = "fine-tune"
 UPLOAD_FOR = timedelta(hours=1)
 MAX_PARTS = 10_000
 
@@ -68,6 +66,19 @@ def _only_file(upload: Upload, field: str) -> UploadedFile:
     return upload.files[0]
 
 
+def _read_expiry(upload: Upload) -> datetime | None:
+    """Returns when the file of a form is to go, if it says so. Raises Invalid."""
+    said = {"anchor": upload.field("expires_after[anchor]"), "seconds": upload.field("expires_after[seconds]")}
+    if said["seconds"] is None:
+        return None
+    try:
+        return Expiry.model_validate({name: value for name, value in said.items() if value}).at()
+    except ValidationError as error:
+        problem = error.errors()[0]
+        field = f"expires_after[{problem['loc'][0]}]"
+        raise Invalid(f"{field}: {problem['msg']}", param=field) from error
+
+
 def _put(session: Session, tenant_id: str, filename: str, blob: Blob) -> Manifest:
     stored = ManifestFile(path=filename, sha256=blob.sha256, size_bytes=blob.size_bytes)
     return put_manifest(session, tenant_id, [stored])
@@ -83,8 +94,7 @@ def create_file(upload: ReceivedUpload, principal: Writer) -> dict[str, Any]:
     sent = _only_file(upload, "file")
     if not FILENAME.fullmatch(sent.filename):
         raise Invalid("A file's name has 1 to 255 characters, none of them a control character.", param="file")
-    seconds = upload.field("expires_after[seconds]")
-    expires_at = Expiry.model_validate({"seconds": seconds}).at() if seconds else None
+    expires_at = _read_expiry(upload)
     blob = sent.staged.commit()
     with session_scope() as session:
         manifest = _put(session, principal.tenant_id, "file", blob)
@@ -190,15 +200,15 @@ def complete(upload_id: str, order: Order, principal: Writer) -> dict[str, Any]:
     unknown = next((part for part in order.part_ids if part not in parts), None)
     if unknown is not None:
         raise Invalid(f"The upload {upload_id} has no part '{unknown[:100]}'.", param="part_ids")
-    with ExitStack() as stack:
-        writer = stack.enter_context(store.writer())
+    num_bytes = sum(parts[part].size_bytes for part in order.part_ids)
+    if num_bytes != file.size_bytes:
+        found = f"The parts have {num_bytes:,} bytes, and {file.size_bytes:,} were announced."
+        raise Invalid(found, param="part_ids")
+    with store.writer() as writer:
         for part in order.part_ids:
-            source = stack.enter_context(store.get_path(files_of(parts[part])[0].sha256).open("rb"))
-            for chunk in read_chunks(source):
-                writer.write(chunk)
-        if writer.size_bytes != file.size_bytes:
-            found = f"The parts have {writer.size_bytes:,} bytes, and {file.size_bytes:,} were announced."
-            raise Invalid(found, param="part_ids")
+            with store.get_path(files_of(parts[part])[0].sha256).open("rb") as source:
+                for chunk in read_chunks(source):
+                    writer.write(chunk)
         with session_scope() as session:
             file = _get_pending(session, principal.tenant_id, upload_id)
             repository.end_parts(session, file, _put(session, principal.tenant_id, "file", writer.seal()))

@@ -187,6 +187,9 @@ def test_files_expire_and_parts_must_fit(api: Api) -> None:
 
     kept = _send(api, b"{}\n", **{"expires_after[anchor]": "created_at", "expires_after[seconds]": "3600"}).json()
     assert kept["expires_at"] - kept["created_at"] in {3600, 3601}
+    for field, value in (("seconds", "60"), ("seconds", "soon"), ("anchor", "yesterday")):
+        refused = _send(api, b"{}\n", **{"expires_after[seconds]": "3600", f"expires_after[{field}]": value})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, f"expires_after[{field}]")
     with session_scope() as session:
         session.get_one(File, kept["id"]).expires_at = session.get_one(File, kept["id"]).created_at
     assert api("GET", f"/openai/v1/files/{kept['id']}").status_code == 404
