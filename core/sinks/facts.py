@@ -49,7 +49,7 @@ class JobFacts(NamedTuple):
         }
 
 
-def find_facts(session: Session, tenant_id: str, job_id: str) -> JobFacts | None:
+def find_facts(session: Session, tenant_id: str, job_id: str, *, with_points: bool) -> JobFacts | None:
     """Returns what there is to tell of a job of the tenant, or None of one that was deleted."""
     job = session.scalar(select(Job).where(Job.tenant_id == tenant_id, Job.id == job_id, Job.deleted_at.is_(None)))
     if job is None:
@@ -63,7 +63,7 @@ def find_facts(session: Session, tenant_id: str, job_id: str) -> JobFacts | None
     metrics: Any = select(Metric).where(Metric.job_id == job_id).order_by(Metric.ordinal, Metric.name, Metric.step)
     points = [
         Point(f"{kinds.get(row.ordinal, '')}/{row.name}", row.value, row.step, row.at)
-        for row in session.scalars(metrics.limit(MAX_POINTS))
+        for row in session.scalars(metrics.limit(MAX_POINTS if with_points else 0))
     ]
     tenant = session.get_one(Tenant, tenant_id).name
     return JobFacts(tenant, job, list(stages), [MadeArtifact(*row) for row in artifacts], points)

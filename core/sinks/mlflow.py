@@ -4,7 +4,7 @@ import json
 import math
 from base64 import b64encode
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 from urllib.parse import urlencode, urlsplit, urlunsplit
 
 from pydantic import Field
@@ -40,6 +40,7 @@ class MLflow(Sink):
     """
 
     kind: Literal["mlflow"] = "mlflow"
+    needs_points: ClassVar[bool] = True
     experiment: str = Field("stillhouse", min_length=1, max_length=200, description="Where runs are; made if need be.")
     registered_model: str | None = Field(
         None, min_length=1, max_length=200, description="Has a version of each job that has succeeded; made if need be."

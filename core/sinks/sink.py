@@ -47,6 +47,7 @@ class Sink(StrictModel):
 
     kind: str
     needs_job: ClassVar[bool] = True
+    needs_points: ClassVar[bool] = False  # the job's metrics as series, which may be many
 
     def send(self, message: Message) -> Answer:
         """Returns the last answer; one of 300 and above has the message sent again later.

@@ -16,7 +16,7 @@ from core.db import read_scope, session_scope
 from core.errors import StillhouseError
 from core.sinks.facts import find_facts
 from core.sinks.registry import find_sink
-from core.sinks.sink import Message
+from core.sinks.sink import Message, Sink
 from core.tenants.secrets import decrypt, read_secret
 from core.webhooks.guard import TIMEOUT_S, Answer, NotAllowed
 from core.webhooks.models import Delivery, WebhookEndpoint
@@ -69,7 +69,8 @@ def _send(delivery_id: str) -> None:
 def attempt(endpoint: WebhookEndpoint, delivery: Delivery) -> Answer | str:
     """Returns what the endpoint answered to a message, or why there is no answer."""
     try:
-        return find_sink(endpoint.kind, endpoint.settings).send(_message(endpoint, delivery))
+        sink = find_sink(endpoint.kind, endpoint.settings)
+        return sink.send(_message(endpoint, delivery, sink))
     except NotAllowed as error:
         return f"not sent: {error}"
     except (OSError, httpcore.NetworkError, httpcore.TimeoutException, httpcore.ProtocolError, ValueError) as error:
@@ -78,7 +79,7 @@ def attempt(endpoint: WebhookEndpoint, delivery: Delivery) -> Answer | str:
         return f"not sent: {error.message}"
 
 
-def _message(endpoint: WebhookEndpoint, delivery: Delivery) -> Message:
+def _message(endpoint: WebhookEndpoint, delivery: Delivery, sink: Sink) -> Message:
     now = datetime.now(UTC)
     in_use = endpoint.secrets if endpoint.overlap_until and endpoint.overlap_until > now else endpoint.secrets[:1]
     message = Message(
@@ -92,8 +93,9 @@ def _message(endpoint: WebhookEndpoint, delivery: Delivery) -> Message:
     with read_scope() as session:
         if endpoint.secret_name is not None:
             message = message._replace(token=read_secret(session, endpoint.tenant_id, endpoint.secret_name))
-        if delivery.job_id is not None and find_sink(endpoint.kind, endpoint.settings).needs_job:
-            message = message._replace(job=find_facts(session, endpoint.tenant_id, delivery.job_id))
+        if delivery.job_id is not None and sink.needs_job:
+            facts = find_facts(session, endpoint.tenant_id, delivery.job_id, with_points=sink.needs_points)
+            message = message._replace(job=facts)
     return message
 
 
