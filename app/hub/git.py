@@ -47,7 +47,7 @@ def list_entries(files: Iterable[ManifestFile]) -> list[Entry]:
         for part in folders:
             folder = folder.setdefault(part, {})
         folder[name] = file
-    return list(_walk("", root))
+    return _walk("", root)
 
 
 def commit_oid(files: Iterable[ManifestFile]) -> str:

@@ -24,18 +24,19 @@ MAIN = "main"
 MAIN_ARTIFACTS = ("safetensors", "student", "teacher")  # the first that a job has is its branch `main`
 STAGE_OUTPUTS = ("student", "teacher")
 JOB_REPO = re.compile(r".*-([0-9a-f]{32})")
+WRITES = "text-generation"
 PIPELINES = {
     "text_classification": "text-classification",
     "multi_label_classification": "text-classification",
     "text_regression": "text-classification",
     "token_classification": "token-classification",
-    "causal_lm": "text-generation",
+    "causal_lm": WRITES,
 }
 HEADS = {
     "ForSequenceClassification": "text-classification",
     "ForTokenClassification": "token-classification",
-    "ForCausalLM": "text-generation",
-    "LMHeadModel": "text-generation",
+    "ForCausalLM": WRITES,
+    "LMHeadModel": WRITES,
 }
 
 
@@ -105,7 +106,7 @@ def find_stored(session: Session, tenant_id: str, kind: str, name: str, revision
         changed_at,
         {MAIN: main},
         Revision(revision, files_of(older)) if older else None,
-        _pipeline(row) if isinstance(row, Model) else None,
+        pipeline_of(row.facts["architectures"]) if isinstance(row, Model) else None,
     )
 
 
@@ -125,9 +126,17 @@ def _files(session: Session, row: Model | Dataset) -> list[ManifestFile]:
     ]
 
 
-def _pipeline(model: Model) -> str | None:
-    """Returns what a model does, as the ends of its classes' names tell."""
-    return next((HEADS[end] for name in model.facts["architectures"] for end in HEADS if name.endswith(end)), None)
+def pipeline_of(architectures: list[str]) -> str | None:
+    """Returns what a model does, as the Hub calls it, by the ends of its classes' names."""
+    return next((HEADS[end] for name in architectures for end in HEADS if name.endswith(end)), None)
+
+
+def find_named(session: Session, principal: Principal, name: str) -> Model | Job | None:
+    """Returns the tenant's model, or the job whose repository it is, of that name or `tenant/name`, or None."""
+    tenant, slash, own = name.rpartition("/")
+    if slash and tenant != principal.tenant_name:
+        return None
+    return find_model(session, principal.tenant_id, own) or find_job_named(session, principal.tenant_id, own)
 
 
 def find_job_named(session: Session, tenant_id: str, name: str) -> Job | None:

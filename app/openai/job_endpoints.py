@@ -6,7 +6,7 @@ from fastapi import APIRouter, Header, Query, Request
 from sqlalchemy.orm import Session
 
 from app.deps import DbSession, Reader, Writer
-from app.hub.repos import find_job_named
+from app.hub.repos import find_named
 from app.openai import service, views
 from app.openai.errors import OpenAIRoute
 from app.openai.requests import FineTuneRequest
@@ -14,7 +14,8 @@ from core.db import read_scope, session_scope
 from core.errors import Invalid, NotFound
 from core.jobs import repository as jobs
 from core.jobs.models import Job
-from core.models.repository import delete_model, find_model, list_models
+from core.models.models import Model
+from core.models.repository import delete_model, list_models
 from core.openai.models import FineTune
 from core.openai.repository import get_fine_tune, list_fine_tunes
 from core.queue import hint
@@ -138,11 +139,8 @@ def list_names(session: DbSession, principal: Reader) -> dict[str, Any]:
     return {"object": "list", "data": [views.model(principal, one) for one in [*models, *made]]}
 
 
-def _find(session: Session, principal: Principal, name: str) -> Any:
-    tenant, slash, own = name.rpartition("/")
-    found = None
-    if not slash or tenant == principal.tenant_name:
-        found = find_model(session, principal.tenant_id, own) or find_job_named(session, principal.tenant_id, own)
+def _find(session: Session, principal: Principal, name: str) -> Model | Job:
+    found = find_named(session, principal, name)
     if found is None:
         raise NotFound(f"The model '{name}' does not exist", param="model")
     return found

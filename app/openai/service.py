@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from sqlalchemy.orm import Session
 
-from app.hub.repos import find_job_named, find_main
+from app.hub.repos import PIPELINES, WRITES, find_main, find_named, pipeline_of
 from app.jobs import service as jobs
 from app.jobs.schemas import JobView
 from app.openai.requests import FineTuneRequest, make_spec
@@ -17,14 +17,14 @@ from core.errors import Invalid
 from core.jobs.repository import list_artifacts
 from core.jobs.spec import JobSpec, load_spec
 from core.models import hub
-from core.models.repository import files_of, find_model, get_manifest
+from core.models.models import Model
+from core.models.repository import files_of, get_manifest
 from core.openai import repository
 from core.openai.models import FineTune
 from core.storage import ManifestFile, get_store
 from core.tenants.keys import Principal
 
 REPEATED_WITHIN = timedelta(minutes=15)  # the client waits ten for an answer before it asks again
-LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel")  # the ends of names of model classes
 RATES = ("learning_rate", "head_learning_rate")
 TRAINING = frozenset({"finetune", "distill"})
 
@@ -104,19 +104,16 @@ def _task(form: Form, model: NamedModel) -> dict[str, Any]:
 
 def _find_model(session: Session, principal: Principal, name: str) -> NamedModel | None:
     """Returns a model of the tenant, or what one of its jobs made; None for a name of neither."""
-    tenant, slash, own = name.rpartition("/")
-    if slash and tenant != principal.tenant_name:
-        return None
-    model = find_model(session, principal.tenant_id, own)
-    if model is not None:
-        files = files_of(get_manifest(session, principal.tenant_id, model.manifest_id))
-        return NamedModel(name, _writes(model.facts["architectures"]), _knows_chats(files))
-    job = find_job_named(session, principal.tenant_id, own)
-    main = find_main(job, list_artifacts(session, principal.tenant_id, job.id)) if job is not None else None
-    if job is None or main is None:
+    found = find_named(session, principal, name)
+    if isinstance(found, Model):
+        files = files_of(get_manifest(session, principal.tenant_id, found.manifest_id))
+        return NamedModel(name, pipeline_of(found.facts["architectures"]) == WRITES, _knows_chats(files))
+    main = find_main(found, list_artifacts(session, principal.tenant_id, found.id)) if found is not None else None
+    if found is None or main is None:
         return None
     files = files_of(get_manifest(session, principal.tenant_id, main.manifest_id))
-    return NamedModel(f"job:{job.id}/{main.name}", job.spec["task"]["kind"] == "causal_lm", _knows_chats(files))
+    writes = PIPELINES.get(found.spec["task"]["kind"]) == WRITES
+    return NamedModel(f"job:{found.id}/{main.name}", writes, _knows_chats(files))
 
 
 def _find_elsewhere(name: str, field: str) -> NamedModel:
@@ -127,11 +124,7 @@ def _find_elsewhere(name: str, field: str) -> NamedModel:
             "'hub:org/name'.",
             param=field,
         )
-    return NamedModel(name, _writes(hub.resolve(name).facts.architectures), chats=True)
-
-
-def _writes(architectures: list[str]) -> bool:
-    return any(name.endswith(LANGUAGE_MODELS) for name in architectures)
+    return NamedModel(name, pipeline_of(hub.resolve(name).facts.architectures) == WRITES, chats=True)
 
 
 def _knows_chats(files: list[ManifestFile]) -> bool:
