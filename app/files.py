@@ -5,7 +5,6 @@ An ETag is the sha256 of the bytes, so it says exactly what a cache or a resumed
 
 import base64
 import mimetypes
-import os
 import re
 import secrets
 import tarfile
@@ -14,14 +13,13 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
 
-from starlette.concurrency import run_in_threadpool
+from starlette.concurrency import iterate_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from core.errors import NotFound, RangeNotSatisfiable
-from core.storage import Blob, ManifestFile, get_store, read_chunks
+from core.errors import BlobDamaged, NotFound, RangeNotSatisfiable
+from core.storage import Blob, ManifestFile, get_store
 
-CHUNK_BYTES = 256 * 1024
 MAX_RANGES = 5
 MAX_RANGE_HEADER_CHARS = 1_000
 RANGE = re.compile(r"(\d{0,19})-(\d{0,19})")
@@ -50,27 +48,32 @@ def etag_matches(header: str | None, etag: str) -> bool:
 
 
 def file_answer(request: Request, blob: Blob, filename: str) -> Response:
-    """Returns the answer for a stored file: 200, 206 or 304. Raises RangeNotSatisfiable, NotFound."""
-    path = get_store().get_path(blob.sha256)
+    """Returns the answer for a stored file: 200, 206, 304, or 302 to where the storage itself has it.
+
+    Raises RangeNotSatisfiable, BlobDamaged.
+    """
+    url = get_store().find_url(blob.sha256)
     etag = f'"{blob.sha256}"'
     headers = {"ETag": etag, "Accept-Ranges": "bytes", "Cache-Control": "private, no-cache"}
     if etag_matches(request.headers.get("if-none-match"), etag):
         return Response(status_code=304, headers=headers)
     media_type = _media_type(filename)
     headers |= _safe_headers(filename) | {"Content-Type": media_type, "Repr-Digest": _digest(blob.sha256)}
+    if url and request.method == "GET":
+        return Response(status_code=302, headers=headers | {"Location": url, "Cache-Control": "no-store"})
     spans = _asked_spans(request, blob.size_bytes, etag)
     if spans is None:
         headers["Content-Length"] = str(blob.size_bytes)
-        return _stream(request, path, 200, headers, [Span(0, blob.size_bytes)])
+        return _stream(request, blob, 200, headers, [Span(0, blob.size_bytes)])
     if len(spans) == 1:
         start, end, _ = spans[0]
         headers |= {"Content-Range": f"bytes {start}-{end - 1}/{blob.size_bytes}", "Content-Length": str(end - start)}
-        return _stream(request, path, 206, headers, spans)
+        return _stream(request, blob, 206, headers, spans)
     boundary = secrets.token_hex(16)
     framed, closing = _frame(spans, blob.size_bytes, media_type, boundary)
     length = sum(span.end - span.start + len(span.before) for span in framed) + len(closing)
     headers |= {"Content-Type": f"multipart/byteranges; boundary={boundary}", "Content-Length": str(length)}
-    return _stream(request, path, 206, headers, [*framed, Span(0, 0, closing)])
+    return _stream(request, blob, 206, headers, [*framed, Span(0, 0, closing)])
 
 
 def _asked_spans(request: Request, size: int, etag: str) -> list[Span] | None:
@@ -112,26 +115,18 @@ def _frame(spans: list[Span], size: int, media_type: str, boundary: str) -> tupl
     return framed, f"\r\n--{boundary}--\r\n".encode()
 
 
-def _stream(request: Request, path: Path, status: int, headers: dict[str, str], spans: list[Span]) -> Response:
+def _stream(request: Request, blob: Blob, status: int, headers: dict[str, str], spans: list[Span]) -> Response:
     if request.method == "HEAD":
         return Response(status_code=status, headers=headers)
-    return StreamingResponse(_read(path, spans), status_code=status, headers=headers)
+    return StreamingResponse(_read(blob, spans), status_code=status, headers=headers)
 
 
-async def _read(path: Path, spans: list[Span]) -> AsyncIterator[bytes]:
-    file = await run_in_threadpool(os.open, path, os.O_RDONLY)
-    try:
-        for start, end, before in spans:
-            if before:
-                yield before
-            while start < end:
-                chunk = await run_in_threadpool(os.pread, file, min(CHUNK_BYTES, end - start), start)
-                if not chunk:
-                    raise OSError(f"{path} is shorter than its record says")
-                start += len(chunk)
-                yield chunk
-    finally:
-        os.close(file)
+async def _read(blob: Blob, spans: list[Span]) -> AsyncIterator[bytes]:
+    for start, end, before in spans:
+        if before:
+            yield before
+        async for chunk in iterate_in_threadpool(get_store().read(blob.sha256, start, end)):
+            yield chunk
 
 
 def _media_type(filename: str) -> str:
@@ -160,7 +155,9 @@ def tar_answer(request: Request, name: str, digest: str, files: list[ManifestFil
         return Response(status_code=304, headers=headers)
     files = sorted(files, key=lambda file: file.path)
     heads = [_tar_head(f"{name}/{file.path}", file.size_bytes) for file in files]
-    paths = [get_store().get_path(file.sha256) for file in files]
+    for file in files:
+        if not get_store().has(file.sha256):
+            raise BlobDamaged(file.sha256)
     length = sum(
         len(head) + file.size_bytes + _padding(file.size_bytes) for head, file in zip(heads, files, strict=True)
     )
@@ -170,7 +167,7 @@ def tar_answer(request: Request, name: str, digest: str, files: list[ManifestFil
     }
     if request.method == "HEAD":
         return Response(headers=headers)
-    return StreamingResponse(_tar_bytes(heads, paths, files), headers=headers)
+    return StreamingResponse(_tar_bytes(heads, files), headers=headers)
 
 
 def _tar_head(path: str, size: int) -> bytes:
@@ -183,11 +180,10 @@ def _padding(size: int) -> int:
     return -size % tarfile.BLOCKSIZE
 
 
-def _tar_bytes(heads: list[bytes], paths: list[Path], files: list[ManifestFile]) -> Iterator[bytes]:
-    for head, path, file in zip(heads, paths, files, strict=True):
+def _tar_bytes(heads: list[bytes], files: list[ManifestFile]) -> Iterator[bytes]:
+    for head, file in zip(heads, files, strict=True):
         yield head
-        with path.open("rb") as source:
-            yield from read_chunks(source)
+        yield from get_store().read(file.sha256)
         yield bytes(_padding(file.size_bytes))
     yield bytes(2 * tarfile.BLOCKSIZE)
 
@@ -205,6 +201,7 @@ FILE_ANSWERS: dict[int | str, dict[str, object]] = {
         "description": "The bytes.",
         "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
     },
+    302: {"description": "Where a storage in a bucket has the bytes: a signed address that takes Range, and no key."},
     206: {"description": "The asked range, or several as multipart/byteranges."},
     304: {"description": "Unchanged: If-None-Match holds the current ETag."},
 }

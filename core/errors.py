@@ -147,6 +147,10 @@ class Unavailable(StillhouseError):
     code, status, retryable = "unavailable", 503, True
 
 
+class StorageAway(Unavailable):
+    """The storage does not answer now. Try again in a few seconds."""
+
+
 class StageFailed(StillhouseError):
     """A stage could not finish."""
 

@@ -19,7 +19,32 @@ class Settings(BaseSettings):
         "postgresql+psycopg://localhost/stillhouse", description="SQLAlchemy URL of the Postgres database."
     )
     redis_url: str = Field("redis://localhost:6379/0", description="Celery broker; it carries only hints.")
-    storage_dir: Path = Field(Path("var/blobs"), description="Folder of the content-addressed store.")
+    storage_dir: Path = Field(
+        Path("var/blobs"),
+        description="Folder of the content-addressed store; with a bucket, of what is being written and at hand.",
+    )
+    s3_url: str | None = Field(
+        None,
+        pattern=r"^s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9._/-]*)?$",
+        description="`s3://bucket/prefix` keeps the store in a bucket. Keys and region come from the usual `AWS_…` "
+        "variables, or from the machine's role.",
+    )
+    s3_endpoint: str | None = Field(
+        None, pattern="^https?://", description="Address of a server that speaks S3's protocol; without it, Amazon's."
+    )
+    s3_redirects: bool = Field(
+        True, description="Downloads are redirected to signed addresses of the bucket; else they go through the API."
+    )
+    s3_public_endpoint: str | None = Field(
+        None, pattern="^https?://", description="Where clients reach the bucket, if elsewhere than API and workers."
+    )
+    s3_url_s: int = Field(
+        3600, ge=1, le=7 * 24 * 3600, description="How long signed addresses hold, at most `collect_after_s`."
+    )
+    s3_at_hand_bytes: int = Field(
+        50 * 1024**3, ge=0, description="How much of the bucket each machine keeps at hand in its folder."
+    )
+    s3_retry_s: int = Field(120, ge=0, description="How long a bucket that is away is waited for.")
     staging_dir: Path = Field(Path("var/staging"), description="Scratch folder of a worker's running stages.")
     hub_endpoint: str = Field("https://huggingface.co", description="Where `hub:org/name` models are fetched from.")
     hub_token: str | None = Field(None, description="Token for the hub, if it needs one.")

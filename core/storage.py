@@ -1,4 +1,7 @@
-"""Content-addressed storage: a blob's name is the sha256 of its bytes, so a published blob never changes."""
+"""Content-addressed storage: a blob's name is the sha256 of its bytes, so a published blob never changes.
+
+Here it lies in a folder; `core.bucket` has it last in a bucket of S3 and keeps what is at hand in the folder.
+"""
 
 import contextlib
 import hashlib
@@ -9,14 +12,14 @@ import shutil
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
+from core.disk import CHUNK_BYTES, is_sound, lay_out, list_files, read_chunks, sync_folder
 from core.errors import BlobDamaged, StorageFull
 from core.settings import get_settings
 
-CHUNK_BYTES = 1024 * 1024
 FREE_RESERVE_BYTES = 64 * 1024 * 1024
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -26,6 +29,13 @@ class Blob(NamedTuple):
 
     sha256: str
     size_bytes: int
+
+
+class Note(NamedTuple):
+    """What processes of one storage tell each other, and how long ago it was written."""
+
+    text: str
+    age_s: float
 
 
 class ManifestFile(BaseModel):
@@ -125,21 +135,82 @@ class ArtifactStore:
         self.damaged_dir = root / "damaged"
         self.temp_dir.mkdir(parents=True, exist_ok=True)
 
+    def __str__(self) -> str:
+        return str(self.root)
+
+    def check(self) -> None:
+        """Raises when nothing can be stored now."""
+        probe = self.temp_dir / f"ready-{secrets.token_hex(8)}"
+        probe.write_bytes(b"ready")
+        probe.unlink()
+
     def now(self) -> float:
-        """Returns the time by the clock that stamps this folder's files, on whichever machine that is."""
+        """Returns the time by the clock that stamps blobs, on whichever machine that is."""
         os.utime(self.temp_dir)
         return self.temp_dir.stat().st_mtime
 
+    def find_note(self, name: str) -> Note | None:
+        """Returns the newest note of that name, if there is one."""
+        path = self.root / name
+        try:
+            return Note(path.read_text(), self.now() - path.stat().st_mtime)
+        except FileNotFoundError:
+            return None
+
+    def write_note(self, name: str, text: str) -> None:
+        """Writes a note in place of an earlier one."""
+        (self.root / name).write_text(text)
+
     def path_of(self, sha256: str) -> Path:
-        """Returns where the blob lies, whether or not it exists."""
+        """Returns where the folder has the blob, or would have it."""
         return self.root / "sha256" / sha256[:2] / sha256
 
     def get_path(self, sha256: str) -> Path:
-        """Returns the blob's path. Raises BlobDamaged when there is no such blob."""
+        """Returns a file with the blob's bytes, to be read at once. Raises BlobDamaged when there is no such blob."""
         path = self.path_of(sha256)
         if not path.is_file():
             raise BlobDamaged(sha256)
         return path
+
+    def get_sound_path(self, sha256: str) -> Path:
+        """Returns a file whose bytes are those that were stored.
+
+        Raises:
+            BlobDamaged: They are missing or others; what is left of them is put aside, so that the same bytes can be
+                stored again.
+        """
+        path = self.path_of(sha256)
+        if not is_sound(path):
+            self.put_aside(sha256)
+            raise BlobDamaged(sha256)
+        return path
+
+    def find_url(self, sha256: str) -> str | None:
+        """Returns where the blob can be read without us, by who is told this address; None for a folder's.
+
+        Raises BlobDamaged when there is no such blob.
+        """
+        self.get_path(sha256)
+        return None
+
+    def read(self, sha256: str, start: int = 0, end: int | None = None) -> Iterator[bytes]:
+        """Yields the blob's bytes from `start` up to `end` (exclusive), not checked, in chunks of at most one MiB.
+
+        Raises:
+            BlobDamaged: There is no such blob, or it ends before `end`.
+        """
+        with self.get_path(sha256).open("rb") as source:
+            source.seek(start)
+            left = end - start if end is not None else None
+            while left != 0:
+                chunk = source.read(CHUNK_BYTES if left is None else min(CHUNK_BYTES, left))
+                if chunk:
+                    yield chunk
+                elif left is None:
+                    return
+                else:
+                    raise BlobDamaged(sha256)
+                left = left - len(chunk) if left is not None else None
 
     def writer(self) -> BlobWriter:
         """Returns a writer for one new blob; use it in a `with` block."""
@@ -213,21 +284,28 @@ class ArtifactStore:
     def materialize(self, files: Iterable[ManifestFile], folder: Path) -> None:
         """Lays a manifest's files out below `folder`, as hard links where the file system allows it.
 
-        Raises:
-            BlobDamaged: The bytes of one are missing or are not those that were stored; what is left of them is put
-                aside, so that the same bytes can be stored again.
+        Raises BlobDamaged as `get_sound_path` does.
         """
         for file in files:
             target = folder / file.path
             target.parent.mkdir(parents=True, exist_ok=True)
-            if not self.verify(file.sha256):
-                self.put_aside(file.sha256)
-                raise BlobDamaged(file.sha256)
-            lay_out(self.path_of(file.sha256), target)
+            lay_out(self.get_sound_path(file.sha256), target)
+
+    def measure(self, sha256: str, *, quick: bool = False) -> Blob:
+        """Returns what lies under a blob's name: the sha256 and size of its bytes. With `quick` they are not read.
+
+        Raises OSError when they cannot be read, and of these FileNotFoundError when there is no such blob.
+        """
+        with self.path_of(sha256).open("rb") as source:
+            found = sha256 if quick else hashlib.file_digest(source, "sha256").hexdigest()
+            return Blob(found, source.seek(0, 2))
 
     def verify(self, sha256: str) -> bool:
         """Tells whether the blob is there with the bytes that its name promises."""
-        return is_sound(self.path_of(sha256))
+        try:
+            return self.measure(sha256).sha256 == sha256
+        except OSError:
+            return False
 
     def has(self, sha256: str) -> bool:
         """Tells whether the blob is there; its bytes are not read."""
@@ -245,6 +323,14 @@ class ArtifactStore:
             aside.rename(self.path_of(sha256))
             return False
         return True
+
+    def count_damaged(self) -> int:
+        """Returns how many damaged blobs are put aside."""
+        return sum(1 for _ in self.damaged_dir.glob("*"))
+
+    def drop(self, sha256: str) -> None:
+        """Deletes a blob, whoever may refer to it."""
+        self.path_of(sha256).unlink(missing_ok=True)
 
     def list_blobs(self) -> Iterator[str]:
         """Yields the sha256 of every blob in order, holding the names of one folder at a time."""
@@ -280,53 +366,31 @@ class ArtifactStore:
             return None
         return found.st_size
 
-    def empty_trash(self) -> None:
-        """Puts back what a killed `discard` left in the trash: it did not come to see whether the blob is wanted."""
+    def tidy(self, before: float) -> None:  # noqa: ARG002 - it matters to a bucket
+        """Mends what a killed `discard` has left: it did not come to see whether the blob in the trash is wanted."""
         for victim in self.trash_dir.glob("*-*"):
             path = self.path_of(victim.name.partition("-")[0])
             with contextlib.suppress(FileNotFoundError):
                 victim.unlink() if path.exists() else victim.rename(path)
 
-
-def list_files(folder: Path) -> dict[str, Path]:
-    """Returns every regular file below a folder, by its path in it, sorted by path."""
-    found = sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
-    return {path.relative_to(folder).as_posix(): path for path in found}
-
-
-def lay_out(source: Path, target: Path) -> None:
-    """Makes a file appear under another name: as a hard link where the file systems allow it, else as a copy."""
-    try:
-        target.hardlink_to(source)
-    except OSError:
-        shutil.copyfile(source, target)
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes the names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def is_sound(path: Path) -> bool:
-    """Tells whether the file has the bytes that its name promises."""
-    try:
-        with path.open("rb") as source:
-            return hashlib.file_digest(source, "sha256").hexdigest() == path.name
-    except OSError:
-        return False
-
-
-def read_chunks(source: BinaryIO) -> Iterator[bytes]:
-    """Yields a file's bytes in chunks of one MiB."""
-    while chunk := source.read(CHUNK_BYTES):
-        yield chunk
+    def sweep_temp(self, age_s: float) -> int:
+        """Deletes what was begun on this machine so long ago and never published; returns how many files."""
+        os.utime(self.temp_dir)
+        num_files, before = 0, self.temp_dir.stat().st_mtime - age_s
+        for path in self.temp_dir.iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                if path.is_file() and path.stat().st_mtime < before:
+                    path.unlink()
+                    num_files += 1
+        return num_files
 
 
 @cache
 def get_store() -> ArtifactStore:
     """Returns this process's artifact store."""
-    return ArtifactStore(get_settings().storage_dir)
+    settings = get_settings()
+    if not settings.s3_url:
+        return ArtifactStore(settings.storage_dir)
+    from core.bucket import BucketStore  # its library is loaded only where there is a bucket
+
+    return BucketStore(settings.storage_dir, settings)

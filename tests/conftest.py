@@ -1,5 +1,7 @@
 """A database server and a broker for the whole run: embedded ones, or those of the two URL variables.
 
+With STILLHOUSE_TEST_STORE=bucket, what is stored lies in a bucket of an S3 server in the tests' own process.
+
 The tests run in several processes at once (pytest-xdist), each with a database, a broker's database and folders of its
 own.
 """
@@ -70,6 +72,12 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["STILLHOUSE_DATABASE_URL"] = _make_database(os.environ["STILLHOUSE_DATABASE_URL"])
     os.environ["STILLHOUSE_STORAGE_DIR"] = str(scratch / "blobs")
     os.environ["STILLHOUSE_STAGING_DIR"] = str(scratch / "staging")
+    if os.environ.get("STILLHOUSE_TEST_STORE") == "bucket":
+        from tests.buckets import the_s3
+
+        s3 = the_s3()
+        os.environ.update(s3.environment())
+        _stop.append(s3.stop)
     import migrations
 
     migrations.upgrade()

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from sqlalchemy import Engine, create_engine, make_url, text
@@ -21,9 +22,13 @@ from core.settings import get_settings
 from core.storage import ArtifactStore, ManifestFile
 from core.tenants.keys import ensure_tenant
 
+if TYPE_CHECKING:
+    from tests.buckets import Prefix
+
 SPEC = {"teacher": {"model": "a"}, "student": {"kind": "teacher_layers", "keep": [0]}, "data": "d"}
 FACTS = ModelFacts.model_construct()
 LONG_AGO = 1_000_000.0
+IN_BUCKET = os.environ.get("STILLHOUSE_TEST_STORE") == "bucket"
 
 
 @contextmanager
@@ -112,16 +117,54 @@ def finish(store: ArtifactStore, job_id: str, *contents: bytes) -> None:
         run_stage(store, claim, ordinal, *(contents if ordinal == 0 else ()))
 
 
-def age_blobs(store: ArtifactStore) -> None:
-    """Makes every blob old."""
-    for sha256 in store.list_blobs():
-        os.utime(store.path_of(sha256), (LONG_AGO, LONG_AGO))
-
-
 def age_manifests() -> None:
     """Makes every manifest old."""
     with db.session_scope() as session:
         session.execute(text("update manifests set created_at = 'epoch'"))
+
+
+def own_store(root: Path) -> ArtifactStore:
+    """Returns a storage of a test's own, as this run has them."""
+    if not IN_BUCKET:
+        return ArtifactStore(root)
+    from tests.buckets import own_bucket
+
+    return own_bucket(root)
+
+
+def age_blobs(store: ArtifactStore, *chosen: str, at: float = LONG_AGO) -> None:
+    """Makes blobs as old as if they had been stored at that time: these, or all."""
+    for sha256 in chosen or list(store.list_blobs()):
+        if IN_BUCKET:
+            _bucket_of(store).age(at, f"sha256/{sha256}/")
+        else:
+            os.utime(store.path_of(sha256), (at, at))
+
+
+def age_note(store: ArtifactStore, name: str, at: float = LONG_AGO) -> None:
+    """Makes a note as old as if it had been written at that time."""
+    if IN_BUCKET:
+        _bucket_of(store).age(at, f"notes/{name}")
+    else:
+        os.utime(store.root / name, (at, at))
+
+
+def damage(store: ArtifactStore, sha256: str) -> None:
+    """Changes a byte of a stored blob."""
+    if IN_BUCKET:
+        _bucket_of(store).damage(f"sha256/{sha256}/")
+    else:
+        flip(store.path_of(sha256))
+
+
+def cut(store: ArtifactStore, sha256: str) -> None:
+    """Takes the last byte of a stored blob away."""
+    if IN_BUCKET:
+        _bucket_of(store).cut(f"sha256/{sha256}/")
+    else:
+        path = store.path_of(sha256)
+        path.chmod(0o644)
+        path.write_bytes(path.read_bytes()[:-1])
 
 
 def flip(path: Path, offset: int | None = None) -> None:
@@ -130,3 +173,9 @@ def flip(path: Path, offset: int | None = None) -> None:
     data[len(data) // 2 if offset is None else offset] ^= 1
     path.chmod(0o644)
     path.write_bytes(data)
+
+
+def _bucket_of(store: ArtifactStore) -> "Prefix":
+    from tests.buckets import the_s3
+
+    return the_s3().below(str(store))

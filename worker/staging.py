@@ -20,7 +20,16 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from core.db import DatabaseAway, session_scope
-from core.errors import BlobDamaged, LeaseLost, ModelInvalid, PayloadTooLarge, StageFailed, StorageFull
+from core.disk import list_files
+from core.errors import (
+    BlobDamaged,
+    LeaseLost,
+    ModelInvalid,
+    PayloadTooLarge,
+    StageFailed,
+    StorageAway,
+    StorageFull,
+)
 from core.jobs.checkpoints import list_checkpoints, record_checkpoint, reject_checkpoint
 from core.jobs.models import Metric, StageRun
 from core.jobs.ownership import Claim, list_done, owned
@@ -29,7 +38,7 @@ from core.models.hub import fetch
 from core.models.refs import MODEL_ROLES
 from core.models.repository import files_of, get_manifest, put_manifest
 from core.settings import get_settings
-from core.storage import Blob, ManifestFile, get_store, list_files
+from core.storage import Blob, ManifestFile, get_store
 from worker.fingerprint import stage_key
 from worker.transactions import transact
 
@@ -272,7 +281,7 @@ def ensure_models(claim: Claim, ordinal: int, listen: Callable[[], None]) -> dic
 def _fetch(claim: Claim, role: str, hub: dict[str, str], listen: Callable[[], None]) -> list[ManifestFile]:
     try:
         files = fetch(hub["repo"], hub["commit"], get_store(), listen)
-    except (LeaseLost, StopAsked, StorageFull, *DatabaseAway):
+    except (LeaseLost, StopAsked, StorageAway, StorageFull, *DatabaseAway):
         raise
     except (ModelInvalid, PayloadTooLarge) as error:
         message = f"The model {hub['repo']}@{hub['commit'][:12]} is refused: {error.message}"

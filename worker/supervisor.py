@@ -14,7 +14,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from core.db import DatabaseAway, session_scope
-from core.errors import LeaseLost, StageFailed, StillhouseError, StorageFull
+from core.errors import LeaseLost, StageFailed, StillhouseError, StorageAway, StorageFull
 from core.jobs.checkpoints import drop_checkpoints
 from core.jobs.models import StageRun
 from core.jobs.ownership import (
@@ -111,6 +111,9 @@ class Supervisor:
                 return _stop(taken, staging, "stopped while a model was fetched")
             except InputDamaged as error:
                 return _redo(taken, staging, error)
+            except StorageAway:
+                log.exception("stage %d of %s cannot be stored", ordinal, taken.job_id)
+                return _hand_back(taken, "the storage does not answer; it goes on from its last checkpoint")
             except (StageFailed, StillhouseError, OSError) as error:
                 if isinstance(error, LeaseLost):
                     raise

@@ -12,7 +12,7 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from core.db import DatabaseAway, session_scope
-from core.errors import LeaseLost, StillhouseError, StorageFull
+from core.errors import LeaseLost, StillhouseError, StorageAway, StorageFull
 from core.jobs.ownership import Claim, Point, book_usage, desired_of, owned, record_progress, used_seconds
 from core.memory import has_filled_memory, out_of_memory
 from core.settings import get_settings
@@ -118,7 +118,7 @@ class Watch:
         try:
             if self._flush():
                 self.staging.take_checkpoint(step, path, finished, self.stage_key)
-        except (StorageFull, OSError, *DatabaseAway) as error:
+        except (StorageFull, StorageAway, OSError, *DatabaseAway) as error:
             log.warning("checkpoint %d of %s not stored: %s", step, self.taken.job_id, type(error).__name__)
         finally:
             path.unlink(missing_ok=True)  # it stays where the store is on another disk, or was not asked

@@ -51,6 +51,7 @@ def create_dataset(upload: ReceivedUpload, principal: Writer, response: Response
     """
     with ExitStack() as stack:
         checked = service.check_upload(upload, stack)
+        checked.publish()
         with session_scope() as session:  # opened after the long check
             dataset = service.create(session, principal.tenant_id, checked)
     response.headers["Location"] = f"/v1/datasets/{dataset.name}"

@@ -24,7 +24,7 @@ MAX_PREVIEW_BYTES = 1024 * 1024
 
 
 class Checked(NamedTuple):
-    """A good upload: its splits' bytes, ready to be published, and what the check found."""
+    """A good upload: its splits' bytes, ready to be published before a transaction names them, and what was found."""
 
     name: str
     blobs: dict[str, BlobWriter]
@@ -35,7 +35,7 @@ class Checked(NamedTuple):
         return {name: _stored(split, self.blobs[name]) for name, split in self.found.items()}
 
     def publish(self) -> None:
-        """Publishes the bytes."""
+        """Publishes the bytes, which may take long."""
         for writer in self.blobs.values():
             writer.commit()
 
@@ -83,16 +83,13 @@ def _split_file(file: UploadedFile) -> SplitFile:
 
 
 def create(session: Session, tenant_id: str, checked: Checked) -> Dataset:
-    """Returns the new data set, its bytes published. Raises Conflict when the name is taken."""
-    dataset = create_dataset(session, tenant_id, checked.name, checked.splits(), report_of(checked.found))
-    checked.publish()  # after the name is ours, and before the commit makes them visible
-    return dataset
+    """Returns the new data set of published splits. Raises Conflict when the name is taken."""
+    return create_dataset(session, tenant_id, checked.name, checked.splits(), report_of(checked.found))
 
 
 def replace(session: Session, tenant_id: str, checked: Checked) -> None:
-    """Makes these splits the data set of that name, whether there was one or not, their bytes published."""
+    """Makes these published splits the data set of that name, whether there was one or not."""
     set_dataset(session, tenant_id, checked.name, checked.splits(), report_of(checked.found))
-    checked.publish()
 
 
 def _stored(split: Split, writer: BlobWriter) -> dict[str, Any]:

@@ -227,6 +227,7 @@ def _check_dataset(name: str, files: list[ManifestFile], stack: ExitStack) -> Ma
     if twice is not None:
         raise DatasetInvalid(f"there are several files for the split '{twice}'; join them to one", param=twice)
     checked = datasets.check_files(name, sources, Columns(None, None), stack)
+    checked.publish()
     return Made(lambda session, tenant_id, _: datasets.replace(session, tenant_id, checked))
 
 

@@ -221,9 +221,9 @@ async def receive(permit: Annotated[Permit, Depends(check_permit)], request: Req
 def _keep(writer: BlobWriter, permit: Permit) -> None:
     if writer.seal() != permit.blob:
         raise Invalid(f"Other bytes came than were told of: {writer.size_bytes:,} of sha256 {writer.seal().sha256}.")
+    writer.commit()
     with session_scope() as session:
         keep_uploaded(session, permit.tenant_id, permit.blob)
-        writer.commit()
 
 
 @router.post("/api/{kind}/{owner}/{repo}/commit/{revision}")

@@ -40,13 +40,13 @@ def check_upload(upload: Upload) -> tuple[str, ModelFacts]:
 
 
 def create(session: Session, tenant_id: str, name: str, facts: ModelFacts, upload: Upload) -> Model:
-    """Returns the new model, its files published. Raises Conflict when the name is taken."""
-    blobs = {file.filename: file.staged.seal() for file in upload.files}
+    """Returns the new model. Raises Conflict when the name is taken.
+
+    Its files are published before the session's transaction begins, as that may take long.
+    """
+    blobs = {file.filename: file.staged.commit() for file in upload.files}
     files = [ManifestFile(path=path, sha256=blob.sha256, size_bytes=blob.size_bytes) for path, blob in blobs.items()]
-    model = create_model(session, tenant_id, name, files, facts)
-    for file in upload.files:  # after the name is ours, and before the commit makes them visible
-        file.staged.commit()
-    return model
+    return create_model(session, tenant_id, name, files, facts)
 
 
 def summary(principal: Principal, model: Model, manifest: Manifest) -> ModelSummary:

@@ -20,7 +20,7 @@ from core.models.repository import files_of, get_manifest, put_manifest
 from core.openai import repository
 from core.openai.models import File
 from core.settings import get_settings
-from core.storage import Blob, ManifestFile, get_store, read_chunks
+from core.storage import Blob, ManifestFile, get_store
 
 router = APIRouter(prefix="/openai/v1", route_class=OpenAIRoute, include_in_schema=False)
 FIELDS = frozenset({"purpose", "expires_after[anchor]", "expires_after[seconds]"})
@@ -206,14 +206,13 @@ def complete(upload_id: str, order: Order, principal: Writer) -> dict[str, Any]:
         raise Invalid(found, param="part_ids")
     with store.writer() as writer:
         for part in order.part_ids:
-            with store.get_path(files_of(parts[part])[0].sha256).open("rb") as source:
-                for chunk in read_chunks(source):
-                    writer.write(chunk)
-        with session_scope() as session:
-            file = _get_pending(session, principal.tenant_id, upload_id)
-            repository.end_parts(session, file, _put(session, principal.tenant_id, "file", writer.seal()))
-            writer.commit()
-            return views.upload(file)
+            for chunk in store.read(files_of(parts[part])[0].sha256):
+                writer.write(chunk)
+        blob = writer.commit()
+    with session_scope() as session:
+        file = _get_pending(session, principal.tenant_id, upload_id)
+        repository.end_parts(session, file, _put(session, principal.tenant_id, "file", blob))
+        return views.upload(file)
 
 
 @router.post("/uploads/{upload_id}/cancel")

@@ -79,6 +79,7 @@ def put_dataset(
             checked = datasets.check_files(name, splits, Columns(), stack)
         except DatasetInvalid as error:
             raise Invalid(error.message, param=sources["train"].field, details=error.details) from error
+        checked.publish()
         with session_scope() as session:
             datasets.replace(session, tenant_id, checked)
 

@@ -1,7 +1,6 @@
 """`/healthz`, `/readyz` and `/metrics`: for the machines that watch this one."""
 
 import logging
-import secrets
 from collections.abc import Callable
 
 from fastapi import APIRouter, Request, Response
@@ -52,17 +51,11 @@ def _check_broker() -> None:
         broker.ping()
 
 
-def _check_storage() -> None:
-    probe = get_store().temp_dir / f"ready-{secrets.token_hex(8)}"
-    probe.write_bytes(b"ready")
-    probe.unlink()
-
-
 CHECKS: dict[str, Callable[[], None]] = {
     "database": _check_database,
     "migrations": _check_migrations,
     "broker": _check_broker,
-    "storage": _check_storage,
+    "storage": lambda: get_store().check(),
 }
 
 

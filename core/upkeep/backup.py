@@ -22,8 +22,9 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, ValidationError
 from sqlalchemy import Connection, MetaData, Table, select, text
 
+from core.disk import sync_folder
 from core.errors import BackupUnusable, BlobDamaged, Conflict, NotFound
-from core.storage import ArtifactStore, Blob, read_chunks, sync_folder
+from core.storage import ArtifactStore, Blob
 from core.upkeep.checking import Progress
 from core.upkeep.lock import keeping
 from core.upkeep.references import count_list, driver_of, list_lines, read_list, snapshot, stream_blobs, without
@@ -118,7 +119,7 @@ def prune(target: ArtifactStore, keep: int) -> None:
     with ExitStack() as stack:
         lists = [read_list(stack.enter_context((folder / LIST).open("rb"))) for folder in folders[-keep:]]
         for sha256 in without(target.list_blobs(), heapq.merge(*lists)):
-            target.path_of(sha256).unlink()
+            target.drop(sha256)
 
 
 def list_backups(folder: Path) -> list[Path]:
@@ -201,19 +202,21 @@ def copy_blobs(
 
 def copy_blob(source: ArtifactStore, target: ArtifactStore, blob: Blob) -> None:
     """Copies one blob. Raises BlobDamaged when it is missing, or not what its name promises."""
-    with source.get_path(blob.sha256).open("rb") as file, target.writer() as writer:
-        for chunk in read_chunks(file):
+    with target.writer() as writer:
+        for chunk in source.read(blob.sha256):
             writer.write(chunk)
         if writer.seal() != blob:
             raise BlobDamaged(blob.sha256)
-        target.path_of(blob.sha256).unlink(missing_ok=True)  # a damaged one
+        target.drop(blob.sha256)  # a damaged one
         writer.commit()
 
 
 def has_size(store: ArtifactStore, blob: Blob) -> bool:
     """Tells whether the store has the blob, judged by its size."""
-    path = store.path_of(blob.sha256)
-    return path.is_file() and path.stat().st_size == blob.size_bytes
+    try:
+        return store.measure(blob.sha256, quick=True) == blob
+    except FileNotFoundError:
+        return False
 
 
 def write_file(path: Path, chunks: Iterable[bytes]) -> BackupFile:

@@ -1,6 +1,5 @@
 """Compares every row with the bytes that it names, and every blob with the rows that name it."""
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -122,7 +121,7 @@ def check(
                 report.add("orphaned", sha256, "no row refers to it; the next collection deletes it")
         with snapshot() as connection:
             _find_places(connection, report)
-    report.num_in_damaged = sum(1 for _ in store.damaged_dir.glob("*"))
+    report.num_in_damaged = store.count_damaged()
     return report
 
 
@@ -136,9 +135,7 @@ def list_impossible(connection: Connection) -> Iterator[tuple[str, str]]:
 def judge(store: ArtifactStore, blob: Blob, *, quick: bool) -> tuple[Kind, str] | None:
     """Returns what is wrong with a blob, or None. Raises PermissionError for bytes that we may not read."""
     try:
-        with store.path_of(blob.sha256).open("rb") as source:
-            sha256 = blob.sha256 if quick else hashlib.file_digest(source, "sha256").hexdigest()
-            size_bytes = source.seek(0, 2)
+        sha256, size_bytes = store.measure(blob.sha256, quick=quick)
     except FileNotFoundError:
         return "missing", "the storage does not have it"
     except PermissionError:

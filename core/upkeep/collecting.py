@@ -41,17 +41,16 @@ class Collected(NamedTuple):
 
 def collect_when_due() -> Collected | None:
     """Does a round if the last one on this storage, by whichever process, is long enough ago."""
-    store = get_store()
-    note = store.root / "collected"
+    store, settings = get_store(), get_settings()
     started = time.monotonic()
-    with suppress(FileNotFoundError, ValueError):
-        pause_s = max(get_settings().collect_every_s, float(note.read_text()) / MAX_SHARE)
-        if store.now() - note.stat().st_mtime < pause_s:
+    with suppress(ValueError):
+        note = store.find_note("collected")
+        if note and note.age_s < max(settings.collect_every_s, float(note.text) / MAX_SHARE):
             return None
     collected = collect()
     if collected is not None:
         log.info("collected in %.1f s: %s", time.monotonic() - started, collected)
-        note.write_text(f"{time.monotonic() - started:.3f}\n")
+        store.write_note("collected", f"{time.monotonic() - started:.3f}\n")
     return collected
 
 
@@ -74,9 +73,9 @@ def collect() -> Collected | None:
             drop_deliveries(session)
         with db.session_scope() as session:
             num_manifests = drop_manifests(session)
-        store.empty_trash()
+        store.tidy(before)
         sizes = [size for sha256 in list_dead(store, before) if (size := store.discard(sha256, before)) is not None]
-        num_temp_files = sweep_temp(store, store.now() - UPLOAD_FACTOR * age_s)
+        num_temp_files = store.sweep_temp(UPLOAD_FACTOR * age_s)
     return Collected(num_checkpoints, num_manifests, len(sizes), sum(sizes), num_temp_files)
 
 
@@ -88,14 +87,14 @@ def owns(store: ArtifactStore) -> bool:
     """
     with db.session_scope() as session:
         tenant_id = session.scalar(select(func.min(Tenant.id)))
-    note = store.root / "database"
     if tenant_id is None:
         return False
-    if not note.exists():
-        note.write_text(f"{tenant_id}\n")
-    owner = note.read_text().strip()
+    note = store.find_note("database")
+    if note is None:
+        store.write_note("database", f"{tenant_id}\n")
+    owner = note.text.strip() if note else tenant_id
     if owner != tenant_id:
-        log.error("%s belongs to the database of %s, not to this one; nothing is collected", store.root, owner)
+        log.error("%s belongs to the database of %s, not to this one; nothing is collected", store, owner)
     return bool(owner == tenant_id)
 
 
@@ -161,14 +160,3 @@ def list_dead(store: ArtifactStore, before: float) -> list[str]:
     with engine.connect() as connection, closing(stream_blobs(connection)) as blobs:
         unreferenced = without(store.list_blobs(), blobs)
         return list(islice((sha256 for sha256 in unreferenced if store.is_older(sha256, before)), MAX_BLOBS))
-
-
-def sweep_temp(store: ArtifactStore, before: float) -> int:
-    """Deletes what was written before that time and never published; returns how many files."""
-    num_files = 0
-    for path in store.temp_dir.iterdir():
-        with suppress(FileNotFoundError):
-            if path.is_file() and path.stat().st_mtime < before:
-                path.unlink()
-                num_files += 1
-    return num_files

@@ -75,7 +75,7 @@ def _refuse_if_occupied(store: ArtifactStore, folder: Path, made: Backup) -> Non
     with (folder / LIST).open("rb") as names:  # what an interrupted restore copied is in nobody's way
         stray = next(without(store.list_blobs(), read_list(names)), None)
     if stray:
-        obstacles.append(f"{store.root} has blobs that the backup does not have, such as {stray}")
+        obstacles.append(f"{store} has blobs that the backup does not have, such as {stray}")
     if obstacles:
         raise Conflict(
             f"A backup is restored only into an empty database and storage, but {'; '.join(obstacles)}. "

@@ -15,6 +15,7 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
 from core.db import session_scope
+from core.disk import list_files
 from core.errors import LeaseLost
 from core.ids import new_id
 from core.jobs import ownership
@@ -25,7 +26,7 @@ from core.jobs.repository import cancel_job, pause_job
 from core.jobs.spec import load_spec
 from core.models.repository import put_manifest
 from core.settings import get_settings
-from core.storage import get_store, list_files
+from core.storage import get_store
 from tests.disks import mounted
 from worker import lease, staging, supervisor, transactions, watch
 from worker.staging import Staging, StopAsked

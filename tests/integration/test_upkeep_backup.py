@@ -28,6 +28,7 @@ from tests.upkeep import (
     add_checkpoint,
     age_blobs,
     age_manifests,
+    damage,
     empty_database,
     finish,
     flip,
@@ -35,6 +36,7 @@ from tests.upkeep import (
     make_job,
     make_model,
     make_tenant,
+    own_store,
     take,
 )
 from worker.reconciler import take_back_expired
@@ -43,7 +45,7 @@ from worker.reconciler import take_back_expired
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ArtifactStore]:
     """A storage with a database of its own."""
-    store = ArtifactStore(tmp_path / "storage")
+    store = own_store(tmp_path / "storage")
     monkeypatch.setattr(collecting, "get_store", lambda: store)
     with empty_database(monkeypatch):
         migrations.upgrade()
@@ -82,7 +84,7 @@ def rows_in(folder: Path) -> dict[str, list[bytes]]:
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ArtifactStore]:
     """Yields an empty storage, beside an empty database that `core.db` points at."""
     with empty_database(monkeypatch):
-        yield ArtifactStore(tmp_path / "elsewhere")
+        yield own_store(tmp_path / "elsewhere")
 
 
 def test_what_comes_back_is_what_was_there(
@@ -266,9 +268,9 @@ def test_every_damaged_byte_is_found(store: ArtifactStore, tmp_path: Path, monke
             for offset in (0, path.stat().st_size // 2, path.stat().st_size - 1):
                 flip(path, offset)
                 with pytest.raises(BackupUnusable):
-                    restore(ArtifactStore(tmp_path / f"{path.name}-{offset}"), dest)
+                    restore(own_store(tmp_path / f"{path.name}-{offset}"), dest)
                 flip(path, offset)
-        assert restore(ArtifactStore(tmp_path / "sound"), dest).is_clean
+        assert restore(own_store(tmp_path / "sound"), dest).is_clean
 
 
 @pytest.mark.parametrize("gone", ["backup.json", "jobs.copy", "blobs.tsv", "blob"])
@@ -291,8 +293,8 @@ def test_what_the_storage_had_lost_is_said_and_does_not_keep_the_rest_from_comin
 ) -> None:
     fill(store)
     missing, damaged = (store.put_bytes(content).sha256 for content in (b"student", b"checkpoint"))
-    store.path_of(missing).unlink()
-    flip(store.path_of(damaged))
+    store.drop(missing)
+    damage(store, damaged)
     assert sorted(backup(store, tmp_path / "dest").lost) == sorted([missing, damaged])
     with elsewhere(tmp_path, monkeypatch) as other:
         report = restore(other, tmp_path / "dest")
@@ -308,7 +310,7 @@ def test_a_house_that_is_lived_in_is_not_overwritten(
     fill(store)
     backup(store, tmp_path / "dest")
     with pytest.raises(Conflict, match="the table tenants has rows"):
-        restore(ArtifactStore(tmp_path / "empty"), tmp_path / "dest")
+        restore(own_store(tmp_path / "empty"), tmp_path / "dest")
     with elsewhere(tmp_path, monkeypatch) as other:
         other.put_bytes(b"somebody's")
         with pytest.raises(Conflict, match="has blobs that the backup does not have"):
