@@ -12,7 +12,7 @@ from app.envelope import errors
 from app.uploads import NAME_PATTERN, ReceivedUpload, form_body
 from core.datasets.models import Dataset
 from core.datasets.repository import delete_dataset, get_dataset, list_datasets
-from core.db import read_scope, session_scope
+from core.db import read_scope
 
 router = APIRouter(prefix="/v1/datasets", tags=["data sets"], responses=errors(401, 403, 422, 503))
 DatasetRef = Annotated[
@@ -51,9 +51,7 @@ def create_dataset(upload: ReceivedUpload, principal: Writer, response: Response
     """
     with ExitStack() as stack:
         checked = service.check_upload(upload, stack)
-        checked.publish()
-        with session_scope() as session:  # opened after the long check
-            dataset = service.create(session, principal.tenant_id, checked)
+        dataset = service.create(principal.tenant_id, checked)
     response.headers["Location"] = f"/v1/datasets/{dataset.name}"
     return _view(dataset)
 

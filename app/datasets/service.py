@@ -12,7 +12,8 @@ from app.uploads import Upload, UploadedFile
 from core.datasets.checking import Columns, Problems, Split, SplitFile, check_between, check_split, report_of
 from core.datasets.models import Dataset
 from core.datasets.reading import format_of
-from core.datasets.repository import create_dataset, get_dataset, set_dataset
+from core.datasets.repository import create_dataset, get_dataset, refuse_taken, set_dataset
+from core.db import session_scope
 from core.errors import DatasetInvalid, NotFound
 from core.storage import BlobWriter, get_store
 from core.strict import suggest
@@ -82,9 +83,13 @@ def _split_file(file: UploadedFile) -> SplitFile:
     return SplitFile(file.field, filename, file.staged.path, format_of(filename))
 
 
-def create(session: Session, tenant_id: str, checked: Checked) -> Dataset:
-    """Returns the new data set of published splits. Raises Conflict when the name is taken."""
-    return create_dataset(session, tenant_id, checked.name, checked.splits(), report_of(checked.found))
+def create(tenant_id: str, checked: Checked) -> Dataset:
+    """Returns the new data set, its splits published. Raises Conflict when the name is taken."""
+    with session_scope() as session:
+        refuse_taken(session, tenant_id, checked.name)
+    checked.publish()  # in no transaction, as it may take long; what no row comes to name is collected
+    with session_scope() as session:
+        return create_dataset(session, tenant_id, checked.name, checked.splits(), report_of(checked.found))
 
 
 def replace(session: Session, tenant_id: str, checked: Checked) -> None:

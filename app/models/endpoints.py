@@ -10,7 +10,6 @@ from app.files import FILE_ANSWERS, file_answer, find_file, tar_answer
 from app.models import service
 from app.models.schemas import ModelPage, ModelView
 from app.uploads import NAME_PATTERN, ReceivedUpload, form_body
-from core.db import session_scope
 from core.models.models import Manifest, Model
 from core.models.repository import delete_model, files_of, get_manifest, get_model, list_models
 from core.storage import Blob
@@ -53,9 +52,7 @@ def create_model(upload: ReceivedUpload, principal: Writer, response: Response) 
     Files are judged by content: whatever could run code when it is loaded is refused, and leaves nothing behind.
     """
     name, facts = service.check_upload(upload)
-    with session_scope() as session:  # opened after the long check
-        model = service.create(session, principal.tenant_id, name, facts, upload)
-        manifest = get_manifest(session, principal.tenant_id, model.manifest_id)
+    model, manifest = service.create(principal.tenant_id, name, facts, upload)
     response.headers["Location"] = f"/v1/models/{model.name}"
     return service.view(principal, model, manifest)
 

@@ -1,14 +1,13 @@
 """Models: check an upload by content, publish its files."""
 
-from sqlalchemy.orm import Session
-
 from app.models.schemas import ModelSummary, ModelView
 from app.uploads import Upload
+from core.db import session_scope
 from core.errors import ModelInvalid
 from core.models.checking import check_model, check_path, raise_details
 from core.models.facts import ModelFacts
 from core.models.models import Manifest, Model
-from core.models.repository import create_model, files_of
+from core.models.repository import create_model, files_of, get_manifest, refuse_taken
 from core.storage import ManifestFile
 from core.tenants.keys import Principal
 
@@ -39,14 +38,15 @@ def check_upload(upload: Upload) -> tuple[str, ModelFacts]:
     return name, check_model({file.filename: file.staged.path for file in upload.files})
 
 
-def create(session: Session, tenant_id: str, name: str, facts: ModelFacts, upload: Upload) -> Model:
-    """Returns the new model. Raises Conflict when the name is taken.
-
-    Its files are published before the session's transaction begins, as that may take long.
-    """
-    blobs = {file.filename: file.staged.commit() for file in upload.files}
+def create(tenant_id: str, name: str, facts: ModelFacts, upload: Upload) -> tuple[Model, Manifest]:
+    """Returns the new model, its files published. Raises Conflict when the name is taken."""
+    with session_scope() as session:
+        refuse_taken(session, tenant_id, name)
+    blobs = {file.filename: file.staged.commit() for file in upload.files}  # in no transaction, as it may take long
     files = [ManifestFile(path=path, sha256=blob.sha256, size_bytes=blob.size_bytes) for path, blob in blobs.items()]
-    return create_model(session, tenant_id, name, files, facts)
+    with session_scope() as session:
+        model = create_model(session, tenant_id, name, files, facts)
+        return model, get_manifest(session, tenant_id, model.manifest_id)
 
 
 def summary(principal: Principal, model: Model, manifest: Manifest) -> ModelSummary:

@@ -17,6 +17,16 @@ FIND = select(Dataset).where(  # every job asks this, so it is put together once
 )
 
 
+def refuse_taken(session: Session, tenant_id: str, name: str) -> None:
+    """Raises Conflict when the tenant has a data set of that name."""
+    if session.scalar(select(Dataset.id).where(Dataset.tenant_id == tenant_id, Dataset.name == name)):
+        raise _taken(name)
+
+
+def _taken(name: str) -> Conflict:
+    return Conflict(f"You have a data set '{name}' already; choose another name, or delete it first.", param="name")
+
+
 def create_dataset(
     session: Session, tenant_id: str, name: str, splits: dict[str, Any], report: dict[str, Any]
 ) -> Dataset:
@@ -28,7 +38,7 @@ def create_dataset(
         .returning(Dataset.id)
     )
     if dataset_id is None:
-        raise Conflict(f"You have a data set '{name}' already; choose another name, or delete it first.", param="name")
+        raise _taken(name)
     return session.get_one(Dataset, dataset_id)
 
 

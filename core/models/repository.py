@@ -74,6 +74,16 @@ def files_of(manifest: Manifest, folder: str = "") -> list[ManifestFile]:
     return [ManifestFile(**row | {"path": row["path"].removeprefix(start)}) for row in rows]
 
 
+def refuse_taken(session: Session, tenant_id: str, name: str) -> None:
+    """Raises Conflict when the tenant has a model of that name."""
+    if session.scalar(select(Model.id).where(Model.tenant_id == tenant_id, Model.name == name)):
+        raise _taken(name)
+
+
+def _taken(name: str) -> Conflict:
+    return Conflict(f"You have a model '{name}' already; choose another name, or delete it first.", param="name")
+
+
 def create_model(
     session: Session, tenant_id: str, name: str, files: Iterable[ManifestFile], facts: ModelFacts
 ) -> Model:
@@ -87,7 +97,7 @@ def create_model(
         .returning(Model.id)
     )
     if model_id is None:
-        raise Conflict(f"You have a model '{name}' already; choose another name, or delete it first.", param="name")
+        raise _taken(name)
     return session.get_one(Model, model_id)
 
 
