@@ -153,6 +153,7 @@ def damage(store: ArtifactStore, sha256: str) -> None:
     """Changes a byte of a stored blob."""
     if IN_BUCKET:
         _bucket_of(store).damage(f"sha256/{sha256}/")
+        store.path_of(sha256).unlink(missing_ok=True)  # it is at hand no longer
     else:
         flip(store.path_of(sha256))
 

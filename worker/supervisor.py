@@ -129,7 +129,7 @@ class Supervisor:
             nonlocal heard
             if lease.lost.is_set():
                 raise LeaseLost()
-            if self.draining.is_set() or time.monotonic() > find_deadline():
+            if self.draining.is_set() or find_deadline() < time.monotonic():
                 raise StopAsked()
             if time.monotonic() - heard > LISTEN_S:
                 heard = time.monotonic()

@@ -5,6 +5,8 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
+from tests.upkeep import IN_BUCKET
+
 SOURCE = Path(__file__).parent / "crash" / "sitecustomize.py"
 
 
@@ -23,6 +25,7 @@ class Point(NamedTuple):
         return f"{self.when} {self.point} #{self.call}"
 
 
+STORE = "core.bucket:BucketStore" if IN_BUCKET else "core.storage:ArtifactStore"
 COMMIT = "sqlalchemy.engine.base:Connection._commit_impl"
 SUPERVISOR = [
     Point("core.jobs.ownership:claim"),
@@ -44,11 +47,11 @@ SUPERVISOR = [
     Point("core.storage:ArtifactStore.take_file", "before"),
     Point("core.storage:ArtifactStore.take_file", call=2),
     Point("core.storage:ArtifactStore.take_folder", "before"),
-    Point("core.storage:ArtifactStore.publish", "before", 2),
-    Point("core.storage:ArtifactStore.publish", call=3),
+    Point(f"{STORE}.publish", "before", 2),
+    Point(f"{STORE}.publish", call=3),
     Point("core.storage:BlobWriter.write"),
     Point("core.storage:BlobWriter.seal"),
-    Point("core.storage:ArtifactStore.discard", "before"),
+    Point(f"{STORE}.discard", "before"),
     Point("worker.staging:Staging.find_inputs"),
     Point("worker.staging:Staging.lay_inputs", "before"),
     Point("worker.staging:Staging.lay_inputs"),
@@ -65,6 +68,12 @@ SUPERVISOR = [
     Point(COMMIT, "before", 25),
     Point(COMMIT, "after", 26),
 ]
+if IN_BUCKET:
+    SUPERVISOR += [
+        Point(f"{STORE}._keep", "before"),
+        Point(f"{STORE}._keep", call=2),
+        Point(f"{STORE}._delete", "before"),
+    ]
 CHILD = [
     Point("worker.engine.context:StageContext.__init__"),
     Point("worker.engine.training:Trainer._update", call=20),

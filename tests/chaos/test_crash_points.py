@@ -16,6 +16,7 @@ from core.upkeep.references import snapshot, stream_blobs
 from tests.chaos import proving
 from tests.chaos.crashing import CHILD, POINTS, Crasher
 from tests.e2e.stack import Stack, until
+from tests.upkeep import age_blobs
 
 pytestmark = pytest.mark.chaos
 
@@ -43,9 +44,8 @@ def test_a_kill_at_every_durable_step(
 
 def count_orphans() -> int:
     """Lets an hour pass for all that is stored, collects, and returns how many blobs are left that no row names."""
-    store, past = get_store(), time.time() - 30 * get_settings().collect_after_s
-    for sha256 in list(store.list_blobs()):
-        os.utime(store.path_of(sha256), (past, past))
+    store = get_store()
+    age_blobs(store, at=time.time() - 30 * get_settings().collect_after_s)
     with session_scope() as session:
         session.execute(text("update manifests set created_at = created_at - interval '30 hours'"))
     assert collect() is not None

@@ -9,9 +9,11 @@ from sqlalchemy import select
 from core.db import session_scope
 from core.jobs.models import Artifact, Job
 from core.models.repository import files_of, get_manifest
+from core.storage import get_store
 from tests.chaos import proving
 from tests.e2e.stack import Stack
-from tests.e2e.test_continuing import checkpoints_of, flip_a_byte, order, pause_in
+from tests.e2e.test_continuing import checkpoints_of, order, pause_in
+from tests.upkeep import damage
 
 pytestmark = pytest.mark.chaos
 LONG = {"epochs": 30, "batch_size": 8}
@@ -44,7 +46,7 @@ def test_a_byte_flipped_in_every_file(stack: Stack, record: Callable[..., None])
         pause_in(stack, job_id, ordinal)
         damaged = made_by(job_id) | set(checkpoints_of(job_id, ordinal))
         for sha256 in damaged:
-            flip_a_byte(sha256)
+            damage(get_store(), sha256)
         num_flipped += len(damaged)
         order(stack, job_id, "resume")
     assert stack.wait(job_id, 600)["state"] == "succeeded"

@@ -18,6 +18,7 @@ from core.models.models import Manifest
 from core.storage import get_store
 from tests.chaos.crashing import MIDST, Crasher, Point
 from tests.e2e.stack import Stack, children_of, until
+from tests.upkeep import damage
 
 STAGES = [
     {"kind": "finetune", "epochs": 5, "batch_size": 8},
@@ -119,14 +120,6 @@ def plant_checkpoint(job_id: str, ordinal: int) -> None:
         session.add(Checkpoint(sha256=blob.sha256, size_bytes=blob.size_bytes, **row))
 
 
-def flip_a_byte(sha256: str) -> None:
-    path: Path = get_store().path_of(sha256)
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.chmod(0o644)
-    path.write_bytes(data)
-
-
 def ended_as(stack: Stack, job_id: str, clean: str) -> list[str]:
     """Checks that the job ended as if nothing had happened; returns the types of its events."""
     assert stack.wait(job_id)["state"] == "succeeded"
@@ -177,14 +170,14 @@ def test_damaged_and_foreign_bytes_are_found_and_made_again(stack: Stack, crashe
     job_id = stack.submit(stages=STAGES, cache="off")
     pause_in(stack, crasher, job_id, 0)
     newest, *_ = checkpoints_of(job_id, 0)
-    flip_a_byte(newest)
+    damage(get_store(), newest)
     plant_checkpoint(job_id, 0)
     order(stack, job_id, "resume")
     pause_in(stack, crasher, job_id, 1)
     with session_scope() as session:
         query = select(Manifest).join(Artifact, Artifact.manifest_id == Manifest.id)
         [files] = [m.files for m in session.scalars(query.where(Artifact.job_id == job_id, Artifact.name == "teacher"))]
-    flip_a_byte(next(file["sha256"] for file in files if file["path"] == "model.safetensors"))
+    damage(get_store(), next(file["sha256"] for file in files if file["path"] == "model.safetensors"))
     order(stack, job_id, "resume")
     types = ended_as(stack, job_id, clean)
     assert [types.count(f"checkpoint.{kind}") for kind in ("unfit", "damaged")] == [1, 1]

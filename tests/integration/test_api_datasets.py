@@ -341,7 +341,7 @@ def test_lists_page(api: Api) -> None:
 
 def test_rows_whose_bytes_are_gone_are_no_unknown_ones(api: Api) -> None:
     splits = api.push_dataset(splits={"train": jsonl(rows(30, start=9000))}).json()["splits"]
-    get_store().path_of(splits["train"]["sha256"]).unlink()
+    get_store().drop(splits["train"]["sha256"])
     answer = api("GET", "/v1/datasets/tickets/preview", params={"split": "train"})
     assert (answer.status_code, answer.json()["error"]["code"]) == (500, "blob_damaged"), answer.text
 

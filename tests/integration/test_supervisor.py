@@ -28,6 +28,7 @@ from core.models.repository import put_manifest
 from core.settings import get_settings
 from core.storage import get_store
 from tests.disks import mounted
+from tests.upkeep import damage
 from worker import lease, staging, supervisor, transactions, watch
 from worker.staging import Staging, StopAsked
 from worker.supervisor import Supervisor
@@ -285,9 +286,7 @@ def test_a_stage_goes_on_with_its_sound_outputs(
         folder.make()
         take_two_checkpoints(folder)
     if damaged:
-        path = get_store().path_of(hashlib.sha256(damaged).hexdigest())
-        path.chmod(0o644)
-        path.write_bytes(b"something else")
+        damage(get_store(), hashlib.sha256(damaged).hexdigest())
     with session_scope() as session:
         ownership.start_stage(session, claim, 0)
     with Staging(claim, 0) as folder:
