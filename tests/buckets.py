@@ -3,7 +3,7 @@
 import logging
 import os
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -11,6 +11,7 @@ from threading import Thread
 from typing import Any, NamedTuple
 
 import boto3
+import pytest
 from moto.core import DEFAULT_ACCOUNT_ID
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 from moto.s3.models import s3_backends
@@ -19,6 +20,7 @@ from werkzeug.wrappers import Request, Response
 
 from core.bucket import BucketStore
 from core.settings import get_settings
+from core.storage import get_store
 
 BUCKET = "stillhouse"
 KEYS = {"AWS_ACCESS_KEY_ID": "tests", "AWS_SECRET_ACCESS_KEY": "tests-secret", "AWS_REGION": "us-east-1"}
@@ -107,3 +109,21 @@ def own_bucket(root: Path, **settings: Any) -> BucketStore:
     url = f"s3://{BUCKET}/{root.parent.name}-{root.name}"
     chosen = {"s3_url": url, "s3_endpoint": the_s3().endpoint, "s3_retry_s": 0} | settings
     return BucketStore(root, get_settings().model_copy(update=chosen))
+
+
+@pytest.fixture
+def in_bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Has the whole process keep its store in the bucket."""
+    settings = {"STILLHOUSE_S3_RETRY_S": "0", "STILLHOUSE_STORAGE_DIR": str(tmp_path)}
+    for name, value in (the_s3().environment(tmp_path.name) | settings).items():
+        monkeypatch.setenv(name, value)
+    forget_store()
+    yield
+    monkeypatch.undo()
+    forget_store()
+
+
+def forget_store() -> None:
+    """Has this process read its settings anew."""
+    get_settings.cache_clear()
+    get_store.cache_clear()

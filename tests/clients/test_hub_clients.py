@@ -8,10 +8,12 @@ import pytest
 from transformers import AutoModelForSequenceClassification
 
 from tests.api import Api, model_files, run_job, safetensors
+from tests.buckets import in_bucket, the_s3
 from tests.clients.conftest import ROOT, Recorder, python_of, run
 from tests.pico import write_model
 from worker.engine.loading import load_tokenizer, save_classifier
 
+__all__ = ["in_bucket"]
 DRIVER = Path(__file__).parent / "hub_driving.py"
 HUBS = ("huggingface_hub==0.36.2", "huggingface_hub==1.33.0", "huggingface_hub==2.4.0")
 KEPT_BYTES = 10 * 1024 * 1024  # a client writes so much at once, and forgets what it has not written
@@ -94,6 +96,24 @@ def test_the_hf_command(client: str, api: Api, recorder: Recorder, tmp_path: Pat
     owner = repo.partition("/")[0]
     run([hf, "upload", f"{owner}/own", str(tmp_path / "own")], **place)
     assert {file["path"] for file in api("GET", "/v1/models/own").json()["files"]} == set(STUDENT)
+
+
+@pytest.mark.parametrize("client", HUBS)
+def test_bytes_come_from_the_bucket_and_the_key_does_not_go_there(
+    client: str, in_bucket: None, api: Api, recorder: Recorder, tmp_path: Path
+) -> None:
+    hf = python_of(client).with_name("hf")
+    repo = _make_job(api, {"student": STUDENT | {"extra.safetensors": BIG}})
+    asked = the_s3().asked
+    asked.clear()
+    recorder.sent.clear()
+    run([hf, "download", repo, "--local-dir", str(tmp_path / "files")], **_place(recorder, api, tmp_path))
+    assert (tmp_path / "files" / "extra.safetensors").read_bytes() == BIG
+    assert {path: (tmp_path / "files" / path).read_bytes() for path in STUDENT} == STUDENT
+    signed = [one for one in asked if one.method == "GET" and "X-Amz-Signature" in one.path]
+    assert len(signed) == len(STUDENT) + 1
+    assert not any("Authorization" in one.headers or api.key in str(one) for one in signed)
+    assert recorder.sent["extra.safetensors"] == 0
 
 
 @pytest.mark.parametrize("environment", [".venv-transformers-4", ".venv"])

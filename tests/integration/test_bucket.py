@@ -19,13 +19,13 @@ from core.jobs.models import Job
 from core.jobs.ownership import claim
 from core.jobs.spec import load_spec
 from core.models.repository import put_manifest
-from core.settings import get_settings
 from core.storage import ManifestFile, get_store
 from tests.api import Api, run_job
-from tests.buckets import BUCKET, own_bucket, the_s3
+from tests.buckets import BUCKET, forget_store, in_bucket, own_bucket, the_s3
 from tests.upkeep import LONG_AGO, SPEC, flip
 from worker.supervisor import Supervisor
 
+__all__ = ["in_bucket"]
 BIG = os.urandom(1024 * 1024) * 40  # three parts
 
 
@@ -178,23 +178,6 @@ def test_a_job_waits_for_a_bucket_that_is_away(
 
 
 @pytest.fixture
-def in_bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Has the whole process keep its store in the bucket."""
-    settings = {"STILLHOUSE_S3_RETRY_S": "0", "STILLHOUSE_STORAGE_DIR": str(tmp_path)}
-    for name, value in (the_s3().environment(tmp_path.name) | settings).items():
-        monkeypatch.setenv(name, value)
-    _forget()
-    yield
-    monkeypatch.undo()
-    _forget()
-
-
-def _forget() -> None:
-    get_settings.cache_clear()
-    get_store.cache_clear()
-
-
-@pytest.fixture
 def api(in_bucket: None, tenant: tuple[str, str]) -> Iterator[Api]:
     from app.main import app
 
@@ -236,7 +219,7 @@ def test_where_clients_do_not_reach_the_bucket_bytes_go_through_the_api(
 ) -> None:
     address = make_job(api)
     monkeypatch.setenv("STILLHOUSE_S3_REDIRECTS", "false")
-    _forget()
+    forget_store()
     assert api("GET", f"{address}/model.onnx").content == FILES["model.onnx"]
     part = api("GET", f"{address}/model.onnx", headers={"Range": "bytes=5-9,100000-299999"})
     assert part.status_code == 206
