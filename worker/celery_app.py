@@ -21,6 +21,7 @@ def configure_logging(**_: Any) -> None:
 @worker_init.connect
 def start(**_: Any) -> None:
     """Starts the loops before the broker is asked, so that a worker works without one."""
+    configure()  # Celery asks for it only later, and until then what a loop logs would be lost
     worker.tasks.start_loops()
 
 
