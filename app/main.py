@@ -29,6 +29,7 @@ from app.operations.collector import JobsCollector
 from app.operations.endpoints import router as operations
 from app.secrets.endpoints import router as secrets
 from app.webhooks.endpoints import router as webhooks
+from core import tracing
 from core.logs import configure
 from core.queue import prepare
 
@@ -54,12 +55,14 @@ ROUTERS = (
 async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Any]]:
     """Keeps what runs beside the requests in this event loop, which is not the only one that the app may run in."""
     configure()
+    tracing.configure("stillhouse-api")
     watcher = Watcher()
     await run_sync(prepare)
     gc.collect()
     gc.freeze()  # what the imports made lives as long as the process; to walk it again and again costs every request
     yield {"watcher": watcher}
     await watcher.close()
+    await run_sync(tracing.flush, tracing.LAST_FLUSH_S)
 
 
 def create_app() -> FastAPI:

@@ -1,8 +1,9 @@
-"""The gate that every request passes: identifier, body limit, count and time, and the answer when all else fails."""
+"""The gate that every request passes: identifier, body limit, count, time, span, and the answer when all else fails."""
 
 import logging
 import re
 import time
+from contextlib import AbstractContextManager
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from starlette.datastructures import Headers, MutableHeaders
@@ -11,6 +12,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.envelope import REASONS, error_answer
+from core import tracing
 from core.ids import new_id
 from core.logs import about
 from core.settings import get_settings
@@ -44,7 +46,7 @@ class HttpMetrics:
 
     def observe(self, scope: Scope, status: int, seconds: float) -> None:
         """Notes one request; unknown methods and addresses share one label, so that nobody can flood the series."""
-        method = scope["method"] if scope["method"] in METHODS else "other"
+        method = _method(scope, "other")
         route = getattr(scope.get("route"), "path", "unmatched")
         self.requests.labels(method, route, str(status)).inc()
         self.seconds.labels(method, route).observe(seconds)
@@ -65,6 +67,11 @@ class Gate:
         headers = Headers(scope=scope)
         request_id = _sane(headers.get("X-Request-ID")) or new_id("req")
         scope.setdefault("state", {})["request_id"] = request_id
+        with _span(scope, headers):
+            await self._pass(scope, receive, send, headers)
+
+    async def _pass(self, scope: Scope, receive: Receive, send: Send, headers: Headers) -> None:
+        request_id = scope["state"]["request_id"]
         status = 0
         started = time.perf_counter()
 
@@ -90,6 +97,7 @@ class Gate:
             seconds = time.perf_counter() - started
             self.metrics.observe(scope, status, seconds)
             _tell(scope, request_id, status, seconds)
+            _end_span(scope, status)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send, headers: Headers) -> None:
         limit = get_settings().max_upload_bytes if UPLOAD_PATHS.fullmatch(scope["path"]) else SMALL_BODY_BYTES
@@ -124,6 +132,33 @@ def _tell(scope: Scope, request_id: str, status: int, seconds: float) -> None:
         "seconds": round(seconds, 4),
     }
     access.info("%s %s: %d", told["method"], told["route"], status, extra={"data": told})
+
+
+def _span(scope: Scope, headers: Headers) -> AbstractContextManager[None]:
+    """Returns the span of a request, which goes on with its client's trace; like logs, it tells no address."""
+    attributes = {
+        "http.request.method": _method(scope, "_OTHER"),
+        "url.scheme": scope["scheme"],
+        "stillhouse.request.id": scope["state"]["request_id"],
+    }
+    return tracing.span(_method(scope, "HTTP"), attributes, kind="server", parent=headers.get("traceparent"))
+
+
+def _end_span(scope: Scope, status: int) -> None:
+    """Tells what is known of a request only at its end."""
+    route = getattr(scope.get("route"), "path", None)
+    attributes = {
+        "http.route": route,
+        "http.response.status_code": status or None,
+        "stillhouse.tenant.id": scope["state"].get("tenant_id"),
+    }
+    name = f"{_method(scope, 'HTTP')} {route}" if route else None
+    tracing.tell(attributes, name=name, error=str(status) if status >= 500 else None)
+
+
+def _method(scope: Scope, other: str) -> str:
+    """Returns the method, or the other word for one that the client has made up."""
+    return scope["method"] if scope["method"] in METHODS else other
 
 
 def _sane(request_id: str | None) -> str | None:

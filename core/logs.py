@@ -1,4 +1,4 @@
-"""Logs of API and workers: lines of text, or of JSON with the ids of what they are about."""
+"""Logs of API and workers: lines of text, or of JSON with the ids of what they are about, its span among them."""
 
 import json
 import logging
@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime
 
+from core import tracing
 from core.settings import get_settings
 
 TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -35,6 +36,7 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
             **_ids.get(),
+            **tracing.get_ids(),
             **getattr(record, "data", {}),
         }
         if record.exc_info:

@@ -106,6 +106,12 @@ class Settings(BaseSettings):
     log_format: Literal["text", "json"] = Field(
         "text", description="`json` has a line be an object with the ids of request, tenant, job and stage."
     )
+    otlp_endpoint: str = Field(
+        "",
+        pattern=r"^(https?://\S+)?$",
+        description="Where traces are sent, as `http://collector:4318`: a collector that takes OTLP over HTTP. Without "
+        "it there are none.",
+    )
     public_url: str = Field(
         "http://127.0.0.1:8500", description="Where clients reach this server, as other services are told."
     )

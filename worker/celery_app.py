@@ -5,6 +5,7 @@ from typing import Any
 from celery.signals import setup_logging, worker_init, worker_shutdown, worker_shutting_down
 
 import worker.tasks
+from core import tracing
 from core.logs import configure
 from core.queue import get_celery
 from worker.child import get_fork_server
@@ -22,6 +23,7 @@ def configure_logging(**_: Any) -> None:
 def start(**_: Any) -> None:
     """Starts the loops before the broker is asked, so that a worker works without one."""
     configure()  # Celery asks for it only later, and until then what a loop logs would be lost
+    tracing.configure("stillhouse-worker")
     worker.tasks.start_loops()
 
 
@@ -33,6 +35,7 @@ def drain(**_: Any) -> None:
 
 @worker_shutdown.connect
 def finish(**_: Any) -> None:
-    """Waits until the job is handed back, and ends what forks the stages."""
+    """Waits until the job is handed back, ends what forks the stages, and has the last spans sent."""
     worker.tasks.supervisor.wait_idle()
     get_fork_server().close()
+    tracing.flush(tracing.LAST_FLUSH_S)

@@ -1,5 +1,6 @@
 """Fresh interpreters show what a process really imports."""
 
+import os
 import subprocess
 import sys
 
@@ -41,3 +42,27 @@ print([m for m in sys.modules if m.split('.')[0] in {'app', 'core', 'worker', 'f
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("module", "packages"),
+    [
+        ("app.main", ("opentelemetry.sdk", "opentelemetry.exporter", "opentelemetry.proto")),  # FastAPI needs the rest
+        ("worker.celery_app", ("opentelemetry",)),
+    ],
+)
+def test_without_an_endpoint_no_opentelemetry_is_imported(module: str, packages: tuple[str, ...]) -> None:
+    code = f"""
+import sys, {module}
+from core import tracing
+tracing.configure('stillhouse')
+with tracing.span('request', {{'a': 1}}, kind='server', parent='00-{"1" * 32}-{"1" * 16}-01'):
+    tracing.tell({{'b': 1}}, name='other', error='reason')
+    tracing.add('phase', 1, 2)
+    told = tracing.get_traceparent(), tracing.get_ids()
+tracing.flush(1.0)
+print(told, [m for m in sys.modules if m.startswith({packages!r})])
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "STILLHOUSE_OTLP_ENDPOINT"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.strip() == "(None, {}) []"
