@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from core import tracing
 from core.db import DatabaseAway, session_scope
 from core.disk import list_files
 from core.errors import (
@@ -38,7 +39,7 @@ from core.models.hub import fetch
 from core.models.refs import MODEL_ROLES
 from core.models.repository import files_of, get_manifest, put_manifest
 from core.settings import get_settings
-from core.storage import Blob, ManifestFile, get_store
+from core.storage import Blob, ManifestFile, get_store, manifest_digest
 from worker.fingerprint import stage_key
 from worker.transactions import transact
 
@@ -234,13 +235,31 @@ class Staging:
         """Stores what the child made, or of it these roles, and returns it by role."""
         store = get_store()
         folders = sorted(path for path in self.outputs.iterdir() if path.is_dir() and not path.is_symlink())
-        return {path.name: store.take_folder(path) for path in folders if roles is None or path.name in roles}
+        made = {}
+        for path in folders:
+            if roles is None or path.name in roles:
+                with tracing.span(f"artifact {path.name}"):
+                    made[path.name] = store.take_folder(path)
+                    describe_artifact(path.name, made[path.name])
+        return made
 
     def take_log(self) -> Blob:
         """Stores the end of the stage's log and returns its blob."""
         with self.log_path.open("rb") as stage_log:
             stage_log.seek(max(0, self.log_path.stat().st_size - MAX_LOG_BYTES))
             return get_store().put_bytes(stage_log.read())
+
+
+def describe_artifact(name: str, files: Sequence[ManifestFile]) -> None:
+    """Adds to the open span what an artifact is."""
+    tracing.tell(
+        {
+            "stillhouse.artifact.name": name,
+            "stillhouse.artifact.sha256": manifest_digest(files),
+            "stillhouse.artifact.size_bytes": sum(file.size_bytes for file in files),
+            "stillhouse.artifact.num_files": len(files),
+        }
+    )
 
 
 def discard(shas: list[str]) -> None:
@@ -280,7 +299,8 @@ def ensure_models(claim: Claim, ordinal: int, listen: Callable[[], None]) -> dic
 
 def _fetch(claim: Claim, role: str, hub: dict[str, str], listen: Callable[[], None]) -> list[ManifestFile]:
     try:
-        files = fetch(hub["repo"], hub["commit"], get_store(), listen)
+        with tracing.span(f"fetch {role}"):
+            files = fetch(hub["repo"], hub["commit"], get_store(), listen)
     except (LeaseLost, StopAsked, StorageAway, StorageFull, *DatabaseAway):
         raise
     except (ModelInvalid, PayloadTooLarge) as error:

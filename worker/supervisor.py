@@ -7,16 +7,18 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cache, partial
 from typing import Any
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from core.db import DatabaseAway, session_scope
+from core import tracing
+from core.db import DatabaseAway, read_scope, session_scope
 from core.errors import LeaseLost, StageFailed, StillhouseError, StorageAway, StorageFull
 from core.jobs.checkpoints import drop_checkpoints
-from core.jobs.models import StageRun
+from core.jobs.models import Job, StageRun
 from core.jobs.ownership import (
     Claim,
     claim,
@@ -32,11 +34,12 @@ from core.jobs.ownership import (
 from core.jobs.reuse import find_reusable, reuse_stage
 from core.jobs.state import DONE
 from core.logs import about
+from core.models.models import Manifest
 from core.models.repository import files_of, get_manifest
 from core.settings import get_settings
 from core.storage import get_store
 from worker.lease import Lease
-from worker.staging import InputDamaged, Staging, StopAsked, discard
+from worker.staging import InputDamaged, Staging, StopAsked, describe_artifact, discard
 from worker.transactions import transact
 from worker.watch import Watch, deadline_of
 
@@ -72,16 +75,30 @@ class Supervisor:
 
     def run_job(self, taken: Claim) -> None:
         """Runs the stages that are left of a claimed job; whatever goes wrong, the job ends or is handed back."""
-        with about(tenant_id=taken.tenant_id, job_id=taken.job_id):
+        told = {
+            "stillhouse.job.id": taken.job_id,
+            "stillhouse.tenant.id": taken.tenant_id,
+            "stillhouse.queue": taken.queue,
+            "stillhouse.fence": taken.fence,
+        }
+        with (
+            about(tenant_id=taken.tenant_id, job_id=taken.job_id),
+            tracing.span("claim", told, kind="consumer", parent=taken.traceparent),
+        ):
             self._run_job(taken)
+            _tell_end(taken)
+        tracing.flush()
 
     def _run_job(self, taken: Claim) -> None:
         log.info("running %s with fence %d", taken.job_id, taken.fence)
         try:
             with Lease(taken) as lease:
-                while (ordinal := _next_stage(taken)) is not None:
-                    if not self._run_stage(taken, lease, ordinal):
-                        return
+                while (stage := _next_stage(taken)) is not None:
+                    ordinal, kind = stage
+                    told = {"stillhouse.stage.kind": kind, "stillhouse.stage.ordinal": ordinal}
+                    with tracing.span(f"stage {kind}", told):
+                        if not self._run_stage(taken, lease, ordinal):
+                            return
         except LeaseLost:
             log.warning("lost the lease of %s; another worker owns it", taken.job_id)
         except DatabaseAway:
@@ -102,9 +119,12 @@ class Supervisor:
                 key = inputs.key()
                 if inputs.cache == "use" and (ended := _reuse(taken, ordinal, key)) is not None:
                     return not ended and _goes_on(taken)
-                staging.lay_inputs(inputs, key)
+                with tracing.span("lay inputs"):
+                    staging.lay_inputs(inputs, key)
                 offered = key if inputs.cache != "off" and not staging.is_mixed else None
-                transact(lambda session: start_stage(session, taken, ordinal, offered))
+                attempt = transact(lambda session: start_stage(session, taken, ordinal, offered))
+                resumed = {"stillhouse.stage.resumed_from_step": staging.checkpoint_step}
+                tracing.tell({"stillhouse.stage.attempt": attempt} | resumed)
                 watch = Watch(taken, lease, staging, self.draining, key)
                 return _settle(taken, staging, watch.run())
             except StopAsked:
@@ -141,29 +161,54 @@ class Supervisor:
 
 def _reuse(taken: Claim, ordinal: int, key: str) -> bool | None:
     """Takes over an identical stage's result; returns whether that ended the job, or None when there is none."""
+    manifests: dict[str, Manifest] = {}
 
     def take(session: Session) -> bool | None:
         source = find_reusable(session, taken.tenant_id, key)
         if source is None:
             return None
         store = get_store()
-        manifests = [get_manifest(session, taken.tenant_id, manifest_id) for manifest_id in source.outputs.values()]
-        if not all(store.has(file.sha256) for manifest in manifests for file in files_of(manifest)):
+        for role, manifest_id in source.outputs.items():
+            manifests[role] = get_manifest(session, taken.tenant_id, manifest_id)
+        if not all(store.has(file.sha256) for manifest in manifests.values() for file in files_of(manifest)):
             return None
         return reuse_stage(session, taken, ordinal, source)
 
-    return transact(take)
+    ended = transact(take)
+    if ended is not None:
+        _tell_outcome("cached")
+        for role, manifest in manifests.items():
+            with tracing.span(f"artifact {role}"):
+                describe_artifact(role, files_of(manifest))
+    return ended
 
 
-def _next_stage(taken: Claim) -> int | None:
-    """Returns the first stage that has not succeeded, or None when all have."""
+def _next_stage(taken: Claim) -> tuple[int, str] | None:
+    """Returns ordinal and kind of the first stage that has not succeeded, or None when all have."""
 
-    def find(session: Session) -> int | None:
+    def find(session: Session) -> tuple[int, str] | None:
         job = owned(session, taken)
-        left = select(StageRun.ordinal).where(StageRun.job_id == job.id, StageRun.state.not_in(DONE))
-        return session.scalar(left.order_by(StageRun.ordinal).limit(1))
+        left = select(StageRun.ordinal, StageRun.kind).where(StageRun.job_id == job.id, StageRun.state.not_in(DONE))
+        found = session.execute(left.order_by(StageRun.ordinal).limit(1)).one_or_none()
+        return (found.ordinal, found.kind) if found else None
 
     return transact(find)
+
+
+def _tell_outcome(outcome: str, error: str | None = None) -> None:
+    """Adds to the stage's span what became of it here."""
+    tracing.tell({"stillhouse.stage.outcome": outcome}, error=error)
+
+
+def _tell_end(taken: Claim) -> None:
+    """Adds to the claim's span how it left the job, unless another worker has claimed that since."""
+    if not tracing.is_on():
+        return
+    ours = (Job.id == taken.job_id, Job.fence <= taken.fence + 1)
+    with suppress(*DatabaseAway), read_scope() as session:
+        left = session.execute(select(Job.state, Job.error).where(*ours)).one_or_none()
+        if left:
+            tracing.tell({"stillhouse.job.state": left.state}, error=(left.error or {}).get("reason"))
 
 
 def _settle(taken: Claim, staging: Staging, outcome: dict[str, Any]) -> bool:
@@ -179,6 +224,7 @@ def _settle(taken: Claim, staging: Staging, outcome: dict[str, Any]) -> bool:
             return _stop(taken, staging, outcome.get("why", "stopped at a checkpoint"))
         case "unfit" if staging.checkpoint_step is not None:
             staging.reject_checkpoint(staging.checkpoint_step, "unfit", outcome["message"])
+            _tell_outcome("checkpoint_unfit")
             return True
         case _:
             why = f"the stage's process ended without a word (exit code {outcome['exit_code']})"
@@ -189,19 +235,22 @@ def _commit(taken: Claim, staging: Staging, summary: dict[str, Any]) -> bool:
     """Publishes a stage's outputs and lets go of its checkpoints; returns whether the job ended."""
     outputs, stage_log = staging.take_outputs(), staging.take_log()
 
-    def write(session: Session) -> tuple[bool, list[str]]:
+    def write(session: Session) -> tuple[bool, bool, list[str]]:
         ended = commit_stage(session, taken, staging.ordinal, outputs, summary, stage_log)
         is_done = session.get_one(StageRun, (taken.job_id, staging.ordinal)).state in DONE
-        return ended, drop_checkpoints(session, taken, staging.ordinal) if is_done else []  # a retry goes on from them
+        dropped = drop_checkpoints(session, taken, staging.ordinal) if is_done else []  # a retry goes on from them
+        return ended, is_done, dropped
 
-    ended, dropped = transact(write)
+    ended, is_done, dropped = transact(write)
     discard(dropped)
+    _tell_outcome("succeeded" if is_done else "cancelled")
     return ended
 
 
 def _stop(taken: Claim, staging: Staging, why: str) -> bool:
     """Hands a stopped job back, or ends it if its seconds are used up."""
     if time.monotonic() <= deadline_of(taken):
+        _tell_outcome("stopped")
         return _hand_back(taken, why)
     error = {
         "reason": "budget_exhausted",
@@ -218,6 +267,7 @@ def _redo(taken: Claim, staging: Staging, damage: InputDamaged) -> bool:
     log.error("%s of %s is damaged", damage.role, taken.job_id)
     why = f"the stored bytes of {damage.role} are damaged; the stage that made them runs again"
     if transact(lambda session: redo_stage(session, taken, damage.role, staging.ordinal, why)):
+        _tell_outcome("failed", "input_damaged")
         return True
     error = {
         "reason": "dataset_invalid" if damage.role == "data" else "teacher_unavailable",
@@ -247,6 +297,7 @@ def _lose(taken: Claim, staging: Staging, why: str) -> bool:
     except (OSError, StillhouseError):
         log.exception("the log of stage %d of %s is not stored", staging.ordinal, taken.job_id)
     transact(lambda session: lose_stage(session, taken, staging.ordinal, why, stage_log))
+    _tell_outcome("lost", "worker_lost")
     return False
 
 
@@ -258,6 +309,7 @@ def _fail(taken: Claim, staging: Staging, error: dict[str, Any], publishes: Sequ
     except (OSError, StillhouseError):
         log.exception("what stage %d of %s left is not stored", staging.ordinal, taken.job_id)
     transact(lambda session: fail_stage(session, taken, staging.ordinal, error, stage_log, outputs))
+    _tell_outcome("failed", error["reason"])
 
 
 def _error_of(error: Exception) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
+from core import tracing
 from core.db import DatabaseAway, session_scope
 from core.errors import LeaseLost, StillhouseError, StorageAway, StorageFull
 from core.jobs.ownership import Claim, Point, book_usage, desired_of, owned, record_progress, used_seconds
@@ -49,7 +50,8 @@ class Watch:
         """Returns the child's last word: a result, an error, stopped, or died with its exit code."""
         self.deadline = deadline_of(self.taken)
         try:
-            child = Child(self.staging.order_path, self.staging.log_path)
+            with tracing.span("start process"):
+                child = Child(self.staging.order_path, self.staging.log_path)
         except ConnectionError:
             log.exception("no process for %s", self.taken.job_id)
             return {"type": "died", "exit_code": None}
@@ -92,6 +94,8 @@ class Watch:
                 self.points += [Point(str(name), int(step), float(value)) for name, step, value in message["points"]]
             case "event":
                 self.events.append(message["event"])
+            case "phase":
+                tracing.add(str(message["name"]), int(message["began_ns"]), int(message["ended_ns"]))
             case "ask":
                 self._ask(int(message["number"]), message["body"], child)
             case "checkpoint":

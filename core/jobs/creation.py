@@ -10,6 +10,7 @@ from sqlalchemy import bindparam, func, select, text, update
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Session
 
+from core import tracing
 from core.errors import Conflict
 from core.ids import new_id
 from core.jobs.models import Job
@@ -30,8 +31,9 @@ HOLD = text(
 INSERT = text(
     """
     with job as (
-      insert into jobs (id, tenant_id, name, labels, spec, spec_sha256, inputs, parent_id, queue, event_seq, version)
-      values (:id, :tenant_id, :name, :labels, :spec, :spec_sha256, :inputs, :parent_id, :queue, 1, 1)
+      insert into jobs (id, tenant_id, name, labels, spec, spec_sha256, inputs, parent_id, traceparent, queue,
+                        event_seq, version)
+      values (:id, :tenant_id, :name, :labels, :spec, :spec_sha256, :inputs, :parent_id, :traceparent, :queue, 1, 1)
       returning *
     ), its_labels as (
       insert into job_labels (tenant_id, key, value, job_id)
@@ -76,11 +78,13 @@ def create_job(
         "spec_sha256": spec.digest(),
         "inputs": inputs,
         "parent_id": parent_id,
+        "traceparent": tracing.get_traceparent(),
         "queue": spec.stages[0].queue,
         "message": f"job accepted with {len(spec.stages)} stages",
         "data": {"parent_id": parent_id} if parent_id else {},
     }
     job: Job = session.scalars(NEW_JOB, values).one()
+    tracing.tell({"stillhouse.job.id": job.id})
     return job
 
 

@@ -16,7 +16,8 @@ class Job(Base):
 
     `inputs` holds what the spec's references were resolved to when it was accepted: `{"teacher": {"manifest_id"} or
     {"hub": {"repo", "commit"}}, "data": {"train": {"sha256", "size_bytes", …}, …}, "labels": […]}`. `content_sha256`
-    names what the job made, `envelope_sha256` that and how it came about: times and attempts.
+    names what the job made, `envelope_sha256` that and how it came about: times and attempts. `traceparent` is the span
+    of the request that made the job, under which workers put theirs.
     """
 
     __tablename__ = "jobs"
@@ -52,6 +53,7 @@ class Job(Base):
     lost_attempts: Mapped[int] = mapped_column(server_default="0")
     retries: Mapped[int] = mapped_column(server_default="0")
     parent_id: Mapped[str | None]
+    traceparent: Mapped[str | None]
     content_sha256: Mapped[str | None]
     envelope_sha256: Mapped[str | None]
     event_seq: Mapped[int] = mapped_column(BigInteger, server_default="0")

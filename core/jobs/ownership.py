@@ -44,7 +44,7 @@ CLAIM = text(
              jsonb_build_object('worker', lease_owner, 'fence', fence)
         from job
     )
-    select id, tenant_id, fence from job
+    select id, tenant_id, fence, queue, traceparent from job
     """
 )
 
@@ -55,6 +55,8 @@ class Claim(NamedTuple):
     job_id: str
     tenant_id: str
     fence: int
+    queue: str
+    traceparent: str | None
 
 
 class Point(NamedTuple):
@@ -139,17 +141,21 @@ def used_seconds(session: Session, job_id: str) -> float:
     return session.scalar(select(func.coalesce(func.sum(Usage.seconds), 0.0)).where(Usage.job_id == job_id)) or 0.0
 
 
-def start_stage(session: Session, claim: Claim, ordinal: int, cache_key: str | None = None) -> None:
-    """Marks a stage as running; with a key, its result is one that other jobs of the tenant may take over."""
+def start_stage(session: Session, claim: Claim, ordinal: int, cache_key: str | None = None) -> int:
+    """Marks a stage as running, and returns which attempt that is, counted from 1.
+
+    With a key, its result is one that other jobs of the tenant may take over.
+    """
     job = owned(session, claim)
     stage = session.get_one(StageRun, (job.id, ordinal))
     if stage.state == "running":  # an earlier try was committed, and only its answer was lost
-        return
+        return stage.attempt
     stage.state = "running"
     stage.attempt += 1
     stage.cache_key = cache_key
     stage.started_at = func.now()
     add_event(session, job, "stage.running", f"stage {stage.kind} started", data=_where(stage))
+    return stage.attempt
 
 
 def record_progress(

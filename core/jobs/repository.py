@@ -272,7 +272,7 @@ def delete_job(session: Session, tenant_id: str, job_id: str) -> None:
         raise Conflict(f"The job is {job.state}; cancel it first.")
     for table in (Artifact, Checkpoint, Metric, Event, StageRun, JobLabel):
         session.execute(delete(table).where(table.tenant_id == tenant_id, table.job_id == job_id))
-    job.name, job.labels, job.spec, job.error = "", {}, {}, None
+    job.name, job.labels, job.spec, job.error, job.traceparent = "", {}, {}, None, None
     job.inputs = {"teacher": {}, "data": {}, "labels": []}
     job.deleted_at = func.now()
 

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -79,6 +80,15 @@ def test_an_event_goes_at_once_after_what_came_before(line: Line) -> None:
         "message": "3 texts",
         "data": {"num_cut": 3},
     }
+
+
+def test_a_phase_is_told_when_it_ends_however_it_does(line: Line) -> None:
+    with suppress(ValueError), line.reporter.phase("train"):
+        assert line.read() == []
+        raise ValueError
+    (phase,) = line.read()
+    assert (phase["type"], phase["name"]) == ("phase", "train")
+    assert 0 < phase["began_ns"] <= phase["ended_ns"]
 
 
 def test_long_silence_is_broken_by_a_beat(line: Line, clock: list[float]) -> None:

@@ -226,7 +226,8 @@ class StageContext:
 
     def load_model(self, role: str, **options: Any) -> PreTrainedModel:
         """Returns the role's model for this job's task, in float32 by default, on the processor."""
-        return self.task.load_model(self.input(role), **options)
+        with self.reporter.phase(f"load {role}"):
+            return self.task.load_model(self.input(role), **options)
 
     def load_teacher(self) -> PreTrainedModel:
         """Returns the stage's teacher on the device, loaded once; warns where its answers are random."""

@@ -71,7 +71,8 @@ def evaluate(ctx: StageContext, settings: "Evaluate") -> dict[str, Any]:
     and `notes`. Sizes are in bytes, latencies in milliseconds, and scores are shares of 1 unless the task's notes say
     otherwise.
     """
-    measured = ctx.task.measure(settings)
+    with ctx.reporter.phase("measure"):
+        measured = ctx.task.measure(settings)
     for row in measured.models:
         log.info("%s", row)
     report = {

@@ -61,7 +61,8 @@ def export(ctx: StageContext, settings: "Export") -> dict[str, Any]:
     for index, form in enumerate(settings.formats):
         ctx.progress(index, len(settings.formats))
         folder = ctx.output(form.kind)
-        measured[form.kind] = form.build(ctx)(folder)
+        with ctx.reporter.phase(f"write {form.kind}"):
+            measured[form.kind] = form.build(ctx)(folder)
         log.info("%s: %s", form.kind, measured[form.kind])
         for name, value in measured[form.kind].items():
             ctx.reporter.metric(f"{form.kind}/{name}", 0, value)

@@ -5,6 +5,8 @@ import math
 import os
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 INTERVAL_S = 0.2
@@ -12,7 +14,7 @@ BEAT_S = 10.0
 
 
 class Reporter:
-    """Writes progress, metrics, events and the one last report; progress and metrics at most five times a second."""
+    """Writes progress, metrics, events, phases and a last report; progress and metrics at most five times a second."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
@@ -59,6 +61,15 @@ class Reporter:
     def ask(self, number: int, body: dict[str, Any]) -> None:
         """Has the supervisor ask the teacher's API; the answer comes as an order with this number."""
         self._write({"type": "ask", "number": number, "body": body})
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Tells, once it is over, how long a part of the stage took: it becomes a span of the job's trace."""
+        began_ns = time.time_ns()
+        try:
+            yield
+        finally:
+            self._write({"type": "phase", "name": name, "began_ns": began_ns, "ended_ns": time.time_ns()})
 
     def close(self, last: dict[str, Any]) -> None:
         """Sends what is noted, then the last report."""

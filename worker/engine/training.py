@@ -133,7 +133,8 @@ class Trainer:
         if self._step == 0:
             self._warn_of_cut_texts()
         try:
-            self._train()
+            with self.ctx.reporter.phase("train"):
+                self._train()
         except StopRequested:
             self._save_checkpoint()
             raise
@@ -255,7 +256,8 @@ class Trainer:
             write_grids(self.ctx.output(role), self.on_grids)
 
     def _encode(self, path: Path) -> Split:
-        split: Split = self.task.encode(path, self.model, self.tokenizer, self.settings.max_length)
+        with self.ctx.reporter.phase(f"encode {path.stem}"):
+            split: Split = self.task.encode(path, self.model, self.tokenizer, self.settings.max_length)
         return split
 
     def _warn_of_cut_texts(self) -> None:
