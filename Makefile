@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 TESTS ?=
 OLDER := .venv-transformers-4/.ready
 CLIENTS := huggingface_hub==0.36.2 huggingface_hub==1.33.0 huggingface_hub==2.4.0 openai==1.109.1 openai==3.57.0 \
-  standardwebhooks==1.1.0 openapi-python-client==0.29.1 mlflow==3.17.2 \
+  standardwebhooks==1.1.0 openapi-python-client==0.29.1 mlflow==3.17.2 arize-phoenix==20.26.1 \
   kubernetes-validate==1.37.0
 
 .PHONY: help setup demo up test test-clients older browser lint bench chaos migrate format constraints
