@@ -2,9 +2,11 @@
 
     python bench/readers.py [--gigabytes N] [--readers N] [--out DIR]
 
-A model with a file of two gigabytes is pushed; sixteen readers take ranges of 8 MiB from one list, in an order drawn at
-random, until all are read. Noted are bytes a second and by how much the API's process grew. Then nginx serves the same
-file to the same readers; without nginx only the memory is judged. Prints a table and writes `readers.json`.
+A model with a file of two gigabytes is pushed, and sixteen readers read a sixteenth of it each. Noted are bytes a
+second and by how much the API's process grew. Then they take ranges of 8 MiB from one list, in an order drawn at
+random, until all are read: so it is told what each request costs, for here it looks up key, model and file. Then nginx,
+which looks nothing up, serves the same file to the same readers; without nginx only the memory is judged. Prints a
+table and writes `readers.json`.
 """
 
 import argparse
@@ -29,7 +31,7 @@ from banking77 import local_client
 from duel import console, finish
 
 HERE = Path(__file__).parent
-RANGE_BYTES = 8 * 1024 * 1024
+SMALL_BYTES = 8 * 1024 * 1024
 MEMORY, SPEED = "MB that the API's process grew by", "throughput over nginx's"
 GOALS = {MEMORY: (64.0, "at most"), SPEED: (0.7, "at least")}
 NGINX = """
@@ -50,10 +52,11 @@ def write_model(folder: Path, num_bytes: int) -> Path:
     return path
 
 
-def read_all(url: str, key: str | None, num_bytes: int, num_readers: int) -> float:
-    """Returns bytes a second of so many readers that share the ranges of a file."""
+def read_all(url: str, key: str | None, num_bytes: int, num_readers: int, range_bytes: int | None = None) -> float:
+    """Returns bytes a second of so many readers that share a file: a range each, or ranges of so many bytes."""
+    range_bytes = range_bytes or -(-num_bytes // num_readers)
     starts: queue.SimpleQueue[int] = queue.SimpleQueue()
-    for start in random.Random(0).sample(range(0, num_bytes, RANGE_BYTES), -(-num_bytes // RANGE_BYTES)):
+    for start in random.Random(0).sample(range(0, num_bytes, range_bytes), -(-num_bytes // range_bytes)):
         starts.put(start)
     address, counts = urlsplit(url), [0] * num_readers
 
@@ -65,7 +68,7 @@ def read_all(url: str, key: str | None, num_bytes: int, num_readers: int) -> flo
                 start = starts.get_nowait()
             except queue.Empty:
                 return
-            headers = {"Range": f"bytes={start}-{min(start + RANGE_BYTES, num_bytes) - 1}"}
+            headers = {"Range": f"bytes={start}-{min(start + range_bytes, num_bytes) - 1}"}
             connection.request(
                 "GET", address.path, headers=headers | ({"Authorization": f"Bearer {key}"} if key else {})
             )
@@ -85,6 +88,14 @@ def read_all(url: str, key: str | None, num_bytes: int, num_readers: int) -> flo
     if sum(counts) != num_bytes:
         raise SystemExit(f"{url}: {sum(counts):,} of {num_bytes:,} bytes came")
     return num_bytes / seconds
+
+
+def read_both(url: str, key: str | None, num_bytes: int, num_readers: int) -> dict[str, float]:
+    """Returns bytes a second of both ways to share a file."""
+    return {
+        "a range each": read_all(url, key, num_bytes, num_readers),
+        "in 8 MiB": read_all(url, key, num_bytes, num_readers, SMALL_BYTES),
+    }
 
 
 def find_api(folder: Path) -> int:
@@ -140,13 +151,14 @@ def main() -> int:
             read_all(url, key, num_bytes, 1)  # so that the file is in the system's cache for both
             Path(f"/proc/{pid}/clear_refs").write_text("5")  # forgets the highest mark
             before = memory(pid, "VmRSS")
-            ours = read_all(url, key, num_bytes, arguments.readers)
+            ours = read_both(url, key, num_bytes, arguments.readers)
             grown = memory(pid, "VmHWM") - before
         with nginx(file, folder / "nginx") as peer:
-            theirs = read_all(peer, None, num_bytes, arguments.readers) if peer else None
-    console.print(f"{arguments.readers} readers, {num_bytes / 1e9:.1f} GB: {ours / 1e6:,.0f} MB/s")
-    console.print(f"nginx: {theirs / 1e6:,.0f} MB/s" if theirs else "nginx is not there; throughput is not judged")
-    figures = {MEMORY: grown / 1e6} | ({SPEED: ours / theirs} if theirs else {})
+            theirs = read_both(peer, None, num_bytes, arguments.readers) if peer else None
+    for who, rates in (("here", ours), ("nginx", theirs)):
+        told = ", ".join(f"{how}: {rate / 1e6:,.0f} MB/s" for how, rate in (rates or {}).items())
+        console.print(f"{who}, {num_bytes / 1e9:.1f} GB: {told or 'not there; throughput is not judged'}")
+    figures = {MEMORY: grown / 1e6} | ({SPEED: ours["a range each"] / theirs["a range each"]} if theirs else {})
     goals = {name: GOALS[name] for name in figures}
     rates = {"bytes_per_s": ours, "nginx_bytes_per_s": theirs}
     return finish(arguments.out / "readers.json", goals, figures, **rates)

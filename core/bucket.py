@@ -98,6 +98,11 @@ class BucketStore(ArtifactStore):
             super().drop(sha256)
         return self.get_path(sha256)
 
+    def find_path(self, sha256: str) -> Path | None:
+        """Returns a file with the blob's bytes where it is at hand."""
+        path = self.path_of(sha256)
+        return path if path.is_file() else None
+
     def find_url(self, sha256: str) -> str | None:
         """Returns where the blob can be read without us; None where clients are not to be sent to the bucket."""
         copy = self._newest(sha256)

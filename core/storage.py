@@ -185,6 +185,10 @@ class ArtifactStore:
             raise BlobDamaged(sha256)
         return path
 
+    def find_path(self, sha256: str) -> Path | None:
+        """Returns a file with the blob's bytes where this machine has one. Raises BlobDamaged for no such blob."""
+        return self.get_path(sha256)
+
     def find_url(self, sha256: str) -> str | None:
         """Returns where the blob can be read without us, by who is told this address; None for a folder's.
 
