@@ -1,22 +1,52 @@
-"""The Python client: `from stillhouse import Client`."""
+"""The Python client: `from stillhouse import Client`, or `AsyncClient` for asyncio."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncIterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Self
 from urllib.parse import quote
 
 from stillhouse.connection import resolve
+from stillhouse.forms import Async, F, Sync, call, iterate
 from stillhouse.jobs import Jobs
 from stillhouse.results import Dataset, Key, Method, Model, Preview, Secret
-from stillhouse.transport import Transport
+from stillhouse.transport import Group, Transport
 from stillhouse.uploads import model_files, open_parts
 from stillhouse.webhooks import Webhooks
 
 UPLOAD_TIMEOUT_S = 3600.0
 
 
-class Client:
+class Nouns(Group[F]):
+    """What both clients offer."""
+
+    def __init__(self, transport: Transport[F]) -> None:
+        super().__init__(transport)
+        self.models = Models(transport)
+        self.datasets = Datasets(transport)
+        self.jobs = Jobs(transport)
+        self.keys = Keys(transport)
+        self.secrets = Secrets(transport)
+        self.webhooks = Webhooks(transport)
+
+    @property
+    def url(self) -> str:
+        """The server's address."""
+        return self._transport.url
+
+    @call
+    async def methods(self) -> dict[str, list[Method]]:
+        """Returns every method that the server knows, by family, with its JSON schema, defaults and description."""
+        families = await self._transport.data("/v1/methods")
+        return {family: [Method.model_validate(item) for item in methods] for family, methods in families.items()}
+
+    @call
+    async def close(self) -> None:
+        """Closes the connections."""
+        await self._form.close()
+
+
+class Client(Nouns[Sync]):
     """A Stillhouse server, seen with one API key.
 
     Without arguments it uses STILLHOUSE_URL and STILLHOUSE_API_KEY, or else the local stack that runs on this machine.
@@ -24,33 +54,12 @@ class Client:
         with Client() as client:
             client.models.push("./minilm", "minilm-l6")
             client.datasets.push("tickets", {"train": "train.jsonl", "test": "test.jsonl"})
-            job = client.jobs.wait(client.jobs.submit("job.yaml").id)
-            client.jobs.download(job.id, "onnx_int8", "out")
+            job = client.jobs.submit("job.yaml").wait()
+            job.download("onnx_int8", "out")
     """
 
     def __init__(self, url: str | None = None, api_key: str | None = None, *, retries: int = 4) -> None:
-        url, api_key = resolve(url, api_key)
-        self._transport = Transport(url, api_key, retries)
-        self.models = Models(self._transport)
-        self.datasets = Datasets(self._transport)
-        self.jobs = Jobs(self._transport)
-        self.keys = Keys(self._transport)
-        self.secrets = Secrets(self._transport)
-        self.webhooks = Webhooks(self._transport)
-
-    @property
-    def url(self) -> str:
-        """The server's address."""
-        return self._transport.url
-
-    def methods(self) -> dict[str, list[Method]]:
-        """Returns every method that the server knows, by family, with its JSON schema, defaults and description."""
-        families = self._transport.data("/v1/methods")
-        return {family: [Method.model_validate(item) for item in methods] for family, methods in families.items()}
-
-    def close(self) -> None:
-        """Closes the connections."""
-        self._transport.close()
+        super().__init__(Transport(Sync, *resolve(url, api_key), retries))
 
     def __enter__(self) -> Self:
         return self
@@ -59,41 +68,60 @@ class Client:
         self.close()
 
 
-class Models:
+class AsyncClient(Nouns[Async]):
+    """The same for asyncio, on one event loop: what `Client` returns is awaited here, and iterated with `async for`.
+
+        async with AsyncClient() as client:
+            jobs = [await client.jobs.submit(f"job-{seed}.yaml") for seed in range(20)]
+            for job in await asyncio.gather(*(job.wait() for job in jobs)):
+                await job.download("onnx_int8", f"out/{job.id}")
+
+    Functions that are handed in, as `on_progress`, are plain ones here, too.
+    """
+
+    def __init__(self, url: str | None = None, api_key: str | None = None, *, retries: int = 4) -> None:
+        super().__init__(Transport(Async, *resolve(url, api_key), retries))
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+
+class Models(Group[F]):
     """The models of your tenant."""
 
-    def __init__(self, transport: Transport) -> None:
-        self._transport = transport
-
-    def push(self, folder: str | Path, name: str, *, files: Mapping[str, str | Path] | None = None) -> Model:
+    @call
+    async def push(self, folder: str | Path, name: str, *, files: Mapping[str, str | Path] | None = None) -> Model:
         """Returns the model made of a folder's files, or of `files` (relative path to file on disk) alone."""
         chosen = {path: Path(file) for path, file in files.items()} if files else model_files(Path(folder))
         with open_parts([("files", path, file) for path, file in chosen.items()]) as parts:
-            made = self._transport.json(
-                "POST", "/v1/models", data={"name": name}, files=parts, timeout=UPLOAD_TIMEOUT_S
+            return await self._transport.result(
+                Model, "POST", "/v1/models", data={"name": name}, files=parts, timeout=UPLOAD_TIMEOUT_S
             )
-        return Model.model_validate(made)
 
-    def get(self, model_id: str) -> Model:
+    @call
+    async def get(self, model_id: str) -> Model:
         """Returns a model by its id or name."""
-        return Model.model_validate(self._transport.json("GET", f"/v1/models/{_ref(model_id)}"))
+        return await self._transport.result(Model, "GET", f"/v1/models/{_ref(model_id)}")
 
-    def list(self, *, limit: int | None = None) -> Iterator[Model]:
+    @iterate
+    def list(self, *, limit: int | None = None) -> AsyncIterator[Model]:
         """Yields the models, newest first, fetching page after page."""
-        return map(Model.model_validate, self._transport.pages("/v1/models", limit=limit))
+        return self._transport.pages(Model, "/v1/models", limit=limit)
 
-    def delete(self, model_id: str) -> None:
+    @call
+    async def delete(self, model_id: str) -> None:
         """Deletes a model."""
-        self._transport.request("DELETE", f"/v1/models/{_ref(model_id)}")
+        await self._transport.request("DELETE", f"/v1/models/{_ref(model_id)}")
 
 
-class Datasets:
+class Datasets(Group[F]):
     """The data sets of your tenant."""
 
-    def __init__(self, transport: Transport) -> None:
-        self._transport = transport
-
-    def push(
+    @call
+    async def push(
         self, name: str, splits: Mapping[str, str | Path], *, text: str | None = None, label: str | None = None
     ) -> Dataset:
         """Returns the data set made of one JSON Lines, CSV or Parquet file per split.
@@ -103,65 +131,69 @@ class Datasets:
         fields = {"name": name} | {key: value for key, value in (("text", text), ("label", label)) if value}
         files = [(split, Path(path).name, Path(path)) for split, path in splits.items()]
         with open_parts(files) as parts:
-            made = self._transport.json("POST", "/v1/datasets", data=fields, files=parts, timeout=UPLOAD_TIMEOUT_S)
-        return Dataset.model_validate(made)
+            return await self._transport.result(
+                Dataset, "POST", "/v1/datasets", data=fields, files=parts, timeout=UPLOAD_TIMEOUT_S
+            )
 
-    def get(self, dataset_id: str) -> Dataset:
+    @call
+    async def get(self, dataset_id: str) -> Dataset:
         """Returns a data set by its id or name."""
-        return Dataset.model_validate(self._transport.json("GET", f"/v1/datasets/{_ref(dataset_id)}"))
+        return await self._transport.result(Dataset, "GET", f"/v1/datasets/{_ref(dataset_id)}")
 
-    def list(self, *, limit: int | None = None) -> Iterator[Dataset]:
+    @iterate
+    def list(self, *, limit: int | None = None) -> AsyncIterator[Dataset]:
         """Yields the data sets, newest first, fetching page after page."""
-        return map(Dataset.model_validate, self._transport.pages("/v1/datasets", limit=limit))
+        return self._transport.pages(Dataset, "/v1/datasets", limit=limit)
 
-    def preview(self, dataset_id: str, split: str = "train", *, limit: int = 10, offset: int = 0) -> Preview:
+    @call
+    async def preview(self, dataset_id: str, split: str = "train", *, limit: int = 10, offset: int = 0) -> Preview:
         """Returns some rows of a split."""
         query: dict[str, Any] = {"split": split, "limit": limit, "offset": offset}
-        found = self._transport.json("GET", f"/v1/datasets/{_ref(dataset_id)}/preview", params=query)
-        return Preview.model_validate(found)
+        return await self._transport.result(Preview, "GET", f"/v1/datasets/{_ref(dataset_id)}/preview", params=query)
 
-    def delete(self, dataset_id: str) -> None:
+    @call
+    async def delete(self, dataset_id: str) -> None:
         """Deletes a data set."""
-        self._transport.request("DELETE", f"/v1/datasets/{_ref(dataset_id)}")
+        await self._transport.request("DELETE", f"/v1/datasets/{_ref(dataset_id)}")
 
 
-class Keys:
+class Keys(Group[F]):
     """The API keys of your tenant; your own key needs the scope `keys`."""
 
-    def __init__(self, transport: Transport) -> None:
-        self._transport = transport
-
-    def create(self, name: str, scopes: list[str], expires_at: datetime | None = None) -> Key:
+    @call
+    async def create(self, name: str, scopes: list[str], expires_at: datetime | None = None) -> Key:
         """Returns a new key; its text is in `key`, and is never shown again. `expires_at` needs a time zone."""
         body = {"name": name, "scopes": scopes, "expires_at": expires_at.isoformat() if expires_at else None}
-        return Key.model_validate(self._transport.json("POST", "/v1/keys", json=body))
+        return await self._transport.result(Key, "POST", "/v1/keys", json=body)
 
-    def list(self) -> Iterator[Key]:
+    @iterate
+    def list(self) -> AsyncIterator[Key]:
         """Yields the keys, newest first, without their texts."""
-        return map(Key.model_validate, self._transport.data("/v1/keys"))
+        return self._transport.page(Key, "/v1/keys")
 
-    def revoke(self, key_id: str) -> None:
+    @call
+    async def revoke(self, key_id: str) -> None:
         """Revokes a key: from now on it opens nothing."""
-        self._transport.request("DELETE", f"/v1/keys/{_ref(key_id)}")
+        await self._transport.request("DELETE", f"/v1/keys/{_ref(key_id)}")
 
 
-class Secrets:
+class Secrets(Group[F]):
     """Keys of other services that your jobs use, such as that of a teacher's API; their values are never shown."""
 
-    def __init__(self, transport: Transport) -> None:
-        self._transport = transport
-
-    def put(self, name: str, value: str) -> Secret:
+    @call
+    async def put(self, name: str, value: str) -> Secret:
         """Stores a secret, in place of an earlier one of that name."""
-        return Secret.model_validate(self._transport.json("PUT", f"/v1/secrets/{_ref(name)}", json={"value": value}))
+        return await self._transport.result(Secret, "PUT", f"/v1/secrets/{_ref(name)}", json={"value": value})
 
-    def list(self) -> Iterator[Secret]:
+    @iterate
+    def list(self) -> AsyncIterator[Secret]:
         """Yields the secrets by name, without their values."""
-        return map(Secret.model_validate, self._transport.data("/v1/secrets"))
+        return self._transport.page(Secret, "/v1/secrets")
 
-    def delete(self, name: str) -> None:
+    @call
+    async def delete(self, name: str) -> None:
         """Deletes a secret."""
-        self._transport.request("DELETE", f"/v1/secrets/{_ref(name)}")
+        await self._transport.request("DELETE", f"/v1/secrets/{_ref(name)}")
 
 
 def _ref(name: str) -> str:

@@ -1,21 +1,24 @@
 """Parallel, resumable, checked downloads of a job's artifacts."""
 
-import hashlib
-import threading
-import time
+import errno
+import re
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import Generic
 from urllib.parse import quote
 
 import httpx
 
-from stillhouse.errors import DownloadDamaged, ServerError, Unreachable
+from stillhouse.errors import DiskFull, DownloadDamaged, InvalidInput, ServerError, Unreachable
+from stillhouse.forms import F, IsOver
+from stillhouse.part_file import PartFile, sha256_of
 from stillhouse.results import Artifact, File
 from stillhouse.transport import Transport, pause_s
 
-CHUNK_BYTES = 256 * 1024
+SPAN_BYTES = 32 * 1024 * 1024  # of a file, that one request asks for; larger files come in several at once
+FULL = {errno.ENOSPC, errno.EDQUOT}
 OnBytes = Callable[[int], None]
 
 
@@ -46,89 +49,119 @@ def plan(job_id: str, artifacts: Iterable[Artifact], folder: Path) -> list[Item]
     return items
 
 
-class Downloader:
-    """Fetches files, several at a time; what is there and right is not fetched again."""
+class Downloader(Generic[F]):
+    """Fetches files, several at a time, large ones in several spans at a time; what is there is not fetched again."""
 
-    def __init__(self, transport: Transport, parallel: int = 4, on_bytes: OnBytes | None = None) -> None:
+    def __init__(self, transport: Transport[F], parallel: int = 4, on_bytes: OnBytes | None = None) -> None:
+        if parallel < 1:
+            raise InvalidInput(f"parallel is {parallel}, but at least 1 must come at a time.")
         self._transport = transport
+        self._form = transport.form
         self._parallel = parallel
         self._on_bytes = on_bytes or _ignore
-        self._stopped = threading.Event()
 
-    def fetch_all(self, items: list[Item]) -> list[Path]:
+    async def fetch_all(self, items: list[Item]) -> list[Path]:
         """Returns the files' paths, each checked. Raises ClientError; what had arrived stays for the next try."""
-        with ThreadPoolExecutor(self._parallel) as pool:
-            try:
-                return list(pool.map(self.fetch, items))
-            except BaseException:
-                self._stopped.set()
-                pool.shutdown(cancel_futures=True)
+        small = [item for item in items if item.file.size_bytes <= SPAN_BYTES]
+        await self._form.each(self._fetch, small, self._parallel)
+        for item in items:
+            if item.file.size_bytes > SPAN_BYTES:
+                await self._fetch(item, lambda: False)
+        return [item.target for item in items]
+
+    async def _fetch(self, item: Item, is_over: IsOver) -> None:
+        """Fetches one file, unless it is there."""
+        folder = item.target.parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if await self._form.compute(_is_right, item.target, item.file):
+                self._on_bytes(item.file.size_bytes)
+            else:
+                await self._complete(item, is_over)
+        except OSError as error:
+            if error.errno not in FULL:
                 raise
+            message = f"No room for '{item.file.path}' in {folder}. Free some, and call again: what arrived is kept."
+            raise DiskFull(message) from error
 
-    def fetch(self, item: Item) -> Path:
-        """Returns the path of one file, fetched and checked."""
-        item.target.parent.mkdir(parents=True, exist_ok=True)
-        if _is_right(item.target, item.file):
-            self._on_bytes(item.file.size_bytes)
-            return item.target
-        for last in (False, True):  # a part that something else spoiled is worth one fetch from the start
-            if self._fill(item) == item.file.sha256:
+    async def _complete(self, item: Item, is_over: IsOver) -> None:
+        """Fetches what a file lacks, checks it, and gives it its name."""
+        part = PartFile(item.part, item.file.size_bytes, SPAN_BYTES)
+        self._on_bytes(part.num_bytes)
+        for _ in range(2):  # a part that something else spoiled is worth one fetch from the start
+            await self._fill(item, part, is_over)
+            if await self._form.compute(part.close) == item.file.sha256:
                 item.part.replace(item.target)
-                return item.target
-            self._on_bytes(-item.part.stat().st_size)
-            item.part.unlink()
-            if last:
-                raise DownloadDamaged(f"'{item.file.path}' arrived with another sha256 than the server announced.")
-        return item.target
+                return
+            self._restart(part, SPAN_BYTES)
+        item.part.unlink()
+        raise DownloadDamaged(f"'{item.file.path}' arrived with another sha256 than the server announced.")
 
-    def _fill(self, item: Item) -> str:
-        """Returns the sha256 of the complete part, continuing after every cut that brought us further."""
-        digest = _hash_file(item.part) if item.part.exists() else hashlib.sha256()
-        have = item.part.stat().st_size if item.part.exists() else 0
-        self._on_bytes(have)
+    async def _fill(self, item: Item, part: PartFile, is_over: IsOver) -> None:
+        """Fetches what the part lacks: in spans, or in one piece where the server gives no spans of what it has."""
+        for _ in range(self._transport.retries + 1):
+            lacking = [index for index in range(part.num_spans) if part.lacks(index)]
+            try:
+                if len(lacking) > 1:
+                    await self._form.each(partial(self._grow, item, part), lacking, self._parallel)
+                elif lacking:
+                    await self._grow(item, part, lacking[0], is_over)
+                return
+            except _SentWhole:
+                self._restart(part, max(SPAN_BYTES, part.size_bytes))
+        raise Unreachable(f"'{item.file.path}' breaks off, and the server can't continue it.")
+
+    def _restart(self, part: PartFile, span_bytes: int) -> None:
+        self._on_bytes(-part.num_bytes)
+        part.restart(span_bytes)
+
+    async def _grow(self, item: Item, part: PartFile, index: int, is_over: IsOver) -> None:
+        """Fetches what a span lacks, continuing after every cut that brought us further."""
         attempt = 0
         cut: Exception | None = None
-        while have < item.file.size_bytes or not item.part.exists():
-            before = have
+        while before := part.lacks(index):
             try:
-                digest, have = self._append(item, digest, have)
+                await self._append(item, part, index, is_over)
             except (httpx.TransportError, ServerError) as error:
-                have = item.part.stat().st_size if item.part.exists() else 0
-                digest = _hash_file(item.part) if have else hashlib.sha256()
                 cut = error
-            attempt = 0 if have > before else attempt + 1
+            attempt = 0 if part.lacks(index) < before else attempt + 1
             if attempt > self._transport.retries:
-                raise Unreachable(f"'{item.file.path}' stops at byte {have} of {item.file.size_bytes}: {cut}") from cut
-            if have < item.file.size_bytes:
-                time.sleep(pause_s(attempt))
-        return digest.hexdigest()
+                where = f"byte {part.place(index)} of {part.size_bytes}"
+                raise Unreachable(f"'{item.file.path}' stops at {where}: {cut}") from cut
+            if part.lacks(index):
+                await self._form.sleep(pause_s(attempt))
 
-    def _append(self, item: Item, digest: "hashlib._Hash", have: int) -> tuple["hashlib._Hash", int]:
-        """Returns digest and length after one request, which continues the part if that version is still there."""
-        headers = {"Range": f"bytes={have}-", "If-Range": f'"{item.file.sha256}"'} if have else {}
-        with self._transport.stream(item.url_path, headers | {"Accept-Encoding": "identity"}) as response:
-            if response.status_code != 206 and have:
-                self._on_bytes(-have)
-                digest, have = hashlib.sha256(), 0
-            with item.part.open("ab" if have else "wb") as part:
-                for chunk in response.iter_bytes(CHUNK_BYTES):
-                    if self._stopped.is_set():
-                        raise Unreachable("stopped, because another file could not be fetched")
-                    part.write(chunk)
-                    digest.update(chunk)
-                    have += len(chunk)
-                    self._on_bytes(len(chunk))
-        return digest, have
+    async def _append(self, item: Item, part: PartFile, index: int, is_over: IsOver) -> None:
+        """Makes one request, for what a span lacks. Raises _SentWhole unless that is what comes."""
+        first, lacks = part.place(index), part.lacks(index)
+        span = "" if lacks == part.size_bytes else f"bytes={first}-{first + lacks - 1}"
+        async with self._transport.file(item.url_path, span, f'"{item.file.sha256}"') as response:
+            if span and not _starts_at(response, first, part.size_bytes):
+                raise _SentWhole
+            with part.appending(index) as append:
+                async for chunk in self._form.chunks(response):
+                    if is_over():
+                        raise Unreachable("stopped, because something else could not be fetched")
+                    wanted = chunk[: part.lacks(index)]
+                    append(wanted)
+                    self._on_bytes(len(wanted))
+                    if len(wanted) < len(chunk):  # more than was asked for; the digest tells whether it is right
+                        return
+
+
+class _SentWhole(Exception):
+    """The file came from its start, as the server gives no spans or has another file by now."""
+
+
+def _starts_at(response: httpx.Response, first: int, size_bytes: int) -> bool:
+    """Tells whether the answer is a span of a file of that size which starts there."""
+    found = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", ""))
+    return response.status_code == 206 and found is not None and found.groups() == (str(first), str(size_bytes))
 
 
 def _is_right(path: Path, file: File) -> bool:
-    return path.is_file() and path.stat().st_size == file.size_bytes and _hash_file(path).hexdigest() == file.sha256
+    return path.is_file() and path.stat().st_size == file.size_bytes and sha256_of(path) == file.sha256
 
 
 def _ignore(num_bytes: int) -> None:
     del num_bytes
-
-
-def _hash_file(path: Path) -> "hashlib._Hash":
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256")

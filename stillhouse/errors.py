@@ -33,6 +33,10 @@ class DownloadDamaged(ClientError):
     """A downloaded file isn't what the server said it would be."""
 
 
+class DiskFull(ClientError):
+    """There is no room for a download; what had arrived is kept, and continued by the next call."""
+
+
 class JobFailed(ClientError):
     """The job ended without a result; `job` holds what is known about it."""
 

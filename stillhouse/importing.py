@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from stillhouse.errors import InvalidInput, NotFound
+from stillhouse.forms import Sync, run
 from stillhouse.transport import Transport
 
 ASKED_FOR = ("training_file", "validation_file")
@@ -27,7 +28,9 @@ class OpenAIImport:
         say: Is told of each step.
     """
 
-    def __init__(self, source: Transport, target: Transport, folder: Path, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, source: Transport[Sync], target: Transport[Sync], folder: Path, say: Callable[[str], None]
+    ) -> None:
         self.source, self.target, self.folder, self.say = source, target, folder, say
         (folder / "files").mkdir(parents=True, exist_ok=True)
 
@@ -37,7 +40,7 @@ class OpenAIImport:
 
     def get_job(self, job_id: str) -> dict[str, Any]:
         """Returns a job. Raises NotFound."""
-        return dict(self.source.json("GET", f"/fine_tuning/jobs/{job_id}"))
+        return dict(run(self.source.json("GET", f"/fine_tuning/jobs/{job_id}")))
 
     def bring(self, job: dict[str, Any]) -> dict[str, Any] | None:
         """Brings a job over, and returns the request that makes it here; None where its files are gone there."""
@@ -61,9 +64,8 @@ class OpenAIImport:
         if place.exists():
             return str(json.loads(place.read_text())["id"])
         headers = {"Idempotency-Key": f"import-{job_id}-{model}"}
-        made = self.target.json(
-            "POST", "/fine_tuning/jobs", json=request | {"model": model}, headers=headers, repeatable=True
-        )
+        body = request | {"model": model}
+        made = run(self.target.json("POST", "/fine_tuning/jobs", json=body, headers=headers, repeatable=True))
         _write(place, json.dumps({"id": made["id"], "model": model}))
         return str(made["id"])
 
@@ -76,7 +78,8 @@ class OpenAIImport:
         if not path.exists() and not self._try_download(file_id, path):
             return None
         with path.open("rb") as data:
-            sent = self.target.json("POST", "/files", data={"purpose": "fine-tune"}, files={"file": (path.name, data)})
+            files = {"file": (path.name, data)}
+            sent = run(self.target.json("POST", "/files", data={"purpose": "fine-tune"}, files=files))
         self.say(f"file {file_id}: {path.stat().st_size:,} bytes, here {sent['id']}")
         _write(self.folder / MAPPED, json.dumps(known | {file_id: sent["id"]}, indent=1))
         return str(sent["id"])
@@ -89,9 +92,7 @@ class OpenAIImport:
         """Downloads a file; one that is gone there is told of, and no more."""
         part = path.with_name(f"{path.name}.part")
         try:
-            with self.source.stream(f"/files/{file_id}/content", {}) as answer, part.open("wb") as file:
-                for chunk in answer.iter_bytes():
-                    file.write(chunk)
+            run(self._download(file_id, part))
         except NotFound:
             part.unlink(missing_ok=True)
             self.say(f"file {file_id}: is not there any more")
@@ -99,10 +100,16 @@ class OpenAIImport:
         part.replace(path)
         return True
 
+    async def _download(self, file_id: str, part: Path) -> None:
+        async with self.source.stream(f"/files/{file_id}/content", {}) as answer:
+            with part.open("wb") as file:
+                async for chunk in self.source.form.chunks(answer):
+                    file.write(chunk)
+
     def _pages(self, path: str) -> Iterator[dict[str, Any]]:
         query: dict[str, Any] = {"limit": PAGE}
         while True:
-            page = self.source.json("GET", path, params=query)
+            page = run(self.source.json("GET", path, params=query))
             try:
                 yield from page["data"]
                 if not page["has_more"] or not page["data"]:

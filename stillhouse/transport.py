@@ -2,15 +2,16 @@
 
 import json
 import random
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, Generic, Self, TypeVar
 from urllib.parse import urlsplit
 
 import httpx
 
 from stillhouse.errors import NotConfigured, Unreachable, error_class
+from stillhouse.forms import F, Formed, IsOver
+from stillhouse.results import Result
 
 RETRIED_STATUSES = frozenset({429, 503})
 SAFE_METHODS = frozenset({"GET", "HEAD"})
@@ -19,33 +20,28 @@ LONGEST_PAUSE_S = 8.0
 PAGE_ITEMS = 100
 TIMEOUT = httpx.Timeout(60.0, connect=10.0)
 STREAM_TIMEOUT = httpx.Timeout(45.0, connect=10.0)  # a live event stream says something every 15 s
+LIMITS = httpx.Limits(max_connections=None, max_keepalive_connections=20)  # a stream keeps its own for hours
+Parsed = TypeVar("Parsed", bound=Result)
 
 
-class Transport:
-    """Speaks to one server with one key; safe to use from several threads."""
+class Transport(Generic[F]):
+    """Speaks to one server with one key; safe to use from several threads, or from one event loop."""
 
-    def __init__(self, url: str, api_key: str, retries: int = 4) -> None:
+    def __init__(self, form: type[F], url: str, api_key: str, retries: int = 4) -> None:
         self.url = url
         self.retries = retries
         api_key = api_key.strip()
         if not (api_key.isascii() and api_key.isprintable()) or " " in api_key:
             raise NotConfigured("The API key holds a character that no key has; copy it again (STILLHOUSE_API_KEY).")
+        self._key = {"Authorization": f"Bearer {api_key}"}
         try:
             local = urlsplit(url).hostname in {"127.0.0.1", "localhost", "::1"}
-            self._http = httpx.Client(
-                base_url=url,
-                headers={"Authorization": f"Bearer {api_key}"},
-                timeout=TIMEOUT,
-                trust_env=not local,  # a proxy can't reach this machine's own loopback
-            )
+            # A proxy can't reach this machine's own loopback.
+            self.form = form(base_url=url, timeout=TIMEOUT, limits=LIMITS, trust_env=not local)
         except (ValueError, httpx.InvalidURL) as error:
             raise NotConfigured(f"'{url}' is no address of a server ({error}); set STILLHOUSE_URL.") from error
 
-    def close(self) -> None:
-        """Closes the connections."""
-        self._http.close()
-
-    def request(self, method: str, path: str, *, repeatable: bool = False, **options: Any) -> httpx.Response:
+    async def request(self, method: str, path: str, *, repeatable: bool = False, **options: Any) -> httpx.Response:
         """Returns the answer, read whole. Raises ApiError or Unreachable.
 
         A failed call is repeated when it is safe by its method, or when the caller says that it is `repeatable`.
@@ -54,23 +50,27 @@ class Transport:
         for attempt in range(self.retries + 1):
             last = attempt == self.retries
             try:
-                response = self._http.request(method, path, **options)
+                response = await self.form.send(self._build(method, path, **options))
             except httpx.TransportError as error:
                 never_sent = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
                 if last or not (repeatable or never_sent):
                     raise _unreachable(self.url, error) from error
-                time.sleep(pause_s(attempt))
+                await self.form.sleep(pause_s(attempt))
                 continue
             if response.status_code in RETRIED_STATUSES and repeatable and not last:
-                time.sleep(_asked_pause_s(response) or pause_s(attempt))
+                await self.form.sleep(_asked_pause_s(response) or pause_s(attempt))
                 continue
             raise_for_error(response)
             return response
         raise AssertionError("unreachable: the last attempt returns or raises")
 
-    def json(self, method: str, path: str, **options: Any) -> Any:
+    def _build(self, method: str, path: str, *, headers: dict[str, str] | None = None, **options: Any) -> httpx.Request:
+        """Returns a request to the server, the only one that the key goes to."""
+        return self.form.http.build_request(method, path, headers=self._key | (headers or {}), **options)
+
+    async def json(self, method: str, path: str, **options: Any) -> Any:
         """Returns the answer's JSON object, or None for an empty answer."""
-        response = self.request(method, path, **options)
+        response = await self.request(method, path, **options)
         try:
             found = response.json() if response.content else None
         except ValueError as error:
@@ -79,9 +79,13 @@ class Transport:
             raise self._no_stillhouse()
         return found
 
-    def data(self, path: str, params: dict[str, Any] | None = None) -> Any:
+    async def result(self, kind: type[Parsed], method: str, path: str, **options: Any) -> Parsed:
+        """Returns the answer, typed."""
+        return kind.model_validate(await self.json(method, path, **options))
+
+    async def data(self, path: str, params: dict[str, Any] | None = None) -> Any:
         """Returns what a list that has one page holds."""
-        return self._data_of(self.json("GET", path, params=params))
+        return self._data_of(await self.json("GET", path, params=params))
 
     def _data_of(self, page: Any) -> Any:
         if not isinstance(page, dict) or not isinstance(page.get("data"), list | dict):
@@ -91,42 +95,69 @@ class Transport:
     def _no_stillhouse(self) -> Unreachable:
         return Unreachable(f"{self.url} does not answer as Stillhouse does; is STILLHOUSE_URL right?")
 
-    def pages(self, path: str, params: dict[str, Any] | None = None, limit: int | None = None) -> Iterator[Any]:
+    async def page(self, kind: type[Parsed], path: str) -> AsyncIterator[Parsed]:
+        """Yields the items of a list that has one page."""
+        for item in await self.data(path):
+            yield kind.model_validate(item)
+
+    async def pages(
+        self, kind: type[Parsed], path: str, params: dict[str, Any] | None = None, limit: int | None = None
+    ) -> AsyncIterator[Parsed]:
         """Yields the items of a list, page by page, at most `limit` of them."""
         query = {name: value for name, value in (params or {}).items() if value is not None}
         query["limit"] = min(limit or PAGE_ITEMS, PAGE_ITEMS)
         count = 0
         while True:
-            page = self.json("GET", path, params=query)
+            page = await self.json("GET", path, params=query)
             for item in self._data_of(page):
                 if limit is not None and count >= limit:
                     return
-                yield item
+                yield kind.model_validate(item)
                 count += 1
             if not page.get("next_cursor"):
                 return
             query["after"] = page["next_cursor"]
 
-    @contextmanager
-    def stream(self, path: str, headers: dict[str, str]) -> Iterator[httpx.Response]:
+    @asynccontextmanager
+    async def stream(self, path: str, headers: dict[str, str]) -> AsyncIterator[httpx.Response]:
         """Yields an answer to read bit by bit. Raises ApiError; a lost connection stays an httpx error."""
-        with self._http.stream("GET", path, headers=headers, timeout=STREAM_TIMEOUT) as response:
-            if not response.is_success:
-                response.read()
-                raise_for_error(response)
+        async with self._opened(self._build("GET", path, headers=headers, timeout=STREAM_TIMEOUT)) as response:
+            await self._check_stream(response)
             yield response
 
-    def server_sent(
-        self, path: str, after: int, is_over: Callable[[], bool] = lambda: False
-    ) -> Iterator[tuple[int, str, Any]]:
+    @asynccontextmanager
+    async def file(self, path: str, span: str, version: str) -> AsyncIterator[httpx.Response]:
+        """Yields the answer with a file's bytes, all or a span such as `bytes=0-99`, as `stream` does; or a 416."""
+        ours = {"Accept-Encoding": "identity"} | ({"Range": span, "If-Range": version} if span else {})
+        async with self._opened(self._build("GET", path, headers=ours, timeout=STREAM_TIMEOUT)) as response:
+            if response.status_code != httpx.codes.REQUESTED_RANGE_NOT_SATISFIABLE:
+                await self._check_stream(response)
+            yield response
+
+    @asynccontextmanager
+    async def _opened(self, request: httpx.Request) -> AsyncIterator[httpx.Response]:
+        response = await self.form.send(request, stream=True)
+        try:
+            yield response
+        finally:
+            await self.form.end(response)
+
+    async def _check_stream(self, response: httpx.Response) -> None:
+        if not response.is_success:
+            await self.form.read(response)
+            raise_for_error(response)
+
+    async def server_sent(
+        self, path: str, after: int, is_over: IsOver = lambda: False
+    ) -> AsyncGenerator[tuple[int, str, Any], None]:
         """Yields `(id, event, data)` of one event stream until it ends or breaks (an httpx error).
 
         `is_over` is asked with every line, of which a quiet stream has one each 15 s.
         """
         headers = {"Accept": "text/event-stream"} | ({"Last-Event-ID": str(after)} if after else {})
-        with self.stream(path, headers) as response:
+        async with self.stream(path, headers) as response:
             fields: dict[str, str] = {}
-            for line in _lines(response):
+            async for line in self._lines(response):
                 if is_over():
                     return
                 if line and not line.startswith(":"):
@@ -137,13 +168,27 @@ class Transport:
                     yield int(fields.get("id", 0)), fields.get("event", "message"), json.loads(fields["data"])
                     fields = {}
 
+    async def _lines(self, response: httpx.Response) -> AsyncIterator[str]:
+        """Yields lines as an event stream has them, which end at a line feed alone: texts hold what others end at."""
+        rest = b""
+        async for chunk in self.form.chunks(response):
+            *lines, rest = (rest + chunk).split(b"\n")
+            for line in lines:
+                yield line.decode(errors="replace")
 
-def _lines(response: httpx.Response) -> Iterator[str]:
-    """Yields lines as an event stream has them, which end at a line feed alone: texts hold what others end at."""
-    rest = ""
-    for text in response.iter_text():
-        *lines, rest = (rest + text).split("\n")
-        yield from lines
+
+class Group(Formed[F]):
+    """The operations of one noun."""
+
+    def __init__(self, transport: Transport[F]) -> None:
+        self._transport = transport
+
+    @property
+    def _form(self) -> F:
+        return self._transport.form
+
+    def __deepcopy__(self, _: Any) -> Self:
+        return self  # it stands for connections, of which there is no copy
 
 
 def raise_for_error(response: httpx.Response) -> None:

@@ -1,23 +1,22 @@
 """Webhooks of the Python client."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 from urllib.parse import quote
 
+from stillhouse.forms import F, call, iterate
 from stillhouse.results import Delivery, Webhook
-from stillhouse.transport import Transport
+from stillhouse.transport import Group
 
 ENDS = ("job.succeeded", "job.failed", "job.cancelled")
 
 
-class Webhooks:
+class Webhooks(Group[F]):
     """Addresses that are told what happens to your jobs."""
 
-    def __init__(self, transport: Transport) -> None:
-        self._transport = transport
-
-    def create(
+    @call
+    async def create(
         self,
         url: str,
         event_types: tuple[str, ...] = ENDS,
@@ -30,51 +29,60 @@ class Webhooks:
 
         `sink` has them in another form, as `{"kind": "mlflow", …}`, and `secret` names one of yours to ask that with.
         """
-        body = {"url": url, "event_types": list(event_types), "name": name, "secret": secret}
-        return Webhook.model_validate(
-            self._transport.json("POST", "/v1/webhooks", json=body | ({"sink": sink} if sink else {}))
-        )
+        body: dict[str, Any] = {"url": url, "event_types": list(event_types), "name": name, "secret": secret}
+        body |= {"sink": sink} if sink else {}
+        return await self._transport.result(Webhook, "POST", "/v1/webhooks", json=body)
 
-    def list(self) -> Iterator[Webhook]:
+    @iterate
+    def list(self) -> AsyncIterator[Webhook]:
         """Yields the webhooks, newest first, without their secrets."""
-        return map(Webhook.model_validate, self._transport.data("/v1/webhooks"))
+        return self._transport.page(Webhook, "/v1/webhooks")
 
-    def get(self, webhook_id: str) -> Webhook:
+    @call
+    async def get(self, webhook_id: str) -> Webhook:
         """Returns a webhook, without its secret."""
-        return Webhook.model_validate(self._transport.json("GET", _path(webhook_id)))
+        return await self._transport.result(Webhook, "GET", _path(webhook_id))
 
-    def change(self, webhook_id: str, **changes: Any) -> Webhook:
+    @call
+    async def change(self, /, webhook_id: str, **changes: Any) -> Webhook:
         """Returns the webhook with another `url`, `event_types`, `name` or `is_enabled`."""
-        return Webhook.model_validate(self._transport.json("PATCH", _path(webhook_id), json=changes))
+        return await self._transport.result(Webhook, "PATCH", _path(webhook_id), json=changes)
 
-    def rotate(self, webhook_id: str, *, keep_old: bool = True) -> Webhook:
+    @call
+    async def rotate(self, webhook_id: str, *, keep_old: bool = True) -> Webhook:
         """Returns the webhook with a new secret; the old one signs, too, for a day if it is kept."""
         params = {"keep_old": json.dumps(keep_old)}
-        return Webhook.model_validate(self._transport.json("POST", f"{_path(webhook_id)}/rotate", params=params))
+        return await self._transport.result(Webhook, "POST", f"{_path(webhook_id)}/rotate", params=params)
 
-    def test(self, webhook_id: str) -> Delivery:
+    @call
+    async def test(self, webhook_id: str) -> Delivery:
         """Sends a message of the type `test`."""
-        return Delivery.model_validate(self._transport.json("POST", f"{_path(webhook_id)}/test"))
+        return await self._transport.result(Delivery, "POST", f"{_path(webhook_id)}/test")
 
-    def deliveries(self, webhook_id: str, *, state: str | None = None, limit: int | None = None) -> Iterator[Delivery]:
+    @iterate
+    def deliveries(
+        self, webhook_id: str, *, state: str | None = None, limit: int | None = None
+    ) -> AsyncIterator[Delivery]:
         """Yields what was or is to be sent, newest first."""
-        rows = self._transport.pages(f"{_path(webhook_id)}/deliveries", {"state": state}, limit)
-        return map(Delivery.model_validate, rows)
+        return self._transport.pages(Delivery, f"{_path(webhook_id)}/deliveries", {"state": state}, limit)
 
-    def redeliver(self, webhook_id: str, delivery_id: str) -> Delivery:
+    @call
+    async def redeliver(self, webhook_id: str, delivery_id: str) -> Delivery:
         """Sends a message once more, with the id that it had."""
         path = f"{_path(webhook_id)}/deliveries/{quote(delivery_id, safe='')}/redeliver"
-        return Delivery.model_validate(self._transport.json("POST", path))
+        return await self._transport.result(Delivery, "POST", path)
 
-    def replay(self, webhook_id: str, job_id: str, *, after: int = 0) -> Iterator[Delivery]:
-        """Sends a job's events after that `seq` again, as new messages, and yields these."""
+    @call
+    async def replay(self, webhook_id: str, job_id: str, *, after: int = 0) -> Sequence[Delivery]:
+        """Sends a job's events after that `seq` again, as new messages, and returns these."""
         body = {"job_id": job_id, "after": after}
-        made = self._transport.json("POST", f"{_path(webhook_id)}/replay", json=body)
-        return map(Delivery.model_validate, made["data"])
+        made = await self._transport.json("POST", f"{_path(webhook_id)}/replay", json=body)
+        return [Delivery.model_validate(item) for item in made["data"]]
 
-    def delete(self, webhook_id: str) -> None:
+    @call
+    async def delete(self, webhook_id: str) -> None:
         """Deletes a webhook, with what is due to it."""
-        self._transport.request("DELETE", _path(webhook_id))
+        await self._transport.request("DELETE", _path(webhook_id))
 
 
 def _path(webhook_id: str) -> str:

@@ -1,7 +1,6 @@
 """`stillhouse import`."""
 
 import os
-from contextlib import closing
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +9,7 @@ import typer
 from stillhouse.commands.output import print_table, say
 from stillhouse.connection import resolve
 from stillhouse.errors import ApiError, NotConfigured
+from stillhouse.forms import Sync
 from stillhouse.importing import OpenAIImport
 from stillhouse.transport import Transport
 
@@ -43,7 +43,8 @@ def openai(
     url, own_key = resolve(None, None)
     base = os.environ.get("OPENAI_BASE_URL", OPENAI).rstrip("/")
     rows = []
-    with closing(Transport(base, key)) as source, closing(Transport(f"{url}/openai/v1", own_key)) as target:
+    source, target = Transport(Sync, base, key), Transport(Sync, f"{url}/openai/v1", own_key)
+    with source.form.http, target.form.http:
         brought = OpenAIImport(source, target, to, say)
         for found in [brought.get_job(job_id) for job_id in job] if job else brought.list_jobs():
             request = brought.bring(found)

@@ -310,7 +310,7 @@ def download(
     job: JobRef,
     artifacts: Annotated[list[str] | None, typer.Argument(help="Their names. Default: all.")] = None,
     to: Annotated[Path | None, typer.Option(help="Folder. Default: one with the job's name.")] = None,
-    parallel: Annotated[int, typer.Option(min=1, max=32, help="Files at a time.")] = 4,
+    parallel: Annotated[int, typer.Option(min=1, max=32, help="Files, or pieces of a large one, at a time.")] = 4,
     as_json: Json = False,
 ) -> None:
     """Download artifacts, each into a folder of its name. A repeated call continues, and every sha256 is checked.

@@ -55,12 +55,13 @@ def test_commands_of_the_readme_work_as_printed(tmp_path: Path) -> None:
         assert shutil.which("curl")
         assert (checkout / "build/onnx_int8/model.onnx").is_file()
 
-        [python] = blocks("python")
-        done = subprocess.run(
-            [sys.executable, "-c", python], cwd=checkout, env=environment, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert (checkout / "build/two-layers/onnx/model.onnx").is_file()
+        for python in blocks("python"):
+            done = subprocess.run(
+                [sys.executable, "-c", python], cwd=checkout, env=environment, capture_output=True, text=True
+            )
+            assert done.returncode == 0, done.stdout + done.stderr
+        for folder in ("two-layers", "seed-1", "seed-2"):
+            assert (checkout / f"build/{folder}/onnx/model.onnx").is_file()
     finally:
         up.send_signal(signal.SIGTERM)
         assert up.wait(60) == 0

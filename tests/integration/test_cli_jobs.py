@@ -22,7 +22,7 @@ def connect(api: Api) -> Client:
     from app.main import app
 
     opened = Client("http://testserver", api.key)
-    opened._transport._http = TestClient(app, headers=api.headers)
+    opened._transport.form.http = TestClient(app)
     return opened
 
 

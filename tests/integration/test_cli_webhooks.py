@@ -24,7 +24,7 @@ def _connect(api: Api) -> Client:
     from app.main import app
 
     opened = Client("http://testserver", api.key)
-    opened._transport._http = TestClient(app, headers=api.headers)
+    opened._transport.form.http = TestClient(app)
     return opened
 
 

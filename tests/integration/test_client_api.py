@@ -1,4 +1,4 @@
-"""The Python client against the real API, in a process of its own."""
+"""Both forms of the Python client against the real API, in a process of its own."""
 
 import os
 import signal
@@ -9,14 +9,15 @@ import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
-from stillhouse import Client, errors
+from stillhouse import errors
 from stillhouse.processes import free_port, wait_until
 from stillhouse.results import Event
-from tests import pico
+from tests import driving, pico
 
 SPEC = {"teacher": {"model": "pico"}, "student": {"kind": "teacher_layers", "keep": [0]}, "data": "toy"}
 
@@ -58,23 +59,28 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Pat
     return pico.write_model(folder / "model"), pico.write_data(folder / "data")
 
 
+@pytest.fixture(params=driving.FORMS)
+def form(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture
-def client(server: Server, tenant: tuple[str, str]) -> Iterator[Client]:
-    with Client(server.url, tenant[1]) as opened:
-        yield opened
-        for job in opened.jobs.list():  # a worker of another test must not run them
+def client(server: Server, tenant: tuple[str, str], form: str) -> Iterator[Any]:
+    with driving.opened(form, server.url, tenant[1]) as client:
+        yield client
+        for job in client.jobs.list():  # a worker of another test must not run them
             if not job.is_terminal:
-                opened.jobs.cancel(job.id)
+                job.cancel()
 
 
 @pytest.fixture
-def stocked(client: Client, files: tuple[Path, dict[str, Path]]) -> Client:
+def stocked(client: Any, files: tuple[Path, dict[str, Path]]) -> Any:
     client.models.push(files[0], "pico")
     client.datasets.push("toy", files[1])
     return client
 
 
-def test_models_go_up_and_are_listed_shown_and_deleted(client: Client, files: tuple[Path, dict[str, Path]]) -> None:
+def test_models_go_up_and_are_listed_shown_and_deleted(client: Any, files: tuple[Path, dict[str, Path]]) -> None:
     pushed = client.models.push(files[0], "pico")
     assert {file.path for file in pushed.files} >= {"config.json", "model.safetensors", "tokenizer.json"}
     assert [model.id for model in client.models.list()] == [pushed.id]
@@ -88,7 +94,7 @@ def test_models_go_up_and_are_listed_shown_and_deleted(client: Client, files: tu
 
 
 def test_data_sets_go_up_and_a_bad_row_is_named(
-    client: Client, files: tuple[Path, dict[str, Path]], tmp_path: Path
+    client: Any, files: tuple[Path, dict[str, Path]], tmp_path: Path
 ) -> None:
     pushed = client.datasets.push("toy", files[1])
     assert {name: split.num_rows for name, split in pushed.splits.items()} == {
@@ -106,11 +112,11 @@ def test_data_sets_go_up_and_a_bad_row_is_named(
     assert list(client.datasets.list()) == []
 
 
-def test_methods_and_keys(client: Client) -> None:
+def test_methods_and_keys(client: Any, form: str) -> None:
     assert {method.kind for method in client.methods()["stages"]} >= {"finetune", "distill", "export", "evaluate"}
     key = client.keys.create("ci", ["read"], datetime.now(UTC) + timedelta(days=1))
     assert key.key
-    with Client(client.url, key.key) as reader:
+    with driving.opened(form, client.url, key.key) as reader:
         assert list(reader.models.list()) == []
         with pytest.raises(errors.AuthError, match="write"):
             reader.jobs.submit(SPEC)
@@ -120,7 +126,7 @@ def test_methods_and_keys(client: Client) -> None:
     assert key.id in {listed.id for listed in client.keys.list()}
 
 
-def test_a_job_is_validated_submitted_followed_cancelled_and_deleted(stocked: Client) -> None:
+def test_a_job_is_validated_submitted_followed_cancelled_and_deleted(stocked: Any) -> None:
     found = stocked.jobs.validate(SPEC)
     assert [stage["kind"] for stage in found.spec["stages"]] == ["finetune", "distill", "export", "evaluate"]
     assert found.vocabulary is None
@@ -143,14 +149,14 @@ def test_a_job_is_validated_submitted_followed_cancelled_and_deleted(stocked: Cl
         stocked.jobs.get(job.id)
 
 
-def test_a_bad_spec_names_the_field_and_the_remedy(stocked: Client) -> None:
+def test_a_bad_spec_names_the_field_and_the_remedy(stocked: Any) -> None:
     with pytest.raises(errors.InvalidRequest) as caught:
         stocked.jobs.submit(SPEC | {"stages": [{"kind": "distil"}]})
     assert caught.value.param == "stages.0.kind"
     assert "did you mean 'distill'?" in caught.value.message
 
 
-def test_lists_are_fetched_page_after_page(stocked: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lists_are_fetched_page_after_page(stocked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     made = {stocked.jobs.submit(SPEC | {"seed": seed}).id for seed in range(8)}
     monkeypatch.setattr("stillhouse.transport.PAGE_ITEMS", 3)
     listed = [job.id for job in stocked.jobs.list()]
@@ -159,7 +165,7 @@ def test_lists_are_fetched_page_after_page(stocked: Client, monkeypatch: pytest.
     assert [job.id for job in stocked.jobs.list(limit=4)] == listed[:4]
 
 
-def test_waiting_and_events_survive_a_restart_of_the_api(server: Server, stocked: Client) -> None:
+def test_waiting_and_events_survive_a_restart_of_the_api(server: Server, stocked: Any) -> None:
     job = stocked.jobs.submit(SPEC)
     progress: list[str] = []
     events: list[Event] = []
@@ -183,7 +189,7 @@ def test_waiting_and_events_survive_a_restart_of_the_api(server: Server, stocked
     assert [event.seq for event in events] == list(range(1, len(events) + 1)), "no event is lost or told twice"
 
 
-def test_waiting_ends_when_its_time_is_over(stocked: Client) -> None:
+def test_waiting_ends_when_its_time_is_over(stocked: Any) -> None:
     began, job_id = time.monotonic(), stocked.jobs.submit(SPEC).id
     before = set(threading.enumerate())
     with pytest.raises(errors.WaitTimeout, match="still queued"):

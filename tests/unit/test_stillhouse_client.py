@@ -1,11 +1,13 @@
 """Parts of the client that need no server."""
 
+import asyncio
 import json
 import os
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -13,9 +15,11 @@ import pytest
 from stillhouse import Client, errors
 from stillhouse.connection import find_stack, resolve
 from stillhouse.download import plan
+from stillhouse.forms import Async, Sync, run
 from stillhouse.results import Artifact, File
 from stillhouse.transport import Transport, raise_for_error
 from stillhouse.uploads import left_out, model_files
+from tests import driving
 
 
 @pytest.fixture
@@ -121,24 +125,29 @@ def odd() -> Iterator[str]:
         server.shutdown()
 
 
-def test_what_answers_in_place_of_the_server_did_nothing(odd: str) -> None:
-    with Client(odd, "k", retries=0) as client:
+@pytest.mark.parametrize("form", driving.FORMS)
+def test_what_answers_in_place_of_the_server_did_nothing(odd: str, form: str) -> None:
+    with driving.opened(form, odd, "k", retries=0) as client:
         with pytest.raises(errors.Unreachable, match=r"redirects to https://login\.example/; set STILLHOUSE_URL"):
             client.keys.revoke("key_1")
         with pytest.raises(errors.Unreachable, match="does not answer as Stillhouse does"):
             client.jobs.get("job_1")
         with pytest.raises(errors.InvalidInput, match="idempotency key"):
             client.jobs.retry("job_1", idempotency_key="clé")
-    with Client(f"{odd}/other", "k\r\n", retries=0) as client:
+    with driving.opened(form, f"{odd}/other", "k\r\n", retries=0) as client:
         for call in (client.methods, lambda: [*client.jobs.list()], lambda: client.jobs.artifacts("job_1")):
             with pytest.raises(errors.Unreachable, match="does not answer as Stillhouse does"):
                 call()
 
 
 def test_an_event_keeps_every_character(odd: str) -> None:
-    transport = Transport(odd, "k")
-    assert [*transport.server_sent("/events", 0)] == [(1, "log", {"m": "a\u2028b\u0085c"})]
-    transport.close()
+    async def read(form: type[Sync] | type[Async]) -> list[tuple[int, str, Any]]:
+        transport = Transport(form, odd, "k")
+        found = [sent async for sent in transport.server_sent("/events", 0)]
+        await transport.form.close()
+        return found
+
+    assert run(read(Sync)) == asyncio.run(read(Async)) == [(1, "log", {"m": "a\u2028b\u0085c"})]
 
 
 @pytest.mark.parametrize(
@@ -184,17 +193,19 @@ def test_only_what_makes_a_model_is_pushed(tmp_path: Path) -> None:
         model_files(tmp_path / "none")
 
 
-def test_a_missing_file_is_said_before_anything_is_sent() -> None:
+@pytest.mark.parametrize("form", driving.FORMS)
+def test_a_missing_file_is_said_before_anything_is_sent(form: str) -> None:
     with (
-        Client("http://127.0.0.1:9", "k", retries=0) as client,
+        driving.opened(form, "http://127.0.0.1:9", "k", retries=0) as client,
         pytest.raises(errors.InvalidInput, match="Cannot read"),
     ):
         client.datasets.push("d", {"train": "/nowhere/train.jsonl"})
 
 
-def test_an_absent_server_is_unreachable() -> None:
+@pytest.mark.parametrize("form", driving.FORMS)
+def test_an_absent_server_is_unreachable(form: str) -> None:
     with (
-        Client("http://127.0.0.1:9", "k", retries=1) as client,
+        driving.opened(form, "http://127.0.0.1:9", "k", retries=1) as client,
         pytest.raises(errors.Unreachable, match="does not answer"),
     ):
         client.jobs.get("job_1")
