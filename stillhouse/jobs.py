@@ -114,7 +114,7 @@ class Jobs(Group[F]):
     @call
     async def log(self, job_id: str, ordinal: int) -> str:
         """Returns the log of a stage."""
-        return (await self._transport.request("GET", f"/v1/jobs/{job_id}/stages/{ordinal}/log")).text
+        return await self._transport.text(f"/v1/jobs/{job_id}/stages/{ordinal}/log")
 
     @iterate
     def events(self, job_id: str, *, after: int = 0, follow: bool = False) -> AsyncIterator[Event]:

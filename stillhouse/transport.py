@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from stillhouse.errors import NotConfigured, Unreachable, error_class
+from stillhouse.errors import NotConfigured, ServerError, Unreachable, error_class
 from stillhouse.forms import F, Formed, IsOver
 from stillhouse.results import Result
 
@@ -125,14 +125,50 @@ class Transport(Generic[F]):
             await self._check_stream(response)
             yield response
 
+    async def text(self, path: str) -> str:
+        """Returns a stored text, read whole from wherever the server has it. Raises ApiError or Unreachable."""
+        for attempt in range(self.retries + 1):
+            try:
+                async with self.file(path) as response:
+                    await self.form.read(response)
+                    return response.text
+            except (httpx.TransportError, ServerError) as error:
+                if attempt == self.retries:
+                    raise _unreachable(self.url, error) from error
+                await self.form.sleep(pause_s(attempt))
+        raise AssertionError("unreachable: the last attempt returns or raises")
+
     @asynccontextmanager
-    async def file(self, path: str, span: str, version: str) -> AsyncIterator[httpx.Response]:
-        """Yields the answer with a file's bytes, all or a span such as `bytes=0-99`, as `stream` does; or a 416."""
-        ours = {"Accept-Encoding": "identity"} | ({"Range": span, "If-Range": version} if span else {})
+    async def file(self, path: str, span: str = "", version: str = "") -> AsyncIterator[httpx.Response]:
+        """Yields the answer with a file's bytes, all or a span such as `bytes=0-99`, as `stream` does; or a 416.
+
+        The server may send us on to its storage, once for each request, by a 302 to an address that is signed and soon
+        expires. The key is not sent there, nor the version, by which our server alone calls the file. Raises
+        ServerError for whatever goes wrong there, as the server can be asked for another address.
+        """
+        headers = {"Accept-Encoding": "identity"} | ({"Range": span} if span else {})
+        ours = headers | ({"If-Range": version} if span else {})
         async with self._opened(self._build("GET", path, headers=ours, timeout=STREAM_TIMEOUT)) as response:
-            if response.status_code != httpx.codes.REQUESTED_RANGE_NOT_SATISFIABLE:
-                await self._check_stream(response)
+            if not (response.status_code == httpx.codes.FOUND and response.has_redirect_location):
+                if response.status_code != httpx.codes.REQUESTED_RANGE_NOT_SATISFIABLE:
+                    await self._check_stream(response)
+                yield response
+                return
+            await self.form.read(response)
+        async with self._opened(self._build_elsewhere(response, headers)) as response:
+            status = response.status_code
+            if not response.is_success and status != httpx.codes.REQUESTED_RANGE_NOT_SATISFIABLE:
+                raise ServerError(f"The server's storage answers HTTP {status}.", status=status, code="storage")
             yield response
+
+    def _build_elsewhere(self, sent_on: httpx.Response, headers: dict[str, str]) -> httpx.Request:
+        """Returns the request to where an answer sends us on to, without the key."""
+        try:
+            address = sent_on.url.join(sent_on.headers["Location"])
+            return self.form.http.build_request("GET", address, headers=headers, timeout=STREAM_TIMEOUT)
+        except (ValueError, httpx.InvalidURL) as error:
+            message = "The server sends us on to an address that cannot be read."
+            raise ServerError(message, status=sent_on.status_code, code="storage") from error
 
     @asynccontextmanager
     async def _opened(self, request: httpx.Request) -> AsyncIterator[httpx.Response]:
@@ -222,6 +258,6 @@ def _asked_pause_s(response: httpx.Response) -> float | None:
     return min(float(asked), 60.0) if asked.isdigit() else None
 
 
-def _unreachable(url: str, error: httpx.TransportError) -> Unreachable:
+def _unreachable(url: str, error: Exception) -> Unreachable:
     reason = str(error) or type(error).__name__
     return Unreachable(f"{url} does not answer ({reason}). Is the server up, and is STILLHOUSE_URL right?")

@@ -1,6 +1,7 @@
-"""A server of one file over a real socket."""
+"""Servers of one file over real sockets: ours, and a storage that it sends clients on to."""
 
 import hashlib
+import itertools
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +29,8 @@ class FileServer(ThreadingHTTPServer):
         cuts: That many answers end after `cut_bytes`, or after that share of what they were to hold.
         refuse: That many answers are a 503; with `then_refuse`, as many once the cuts are used up.
         gives_spans: Whether it knows the header Range.
+        storage: Where it sends everyone on to, each time with another signature.
+        good_for: For how many requests each signature is good.
         gate: Is waited at before anything is sent.
         stall: Is waited for before an answer that is cut ends.
     """
@@ -40,17 +43,27 @@ class FileServer(ThreadingHTTPServer):
     refuse = 0
     then_refuse = 0
     gives_spans = True
+    storage: "FileServer | None" = None
+    good_for: Iterator[int] = itertools.repeat(1)
     gate: threading.Barrier | None = None
     stall: threading.Event | None = None
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.asked: list[Asked] = []
+        self.uses: dict[str, int] = {}
+        self.numbers = itertools.count()
         self.lock = threading.Lock()
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_port}"
+
+    def sign(self, uses: int) -> str:
+        """Returns an address at this storage."""
+        signature = f"sig-{next(self.numbers)}"
+        self.uses[signature] = uses
+        return f"{self.url}/bucket/{SHA}?X-Amz-Signature={signature}"
 
     def spans(self) -> list[tuple[int, int]]:
         """Returns what was sent of the file, in order of the requests."""
@@ -71,8 +84,17 @@ class Handler(BaseHTTPRequestHandler):
             server.refuse -= refused
         if refused:
             self.answer(503)
+        elif server.storage is not None:
+            self.answer(302, Location=server.storage.sign(next(server.good_for)))
+        elif server.uses and not self.is_signed():
+            self.answer(403)
         else:
             self.send_file()
+
+    def is_signed(self) -> bool:
+        signature = self.path.rpartition("=")[2]
+        self.server.uses[signature] -= 1
+        return self.server.uses[signature] >= 0
 
     def answer(self, status: int, **headers: str) -> None:
         self.server.asked.append(Asked(self.path, dict(self.headers), status))

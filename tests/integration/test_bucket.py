@@ -11,6 +11,7 @@ import obstore
 import pytest
 from fastapi.testclient import TestClient
 
+from app.main import app
 from core.db import session_scope
 from core.errors import BlobDamaged, StorageAway
 from core.ids import new_id
@@ -20,8 +21,12 @@ from core.jobs.ownership import claim
 from core.jobs.spec import load_spec
 from core.models.repository import put_manifest
 from core.storage import ManifestFile, get_store
+from stillhouse import download
+from tests import driving
 from tests.api import Api, run_job
 from tests.buckets import BUCKET, forget_store, in_bucket, own_bucket, the_s3
+from tests.buckets import BUCKET, own_bucket, the_s3
+from tests.serving import served
 from tests.upkeep import LONG_AGO, SPEC, flip
 from worker.supervisor import Supervisor
 
@@ -179,8 +184,6 @@ def test_a_job_waits_for_a_bucket_that_is_away(
 
 @pytest.fixture
 def api(in_bucket: None, tenant: tuple[str, str]) -> Iterator[Api]:
-    from app.main import app
-
     with TestClient(app, follow_redirects=False) as client:
         yield Api(client, *tenant)
 
@@ -212,6 +215,25 @@ def test_a_download_is_sent_to_the_bucket_without_the_key(api: Api) -> None:
     head = api("HEAD", address)
     assert (head.status_code, head.headers["content-length"]) == (200, "300000")
     assert api("GET", address, headers={"If-None-Match": f'"{sha256}"'}).status_code == 304
+
+
+@pytest.mark.parametrize("form", driving.FORMS)
+def test_the_client_follows_to_the_bucket_without_its_key(
+    api: Api, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_job(api)
+    monkeypatch.setattr(download, "SPAN_BYTES", 100_000)
+    asked = the_s3().asked
+    asked.clear()
+    with served(app) as url, driving.opened(form, url, api.key) as client:
+        job = next(client.jobs.list())
+        files = job.download("onnx_int8", tmp_path / "here")
+        assert job.log(0) == "a line of the log\n"
+    assert {file.name: file.read_bytes() for file in files} == FILES
+    signed = [one for one in asked if "X-Amz-Signature" in one.path]
+    spans = [f"bytes={start}-{start + 99_999}" for start in (0, 100_000, 200_000)]
+    assert sorted(one.headers.get("Range", "") for one in signed) == ["", "", *spans]
+    assert not any(api.key in str(one) for one in signed)
 
 
 def test_where_clients_do_not_reach_the_bucket_bytes_go_through_the_api(

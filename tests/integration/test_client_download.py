@@ -36,6 +36,13 @@ def server() -> Iterator[FileServer]:
         yield server
 
 
+@pytest.fixture
+def storage(server: FileServer) -> Iterator[FileServer]:
+    with serving_file() as storage:
+        server.storage = storage
+        yield storage
+
+
 @pytest.fixture(params=driving.FORMS)
 def form(request: pytest.FixtureRequest) -> str:
     return str(request.param)
@@ -264,3 +271,50 @@ def test_a_full_disk_loses_nothing(server: FileServer, fetch: Fetch, item: Item,
         subprocess.run(["mount", "-o", "remount,size=8m", disk], check=True)
         assert fetch(item) == len(BODY)
     assert server.spans() == [(0, len(BODY)), (had, len(BODY))]
+
+
+def test_a_storage_gives_the_bytes_and_never_sees_the_key(
+    server: FileServer, storage: FileServer, fetch: Fetch, item: Item, spans: list[tuple[int, int]]
+) -> None:
+    storage.cuts, storage.cut_bytes, storage.etag = 3, 0.37, "an etag of its own"
+    assert fetch(item) == len(BODY)
+    check_sent_once(storage, len(spans) + 3)
+    assert {asked.headers["Authorization"] for asked in server.asked} == {"Bearer key"}
+    assert {name.lower() for asked in storage.asked for name in asked.headers} == {
+        *("host", "accept", "accept-encoding", "connection", "user-agent", "range")
+    }
+
+
+def test_an_address_that_has_expired_is_asked_for_anew(
+    server: FileServer, storage: FileServer, fetch: Fetch, item: Item, spans: list[tuple[int, int]]
+) -> None:
+    server.good_for = itertools.chain((0, 1, 1, 0), itertools.repeat(1))
+    assert fetch(item, parallel=1) == len(BODY)
+    assert [asked.status for asked in storage.asked] == [403, 206, 206, 403, *[206] * (len(spans) - 2)]
+    assert len({asked.path for asked in storage.asked}) == len(storage.asked)
+    item.target.unlink()
+    server.good_for = itertools.repeat(0)
+    with pytest.raises(Unreachable, match=r"stops at byte \d+ of 2097152: The server's storage answers HTTP 403\.$"):
+        fetch(item)
+
+
+def test_only_files_are_fetched_elsewhere_and_only_from_one_place(
+    server: FileServer, storage: FileServer, fetch: Fetch, transport: Transport[Any], settle: Settle, item: Item
+) -> None:
+    with pytest.raises(Unreachable, match="The server redirects to"):
+        settle(transport.json("GET", "/v1/jobs/job_1"))
+    assert storage.asked == []
+    storage.storage = server
+    with pytest.raises(Unreachable, match="storage answers HTTP 302"):
+        fetch(item)
+    assert {asked.path for asked in server.asked} == {"/v1/jobs/job_1", "/file"}
+
+
+@pytest.mark.parametrize("address", ["http://[::1/file", "ftp://elsewhere.example/file", "//"])
+def test_an_address_that_leads_nowhere_is_told(
+    storage: FileServer, fetch: Fetch, item: Item, monkeypatch: pytest.MonkeyPatch, address: str
+) -> None:
+    monkeypatch.setattr(storage, "sign", lambda _: address)
+    with pytest.raises(Unreachable, match="stops at byte 0 of 2097152: "):
+        fetch(item)
+    assert storage.asked == []
