@@ -1,5 +1,6 @@
 """`/openai/v1/files` and `/openai/v1/uploads`."""
 
+import hashlib
 import re
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Literal
@@ -192,7 +193,7 @@ def add_part(upload_id: str, upload: ReceivedUpload, principal: Writer) -> dict[
 
 @router.post("/uploads/{upload_id}/complete")
 def complete(upload_id: str, order: Order, principal: Writer) -> dict[str, Any]:
-    """Makes a file of its parts. Raises Invalid where they are not those that were said."""
+    """Makes a file of its parts. Raises Invalid where they are not what was said, and waits for another order."""
     store = get_store()
     with read_scope() as session:
         file = _get_pending(session, principal.tenant_id, upload_id)
@@ -204,10 +205,15 @@ def complete(upload_id: str, order: Order, principal: Writer) -> dict[str, Any]:
     if num_bytes != file.size_bytes:
         found = f"The parts have {num_bytes:,} bytes, and {file.size_bytes:,} were announced."
         raise Invalid(found, param="part_ids")
+    md5 = hashlib.md5(usedforsecurity=False)
     with store.writer() as writer:
         for part in order.part_ids:
             for chunk in store.read(files_of(parts[part])[0].sha256):
                 writer.write(chunk)
+                md5.update(chunk)
+        if order.md5 is not None and order.md5.lower() != md5.hexdigest():
+            found = f"The parts in this order have the md5 {md5.hexdigest()}, and '{order.md5[:100]}' was expected."
+            raise Invalid(f"{found} Name them in the right order, or send the damaged one again.", param="md5")
         blob = writer.commit()
     with session_scope() as session:
         file = _get_pending(session, principal.tenant_id, upload_id)

@@ -1,13 +1,17 @@
 """`/openai/v1` where its own client does not lead: repeated requests, forms of rows, what is refused, and states."""
 
+import hashlib
 import json
 from typing import Any
 
 import pytest
+from openai import BadRequestError, OpenAI
 
+from app.main import app
 from core.db import session_scope
 from core.jobs.models import Job
-from tests.api import Api, claim_job, jsonl, model_files, rows, run_job
+from tests.api import Api, claim_job, jsonl, model_files, num_blobs, rows, run_job
+from tests.serving import served
 
 JOBS = "/openai/v1/fine_tuning/jobs"
 CHATS = [{"messages": [{"role": "system", "content": "be kind"}, *turn]} for turn in [
@@ -207,3 +211,23 @@ def test_files_expire_and_parts_must_fit(api: Api) -> None:
     over = api("POST", f"{upload}/cancel")
     assert (over.status_code, "is completed" in over.json()["error"]["message"]) == (400, True)
     assert json.loads(over.text)["error"]["code"] == "conflict"
+
+
+def test_an_upload_is_what_its_md5_says(api: Api) -> None:
+    data = jsonl(rows(30))
+    with served(app) as url, OpenAI(base_url=f"{url}/openai/v1", api_key=api.key, max_retries=0) as client:
+        upload = client.uploads.create(
+            bytes=len(data), filename="rows.jsonl", purpose="fine-tune", mime_type="application/jsonl"
+        )
+        parts = [client.uploads.parts.create(upload.id, data=part).id for part in (data[:100], data[100:])]
+        md5 = hashlib.md5(data).hexdigest()
+        blobs = num_blobs()
+        for order, said in ((parts[::-1], md5), (parts, "0" * 32), (parts, "")):
+            with pytest.raises(BadRequestError, match=f"and '{said}' was expected") as refused:
+                client.uploads.complete(upload.id, part_ids=order, md5=said)
+            assert (refused.value.param, refused.value.type) == ("md5", "invalid_request_error")
+        assert md5 in refused.value.message
+        assert num_blobs() == blobs
+        done = client.uploads.complete(upload.id, part_ids=parts, md5=md5.upper())
+        assert done.status == "completed"
+        assert client.files.content(done.file.id).read() == data
