@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry, ProcessCollector
 from app import error_handlers, openapi
 from app.datasets.endpoints import router as datasets
 from app.hub.endpoints import router as hub
+from app.hub.listing_endpoints import router as hub_lists
 from app.hub.upload_endpoints import router as hub_uploads
 from app.jobs.endpoints import router as jobs
 from app.jobs.output_endpoints import router as job_outputs
@@ -44,6 +45,7 @@ ROUTERS = (
     webhooks,
     operations,
     hub,
+    hub_lists,
     hub_uploads,
     openai_files,
     openai_jobs,

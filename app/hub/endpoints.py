@@ -53,7 +53,12 @@ def who_am_i(principal: Reader) -> dict[str, Any]:
 @router.get("/api/{kind}/{owner}/{repo}/revision/{revision}")
 def info(found: Found, blobs: bool = False) -> dict[str, Any]:
     """Tells what a revision is, and its files."""
-    repo, (commit, files) = found
+    return describe(found, blobs)
+
+
+def describe(asked: Asked, blobs: bool = False) -> dict[str, Any]:
+    """Returns what a revision is, and its files."""
+    repo, (commit, files) = asked
     owner, _, _ = repo.id.partition("/")
     tags = ["transformers", repo.pipeline] if repo.pipeline else []
     return {
@@ -62,8 +67,8 @@ def info(found: Found, blobs: bool = False) -> dict[str, Any]:
         "modelId": repo.id,
         "author": owner,
         "sha": commit,
-        "createdAt": _moment(repo.created_at),
-        "lastModified": _moment(repo.changed_at),
+        "createdAt": moment(repo.created_at),
+        "lastModified": moment(repo.changed_at),
         "private": True,
         "gated": False,
         "disabled": False,
@@ -121,7 +126,8 @@ def resolve(found: Found, path: str, request: Request) -> Response:
     return answer
 
 
-def _moment(at: datetime) -> str:
+def moment(at: datetime) -> str:
+    """Returns a time as the Hub writes it."""
     return at.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.000Z")
 
 

@@ -9,12 +9,12 @@ from sqlalchemy.orm import Session
 from app.hub.errors import RepoNotFound, RevisionNotFound
 from app.hub.git import commit_oid
 from core.datasets.models import Dataset
-from core.datasets.repository import find_dataset
+from core.datasets.repository import find_dataset, list_datasets
 from core.errors import Gone, NotFound
 from core.jobs.models import Artifact, Job
-from core.jobs.repository import get_job, list_artifacts, list_stages
+from core.jobs.repository import get_job, list_artifacts, list_stages, list_succeeded
 from core.models.models import Model
-from core.models.repository import files_of, find_model, get_manifest, list_manifests
+from core.models.repository import files_of, find_model, get_manifest, list_manifests, list_models
 from core.repos.naming import repo_name
 from core.repos.repository import DATASETS, MODELS, find_commit, find_newest
 from core.storage import ManifestFile
@@ -108,6 +108,31 @@ def find_stored(session: Session, tenant_id: str, kind: str, name: str, revision
         Revision(revision, files_of(older)) if older else None,
         pipeline_of(row.facts["architectures"]) if isinstance(row, Model) else None,
     )
+
+
+def list_rows(
+    session: Session, tenant_id: str, kind: str, after: str | None, limit: int
+) -> list[Model | Dataset | Job]:
+    """Returns what the tenant's repositories are of, newest first, from the `place_of` one (exclusive).
+
+    Of jobs it is those that have succeeded.
+    """
+    if kind == DATASETS:
+        return [*list_datasets(session, tenant_id, after=after and f"ds_{after}", limit=limit)]
+    models = list_models(session, tenant_id, after=after and f"mdl_{after}", limit=limit)
+    rows: list[Model | Dataset | Job] = [model for model, _ in models]
+    rows += list_succeeded(session, tenant_id, after=after and f"job_{after}", limit=limit)
+    return sorted(rows, key=place_of, reverse=True)[:limit]
+
+
+def place_of(row: Model | Dataset | Job) -> str:
+    """Returns the part of a row's id that tells when it was made, whatever it is."""
+    return row.id.rpartition("_")[2]
+
+
+def name_of(row: Model | Dataset | Job) -> str:
+    """Returns the name of the repository that is of it."""
+    return repo_name(row) if isinstance(row, Job) else row.name
 
 
 def find_row(session: Session, tenant_id: str, kind: str, name: str) -> Model | Dataset | None:

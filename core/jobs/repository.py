@@ -118,6 +118,14 @@ def list_jobs(
     return _page(session, query.order_by(Job.id.desc()), limit, lambda job: job.id)
 
 
+def list_succeeded(session: Session, tenant_id: str, *, after: str | None, limit: int) -> list[Job]:
+    """Returns the tenant's jobs that have succeeded, newest first, from the id `after` (exclusive)."""
+    query = select(Job).where(Job.tenant_id == tenant_id, Job.state == "succeeded", Job.deleted_at.is_(None))
+    if after:
+        query = query.where(Job.id < after)
+    return list(session.scalars(query.order_by(Job.id.desc()).limit(limit)))
+
+
 def _find_labelled(tenant_id: str, labels: Sequence[tuple[str, str]]) -> Select[str]:
     """Returns the query for the ids of the jobs that have all of these labels."""
     (key, value), *others = labels

@@ -40,6 +40,14 @@ def find_commit(session: Session, tenant_id: str, kind: str, name: str, oid: str
     return None if row is None else row.Manifest
 
 
+def list_commits(session: Session, tenant_id: str, kind: str, name: str, first: str, limit: int) -> list[Commit]:
+    """Returns a commit of that name and those before it, newest first."""
+    of_name = (Commit.tenant_id == tenant_id, Commit.kind == kind, Commit.name == name)
+    newest_at = select(Commit.committed_at).where(*of_name, Commit.oid == first).scalar_subquery()
+    query = select(Commit).where(*of_name, Commit.committed_at <= newest_at)
+    return list(session.scalars(query.order_by(Commit.committed_at.desc()).limit(limit)))
+
+
 def _commits(tenant_id: str, kind: str, name: str) -> Select[Commit, Manifest]:
     query = select(Commit, Manifest).join(Manifest, Manifest.id == Commit.manifest_id)
     return query.where(Commit.tenant_id == tenant_id, Commit.kind == kind, Commit.name == name)

@@ -72,6 +72,9 @@ def test_every_call(client: str, api: Api, recorder: Recorder, tmp_path: Path) -
     assert seen["dataset"] == ["test.jsonl", "train.jsonl", "validation.jsonl"]
     assert seen["pushed"] == seen["sha"]  # equal files are the same commit
     assert {file["path"] for file in api("GET", "/v1/models/pushed").json()["files"]} == set(STUDENT)
+    assert seen["models"] == [f"{owner}/pushed", f"{owner}/big", repo]
+    assert (seen["found"], seen["data sets"]) == ([f"{owner}/big"], [f"{owner}/pushed-rows", f"{owner}/tickets"])
+    assert (seen["commits"][0], len(seen["commits"])) == (seen["pushed"], 2)  # the other one made the repository
     assert api("GET", "/v1/datasets/pushed-rows").json()["splits"]["train"]["num_rows"] == 30
     errors = [seen[name] for name in ("no repo", "no revision", "no file", "no key")]
     expected = ["RepositoryNotFoundError", "RevisionNotFoundError", "EntryNotFoundError", "RepositoryNotFoundError"]
@@ -88,6 +91,9 @@ def test_the_hf_command(client: str, api: Api, recorder: Recorder, tmp_path: Pat
     repo = _make_job(api, {"student": STUDENT, "onnx_int8": ONNX})
     place = _place(recorder, api, tmp_path)
     assert repo.partition("/")[0] in run([hf, "auth", "whoami"], **place)
+    if not client.startswith("huggingface_hub==0."):  # whose command lists nothing
+        owner = repo.partition("/")[0]
+        assert run([hf, "models", "ls", "--author", owner, "--quiet"], **place).split() == [repo, f"{owner}/minilm"]
     run([hf, "download", repo, "--revision", "onnx-int8", "--local-dir", str(tmp_path / "onnx")], **place)
     assert {path: (tmp_path / "onnx" / path).read_bytes() for path in ONNX} == ONNX
     for path, data in STUDENT.items():

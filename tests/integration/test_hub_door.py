@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from huggingface_hub import HfApi, errors
+from huggingface_hub import CommitOperationAdd, HfApi, errors
 
+from app.hub import listing_endpoints
 from app.hub.git import commit_oid, list_entries, pointer
 from app.main import app
 from core.models import hub
@@ -152,6 +153,70 @@ def test_a_data_set_is_downloaded_by_split(api: Api, client: HfApi, owner: str, 
     assert found == {f"{split}.jsonl": [json.loads(row) for row in data.splitlines()] for split, data in SPLITS.items()}
     with pytest.raises(errors.RepositoryNotFoundError):
         client.model_info(repo)
+
+
+def test_what_a_tenant_has_is_listed(
+    api: Api, other: Api, client: HfApi, owner: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listing_endpoints, "PAGE", 3)
+    other.push_model("secret")
+    heads = {"architectures": ["BertForTokenClassification"]}
+    tagger = {"config.json": json.dumps(json.loads(model_files()["config.json"]) | heads).encode()}
+    for name, files in (("a", {}), ("b", tagger), ("Mini-c", {}), ("d", {}), ("mini-e", tagger)):
+        assert api.push_model(name, model_files() | files).status_code == 201
+    _, made = _make_job(api, name="mine")
+    run_job(api.make_job(name="reported"), {"report": {"report.json": b"{}"}})
+    api.make_job(name="waiting")
+    stored = [f"{owner}/{name}" for name in ("minilm", "mini-e", "d", "Mini-c", "b", "a")]
+    listed = list(client.list_models(full=True))
+    assert [model.id for model in listed] == [made, *stored]
+    assert [model.id for model in client.list_models(limit=2)] == [made, stored[0]]
+    assert [model.id for model in client.list_models(search="MINI", author=owner)] == [stored[0], stored[1], stored[3]]
+    tagging = [model.id for model in client.list_models(pipeline_tag="token-classification", filter="transformers")]
+    assert tagging == [stored[1], stored[4]]
+    assert list(client.list_models(author="acme")) == []
+    assert [data.id for data in client.list_datasets(search="tick")] == [f"{owner}/tickets"]
+    told = client.model_info(made)
+    assert (listed[0].sha, listed[0].pipeline_tag, listed[0].created_at) == (
+        *(told.sha, "text-classification", told.created_at),
+    )
+    [short] = client.list_models(search=made)
+    assert (short.pipeline_tag, short.sha, short.siblings) == (listed[0].pipeline_tag, None, None)
+    assert next(iter(client.list_models(expand=["sha"]))).sha == told.sha
+    for condition in ({"apps": "vllm"}, {"sort": "last_modified"}):
+        with pytest.raises(errors.HfHubHTTPError, match=next(iter(condition))):
+            list(client.list_models(**condition))
+
+
+def test_what_a_name_has_held_is_listed(
+    api: Api, other: Api, client: HfApi, owner: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listing_endpoints, "PAGE", 2)
+    repo, added = f"{owner}/pushed", model_files()
+    client.create_repo(repo)
+    oids = []
+    for number in range(5):
+        files = added | {"README.md": b"version %d" % number}
+        changes = [CommitOperationAdd(path, data) for path, data in files.items()]
+        oids.insert(0, client.create_commit(repo, changes, commit_message="another").oid)
+    held = client.list_repo_commits(repo, formatted=True)
+    assert [commit.commit_id for commit in held[:5]] == oids
+    assert {(*commit.authors, commit.title, commit.formatted_title) for commit in held} == {
+        (owner, "Stillhouse", "Stillhouse")
+    }
+    assert [commit.created_at for commit in held] == sorted((commit.created_at for commit in held), reverse=True)
+    assert [commit.commit_id for commit in client.list_repo_commits(repo, revision=oids[2])] == [
+        commit.commit_id for commit in held[2:]
+    ]
+    _, made = _make_job(api)
+    [only] = client.list_repo_commits(made, revision="onnx-int8")
+    assert (only.commit_id, only.formatted_title) == (client.model_info(made, revision="onnx-int8").sha, None)
+    assert [commit.commit_id for commit in client.list_repo_commits(f"{owner}/tickets", repo_type="dataset")] == [
+        client.dataset_info(f"{owner}/tickets").sha
+    ]
+    with pytest.raises(errors.RevisionNotFoundError):
+        client.list_repo_commits(repo, revision="v9")
+    assert other("GET", f"/hub/api/models/{repo}/commits/main").headers["x-error-code"] == "RepoNotFound"
 
 
 def test_a_cut_download_goes_on_where_it_was(api: Api, client: HfApi, owner: str) -> None:
