@@ -25,7 +25,6 @@ from stillhouse import download
 from tests import driving
 from tests.api import Api, run_job
 from tests.buckets import BUCKET, forget_store, in_bucket, own_bucket, the_s3
-from tests.buckets import BUCKET, own_bucket, the_s3
 from tests.serving import served
 from tests.upkeep import LONG_AGO, SPEC, flip
 from worker.supervisor import Supervisor
