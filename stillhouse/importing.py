@@ -101,7 +101,7 @@ class OpenAIImport:
         return True
 
     async def _download(self, file_id: str, part: Path) -> None:
-        async with self.source.stream(f"/files/{file_id}/content", {}) as answer:
+        async with self.source.file(f"/files/{file_id}/content") as answer:
             with part.open("wb") as file:
                 async for chunk in self.source.form.chunks(answer):
                     file.write(chunk)
