@@ -1,6 +1,7 @@
 """Single-label text classification inside a stage."""
 
 import logging
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -26,6 +27,7 @@ from worker.engine.loading import (
     save_classifier,
 )
 from worker.engine.measuring import CPU, answer_all, count_bytes, time_singles
+from worker.engine.predicting import Said, answer_each, write_rows
 from worker.engine.rendering import if_known, percent, percent_range
 from worker.engine.runtimes import Forward, open_model
 from worker.engine.scores import accuracy, bootstrap, largest_difference, macro_f1, per_class, same_first
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from worker.methods.stages.answer import Answer as AnswerStage
     from worker.methods.stages.distill import Distill
     from worker.methods.stages.evaluate import Evaluate
+    from worker.methods.stages.predict import Predict
 
 SAMPLED_TEXTS = 1000
 SAMPLE_BATCH = 32
@@ -299,6 +302,34 @@ class Classification:
     def share_of(self, sums_J: NDArray[Any]) -> float:
         """Returns the score that is a share of 1, by the sums over some examples."""
         return float(sums_J[0] / sums_J[1])
+
+    def predict(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: "Predict") -> Said:
+        """Returns what a model says of some texts that no split has."""
+        pairs = settings.pairs or [""] * len(settings.texts)
+        path = write_rows(self.ctx, map(self.pose, settings.texts, pairs))
+        data = self.encode(path, model, tokenizer, sys.maxsize)
+        logits_NC, times_ms = answer_each(model, data, self.ctx.check_stop)
+        return Said(self.tell(logits_NC, settings.texts), times_ms)
+
+    def pose(self, text: str, pair: str) -> dict[str, Any]:
+        """Returns a text as a row of a split, whose label means nothing."""
+        row = {"text": text, "pair": pair} | self.no_label
+        return {name: row[role] for role, name in self.columns.items()}
+
+    @property
+    def no_label(self) -> dict[str, Any]:
+        """What is written, by role, where nothing is known."""
+        return {"label": self.labels[0]}
+
+    def tell(self, logits_NC: Tensor, texts: list[str]) -> list[dict[str, Any]]:  # noqa: ARG002 - taggers need the words
+        """Returns what the logits of some texts say of each, as JSON has it."""
+        return [self.tell_labels(p_C) for p_C in logits_NC.softmax(dim=-1)]
+
+    def tell_labels(self, p_C: Tensor) -> dict[str, Any]:
+        """Returns the labels of a text with their probabilities, the likeliest first."""
+        found = zip(self.labels, p_C.double().tolist(), strict=True)
+        shown = [{"label": label, "probability": round(p, 6)} for label, p in found]
+        return {"labels": sorted(shown, key=lambda one: -one["probability"])}
 
 
 class Candidate(NamedTuple):

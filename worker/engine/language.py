@@ -28,6 +28,7 @@ from worker.engine.loading import count_positions, load_language_model, save_lan
 from worker.engine.measuring import CPU, as_forward, count_bytes, measure_speed, time_singles
 from worker.engine.members import Members, count_tokens, load_members
 from worker.engine.next_tokens import predict_next
+from worker.engine.predicting import Said, go_on_each
 from worker.engine.rendering import if_known, percent
 from worker.engine.scores import bootstrap_sums, largest_difference, same_first
 from worker.engine.sharding import is_sharded
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from worker.methods.stages.distill import Distill, OnPolicy
     from worker.methods.stages.evaluate import Evaluate
     from worker.methods.stages.generate import Generate
+    from worker.methods.stages.predict import Predict
     from worker.methods.tasks.causal_lm import CausalLM
 
 SAMPLED_TOKENS = 1024  # all of whose logits are in memory at once
@@ -319,6 +321,10 @@ class LanguageModelling:
             notes=NOTES,
             details={},
         )
+
+    def predict(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: "Predict") -> Said:
+        """Returns how a model goes on after some texts."""
+        return go_on_each(self.ctx, model, tokenizer, settings, chat=self.task.chat)
 
     def _rate(self, sums_BJ: NDArray[np.float64], num_bytes: int, settings: "Evaluate") -> Row:
         """Returns how good a model with these SUMS is."""

@@ -94,6 +94,16 @@ class MultiLabel(Classification):
         """Returns the F1 of all decisions."""
         return f1_of(sums_J)
 
+    @property
+    def no_label(self) -> dict[str, Any]:
+        """No label."""
+        return {"labels": []}
+
+    def tell(self, logits_NC: Tensor, texts: list[str]) -> list[dict[str, Any]]:  # noqa: ARG002
+        """Returns how likely each label fits each text; one fits above one half."""
+        p_SC = logits_NC.softmax(dim=-1)[:, 1].reshape(-1, len(self.labels))
+        return [self.tell_labels(p_C) for p_C in p_SC]
+
     def describe(self, test: Examples, rows: list[Row], student_N: NDArray[Any]) -> Measured:
         """Returns what was measured, with how to show it; `student_N` are the decisions of the student."""
         counts_C3 = self._count(self.labels_of(test).numpy(), student_N)[0].sum(axis=0)

@@ -28,6 +28,7 @@ from worker.engine.exporting import EQUAL_LOGITS, MERGED_LOGITS, get_reference, 
 from worker.engine.inference import Answer, as_answer
 from worker.engine.loading import head_bias, is_head, load_classifier, name_labels, output_layer, save_classifier
 from worker.engine.measuring import answer_all, count_bytes, time_singles
+from worker.engine.predicting import Said
 from worker.engine.rendering import if_known, percent, percent_range
 from worker.engine.runtimes import Forward, OpenModel, open_model
 from worker.engine.tagging import Tagging
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from worker.methods.stages.answer import Answer as AnswerStage
     from worker.methods.stages.distill import Distill
     from worker.methods.stages.evaluate import Evaluate
+    from worker.methods.stages.predict import Predict
 
 
 class MultiTask:
@@ -275,6 +277,14 @@ class MultiTask:
         spreads = [np.ptp(rows[name][f"{part.share}_ci"]) / 2 for name, part in self.parts.items()]
         half = math.sqrt(sum(spread**2 for spread in spreads)) / len(spreads)
         return {"mean": mean, "mean_ci": [mean - half, mean + half], "tasks": rows}
+
+    def predict(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: "Predict") -> Said:
+        """Returns what the head of each task says of some texts, under the task's name."""
+        self.settle_tokenizer(tokenizer)
+        said = {name: part.predict(self.see(model, name), tokenizer, settings) for name, part in self.parts.items()}
+        answers = [{name: one.answers[row] for name, one in said.items()} for row in range(len(settings.texts))]
+        times_ms = [sum(times) for times in zip(*(one.times_ms for one in said.values()), strict=True)]
+        return Said([{"tasks": answer} for answer in answers], times_ms)
 
     def _columns(self) -> list[Column]:
         def show(name: str, share: str) -> Callable[[Row], str]:

@@ -86,6 +86,15 @@ class Regression(Classification):
         """Returns Pearson's correlation."""
         return _pearson(sums_J)
 
+    @property
+    def no_label(self) -> dict[str, Any]:
+        """A number."""
+        return {"value": 0.0}
+
+    def tell(self, logits_NC: Tensor, texts: list[str]) -> list[dict[str, Any]]:  # noqa: ARG002
+        """Returns the number of each text."""
+        return [{"value": value} for value in logits_NC[:, 0].double().tolist()]
+
     def describe(self, test: Examples, rows: list[Row], student_N: NDArray[Any]) -> Measured:  # noqa: ARG002
         """Returns what was measured, with how to show it."""
         return Measured(

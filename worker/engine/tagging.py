@@ -108,6 +108,25 @@ class Tagging(Classification):
     def _texts(self, test: Sentences, tags_N: NDArray[np.int64]) -> list[list[str]]:
         return list(split_texts(tags_N, self.labels, [len(tags) for tags in test.tags]))
 
+    def pose(self, text: str, pair: str) -> dict[str, Any]:  # noqa: ARG002
+        """Returns the words of a text as a row of a split, whose tags mean nothing."""
+        words = text.split()
+        return {self.columns["tokens"]: words, self.columns["tags"]: [self.labels[0]] * len(words)}
+
+    def tell(self, logits_NC: Tensor, texts: list[str]) -> list[dict[str, Any]]:
+        """Returns each word of each text with its tag and how likely that is; of one that was cut off that is null."""
+        p_N, seen_N = logits_NC.softmax(dim=-1).amax(dim=-1).double().tolist(), logits_NC.any(dim=-1).tolist()
+        found = [
+            {"label": self.labels[tag], "probability": round(p, 6) if seen else None}
+            for tag, p, seen in zip(self.choose(logits_NC), p_N, seen_N, strict=True)
+        ]
+        words = [text.split() for text in texts]
+        ends = np.cumsum([0, *map(len, words)]).tolist()
+        return [
+            {"words": [{"word": word} | one for word, one in zip(some, found[start:], strict=False)]}
+            for some, start in zip(words, ends, strict=False)
+        ]
+
     def describe(self, test: Sentences, rows: list[Row], student_N: NDArray[Any]) -> Measured:
         """Returns what was measured, with how to show it; `student_N` are the tags that the student gives."""
         texts = self._texts(test, self.labels_of(test).numpy()), self._texts(test, student_N)

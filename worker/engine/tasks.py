@@ -16,10 +16,12 @@ from worker.kernels.heads import Head
 
 if TYPE_CHECKING:
     from worker.engine.evaluation import Measured
+    from worker.engine.predicting import Said
     from worker.engine.teaching import Teaching
     from worker.methods.stages.answer import Answer as AnswerStage
     from worker.methods.stages.distill import Distill
     from worker.methods.stages.evaluate import Evaluate
+    from worker.methods.stages.predict import Predict
 
 Scores = dict[str, float]
 
@@ -139,3 +141,6 @@ class TaskRun(Protocol):
 
     def measure(self, settings: "Evaluate") -> "Measured":
         """Measures teacher, student and every exported form on the test split."""
+
+    def predict(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: "Predict") -> "Said":
+        """Returns what a model says of some texts that no split has."""
