@@ -18,6 +18,7 @@ from app.hub.listing_endpoints import router as hub_lists
 from app.hub.upload_endpoints import router as hub_uploads
 from app.jobs.endpoints import router as jobs
 from app.jobs.output_endpoints import router as job_outputs
+from app.jobs.result_endpoints import router as results
 from app.jobs.watching import Watcher
 from app.keys.endpoints import router as keys
 from app.methods.endpoints import router as methods
@@ -37,6 +38,7 @@ from core.queue import prepare
 ROUTERS = (
     jobs,
     job_outputs,
+    results,
     datasets,
     models,
     methods,

@@ -197,6 +197,31 @@ class ArtifactList(BaseModel):
     data: list[ArtifactView]
 
 
+class ResultView(BaseModel):
+    """What a job has measured of its models."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    job_id: str = Field(examples=["job_0197f0c2a1b37cc0a1b2c3d4e5f60718"])
+    name: str = Field(description="The job's.", examples=["support-tickets"])
+    test: str | dict[str, str] = Field(
+        description="The split that they were measured on, or of several tasks one each.", examples=["tickets/test"]
+    )
+    models: list[dict[str, Any]] = Field(
+        description="Of teacher, student and each form its `name`, scores, `size_bytes`, `num_parameters` and times, "
+        "as in the summary of the stage.",
+        examples=[[{"name": "onnx_int8", "accuracy": 0.93, "size_bytes": 4_600_000, "latency_p95_ms": 1.8}]],
+    )
+    measured_at: datetime
+
+
+class ResultPage(BaseModel):
+    """A page of results."""
+
+    data: list[ResultView]
+    next_cursor: str | None
+
+
 class FileRef(BaseModel):
     """A folder inside a job's artifact."""
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, Select, and_, bindparam, cast, delete, func, select, update
+from sqlalchemy import Connection, Row, Select, and_, bindparam, cast, delete, func, select, update
 from sqlalchemy.dialects.postgresql import JSONB, JSONPATH, insert
 from sqlalchemy.orm import Session, aliased, defer
 
@@ -198,6 +198,27 @@ def list_measured(session: Session, tenant_id: str, job_id: str) -> list[Event]:
     """Returns what searches among the job's stages have told of their students, oldest first."""
     query = select(Event).where(Event.tenant_id == tenant_id, Event.job_id == job_id, Event.type == MEASURED)
     return list(session.scalars(query.order_by(Event.seq)))
+
+
+def list_results(
+    session: Session, tenant_id: str, *, name: str | None = None, after: str | None = None, limit: int = 20
+) -> list[Row[Any]]:
+    """Returns what the last stage that measured them says of each job's models, of the newest job first."""
+    models, test = StageRun.summary["models"].label("models"), Job.spec["data"]["test"].label("test")
+    query = (
+        select(Job.id.label("job_id"), Job.name, test, models, StageRun.finished_at.label("measured_at"))
+        .join(StageRun, StageRun.job_id == Job.id)
+        .where(Job.tenant_id == tenant_id, Job.deleted_at.is_(None))
+        .where(StageRun.kind == "evaluate", StageRun.state == "succeeded", StageRun.summary.op("?")("models"))
+        .distinct(Job.id)
+        .order_by(Job.id.desc(), StageRun.ordinal.desc())
+        .limit(limit)
+    )
+    if name:
+        query = query.where(Job.name == name)
+    if after:
+        query = query.where(Job.id < after)
+    return list(session.execute(query))
 
 
 def list_metrics(

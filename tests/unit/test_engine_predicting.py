@@ -117,7 +117,7 @@ def test_every_task_of_several_answers(bench: Bench) -> None:
             target = path.with_suffix("") / f"{name}.jsonl"
             target.parent.mkdir(exist_ok=True)
             target.write_text("".join(json.dumps(row | {"words": len(row["text"]) / 40}) + "\n" for row in rows))
-    data = {split: {name: f"toy/{split}" for name in parts} for split in ("train", "validation", "test")}
+    data = {split: dict.fromkeys(parts, f"toy/{split}") for split in ("train", "validation", "test")}
     task = {"kind": "multi_task", "tasks": parts}
     spec = make_spec([*LEARN, {"kind": "predict", "texts": TEXTS}], task=task, data=data)
     labels = [*(f"intent/{label}" for label in LABELS), "size/words"]
