@@ -10,7 +10,7 @@ CLIENTS := huggingface_hub==0.36.2 huggingface_hub==1.33.0 huggingface_hub==2.4.
   standardwebhooks==1.1.0 openapi-python-client==0.29.1 mlflow==3.17.2 arize-phoenix==20.26.1 \
   kubernetes-validate==1.37.0
 
-.PHONY: help setup demo up test test-clients older browser lint bench chaos migrate format constraints
+.PHONY: help setup demo up test test-clients older browser screenshots lint bench chaos migrate format constraints
 
 help: ## Shows this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -48,9 +48,14 @@ $(OLDER):
 older: setup $(OLDER) ## Reads folders as jobs write them with transformers 4.57, in an environment of its own
 	$(BIN)/python -m pytest tests/e2e/test_transformers_4.py -rs
 
-browser: setup ## Runs ONNX forms in Chromium, which must be installed, and npm with it
+browser: setup ## Runs the web page and ONNX forms in Chromium, which must be installed, and npm with it
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,browser]'
 	npm ci --prefix tests/e2e/browser --ignore-scripts --no-audit --no-fund
-	$(BIN)/python -m pytest tests/e2e/test_browser.py -rs
+	$(BIN)/python -m pytest tests/e2e/test_browser.py tests/e2e/test_page.py -rs
+
+screenshots: ## Makes docs/page anew, while it drives the web page as `make browser` does
+	mkdir -p docs/page
+	STILLHOUSE_SCREENSHOTS=docs/page $(MAKE) browser
 
 lint: setup ## Checks style, types, import contracts and sizes
 	$(BIN)/ruff check .

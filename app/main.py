@@ -29,6 +29,7 @@ from app.openai.job_endpoints import router as openai_jobs
 from app.openai.webhook_endpoints import router as openai_webhooks
 from app.operations.collector import JobsCollector
 from app.operations.endpoints import router as operations
+from app.page.endpoints import router as page
 from app.secrets.endpoints import router as secrets
 from app.webhooks.endpoints import router as webhooks
 from core import tracing
@@ -46,6 +47,7 @@ ROUTERS = (
     secrets,
     webhooks,
     operations,
+    page,
     hub,
     hub_lists,
     hub_uploads,

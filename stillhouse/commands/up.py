@@ -46,7 +46,9 @@ def up(
     try:
         stack.start()
         if not stack.stopping:
-            _announce(stack.describe() | {"api_key": stack.api_key, "logs": str(stack.logs)}, folder, as_json)
+            page = f"{stack.url}/#key={stack.api_key}"  # what follows the # stays in the browser
+            facts = {"page": page, "api_key": stack.api_key, "logs": str(stack.logs)}
+            _announce(stack.describe() | facts, folder, as_json)
             stack.run()
             say("stopping …")
     except (AlreadyRunning, PortTaken) as error:
@@ -64,7 +66,8 @@ def _announce(facts: dict[str, object], folder: Path, as_json: bool) -> None:
     console = stdout()
     console.print(Text("Stillhouse is ready.", style="bold green"))
     for name, value in (
-        ("address", f"{facts['url']}    (its pages: {facts['url']}/docs)"),
+        ("page", facts["page"]),
+        ("address", f"{facts['url']}    (its reference: {facts['url']}/docs)"),
         ("API key", facts["api_key"]),
         ("data", facts["data_dir"]),
         ("logs", facts["logs"]),
