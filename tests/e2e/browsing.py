@@ -84,7 +84,7 @@ def check_access(page: "Page", place: str) -> None:
             for one in found["violations"]
         ]
         assert shown == [], f"{place}, {scheme}: {shown}"
-        shoot(page, f"{place}-{scheme}")
+    assert "[object " not in page.inner_text("main"), place
     page.set_viewport_size({"width": 320, "height": 720})
     assert page.evaluate("document.scrollingElement.scrollWidth") <= 320, place
     page.set_viewport_size(DESKTOP)
@@ -92,8 +92,11 @@ def check_access(page: "Page", place: str) -> None:
 
 
 def shoot(page: "Page", name: str) -> None:
-    if SCREENSHOTS:
-        page.screenshot(path=Path(SCREENSHOTS) / f"{name}.png")
+    """Takes a picture for the documentation in each colour scheme, if that is wanted."""
+    for scheme in SCHEMES if SCREENSHOTS else ():
+        page.emulate_media(color_scheme=scheme)
+        page.screenshot(path=Path(SCREENSHOTS) / f"{name}-{scheme}.png")
+    page.emulate_media(color_scheme="light")
 
 
 def tab_to(page: "Page", target: "Locator") -> None:

@@ -49,16 +49,15 @@ function parts(hint, control) {
   const id = `field-${++count}`;
   const wrong = h("p", { id: `${id}-wrong`, class: "problem", hidden: true });
   const told = h("p", { id: `${id}-hint`, class: "hint" }, prose(hint));
-  const described = `${hint ? `${id}-hint ` : ""}${id}-wrong`;
   const fail = (message) => {
-    wrong.hidden = !message;
+    wrong.hidden = false;
     wrong.textContent = message;
-    if (control) message ? control.setAttribute("aria-invalid", "true") : control.removeAttribute("aria-invalid");
-    for (let box = wrong.parentElement; message && box; box = box.parentElement) if (box instanceof HTMLDetailsElement) box.open = true;
+    control?.setAttribute("aria-invalid", "true");
+    for (let box = wrong.closest("details"); box; box = box.parentElement.closest("details")) box.open = true;
   };
   control?.setAttribute("id", id);
-  control?.setAttribute("aria-describedby", described);
-  return { id, wrong, told: hint ? told : null, described, fail };
+  control?.setAttribute("aria-describedby", `${hint ? `${id}-hint ` : ""}${id}-wrong`);
+  return { id, wrong, told: hint ? told : null, fail };
 }
 
 function boundsOf(schema) {
@@ -71,12 +70,12 @@ function boundsOf(schema) {
 
 function scalar(name, schema, { required, given, hint, nullable, choices }) {
   const isNumber = schema.type === "number" || schema.type === "integer";
-  const known = schema.enum ?? choices?.(name, schema);
+  const known = choices?.(name, schema);
   const by = `${hint}${isNumber ? boundsOf(schema) : ""}${nullable && !required ? " Empty: none." : ""}`;
-  if (known && !schema.enum && !schema.const) return chosenText(name, known, { required, given, hint: by });
+  if (known) return chosenText(name, known, { required, hint: by });
+  const values = schema.enum ?? (schema.const === undefined ? null : [schema.const]);
   let control;
-  if (schema.const !== undefined) control = h("input", { value: schema.const, readonly: true });
-  else if (known) control = h("select", {}, required || given !== undefined ? null : h("option", { value: "" }, "–"), known.map((one) => h("option", { value: one }, one)));
+  if (values) control = h("select", {}, required || given !== undefined ? null : h("option", { value: "" }, "–"), values.map((one) => h("option", { value: one }, one)));
   else if (schema.type === "boolean") control = h("input", { type: "checkbox" });
   else if (isNumber) control = h("input", { type: "number", step: schema.type === "integer" ? "1" : "any", min: schema.minimum ?? schema.exclusiveMinimum, max: schema.maximum ?? schema.exclusiveMaximum });
   else control = schema.maxLength > LONG_TEXT ? h("textarea", { rows: "3" }) : h("input", { type: "text" });
@@ -95,16 +94,12 @@ function scalar(name, schema, { required, given, hint, nullable, choices }) {
 }
 
 /** A text that is one of those which are known, or another. */
-function chosenText(name, known, { required, given, hint }) {
+function chosenText(name, known, { required, hint }) {
   const other = h("input", { type: "text", "aria-label": `${words(name)}, another`, hidden: true });
   const pick = h("select", { onchange: () => (other.hidden = pick.value !== "*") },
     required ? null : h("option", { value: "" }, "–"), known.map(({ value, text }) => h("option", { value }, text)), h("option", { value: "*" }, "another …"));
-  if (given) {
-    if (!known.some(({ value }) => value === given)) pick.append(h("option", { value: given }, given));
-    pick.value = given;
-  }
-  other.hidden = pick.value !== "*";
   const { id, wrong, told, fail } = parts(hint, pick);
+  other.hidden = pick.value !== "*"; // where nothing is known
   const node = h("div", { class: "field" }, h("label", { for: id }, words(name), required ? h("span", { class: "needed" }, " (needed)") : null), pick, other, told, wrong);
   return { node, read: () => (pick.value === "*" ? other.value : pick.value) || undefined, child: () => undefined, fail };
 }

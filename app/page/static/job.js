@@ -14,6 +14,7 @@ const ORDERS = {
   resume: new Set(["paused", "pausing"]),
   cancel: new Set(["queued", "running", "pausing", "paused"]),
   retry: new Set(["failed", "cancelled"]),
+  delete: ENDED,
 };
 
 export const title = "Job";
@@ -29,8 +30,8 @@ class JobPage {
     Object.assign(this, { id, signal, heading, done: new Set(), numEvents: 0, metrics: "" });
     this.head = h("div", {});
     this.wrong = h("p", { class: "problem", role: "alert", hidden: true });
-    this.orders = h("p", { class: "orders" }, Object.keys(ORDERS).map((order) => h("button", { type: "button", name: order, hidden: true, onclick: () => this.order(order) }, order)),
-      h("a", { class: "button", href: `#/try/${id}`, hidden: true }, "Try it"));
+    this.orders = h("p", { class: "orders" }, h("a", { class: "button first", href: `#/try/${id}`, hidden: true }, "Try it"),
+      Object.keys(ORDERS).map((order) => h("button", { type: "button", name: order, hidden: true, onclick: () => this.order(order) }, order)));
     const section = (name, text) => {
       this[name] = h("div", {});
       return h("section", { "aria-labelledby": `${name}-head`, hidden: true }, h("h2", { id: `${name}-head` }, text), this[name]);
@@ -121,10 +122,11 @@ class JobPage {
 
   async order(name) {
     this.wrong.hidden = true;
+    if (name === "delete" && !confirm("Delete the job, with all that it made?")) return;
     try {
-      const job = await ask(`jobs/${this.id}/${name}`, { method: "POST" });
-      if (job.id !== this.id) location.hash = `#/jobs/${job.id}`;
-      else this.tell(job);
+      const job = name === "delete" ? await ask(`jobs/${this.id}`, { method: "DELETE" }) : await ask(`jobs/${this.id}/${name}`, { method: "POST" });
+      if (job?.id === this.id) this.tell(job);
+      else location.hash = job ? `#/jobs/${job.id}` : "#/jobs";
     } catch (error) {
       if (!(error instanceof ApiError)) throw error;
       this.wrong.textContent = error.message;

@@ -93,8 +93,9 @@ class JobList {
     const [first, end] = this.inSight();
     const wanted = this.rows.slice(first, end);
     const ids = new Set(wanted.map((job) => job.id));
-    for (const [id, row] of this.shown) {
-      if (!ids.has(id)) (row.remove(), this.shown.delete(id));
+    for (const [id, row] of [...this.shown].filter(([one]) => !ids.has(one))) {
+      row.remove();
+      this.shown.delete(id);
     }
     let before = this.above;
     wanted.forEach((job, place) => {

@@ -29,7 +29,8 @@ async function open() {
   const view = name === "jobs" && rest[0] ? "job" : name in VIEWS ? name : "jobs";
   for (const link of nav.children) {
     const isHere = link.hash === `#/${view === "job" ? "jobs" : view}`;
-    isHere ? link.setAttribute("aria-current", "page") : link.removeAttribute("aria-current");
+    if (isHere) link.setAttribute("aria-current", "page");
+    else link.removeAttribute("aria-current");
   }
   const { title, render } = await VIEWS[view]();
   if (signal.aborted) return;
@@ -91,8 +92,15 @@ function paint() {
   document.documentElement.dataset.theme = theme.value = localStorage.getItem("stillhouse-theme") ?? "";
 }
 
-theme.addEventListener("change", () => (localStorage.setItem("stillhouse-theme", theme.value), paint()));
-leave.addEventListener("click", () => (forgetKey(), announce("The key is forgotten."), open()));
+theme.addEventListener("change", () => {
+  localStorage.setItem("stillhouse-theme", theme.value);
+  paint();
+});
+leave.addEventListener("click", () => {
+  forgetKey();
+  announce("The key is forgotten.");
+  open();
+});
 document.addEventListener("key-refused", (event) => {
   if (nav.hidden) return;
   forgetKey();
@@ -100,7 +108,10 @@ document.addEventListener("key-refused", (event) => {
   nav.hidden = leave.hidden = true;
   askForKey(event.detail);
 });
-document.querySelector(".skip").addEventListener("click", (event) => (event.preventDefault(), main.focus()));
+document.querySelector(".skip").addEventListener("click", (event) => {
+  event.preventDefault(); // the fragment names a view
+  main.focus();
+});
 window.addEventListener("hashchange", open);
 paint();
 open();

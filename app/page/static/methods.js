@@ -15,7 +15,7 @@ export async function render(place, { parts: [family, kind], signal, heading }) 
   heading.textContent = `${words(kind)}, of the ${words(family)}`;
   const [first, ...rest] = method.description.split("\n\n");
   const use = family === "stages" ? h("a", { class: "button", href: `#/new/${kind}` }, "Make a job with it") : null;
-  place.append(h("p", {}, h("a", { href: "#/methods" }, "All methods")), h("p", {}, prose(first)), rest.map((text) => h("p", {}, prose(text))), use, settingsOf(method));
+  place.append(h("p", {}, h("a", { href: "#/methods" }, "All methods")), h("p", {}, prose(first)), ...rest.map((text) => h("p", {}, prose(text))), ...(use ? [use] : []), settingsOf(method));
 }
 
 function familyOf(name, methods) {

@@ -7,6 +7,7 @@ import { TRIED } from "./jobs.js";
 import { toYaml } from "./yaml.js";
 
 const GOAL = ["min_retained", "max_bytes", "max_p95_ms", "runtime", "max_trials", "max_search_seconds"]; // of a stage `search`
+const HUB_MODEL = "hub:org/name@main"; // an example of every field that names a model
 const USUAL = ["finetune", "distill", "export", "evaluate"];
 
 export const title = "New job";
@@ -23,7 +24,7 @@ export async function render(place, { parts: [wanted], signal }) {
 class JobForm {
   constructor(place, known) {
     this.known = known;
-    this.choices = (name, schema) => (/(^|\s)model$/.test(name) && schema.examples?.[0]?.startsWith("acme/") ? this.modelChoices() : null);
+    this.choices = (name, schema) => (schema.examples?.includes(HUB_MODEL) ? this.modelChoices() : null);
     const text = (description, more) => ({ type: "string", description, ...more });
     this.fields = {
       name: makeField("name", text("Your name for the job.", { maxLength: 120 }), { root: {}, value: "job" }),
