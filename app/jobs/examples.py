@@ -35,6 +35,10 @@ LONGER_FORK: dict[str, Any] = {
     "from_stage": "distill",
     "overrides": {"stages": [{"kind": "distill", "epochs": 12}, {"kind": "export"}]},
 }
+TRYING_FORK: dict[str, Any] = {
+    "from_stage": 4,
+    "overrides": {"stages": [{"kind": "predict", "texts": ["my parcel is late", "I can't log in"]}]},
+}
 FRESH_FORK: dict[str, Any] = {"from_stage": 2, "overrides": {"name": "again", "cache": "refresh"}}
 FORK_YAML = """\
 from_stage: distill
@@ -65,6 +69,7 @@ FORK_BODY = _body(
     "Where the fork begins and what it changes, in JSON or YAML; the content tells which.",
     {
         "longer": {"summary": "Train the student for longer and export it", "value": LONGER_FORK},
+        "trying": {"summary": "Ask teacher and student, once four stages are done", "value": TRYING_FORK},
         "fresh": {"summary": "Run the last stages again, without the cache", "value": FRESH_FORK},
         "data": {
             "summary": "The same job on other data",

@@ -270,7 +270,7 @@ def test_a_search_shows_its_points(browser: Any, stack: Stack, worker: Any) -> N
     train = {"epochs": 10, "learning_rate": 4e-3, "head_learning_rate": 2e-2}
     search = {"kind": "search", "min_retained": 0.5, "max_trials": 2, "distill": train}
     job_id = stack.submit(student={"kind": "searched"}, stages=[{"kind": "finetune", **train}, search])
-    with visiting(browser, f"{stack.http.base_url}/#/jobs/{job_id}") as page:
+    with visiting(browser, str(stack.http.base_url)) as page:
         enter(page, stack.http.headers["Authorization"].removeprefix("Bearer "))
         page.get_by_role("link", name="job", exact=True).click()
         expect(page.locator(".badge").first).to_have_text("succeeded")
