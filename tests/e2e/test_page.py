@@ -16,6 +16,7 @@ import pytest
 from sqlalchemy import text
 
 from core.db import session_scope
+from tests import pico
 from tests.e2e.browsing import (
     AXE,
     CHROMIUM,
@@ -266,6 +267,60 @@ def test_a_job_is_paused_resumed_and_cancelled(browser: Any, stack: Stack, worke
         expect(page.locator(".jobs .badge")).to_have_count(1)
 
 
+KINDS = {
+    "text_regression": ("sizes", {"value": "size"}, ".value"),
+    "token_classification": ("entities", {}, ".tagged"),
+    "causal_lm": ("walks", {"block_tokens": 32}, ".continuation"),
+}
+
+
+def write_sizes(folder: Path) -> dict[str, Path]:
+    """Writes splits of texts with a number, and returns their paths by name."""
+    paths = pico.write_data(folder)
+    for path in paths.values():
+        texts = [json.loads(line)["text"] for line in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps({"text": text, "size": len(text) / 40}) + "\n" for text in texts))
+    return paths
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_answer_is_shown(browser: Any, stack: Stack, worker: Any, tmp_path: Path, kind: str) -> None:
+    data, settings, place = KINDS[kind]
+    stack.push_data(
+        {"sizes": write_sizes, "entities": pico.write_entities, "walks": pico.write_walks}[data](tmp_path), data
+    )
+    model = "pico"
+    if kind == "causal_lm":
+        model = "lm"
+        stack.push_model(pico.write_language_model(tmp_path / model), model)
+    stages = [{"kind": "finetune", "of": role, "epochs": 1} for role in ("teacher", "student")]
+    job_id = stack.submit(teacher={"model": model}, task={"kind": kind, **settings}, data=data, stages=stages)
+    assert stack.wait(job_id)["state"] == "succeeded"
+    with visiting(browser, str(stack.http.base_url)) as page:
+        enter(page, stack.http.headers["Authorization"].removeprefix("Bearer "))
+        view(page, "Try it")
+        page.get_by_label("Text", exact=True).fill(TEXT)
+        page.get_by_role("button", name="Ask both").click()
+        expect(page.locator(f"article {place}")).to_have_count(2)
+        [tried] = stack.http.get("/v1/jobs", params={"metadata": f"try_of:{job_id}"}).json()["data"]
+        [row] = stack.http.get(f"/v1/jobs/{tried['id']}/artifacts/predictions/predictions.json").json()
+        shown = [found.text_content() for found in page.locator(f"article {place}").all()]
+        assert shown == [SHOWN[kind](row[role]) for role in ("teacher", "student")]
+        check_access(page, f"try {kind}")
+
+
+def _tagged(answer: dict[str, Any]) -> str:
+    found = [f"{one['word']}{'' if one['label'] == 'O' else ' ' + one['label']}" for one in answer["words"]]
+    return "".join(f"{one} " for one in found)
+
+
+SHOWN = {
+    "text_regression": lambda answer: f"{answer['value']:.4g}",
+    "token_classification": _tagged,
+    "causal_lm": lambda answer: answer["continuation"] + (" …" if answer["is_cut"] else ""),
+}
+
+
 def test_a_search_shows_its_points(browser: Any, stack: Stack, worker: Any) -> None:
     train = {"epochs": 10, "learning_rate": 4e-3, "head_learning_rate": 2e-2}
     search = {"kind": "search", "min_retained": 0.5, "max_trials": 2, "distill": train}
@@ -310,6 +365,18 @@ def test_what_the_server_refuses_is_said_at_its_field(browser: Any, stack: Stack
         spec = json.loads(page.locator("pre[aria-label='The spec']").inner_text())
         assert stack.http.post("/v1/jobs/validate", json=spec).json()["spec"]["student"] == {"kind": "searched"}
         assert stack.http.get("/v1/jobs").json()["data"] == []
+
+
+def test_the_colours_are_those_of_the_system_or_of_choice(browser: Any, stack: Stack) -> None:
+    paper = "() => getComputedStyle(document.documentElement).backgroundColor"
+    with visiting(browser, str(stack.http.base_url), color_scheme="dark") as page:
+        dark = page.evaluate(paper)
+        page.get_by_label("Colours").select_option("light")
+        light = page.evaluate(paper)
+        assert light != dark
+        page.reload()
+        expect(page.get_by_label("Colours")).to_have_value("light")
+        assert page.evaluate(paper) == light
 
 
 def _hint(kind: str, field: str) -> str:
