@@ -359,11 +359,24 @@ def test_what_the_server_refuses_is_said_at_its_field(browser: Any, stack: Stack
         page.get_by_role("button", name="Submit").click()
         expect(page.get_by_text("the teacher has 3 layers", exact=False).first).to_be_visible()
         page.get_by_label("What to make").select_option("target")
+        page.get_by_label("data, written as").select_option("splits")
+        page.get_by_role("textbox", name="data", exact=True).fill(
+            '{"train": "toy/train", "validation": "toy/validation", "test": "toy/nothing"}'
+        )
+        more = page.get_by_role("group", name="the job", exact=True)
+        more.get_by_text("Settings (").click()
+        more.get_by_label("max seconds").fill("900")
+        page.get_by_role("button", name="Check").click()
+        expect(page.get_by_role("textbox", name="data", exact=True)).to_be_focused()
+        page.get_by_role("textbox", name="data", exact=True).fill(
+            '{"train": "toy/train", "validation": "toy/validation", "test": "toy/test"}'
+        )
         page.get_by_role("button", name="Check").click()
         expect(page.get_by_text("The spec is good.")).to_be_visible()
         page.get_by_label("Written as", exact=True).select_option("JSON")
         spec = json.loads(page.locator("pre[aria-label='The spec']").inner_text())
-        assert stack.http.post("/v1/jobs/validate", json=spec).json()["spec"]["student"] == {"kind": "searched"}
+        read = stack.http.post("/v1/jobs/validate", json=spec).json()["spec"]
+        assert (read["student"], read["max_seconds"], read["data"]["test"]) == ({"kind": "searched"}, 900, "toy/test")
         assert stack.http.get("/v1/jobs").json()["data"] == []
 
 

@@ -208,7 +208,7 @@ function oneOfForms(name, forms, { root, required, choices, hint }) {
   }
   change();
   const node = h("div", { class: "field" }, h("label", { for: id }, `${words(name)}, written as`), pick, told, wrong, inside);
-  return { node, read: () => field?.read(), child: (key) => field?.child(key), fail };
+  return { node, read: () => field?.read(), child: (key) => field?.child(key), fail: (message) => (field?.fail ?? fail)(message) };
 }
 
 /** A list, whose items are added and taken out. */

@@ -8,6 +8,22 @@ import { toYaml } from "./yaml.js";
 
 const GOAL = ["min_retained", "max_bytes", "max_p95_ms", "runtime", "max_trials", "max_search_seconds"]; // of a stage `search`
 const HUB_MODEL = "hub:org/name@main"; // an example of every field that names a model
+const DATA = {
+  anyOf: [
+    { type: "string", title: "a data set", description: "Its splits train, validation and test are used." },
+    { type: "object", title: "splits", description: "The split for each purpose, of several tasks one each.", examples: [{ train: "tickets/train", test: { intent: "tickets/test", mood: "moods/test" } }] },
+  ],
+};
+const MORE = {
+  properties: {
+    seed: { type: "integer", minimum: 0, default: 0, description: "Seed of every random choice." },
+    cache: { enum: ["use", "refresh", "off"], default: "use", description: "Whether results of identical stages are taken over, and offered." },
+    retries: { type: "integer", minimum: 0, maximum: 20, default: 2, description: "How often a stage is tried again after a failure that may pass." },
+    max_seconds: { type: "integer", minimum: 1, description: "The job fails once workers have held it for this long." },
+    deterministic: { type: "boolean", default: false, description: "Make the same bytes each time on a GPU, too." },
+    metadata: { type: "object", description: "Your own labels; jobs can be listed by them.", examples: [{ team: "support" }] },
+  },
+};
 const USUAL = ["finetune", "distill", "export", "evaluate"];
 
 export const title = "New job";
@@ -25,14 +41,13 @@ class JobForm {
   constructor(place, known) {
     this.known = known;
     this.choices = (name, schema) => (schema.examples?.includes(HUB_MODEL) ? this.modelChoices() : null);
-    const text = (description, more) => ({ type: "string", description, ...more });
     this.fields = {
-      name: makeField("name", text("Your name for the job.", { maxLength: 120 }), { root: {}, value: "job" }),
-      data: makeField("data set", text("Its splits train, validation and test are used."), { root: {}, required: true, choices: () => known.datasets.map(({ name }) => ({ value: name, text: name })) }),
+      name: makeField("name", { type: "string", maxLength: 120, description: "Your name for the job." }, { root: {}, value: "job" }),
+      data: makeField("data", DATA, { root: {}, required: true, choices: () => known.datasets.map(({ name }) => ({ value: name, text: name })) }),
       task: this.family("tasks", "task", "text_classification"),
       teacher: this.family("teachers", "teacher", "model"),
-      seed: makeField("seed", { type: "integer", minimum: 0, default: 0, description: "Seed of every random choice." }, { root: {} }),
     };
+    this.more = group("more", MORE, { root: {}, required: true, title: "the job" });
     this.student = this.family("students", "student", "teacher_layers", (kind) => kind !== "searched");
     this.target = this.goal();
     this.stages = new Stages(known.families.stages.filter(({ kind }) => kind !== "search"), this.choices, known.wanted);
@@ -65,7 +80,7 @@ class JobForm {
     const copy = h("button", { type: "button", class: "small", onclick: () => navigator.clipboard.writeText(this.written.textContent).then(() => announce("The spec is copied.")) }, "Copy");
     const fields = this.fields;
     this.node = h("form", { novalidate: true, onsubmit: (event) => (event.preventDefault(), this.submit()), oninput: () => this.show(), onchange: () => this.show(), onclick: () => this.show() },
-      fields.name.node, fields.data.node, fields.teacher.node, h("div", { class: "field" }, h("label", { for: "way" }, "What to make"), this.way), this.chosen, this.target.node, fields.task.node, fields.seed.node,
+      fields.name.node, fields.data.node, fields.teacher.node, h("div", { class: "field" }, h("label", { for: "way" }, "What to make"), this.way), this.chosen, this.target.node, fields.task.node, this.more.node,
       this.wrong, this.found, h("p", { class: "orders" }, h("button", { type: "button", onclick: () => this.validate() }, "Check"), h("button", { type: "submit", class: "first" }, "Submit")));
     place.append(this.node, h("section", { "aria-labelledby": "spec-head" }, h("h2", { id: "spec-head" }, "The spec"),
       h("p", {}, h("label", { for: "form" }, "Written as "), this.form, " ", copy), this.written));
@@ -84,9 +99,9 @@ class JobForm {
 
   /** Returns the spec, as short as it can be written. */
   spec() {
-    const { name, data, task, teacher, seed } = this.fields;
+    const { name, data, task, teacher } = this.fields;
     const made = this.makesStudent ? { student: this.student.read(), stages: this.stages.read() } : { target: this.target.read() };
-    const found = { name: name.read(), task: task.read(), teacher: teacher.read(), data: data.read(), ...made, seed: seed.read() };
+    const found = { name: name.read(), task: task.read(), teacher: teacher.read(), data: data.read(), ...made, ...this.more.read() };
     return JSON.parse(JSON.stringify(found)); // without what is undefined
   }
 
@@ -96,7 +111,8 @@ class JobForm {
   }
 
   child(name) {
-    return { ...this.fields, student: this.student, stages: this.stages, target: this.target }[name];
+    const made = this.makesStudent ? { student: this.student, stages: this.stages } : { target: this.target };
+    return { ...this.fields, ...made }[name] ?? this.more.child(name);
   }
 
   async send(path) {
@@ -187,7 +203,7 @@ class Stages {
   }
 
   child(name) {
-    return this.items[Number(name)]?.field;
+    return this.own.checked ? this.items[Number(name)]?.field : undefined;
   }
 
   fail(message) {
