@@ -69,11 +69,7 @@ SUPERVISOR = [
     Point(COMMIT, "after", 26),
 ]
 if IN_BUCKET:
-    SUPERVISOR += [
-        Point(f"{STORE}._keep", "before"),
-        Point(f"{STORE}._keep", call=2),
-        Point(f"{STORE}._delete", "before"),
-    ]
+    SUPERVISOR += [Point(f"{STORE}._keep", "before"), Point(f"{STORE}._keep", call=2)]
 CHILD = [
     Point("worker.engine.context:StageContext.__init__"),
     Point("worker.engine.training:Trainer._update", call=20),
