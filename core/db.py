@@ -84,12 +84,17 @@ def get_autocommit_engine() -> Engine:
 @contextmanager
 def session_scope() -> Iterator[Session]:
     """Yields a session whose work is committed at the end, or rolled back on an error."""
-    with Session(get_engine(), expire_on_commit=False) as session, session.begin():
+    with _session(get_engine()) as session, session.begin():
         yield session
 
 
 @contextmanager
 def read_scope() -> Iterator[Session]:
     """Yields a session that only reads, each statement by itself: without the two round trips of a transaction."""
-    with Session(get_autocommit_engine(), expire_on_commit=False) as session:
+    with _session(get_autocommit_engine()) as session:
         yield session
+
+
+def _session(engine: Engine) -> Session:
+    """Returns a session that refuses to be used after its end, where it would take a connection and keep it."""
+    return Session(engine, expire_on_commit=False, close_resets_only=False)

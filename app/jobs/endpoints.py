@@ -107,7 +107,7 @@ def list_jobs(
         found = repository.list_jobs(
             session, principal.tenant_id, state=state, name=name, labels=labels, after=after, limit=limit
         )
-    return {"data": [service.summary(session, job) for job in found.items], "next_cursor": found.next_cursor}
+        return {"data": [service.summary(session, job) for job in found.items], "next_cursor": found.next_cursor}
 
 
 @router.get(
