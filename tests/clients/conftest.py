@@ -11,6 +11,7 @@ import pytest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tests.api import Api
+from tests.hub_linting import lint
 from tests.serving import served
 
 ROOT = Path(__file__).parents[2]
@@ -34,7 +35,8 @@ def run(command: list[str | Path], **environment: str) -> str:
 class Recorder:
     """An app that is watched: what was asked of it, and how many bytes of each file went out.
 
-    The first whole answer to a path in `cuts` breaks off after so many bytes.
+    The first whole answer to a path in `cuts` breaks off after so many bytes. Headers in `without` are left out of
+    answers; `faults` are what answers lacked that a client of the Hub needs.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -44,6 +46,8 @@ class Recorder:
         self.ranges: dict[str, list[str | None]] = {}
         self.sent: Counter[str] = Counter()
         self.cuts: dict[str, int] = {}
+        self.without: set[str] = set()
+        self.faults: list[str] = []
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -59,6 +63,12 @@ class Recorder:
 
         async def count(message: Message) -> None:
             nonlocal left
+            if message["type"] == "http.response.start":
+                kept = [(name, value) for name, value in message["headers"] if name.decode() not in self.without]
+                message = message | {"headers": kept}
+                self.faults += lint(
+                    method, path, message["status"], {name.decode(): value.decode() for name, value in kept}
+                )
             body = message.get("body", b"")
             if left is not None and len(body) > left:
                 await send({"type": "http.response.body", "body": body[:left], "more_body": True})

@@ -27,6 +27,21 @@ model = AutoModelForSequenceClassification.from_pretrained(sys.argv[1])
 tokens = AutoTokenizer.from_pretrained(sys.argv[1])("my parcel is late", return_tensors="pt")
 print(__version__, tuple(model(**tokens).logits.shape))
 """
+ASK = """
+import sys
+from huggingface_hub import HfApi, hf_hub_download
+def ends(call):
+    try:
+        call()
+    except Exception as error:
+        return type(error).__name__.removeprefix("Remote")
+    return "well"
+repo, api = sys.argv[1], HfApi()
+calls = [lambda: hf_hub_download(repo, "config.json"), lambda: hf_hub_download(repo, "none.json")]
+calls += [lambda: api.model_info(repo + "-none"), lambda: api.model_info(repo, revision="none")]
+print(*map(ends, calls))
+"""
+SNAPSHOT = "import sys, huggingface_hub; huggingface_hub.snapshot_download(sys.argv[1])"
 PUSH = """
 import sys
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -83,6 +98,45 @@ def test_every_call(client: str, api: Api, recorder: Recorder, tmp_path: Path) -
     kept = cut // KEPT_BYTES * KEPT_BYTES
     assert recorder.ranges["extra.safetensors"] == [None, f"bytes={kept}-"]
     assert recorder.sent["extra.safetensors"] == cut + len(BIG) - kept  # nothing that was kept came again
+    assert recorder.faults == []
+
+
+@pytest.mark.parametrize("client", HUBS)
+def test_a_snapshot_asks_for_this_and_for_nothing_else(
+    client: str, api: Api, recorder: Recorder, tmp_path: Path
+) -> None:
+    repo = _make_job(api, {"student": STUDENT})
+    commit = {branch["name"]: branch for branch in api("GET", f"/hub/api/models/{repo}/refs").json()["branches"]}
+    sha = commit["main"]["targetCommit"]
+    recorder.requests.clear()
+    run([python_of(client), "-c", SNAPSHOT, repo], **_place(recorder, api, tmp_path))
+    expected = [("GET", f"/hub/api/models/{repo}/revision/main")]
+    if not client.endswith("==0.36.2"):
+        expected += [("GET", f"/hub/api/models/{repo}/tree/{sha}"), ("GET", "/hub/api/agent-harnesses")]
+    expected += [(method, f"/hub/{repo}/resolve/{sha}/{path}") for path in STUDENT for method in ("HEAD", "GET")]
+    assert sorted(recorder.requests) == sorted(expected)
+    assert recorder.faults == []
+
+
+@pytest.mark.parametrize(
+    ("without", "ends"),
+    [
+        (None, "well EntryNotFoundError RepositoryNotFoundError RevisionNotFoundError"),
+        ("etag", "LocalEntryNotFoundError EntryNotFoundError RepositoryNotFoundError RevisionNotFoundError"),
+        ("x-repo-commit", "LocalEntryNotFoundError EntryNotFoundError RepositoryNotFoundError RevisionNotFoundError"),
+        ("x-error-code", "well LocalEntryNotFoundError HfHubHTTPError HfHubHTTPError"),
+    ],
+)
+@pytest.mark.parametrize("client", HUBS)
+def test_what_an_answer_lacks_is_found_here_before_a_client_finds_it(
+    client: str, without: str | None, ends: str, api: Api, recorder: Recorder, tmp_path: Path
+) -> None:
+    python = python_of(client)
+    repo = _make_job(api, {"student": STUDENT})
+    recorder.without = {without} - {None}
+    assert run([python, "-c", ASK, repo], **_place(recorder, api, tmp_path)).strip() == ends
+    assert all(fault.endswith(f" without {without}") for fault in recorder.faults)
+    assert bool(recorder.faults) == (without is not None)
 
 
 @pytest.mark.parametrize("client", HUBS)

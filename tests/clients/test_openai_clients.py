@@ -7,14 +7,17 @@ from urllib.parse import urlsplit
 import pytest
 
 from tests.api import Api
+from tests.buckets import in_bucket, the_s3
 from tests.clients.conftest import Recorder, python_of, run
 from tests.e2e.stack import Stack
 from tests.pico import write_language_model
 from tests.receiving import receiving
 
+__all__ = ["in_bucket"]
 DRIVER = Path(__file__).parent / "openai_driving.py"
 CANCELLED = "fine_tuning.job.cancelled"
 CLIENTS = ("openai==1.109.1", "openai==3.57.0")
+READ = "import sys, openai; print(openai.OpenAI().files.content(sys.argv[1]).text)"
 LOAD = """
 import sys
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -79,3 +82,19 @@ def test_every_call(client: str, api: Api, recorder: Recorder, tmp_path: Path, m
         assert webhooks["unknown"] == ["BadRequestError", "invalid", "event_types.0", True]
     hub = {"HF_ENDPOINT": f"{recorder.url}/hub", "HF_TOKEN": api.key, "HF_HOME": str(tmp_path / "home")}
     assert run([Path(".venv/bin/python").absolute(), "-c", LOAD, jobs["done"][2]], **hub).splitlines()[-1] == "1"
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+def test_a_files_bytes_come_from_the_bucket_and_the_key_does_not_go_there(
+    client: str, in_bucket: None, api: Api, recorder: Recorder
+) -> None:
+    python = python_of(client)
+    sent = {"data": {"purpose": "fine-tune"}, "files": [("file", ("a.jsonl", b'{"prompt": "a", "completion": "b"}\n'))]}
+    file_id = api("POST", "/openai/v1/files", **sent).json()["id"]
+    asked = the_s3().asked
+    asked.clear()
+    place = {"OPENAI_BASE_URL": f"{recorder.url}/openai/v1", "OPENAI_API_KEY": api.key}
+    assert run([python, "-c", READ, file_id], **place) == '{"prompt": "a", "completion": "b"}\n\n'
+    (signed,) = [one for one in asked if one.method == "GET" and "X-Amz-Signature" in one.path]
+    assert "Authorization" not in signed.headers
+    assert api.key not in str(signed)
