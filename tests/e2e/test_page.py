@@ -186,6 +186,8 @@ def test_from_an_empty_database_to_a_tried_text_by_mouse_alone(
 
 def test_the_same_by_keyboard_alone(browser: Any, stack: Stack, worker: Any) -> None:
     with visiting(browser, str(stack.http.base_url)) as page:
+        heading(page, "Your API key")
+        check_access(page, "key")
         tab_to(page, page.get_by_label("API key"))
         page.keyboard.type(stack.http.headers["Authorization"].removeprefix("Bearer "))
         tab_to(page, page.get_by_label("Remember it"))
@@ -212,6 +214,7 @@ def test_the_same_by_keyboard_alone(browser: Any, stack: Stack, worker: Any) -> 
                 tab_to(page, stage.get_by_label(field, exact=True))
                 page.keyboard.press("Control+A")
                 page.keyboard.type(str(value))
+        check_access(page, "settings")
         tab_to(page, page.get_by_role("button", name="Submit"))
         page.keyboard.press("Enter")
         heading(page, "typed")
@@ -252,10 +255,12 @@ def test_a_job_is_paused_resumed_and_cancelled(browser: Any, stack: Stack, worke
         page.get_by_role("link", name="long").click()
         state = page.locator(".badge").first
         expect(state).to_have_text("running")
+        check_access(page, "running job")
         for order, reached in (("pause", "paused"), ("resume", "running"), ("cancel", "cancelled")):
             page.get_by_role("button", name=order, exact=True).click()
             expect(state).to_have_text(reached)
             expect(page.locator(".events").get_by_text(f"job.{reached}").first).to_be_visible()  # the stream goes on
+        check_access(page, "cancelled job")
         page.get_by_role("button", name="retry").click()
         page.wait_for_url(lambda url: job_id not in url)
         expect(page.get_by_role("link", name="another job")).to_have_attribute("href", f"#/jobs/{job_id}")
@@ -265,6 +270,10 @@ def test_a_job_is_paused_resumed_and_cancelled(browser: Any, stack: Stack, worke
         page.get_by_role("button", name="delete").click()
         heading(page, "Jobs")
         expect(page.locator(".jobs .badge")).to_have_count(1)
+        for lists in ("Models", "Data sets"):
+            view(page, lists)
+            expect(page.get_by_role("row")).to_have_count(2)
+            check_access(page, lists)
 
 
 KINDS = {
