@@ -22,7 +22,7 @@ from starlette.responses import Response, StreamingResponse
 from core.errors import BlobDamaged, NotFound, RangeNotSatisfiable
 from core.storage import Blob, ManifestFile, get_store
 
-CHUNK_BYTES = 256 * 1024
+CHUNK_BYTES = 512 * 1024
 RWF_NOWAIT = getattr(os, "RWF_NOWAIT", 0)  # of Linux
 MAX_RANGES = 5
 MAX_RANGE_HEADER_CHARS = 1_000
