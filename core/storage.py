@@ -204,17 +204,14 @@ class ArtifactStore:
             BlobDamaged: There is no such blob, or it ends before `end`.
         """
         with self.get_path(sha256).open("rb") as source:
+            size_bytes = os.fstat(source.fileno()).st_size
+            if end is not None and end > size_bytes:
+                raise BlobDamaged(sha256)
             source.seek(start)
-            left = end - start if end is not None else None
-            while left != 0:
-                chunk = source.read(CHUNK_BYTES if left is None else min(CHUNK_BYTES, left))
-                if chunk:
-                    yield chunk
-                elif left is None:
-                    return
-                else:
-                    raise BlobDamaged(sha256)
-                left = left - len(chunk) if left is not None else None
+            left = (size_bytes if end is None else end) - start
+            while left > 0 and (chunk := source.read(min(CHUNK_BYTES, left))):
+                left -= len(chunk)
+                yield chunk
 
     def writer(self) -> BlobWriter:
         """Returns a writer for one new blob; use it in a `with` block."""
@@ -379,8 +376,7 @@ class ArtifactStore:
 
     def sweep_temp(self, age_s: float) -> int:
         """Deletes what was begun on this machine so long ago and never published; returns how many files."""
-        os.utime(self.temp_dir)
-        num_files, before = 0, self.temp_dir.stat().st_mtime - age_s
+        num_files, before = 0, ArtifactStore.now(self) - age_s  # of this machine's folder, also beside a bucket
         for path in self.temp_dir.iterdir():
             with contextlib.suppress(FileNotFoundError):
                 if path.is_file() and path.stat().st_mtime < before:
